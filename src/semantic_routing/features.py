@@ -1,0 +1,48 @@
+"""Text features: the one currency in which every part of the program speaks of text.
+
+Shape letters used everywhere: L language-model layers, B batch, N text tokens, C text width,
+D transformer blocks, H heads, S image tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """What a frozen language model says about a batch of prompts.
+
+    Layer ``l`` (1..L) is the output of decoder layer ``l``; the embedding output is left out and the last
+    layer is taken after the final norm. Deep fusion (FuseDiT) reads the attention keys and values of the
+    layers instead; they are kept only when the encoder was asked for them.
+    """
+
+    hidden: Float[Tensor, "L B N C"]
+    """Hidden states of the L layers."""
+    mask: Bool[Tensor, "B N"]
+    """True where a position holds a token of the prompt, False on padding."""
+    keys: Float[Tensor, "L B Hkv N hd"] | None = None
+    """Attention keys of each layer, after its own normalisation and rotary embedding."""
+    values: Float[Tensor, "L B Hkv N hd"] | None = None
+    """Attention values of each layer."""
+
+    def __post_init__(self) -> None:
+        if self.hidden.shape[1:3] != self.mask.shape:
+            raise ValueError(
+                f"hidden states {tuple(self.hidden.shape)} and mask {tuple(self.mask.shape)} do not agree on "
+                "batch and length; expected hidden [L, B, N, C] and mask [B, N]"
+            )
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextFeatures:
+        """The same features on another device or in another floating-point type."""
+
+        def move(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device=device, dtype=dtype)
+
+        hidden = self.hidden.to(device=device, dtype=dtype)
+        return TextFeatures(hidden, self.mask.to(device=device), move(self.keys), move(self.values))
