@@ -1,0 +1,188 @@
+"""Routers: how much of each language-model layer every block of the transformer reads, and at what time.
+
+Every strategy of the paper is one softmax over L layers whose logits depend on nothing, the time, the block,
+or both; all answer ``weights(t) -> [B|1, D|1, L]``, where an axis of size 1 says what is ignored. Training,
+sampling and analysis ask this same function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from semantic_routing.layers import sinusoidal
+
+Arm = Literal["penultimate", "uniform", "static", "time", "depth", "joint", "fusedit"]
+ARMS: tuple[str, ...] = get_args(Arm)
+ALIASES = dict(zip(("b1", "b2", "b3", "s1", "s2", "s3"), ARMS, strict=False))
+LN_EPS = 1e-5
+MIX_TOKENS = 512
+"""Text positions that ``mix`` widens to float32 at a time."""
+
+
+class Router(nn.Module):
+    """Turns time into convex weights over language-model layers (Eq. 2 and 3)."""
+
+    depends_on_time = False
+
+    def weights(self, t: Float[Tensor, " B"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
+        """Softmax-normalised float32 weights; ``t`` is needed only where ``depends_on_time``."""
+        raise NotImplementedError
+
+    def forward(
+        self, hidden: Float[Tensor, "L B N C"], t: Float[Tensor, " B"] | None = None
+    ) -> Float[Tensor, "D_or_1 B N C"]:
+        """The text that each block reads: Eq. 2."""
+        return mix(self.weights(t), hidden)
+
+
+class FixedRouter(Router):
+    """Weights that are given and never learned: B1 (one layer) and B2 (all alike)."""
+
+    table: Tensor
+
+    def __init__(self, table: Float[Tensor, "D_or_1 L"]) -> None:
+        super().__init__()
+        self.register_buffer("table", table.float(), persistent=False)
+        self.used = table.any(0).nonzero().flatten().tolist()
+
+    def weights(self, t: Float[Tensor, " B"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
+        return self.table[None]
+
+    def forward(
+        self, hidden: Float[Tensor, "L B N C"], t: Float[Tensor, " B"] | None = None
+    ) -> Float[Tensor, "D_or_1 B N C"]:
+        # Layers that weigh nothing are not read: B1 costs one layer, not L.
+        return mix(self.table[None, :, self.used], hidden[self.used])
+
+
+class LogitRouter(Router):
+    """Learned logits: one vector for all blocks (B3, Eq. 6) or one for each (S2, Eq. 9)."""
+
+    def __init__(self, layers: int, rows: int) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(rows, layers))
+
+    def weights(self, t: Float[Tensor, " B"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
+        return self.logits.float().softmax(-1)[None]
+
+
+class GateRouter(Router):
+    """Time-conditioned fusion gates (TCFG, Appendix A): one for all blocks (S1, Eq. 8) or one each (S3, Eq. 10).
+
+    128 sinusoids of t -> Linear to 512 -> SiLU -> Linear to L. The last layer starts at zero, so routing
+    starts as the uniform average. The gates are stacked, so all blocks cost two batched products.
+    """
+
+    depends_on_time = True
+
+    def __init__(self, layers: int, gates: int, time_width: int = 128) -> None:
+        super().__init__()
+        hidden = 4 * time_width
+        self.time_width = time_width
+        self.w1 = nn.Parameter(torch.empty(gates, time_width, hidden))
+        self.b1 = nn.Parameter(torch.zeros(gates, 1, hidden))
+        self.w2 = nn.Parameter(torch.zeros(gates, hidden, layers))
+        self.b2 = nn.Parameter(torch.zeros(gates, 1, layers))
+        bound = math.sqrt(6 / (time_width + hidden))  # Xavier, for each gate by itself
+        nn.init.uniform_(self.w1, -bound, bound)
+
+    def weights(self, t: Float[Tensor, " B"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
+        if t is None:
+            raise ValueError("this router's weights depend on time: pass t, one value in [0, 1] per sample")
+        with torch.autocast(t.device.type, enabled=False):
+            phi = sinusoidal(t, self.time_width)
+            h = F.silu(phi @ self.w1.float() + self.b1.float())
+            logits = h @ self.w2.float() + self.b2.float()
+        return logits.softmax(-1).transpose(0, 1)
+
+
+def parse_arm(name: str) -> str:
+    """An arm's name from the name itself or the paper's label (B1 B2 B3 S1 S2 S3 FuseDiT)."""
+    lowered = name.lower()
+    arm = ALIASES.get(lowered, lowered)
+    if arm not in ARMS:
+        raise ValueError(f"unknown arm {name!r}; the arms are {', '.join(ARMS)} (or B1 B2 B3 S1 S2 S3 FuseDiT)")
+    return arm
+
+
+def make_router(arm: str, layers: int, depth: int) -> Router:
+    """The router of a paper arm for ``layers`` language-model layers and ``depth`` blocks."""
+    if arm == "penultimate":
+        if layers < 2:
+            raise ValueError(f"the penultimate arm needs at least 2 language-model layers, not {layers}")
+        return FixedRouter(F.one_hot(torch.tensor([layers - 2]), layers))
+    if arm == "uniform":
+        return FixedRouter(torch.full((1, layers), 1 / layers))
+    if arm in ("static", "depth"):
+        return LogitRouter(layers, rows=depth if arm == "depth" else 1)
+    if arm in ("time", "joint"):
+        return GateRouter(layers, gates=depth if arm == "joint" else 1)
+    raise ValueError(f"arm {arm!r} has no router")
+
+
+def mix(
+    weights: Float[Tensor, "B_or_1 D_or_1 L"], hidden: Float[Tensor, "L B N C"]
+) -> Float[Tensor, "D_or_1 B N C"]:
+    """sum_l w_l LayerNorm(H_l) for every block (Eq. 2), without making the normalised copies.
+
+    LayerNorm (no affine, eps 1e-5) folds into the weights: with mean μ_l and deviation σ_l of each token,
+    sum_l (w_l/σ_l) H_l - sum_l (w_l/σ_l) μ_l. States are read in their own type and summed in float32; the
+    result has the states' type. Where the states need no gradient (a frozen language model), only they and
+    their statistics are kept for backward.
+    """
+    if weights.shape[-1] != hidden.shape[0]:
+        raise ValueError(f"weights for {weights.shape[-1]} layers, but {hidden.shape[0]} layers of hidden states")
+    if hidden.requires_grad:
+        normed = F.layer_norm(hidden.float(), hidden.shape[-1:], eps=LN_EPS)
+        expanded = weights.expand(hidden.shape[1], -1, -1)
+        return torch.einsum("bdl,lbnc->dbnc", expanded, normed).to(hidden.dtype)
+    return _Mix.apply(weights, hidden)
+
+
+class _Mix(torch.autograd.Function):
+    """The folded mix and its gradient for the weights, a block of tokens at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, hidden: Tensor) -> Tensor:
+        _, B, N, C = hidden.shape
+        w = weights.float().expand(B, -1, -1)
+        out = hidden.new_empty(w.shape[1], B, N, C)
+        mean = hidden.new_empty(hidden.shape[:3], dtype=torch.float32)
+        rstd = torch.empty_like(mean)
+        for b, n in _blocks(B, N):
+            h = hidden[:, b, n].float()
+            var, mu = torch.var_mean(h, dim=-1, correction=0)
+            mean[:, b, n], rstd[:, b, n] = mu, torch.rsqrt(var + LN_EPS)
+            scaled = torch.einsum("bdl,lbn->bndl", w[b], rstd[:, b, n])
+            fused = torch.einsum("bndl,lbnc->dbnc", scaled, h)
+            out[:, b, n] = fused - torch.einsum("bndl,lbn->dbn", scaled, mu)[..., None]
+        ctx.save_for_backward(hidden, mean, rstd)
+        ctx.weights_shape = weights.shape
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        hidden, mean, rstd = ctx.saved_tensors
+        L, B, N, _ = hidden.shape
+        out = grad.new_empty(B, grad.shape[0], L, dtype=torch.float32).zero_()
+        for b, n in _blocks(B, N):
+            h, g = hidden[:, b, n].float(), grad[:, b, n].float()
+            inner = torch.einsum("dbnc,lbnc->bdln", g, h)
+            inner -= torch.einsum("dbn,lbn->bdln", g.sum(-1), mean[:, b, n])
+            out[b] += torch.einsum("bdln,lbn->bdl", inner, rstd[:, b, n])
+        return out.sum_to_size(ctx.weights_shape), None
+
+
+def _blocks(batch: int, length: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of batch and length that cover all tokens, about ``MIX_TOKENS`` at a time."""
+    samples = max(1, MIX_TOKENS // max(length, 1))
+    for b in range(0, batch, samples):
+        for n in range(0, length, MIX_TOKENS):
+            yield slice(b, b + samples), slice(n, n + MIX_TOKENS)
