@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from semantic_routing.features import TextFeatures
@@ -37,9 +38,9 @@ class TextEncoderConfig:
     max_tokens: int = 512
     """Longer prompts are cut here, with a warning."""
     buckets: tuple[int, ...] = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-    """A batch is padded to its longest prompt rounded up to one of these lengths, so that few shapes occur."""
+    """A batch is padded to its longest prompt, rounded up to one of these, so that few shapes occur."""
     prefix: str = ""
-    """Instruction put directly before every prompt, the empty one included, such as "Describe this image. "."""
+    """Instruction put before every prompt, the empty one included, such as "Describe this image. "."""
     chat_template: bool = False
     """Wrap prefix and prompt as a user's message in the model's own chat template."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -69,7 +70,7 @@ class TextShape:
 
 
 def resolve_layers(layers: str | Sequence[int], total: int) -> tuple[int, ...]:
-    """Layer numbers that ``layers`` ("all", "6..29", "9,18,27" or numbers) means for a model of ``total`` layers.
+    """The layers that "all", "6..29", "9,18,27" or numbers mean in a model of ``total`` layers.
 
     Raises ValueError for anything that is not a strictly increasing choice from 1..total.
     """
@@ -82,12 +83,14 @@ def resolve_layers(layers: str | Sequence[int], total: int) -> tuple[int, ...]:
         elif re.fullmatch(r"\d+(,\d+)*", text):
             chosen = tuple(int(number) for number in text.split(","))
         else:
-            raise ValueError(f'layers {layers!r} not understood; expected "all", a range "6..29" or a list "9,18"')
+            raise ValueError(
+                f'layers {layers!r} not understood; expected "all", a range "6..29" or a list "9,18"'
+            )
     else:
         chosen = tuple(layers)
     if not chosen or list(chosen) != sorted(set(chosen)) or chosen[0] < 1 or chosen[-1] > total:
         raise ValueError(
-            f"layers {layers!r} must be an increasing choice from 1..{total}, the layers of this language model"
+            f"layers {layers!r} must be an increasing choice from 1..{total}, the layers of the language model"
         )
     return chosen
 
@@ -102,6 +105,7 @@ class TextEncoder:
 
     def __init__(self, model: nn.Module, tokenizer: Any, config: TextEncoderConfig, shape: TextShape) -> None:
         """Prefer ``from_pretrained``. ``model`` holds the layers up to ``shape.layers[-1]`` and no more."""
+        _parts(model)  # an unknown architecture is an error now rather than at the first prompt
         self.config = config
         self.shape = shape
         self._model: nn.Module | None = model.eval().requires_grad_(False)
@@ -143,7 +147,9 @@ class TextEncoder:
     def model(self) -> nn.Module:
         """The language model; RuntimeError after ``unload``."""
         if self._model is None:
-            raise RuntimeError("the text encoder was unloaded; load it again with TextEncoder.from_pretrained")
+            raise RuntimeError(
+                "the text encoder was unloaded; load it again with TextEncoder.from_pretrained"
+            )
         return self._model
 
     @property
@@ -184,13 +190,13 @@ class TextEncoder:
 
             options["past_key_values"] = DynamicCache()  # given no config, so sliding layers keep all tokens
         whole = len(layers) == self.shape.total_layers
-        taps = [norm if whole and l == len(layers) else layers[l - 1] for l in self.shape.layers]
+        taps = [norm if whole and i == len(layers) else layers[i - 1] for i in self.shape.layers]
         # A caller's autocast would change the states from run to run of different settings.
         with torch.autocast(self.device.type, enabled=False), _record(taps) as states:
             self.model(input_ids=ids, attention_mask=mask.long(), **options)
         if not with_kv:
             return TextFeatures(torch.stack(states), mask)
-        cached = [options["past_key_values"].layers[l - 1] for l in self.shape.layers]
+        cached = [options["past_key_values"].layers[i - 1] for i in self.shape.layers]
         keys, values = torch.stack([c.keys for c in cached]), torch.stack([c.values for c in cached])
         return TextFeatures(torch.stack(states), mask, keys, values)
 
@@ -210,7 +216,7 @@ class TextEncoder:
         if long := [i for i, row in enumerate(rows) if len(row) > limit]:
             dropped = sum(len(rows[i]) - limit for i in long)
             warnings.warn(
-                f"{dropped} tokens dropped from {len(long)} of {len(rows)} prompts longer than {limit} tokens",
+                f"{dropped} tokens dropped from {len(long)} of {len(rows)} prompts, longer than {limit}",
                 stacklevel=3,
             )
             for i in long:  # by the tokenizer, which keeps a closing token such as T5's </s>
@@ -231,7 +237,7 @@ class TextEncoder:
             if token is not None:
                 return token
         raise ValueError(
-            f"the tokenizer of {self.config.name_or_path} has no BOS, EOS or PAD token to stand for an empty prompt"
+            f"the tokenizer of {self.config.name_or_path} has no BOS, EOS or PAD token for an empty prompt"
         )
 
     def _bucket(self, length: int) -> int:
@@ -257,12 +263,17 @@ def _record(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def _parts(model: nn.Module) -> tuple[nn.ModuleList, nn.Module, bool]:
+def _parts(model: Any) -> tuple[nn.ModuleList, nn.Module, bool]:
     """The layers of a text model, its final norm, and whether it is a decoder."""
     stack = getattr(model, "encoder", model)
     if hasattr(stack, "layers"):
         return stack.layers, stack.norm, stack is model
-    return stack.block, stack.final_layer_norm, False  # T5's names
+    if hasattr(stack, "block"):
+        return stack.block, stack.final_layer_norm, False  # T5's names
+    raise ValueError(
+        f"{type(model).__name__} is not a supported text encoder; expected a decoder such as Qwen3, Llama, "
+        "Mistral or Gemma, or an encoder such as T5 or T5Gemma"
+    )
 
 
 def _model_config(name_or_path: str) -> Any:
@@ -272,11 +283,14 @@ def _model_config(name_or_path: str) -> Any:
     try:
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"no text encoder at {name_or_path!r}: expected a folder written by save_pretrained or a model name "
-            f"on the Hugging Face hub ({reason})"
+            f"no text encoder at {name_or_path!r}; expected a folder written by save_pretrained or a model's "
+            f"name on the Hugging Face hub ({_first_line(error)})"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _stack_config(model_config: Any) -> Any:
@@ -293,7 +307,9 @@ def _shape(config: TextEncoderConfig, stack: Any) -> TextShape:
         total_layers=stack.num_hidden_layers,
         width=stack.hidden_size,
         kv_heads=getattr(stack, "num_key_value_heads", None) or heads,
-        head_dim=getattr(stack, "head_dim", None) or getattr(stack, "d_kv", None) or stack.hidden_size // heads,
+        head_dim=getattr(stack, "head_dim", None)
+        or getattr(stack, "d_kv", None)
+        or stack.hidden_size // heads,
     )
 
 
@@ -303,8 +319,9 @@ def _load_tokenizer(config: TextEncoderConfig) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{config.name_or_path!r} has no tokenizer that transformers can load: {reason}") from error
+        raise ValueError(
+            f"{config.name_or_path!r} has no tokenizer that transformers can load: {_first_line(error)}"
+        ) from error
     if config.chat_template and tokenizer.chat_template is None:
         raise ValueError(f"{config.name_or_path!r} has no chat template; set chat_template=False")
     tokenizer.truncation_side = "right"
@@ -322,7 +339,7 @@ def _load_model(config: TextEncoderConfig, model_config: Any, keep: int) -> nn.M
     if encoder := model_config.is_encoder_decoder:
         model_config.is_encoder_decoder = False  # T5Gemma's switch for "the encoder alone"
     try:
-        with _quiet():
+        with quiet_transformers():
             model, info = (AutoModelForTextEncoding if encoder else AutoModel).from_pretrained(
                 config.name_or_path,
                 config=model_config if encoder else stack,
@@ -333,19 +350,21 @@ def _load_model(config: TextEncoderConfig, model_config: Any, keep: int) -> nn.M
                 # Where multimodal checkpoints keep their text model (Qwen-VL, Gemma 3, Mistral 3).
                 key_mapping={r"^(?:model\.)?language_model\.(?:model\.)?": ""},
             )
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"no safetensors weights to load in {config.name_or_path!r}: {reason}") from error
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"no whole safetensors weights in {config.name_or_path!r}: {_first_line(error)}"
+        ) from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
-            f"the weights in {config.name_or_path!r} lack {len(missing)} tensors of its text model, first {missing[0]}"
+            f"the weights in {config.name_or_path!r} lack {len(missing)} tensors of its text model, "
+            f"first {missing[0]}"
         )
     return model
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' report of unused weights and its bar: here leaving weights unread is the intention."""
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' progress bars and its report of unused weights: leaving some unread is meant."""
     from transformers.utils import logging
 
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,7 +1,7 @@
 """The offline text encoder: a tiny Qwen3 and its tokenizer, trained here on captions as a next-token model.
 
-It stands in for a real language model where no weights can be downloaded. It is written by ``save_pretrained``
-into a cache folder and read by the very path that reads a real one: ``TextEncoder.from_pretrained(folder)``.
+It stands in for a real language model where no weights can be downloaded. ``save_pretrained`` writes it into
+a cache folder, and the very path that reads a real one reads it: ``TextEncoder.from_pretrained(folder)``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from semantic_routing.text_encoder import quiet_transformers
 
 RECIPE = 1  # part of the cache key: raise it when anything below changes the trained weights
 BATCH = 128  # captions a step
@@ -40,17 +42,19 @@ def tiny_lm(
     steps: int = 300,
     cache_dir: Path | str | None = None,
 ) -> Path:
-    """Folder of a language model of ``layers`` layers of ``width`` trained on ``captions`` for ``steps`` steps.
+    """Folder of a language model of ``layers`` layers of ``width``, trained on ``captions`` for ``steps``.
 
     The folder lies in ``cache_dir`` (by default the environment variable SEMROUTE_CACHE, else
-    ``~/.cache/semantic-routing``) under a name made from the arguments and the captions: a second call with the
-    same ones returns at once. It holds the model, the tokenizer and ``training.json`` with the held-out loss.
-    The same arguments give the same weights. Raises ValueError for fewer than two distinct captions or a cache
-    that cannot be written.
+    ``~/.cache/semantic-routing``) under a name made from the arguments and the captions: a second call with
+    the same ones returns at once. It holds the model, the tokenizer and ``training.json`` with the held-out
+    loss. The same arguments give the same weights. Raises ValueError for sizes out of range, fewer than two
+    distinct captions, or a cache that cannot be written.
     """
     corpus = list(dict.fromkeys(captions))
     if len(corpus) < 2:
-        raise ValueError(f"a language model needs at least two distinct captions to train on, got {len(corpus)}")
+        raise ValueError(
+            f"a language model needs at least two distinct captions to train on, got {len(corpus)}"
+        )
     if steps < 1 or layers < 1 or width < 64 or width % 32:
         raise ValueError(
             f"got {layers} layers, width {width}, {steps} steps; expected at least 1 layer, 1 step, "
@@ -64,16 +68,21 @@ def tiny_lm(
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True)
+        scratch = tempfile.TemporaryDirectory(
+            dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True
+        )
     except OSError as error:
         raise ValueError(f"cannot write the cache {root} ({error.strerror}); set SEMROUTE_CACHE") from error
     with scratch as temporary:
         written = Path(temporary) / "model"
         tokenizer = _train_tokenizer(corpus)
         model, report = _train(corpus, tokenizer, seed, layers, width, steps)
-        model.save_pretrained(written)
+        with quiet_transformers():
+            model.save_pretrained(written)
         tokenizer.save_pretrained(written)
-        (written / "training.json").write_text(json.dumps(options | report, indent=2) + "\n", encoding="utf-8")
+        (written / "training.json").write_text(
+            json.dumps(options | report, indent=2) + "\n", encoding="utf-8"
+        )
         if not folder.is_dir():  # another process may have been quicker, with the same result
             written.rename(folder)
     return folder
@@ -105,7 +114,7 @@ def _train_tokenizer(corpus: list[str]) -> Any:
 
 def _train(
     corpus: list[str], tokenizer: Any, seed: int, layers: int, width: int, steps: int
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[Any, dict[str, Any]]:
     """Train from scratch with AdamW under a cosine decay; the model and what to report of it."""
     rows = [[*ids, EOS] for ids in tokenizer(corpus, truncation=True, max_length=CONTEXT - 1)["input_ids"]]
     held_out = rows[::HELD_OUT]
@@ -136,7 +145,7 @@ def _train(
     return model, report | {"held_out_loss": torch.stack(losses).mean().item()}
 
 
-def _model(vocabulary: int, layers: int, width: int) -> nn.Module:
+def _model(vocabulary: int, layers: int, width: int) -> Any:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
@@ -154,7 +163,14 @@ def _model(vocabulary: int, layers: int, width: int) -> nn.Module:
         bos_token_id=BOS,
         eos_token_id=EOS,
     )
+    config._attn_implementation = "eager"  # SDPA's backward is slower on a CPU at these sizes
     return Qwen3ForCausalLM(config)
+
+
+def _has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 in hardware; elsewhere float32 is faster."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def _batches(rows: list[list[int]], seed: int) -> Iterator[Int[Tensor, "B N"]]:
@@ -173,6 +189,7 @@ def _pad(rows: list[list[int]]) -> Int[Tensor, "B N"]:
 
 
 def _loss(model: nn.Module, ids: Int[Tensor, "B N"]) -> Float[Tensor, ""]:
-    """Mean cross-entropy of the next token, in nats. Attention is causal, so padding on the right is unseen."""
-    logits = model(input_ids=ids[:, :-1]).logits
+    """Mean cross-entropy of the next token, in nats. Causal attention never sees the padding on the right."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=_has_bfloat16()):
+        logits = model(input_ids=ids[:, :-1]).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), ignore_index=PAD)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import hypot
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom; y points down."""
@@ -23,6 +23,7 @@ PLACES = {
 """The four relations and the ways to say them."""
 
 
+@runtime_checkable
 class Thing(Protocol):
     """What a claim needs to know of an object, be it drawn or found."""
 
@@ -85,6 +86,7 @@ class Kind:
         return " ".join(word for word in (self.size, self.color, noun) if word)
 
 
+@runtime_checkable
 class Claim(Protocol):
     """One thing that a caption says of its picture."""
 
