@@ -386,10 +386,15 @@ def test_wrong_input(folder: Path, tmp_path: Path) -> None:
     for prompts in ([], "a red circle"):
         with pytest.raises(ValueError, match="non-empty list of prompts"):
             load(folder).encode(prompts)
-    (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer_config.json").unlink()
-    with pytest.raises(ValueError, match="no tokenizer"):
-        load(folder)
+
+
+@pytest.mark.parametrize("build", DECODERS + ENCODERS, ids=lambda build: build.__name__)
+def test_no_tokenizer(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+    save(tmp_path, build)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        load(tmp_path)
 
 
 def test_other_architectures_are_refused(tmp_path: Path) -> None:

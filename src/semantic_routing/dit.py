@@ -236,7 +236,9 @@ def patchify(x: Float[Tensor, "B Ch h w"], patch: int) -> Float[Tensor, "B S P"]
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
-def unpatchify(tokens: Float[Tensor, "B S P"], patch: int, height: int, width: int) -> Float[Tensor, "B Ch h w"]:
+def unpatchify(
+    tokens: Float[Tensor, "B S P"], patch: int, height: int, width: int
+) -> Float[Tensor, "B Ch h w"]:
     """The inverse of ``patchify`` for an image of ``height`` x ``width``."""
     x = tokens.unflatten(2, (patch, patch, -1)).unflatten(1, (height // patch, width // patch))
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)

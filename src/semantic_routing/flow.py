@@ -1,8 +1,8 @@
 """Flow matching, and the one statement of what time means.
 
 Time t runs from 0 (noise) to 1 (data). The path between an image x and its noise ε is the straight line
-``x_t = (1 - t) ε + t x``; its velocity ``v = x - ε`` is what networks predict and samplers integrate (Lipman et
-al., 2022). Other conventions (diffusers' ``sigma = 1 - t`` and its 0..1000 timesteps) live only where this
+``x_t = (1 - t) ε + t x``; its velocity ``v = x - ε`` is what networks predict and samplers integrate (Lipman
+et al., 2022). Other conventions (diffusers' ``sigma = 1 - t`` and its 0..1000 timesteps) live only where this
 program meets other programs.
 """
 
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 MIN_REMAINING = 0.05
-"""Least 1 - t by which a difference of images is divided: near the data the quotient would only amplify error."""
+"""Least 1 - t by which a difference of images is divided: near the data that would only amplify error."""
 
 
 def path(
@@ -42,7 +42,9 @@ def logit_normal(uniform: Float[Tensor, " B"], mean: float = 0.0, std: float = 1
     return torch.sigmoid(mean + std * normal).float()
 
 
-def velocity_loss(predicted: Float[Tensor, "B *shape"], target: Float[Tensor, "B *shape"]) -> Float[Tensor, ""]:
+def velocity_loss(
+    predicted: Float[Tensor, "B *shape"], target: Float[Tensor, "B *shape"]
+) -> Float[Tensor, ""]:
     """Mean squared error of the velocity over batch and pixels, in float32."""
     return (predicted.float() - target.float()).square().mean()
 

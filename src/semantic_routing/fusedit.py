@@ -1,8 +1,8 @@
 """FuseDiT, the deep-fusion baseline (Tang et al., 2025): image and text meet in one attention.
 
-Image block i reads the keys and values that layer ``first + i`` of the language model computed for itself; image
-queries see all text tokens and all image tokens, text sees only text. One language-model pass per prompt
-serves every step.
+Image block i reads the keys and values that layer ``first + i`` of the language model computed for itself;
+image queries see all text tokens and all image tokens, text sees only text. One language-model pass per
+prompt serves every step.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class FuseDiT(Backbone):
         last = cfg.fusedit_first_layer + cfg.depth
         if last > cfg.text_layers:
             raise ValueError(
-                f"fusedit_first_layer={cfg.fusedit_first_layer} with depth={cfg.depth} needs {last} language-model "
-                f"layers, but there are {cfg.text_layers}: lower one of the two"
+                f"fusedit_first_layer={cfg.fusedit_first_layer} with depth={cfg.depth} needs {last} "
+                f"language-model layers, but there are {cfg.text_layers}: lower one of the two"
             )
         super().__init__(cfg)
 
@@ -55,8 +55,8 @@ class FuseDiT(Backbone):
         expected = (self.cfg.text_layers, self.cfg.kv_heads, self.cfg.head_dim)
         if (layers, heads, head_dim) != expected:
             raise ValueError(
-                f"the text encoder gives {layers} layers with {heads} key heads of {head_dim}, but FuseDiT joins "
-                f"them and needs {expected[0]} layers with {expected[1]} heads of {expected[2]}"
+                f"the text encoder gives {layers} layers with {heads} key heads of {head_dim}, but FuseDiT "
+                f"joins them and needs {expected[0]} layers with {expected[1]} heads of {expected[2]}"
             )
         used = slice(self.cfg.fusedit_first_layer, self.cfg.fusedit_first_layer + self.cfg.depth)
         return TextContext(tuple(features.keys[used]), tuple(features.values[used]), features.mask)

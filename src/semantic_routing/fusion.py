@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -45,21 +46,21 @@ class Router(nn.Module):
 class FixedRouter(Router):
     """Weights that are given and never learned: B1 (one layer) and B2 (all alike)."""
 
-    table: Tensor
-
-    def __init__(self, table: Float[Tensor, "D_or_1 L"]) -> None:
+    def __init__(self, table: list[list[float]]) -> None:
+        """``table`` has a row of L weights for each block, or one row for all."""
         super().__init__()
-        self.register_buffer("table", table.float(), persistent=False)
-        self.used = table.any(0).nonzero().flatten().tolist()
+        self.table = table  # no buffer: the table belongs to the architecture, not to its state
+        self.used = [i for i, column in enumerate(zip(*table, strict=True)) if any(column)]
 
     def weights(self, t: Float[Tensor, " B"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
-        return self.table[None]
+        return torch.tensor([self.table], device=None if t is None else t.device)
 
     def forward(
         self, hidden: Float[Tensor, "L B N C"], t: Float[Tensor, " B"] | None = None
     ) -> Float[Tensor, "D_or_1 B N C"]:
         # Layers that weigh nothing are not read: B1 costs one layer, not L.
-        return mix(self.table[None, :, self.used], hidden[self.used])
+        weights = self.weights(t)[..., self.used].to(hidden.device)
+        return mix(weights, hidden if len(self.used) == hidden.shape[0] else hidden[self.used])
 
 
 class LogitRouter(Router):
@@ -74,7 +75,7 @@ class LogitRouter(Router):
 
 
 class GateRouter(Router):
-    """Time-conditioned fusion gates (TCFG, Appendix A): one for all blocks (S1, Eq. 8) or one each (S3, Eq. 10).
+    """Time-conditioned fusion gates (TCFG, Appendix A): one for all blocks (S1, Eq. 8) or each (S3, Eq. 10).
 
     128 sinusoids of t -> Linear to 512 -> SiLU -> Linear to L. The last layer starts at zero, so routing
     starts as the uniform average. The gates are stacked, so all blocks cost two batched products.
@@ -96,7 +97,7 @@ class GateRouter(Router):
     def weights(self, t: Float[Tensor, " B"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
         if t is None:
             raise ValueError("this router's weights depend on time: pass t, one value in [0, 1] per sample")
-        with torch.autocast(t.device.type, enabled=False):
+        with _no_autocast(t.device):
             phi = sinusoidal(t, self.time_width)
             h = F.silu(phi @ self.w1.float() + self.b1.float())
             logits = h @ self.w2.float() + self.b2.float()
@@ -108,7 +109,9 @@ def parse_arm(name: str) -> str:
     lowered = name.lower()
     arm = ALIASES.get(lowered, lowered)
     if arm not in ARMS:
-        raise ValueError(f"unknown arm {name!r}; the arms are {', '.join(ARMS)} (or B1 B2 B3 S1 S2 S3 FuseDiT)")
+        raise ValueError(
+            f"unknown arm {name!r}; the arms are {', '.join(ARMS)} (or B1 B2 B3 S1 S2 S3 FuseDiT)"
+        )
     return arm
 
 
@@ -117,9 +120,9 @@ def make_router(arm: str, layers: int, depth: int) -> Router:
     if arm == "penultimate":
         if layers < 2:
             raise ValueError(f"the penultimate arm needs at least 2 language-model layers, not {layers}")
-        return FixedRouter(F.one_hot(torch.tensor([layers - 2]), layers))
+        return FixedRouter([[float(layer == layers - 2) for layer in range(layers)]])
     if arm == "uniform":
-        return FixedRouter(torch.full((1, layers), 1 / layers))
+        return FixedRouter([[1 / layers] * layers])
     if arm in ("static", "depth"):
         return LogitRouter(layers, rows=depth if arm == "depth" else 1)
     if arm in ("time", "joint"):
@@ -138,12 +141,15 @@ def mix(
     their statistics are kept for backward.
     """
     if weights.shape[-1] != hidden.shape[0]:
-        raise ValueError(f"weights for {weights.shape[-1]} layers, but {hidden.shape[0]} layers of hidden states")
-    if hidden.requires_grad:
+        raise ValueError(
+            f"weights for {weights.shape[-1]} layers, but {hidden.shape[0]} layers of hidden states"
+        )
+    with _no_autocast(hidden.device):
+        if not hidden.requires_grad:
+            return _Mix.apply(weights, hidden)
         normed = F.layer_norm(hidden.float(), hidden.shape[-1:], eps=LN_EPS)
         expanded = weights.expand(hidden.shape[1], -1, -1)
         return torch.einsum("bdl,lbnc->dbnc", expanded, normed).to(hidden.dtype)
-    return _Mix.apply(weights, hidden)
 
 
 class _Mix(torch.autograd.Function):
@@ -172,11 +178,12 @@ class _Mix(torch.autograd.Function):
         hidden, mean, rstd = ctx.saved_tensors
         L, B, N, _ = hidden.shape
         out = grad.new_empty(B, grad.shape[0], L, dtype=torch.float32).zero_()
-        for b, n in _blocks(B, N):
-            h, g = hidden[:, b, n].float(), grad[:, b, n].float()
-            inner = torch.einsum("dbnc,lbnc->bdln", g, h)
-            inner -= torch.einsum("dbn,lbn->bdln", g.sum(-1), mean[:, b, n])
-            out[b] += torch.einsum("bdln,lbn->bdl", inner, rstd[:, b, n])
+        with _no_autocast(hidden.device):
+            for b, n in _blocks(B, N):
+                h, g = hidden[:, b, n].float(), grad[:, b, n].float()
+                inner = torch.einsum("dbnc,lbnc->bdln", g, h)
+                inner -= torch.einsum("dbn,lbn->bdln", g.sum(-1), mean[:, b, n])
+                out[b] += torch.einsum("bdln,lbn->bdl", inner, rstd[:, b, n])
         return out.sum_to_size(ctx.weights_shape), None
 
 
@@ -186,3 +193,10 @@ def _blocks(batch: int, length: int) -> Iterator[tuple[slice, slice]]:
     for b in range(0, batch, samples):
         for n in range(0, length, MIX_TOKENS):
             yield slice(b, b + samples), slice(n, n + MIX_TOKENS)
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Float32 products in a caller's autocast too: the mix subtracts sums that bfloat16 cannot resolve."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

@@ -57,6 +57,7 @@ class RMSNorm(nn.Module):
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a table first made while sampling must also serve a later training step
 def rope_2d(height: int, width: int, head_dim: int, theta: float, device: torch.device) -> Rope:
     """Cosines and sines of 2-D rotary positions for a grid of ``height`` x ``width`` tokens, each [S, hd/2].
 
@@ -64,7 +65,9 @@ def rope_2d(height: int, width: int, head_dim: int, theta: float, device: torch.
     Made once per grid and kept.
     """
     if head_dim % 4:
-        raise ValueError(f"head_dim {head_dim} must be a multiple of 4: rows and columns rotate pairs of channels")
+        raise ValueError(
+            f"head_dim {head_dim} must be a multiple of 4: rows and columns rotate pairs of channels"
+        )
     quarter = head_dim // 4
     freqs = theta ** (-torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
     rows = torch.arange(height, dtype=torch.float32, device=device)[:, None] * freqs

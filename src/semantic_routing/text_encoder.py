@@ -90,7 +90,7 @@ def resolve_layers(layers: str | Sequence[int], total: int) -> tuple[int, ...]:
         chosen = tuple(layers)
     if not chosen or list(chosen) != sorted(set(chosen)) or chosen[0] < 1 or chosen[-1] > total:
         raise ValueError(
-            f"layers {layers!r} must be an increasing choice from 1..{total}, the layers of the language model"
+            f"layers {layers!r} must be an increasing choice from 1..{total}, the language model's layers"
         )
     return chosen
 
@@ -322,6 +322,9 @@ def _load_tokenizer(config: TextEncoderConfig) -> Any:
         raise ValueError(
             f"{config.name_or_path!r} has no tokenizer that transformers can load: {_first_line(error)}"
         ) from error
+    # Where the files are missing transformers may make a tokenizer that knows special tokens alone.
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
+        raise ValueError(f"{config.name_or_path!r} has no tokenizer: save one there with save_pretrained")
     if config.chat_template and tokenizer.chat_template is None:
         raise ValueError(f"{config.name_or_path!r} has no chat template; set chat_template=False")
     tokenizer.truncation_side = "right"

@@ -1,0 +1,77 @@
+"""Configurations as JSON: frozen dataclasses out, and in again with every key and type checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
+    """The end of an error message about an unknown name: the closest known one, or all of them."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as nested dictionaries of JSON types."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
+    """A configuration from nested dictionaries; missing keys keep their defaults.
+
+    Raises ValueError for an unknown key (naming the nearest known one) or a value of another type.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where or cls.__name__} must be an object of settings, not {values!r}")
+    hints = get_type_hints(cls)
+    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            raise ValueError(f"unknown setting {where + key!r}; {nearest(key, known)}")
+    return cls(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in values.items()})
+
+
+def read_config(cls: type[T], path: Path) -> T:
+    """A configuration from a JSON file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no configuration file {path}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    return from_dict(cls, values)
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    """``value`` as the annotated type ``kind``; JSON lacks tuples and writes whole floats as integers."""
+    if dataclasses.is_dataclass(kind):
+        return from_dict(kind, value, f"{where}.")  # type: ignore[arg-type]
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        for option in args:
+            try:
+                return _convert(option, value, where)
+            except ValueError:
+                continue
+    elif origin is Literal:
+        if value in args:
+            return value
+        raise ValueError(f"{where} is {value!r}; {nearest(str(value), [str(a) for a in args])}")
+    elif origin is tuple and isinstance(value, list | tuple):
+        return tuple(_convert(args[0], item, where) for item in value)
+    elif kind is type(None) and value is None:
+        return None
+    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    elif kind in (str, bool) and isinstance(value, kind):
+        return value
+    raise ValueError(f"{where} is {value!r}, which is not {getattr(kind, '__name__', kind)}")

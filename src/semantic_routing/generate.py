@@ -1,0 +1,138 @@
+"""From a trained checkpoint and prompts to images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from semantic_routing.checkpoint import EMA, MODEL, find_checkpoint, load_weights, read_state
+from semantic_routing.codec import Codec, CodecConfig, make_codec
+from semantic_routing.config import from_dict
+from semantic_routing.device import has_bfloat16
+from semantic_routing.dit import Backbone, DiTConfig
+from semantic_routing.features import TextFeatures
+from semantic_routing.fusedit import make_model
+from semantic_routing.sampler import SAMPLERS, Callback, guided, noise_for, schedule
+from semantic_routing.text_encoder import TextEncoder, TextEncoderConfig
+
+TINY = "tiny"
+"""Name of the text encoder that a run makes for itself (``tiny_lm.py``) ..."""
+TEXT_ENCODER = "text_encoder"
+"""... and the folder of the run that holds it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """How images are sampled; the defaults are the paper's."""
+
+    steps: int = 50
+    """Steps of the sampler."""
+    guidance: float = 6.0
+    """Scale of classifier-free guidance; 1 is none."""
+    sampler: Literal["euler", "heun"] = "euler"
+    """Integrator."""
+    shift: float = 1.0
+    """Above 1, more steps near the noise."""
+    seed: int = 0
+    """Run seed: with prompt index and image index it decides an image's noise."""
+    batch: int = 64
+    """Images sampled together."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; sampling needs at least 1")
+        if self.batch < 1:
+            raise ValueError(f"batch is {self.batch}; it must be at least 1")
+        if self.shift <= 0:
+            raise ValueError(f"shift is {self.shift}; it must be above 0")
+
+
+def locate_encoder(cfg: TextEncoderConfig, run: Path) -> TextEncoderConfig:
+    """Where a run's text encoder really is: in the run's own folder if it made one, else as named."""
+    if cfg.name_or_path != TINY:
+        return cfg
+    folder = run / TEXT_ENCODER
+    if not folder.is_dir():
+        raise ValueError(f"the run {run} lacks its folder {TEXT_ENCODER}, the language model that was made for it")
+    return replace(cfg, name_or_path=str(folder))
+
+
+def open_encoder(cfg: TextEncoderConfig, run: Path, device: torch.device) -> TextEncoder:
+    """Load a run's text encoder."""
+    return TextEncoder.from_pretrained(locate_encoder(cfg, run), device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A trained model with all that sampling from it needs."""
+
+    model: Backbone
+    encoder: TextEncoder
+    codec: Codec
+    image_size: int
+    """Side of an image in pixels."""
+    null_prompt: str = ""
+    """What stands for "no prompt" in guidance: what dropped prompts were replaced by in training."""
+    bf16: bool = False
+    """Whether products run in bfloat16."""
+    checkpoint: Path | None = None
+    """Where it was loaded from."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The run's resolved configuration."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.proj_out.weight.device
+
+    def encode(self, prompts: Sequence[str]) -> TextFeatures:
+        """What this model's text encoder says about the prompts, on the model's device."""
+        features = self.encoder.encode(list(prompts), with_kv=self.model.cfg.arm == "fusedit")
+        return features.to(self.device)
+
+    def sample(
+        self, prompts: Sequence[str], images: Sequence[tuple[int, int]], cfg: SampleConfig, callback: Callback | None = None
+    ) -> UInt8[Tensor, "B H W 3"]:
+        """One image for each prompt; ``images`` names it by (prompt index, image index) for its noise."""
+        x = noise_for(cfg.seed, images, self.codec.latent_shape(self.image_size)).to(self.device)
+        with torch.no_grad(), autocast(self.device, self.bf16):
+            velocity = guided(self.model, self.encode(prompts), self.encode([self.null_prompt]), cfg.guidance)
+            latents = SAMPLERS[cfg.sampler](velocity, x, schedule(cfg.steps, cfg.shift), callback)
+        return self.codec.decode(latents)
+
+
+def autocast(device: torch.device, bf16: bool) -> torch.autocast | nullcontext[None]:
+    """Products in bfloat16, or everything as it is."""
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+
+
+def load_bundle(path: Path, device: torch.device, *, averaged: bool = True) -> Bundle:
+    """The model of a run's folder (its latest checkpoint) or of one checkpoint, with encoder and codec.
+
+    ``averaged`` takes the moving average of the weights, which is what samples best. ValueError if there is no
+    checkpoint, it is damaged, or it does not fit its own configuration.
+    """
+    folder = find_checkpoint(path)
+    config = read_state(folder).get("config")
+    if not isinstance(config, dict) or not {"model", "text", "codec", "image_size"} <= config.keys():
+        raise ValueError(f"{folder} was not written by semroute train: its state.json has no configuration")
+    with torch.device("meta"):
+        model = make_model(from_dict(DiTConfig, config["model"], "model."))
+    load_weights(folder / (EMA if averaged else MODEL), model)
+    encoder = open_encoder(from_dict(TextEncoderConfig, config["text"], "text."), folder.parent.parent, device)
+    return Bundle(
+        model=model.eval().requires_grad_(False).to(device),
+        encoder=encoder,
+        codec=make_codec(from_dict(CodecConfig, config["codec"], "codec."), device),
+        image_size=config["image_size"],
+        null_prompt=config.get("null_prompt", ""),
+        bf16=has_bfloat16(device),
+        checkpoint=folder,
+        config=config,
+    )

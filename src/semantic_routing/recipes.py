@@ -1,0 +1,69 @@
+"""Whole runs as functions: a recipe takes an arm and returns a complete ``TrainConfig``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from semantic_routing.codec import CodecConfig
+from semantic_routing.dit import DiTConfig
+from semantic_routing.generate import TINY, SampleConfig
+from semantic_routing.optim import OptimConfig
+from semantic_routing.text_encoder import TextEncoderConfig
+from semantic_routing.train import TrainConfig
+
+
+def toy(arm: str) -> TrainConfig:
+    """Minutes on two CPU cores: 32x32 pictures of shapes in pixels, a tiny language model made on the spot."""
+    return TrainConfig(
+        data="shapes",
+        image_size=32,
+        model=DiTConfig(
+            arm=arm,
+            depth=6,
+            width=192,
+            heads=6,
+            kv_heads=2,
+            head_dim=32,
+            mlp_width=512,
+            patch=4,
+            channels=3,
+            prediction="image",
+            rope_theta=100.0,
+            text_width=128,
+            text_layers=8,
+            text_init_std=128**-0.5,
+            fusedit_first_layer=1,
+        ),
+        text=TextEncoderConfig(name_or_path=TINY, dtype="bfloat16"),
+        codec=CodecConfig(kind="pixels"),
+        optim=OptimConfig(name="muon", lr=2e-3, muon_lr=0.02, betas=(0.9, 0.99), weight_decay=0.01, warmup=50, decay="cosine"),
+        steps=2000,
+        batch=64,
+        time_mean=-0.8,
+        time_std=0.8,
+        ema_decay=0.995,
+        ema_every=1,
+        compile=True,
+        checkpoint_every=500,
+        preview_every=500,
+        preview=SampleConfig(steps=20, guidance=3.0, batch=16),
+    )
+
+
+def paper(arm: str) -> TrainConfig:
+    """Section 4.1: 2.24 billion parameters, Qwen3-VL-4B-Instruct, the SD3 autoencoder, 256x256, batch 512."""
+    return TrainConfig(
+        data="shards",
+        image_size=256,
+        model=DiTConfig(arm=arm),
+        text=TextEncoderConfig(name_or_path="Qwen/Qwen3-VL-4B-Instruct", dtype="bfloat16"),
+        codec=CodecConfig(kind="vae", name_or_path="stabilityai/stable-diffusion-3-medium-diffusers"),
+        optim=OptimConfig(),
+        steps=500_000,
+        batch=512,
+        preview_every=5000,
+        preview=SampleConfig(batch=16),
+    )
+
+
+RECIPES: dict[str, Callable[[str], TrainConfig]] = {"toy": toy, "paper": paper}

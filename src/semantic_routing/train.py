@@ -1,0 +1,358 @@
+"""The training loop: one process, exactly resumable, never leaving anything half-written.
+
+What a step sees depends only on the configuration and the step's number: order, noise, times and prompt dropout
+are functions of (seed, sample, epoch). So a checkpoint needs no random state, and a run that stops at any
+checkpoint and resumes ends with bitwise the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from semantic_routing.checkpoint import (
+    find_checkpoint,
+    load_training_state,
+    prune,
+    read_state,
+    save_checkpoint,
+    write_text,
+    written_whole,
+)
+from semantic_routing.codec import CodecConfig, make_codec
+from semantic_routing.config import from_dict, to_dict
+from semantic_routing.data.folder import ImageFolder
+from semantic_routing.data.order import Batch, Source, load_batch, prefetch
+from semantic_routing.data.shapes import prompts, sample
+from semantic_routing.data.sources import open_source
+from semantic_routing.device import has_bfloat16, keep_freed_memory, pick_device
+from semantic_routing.dit import DiTConfig
+from semantic_routing.flow import logit_normal, path, velocity, velocity_loss
+from semantic_routing.fusedit import make_model
+from semantic_routing.generate import (
+    TEXT_ENCODER,
+    TINY,
+    Bundle,
+    SampleConfig,
+    autocast,
+    locate_encoder,
+    open_encoder,
+)
+from semantic_routing.manifest import manifest
+from semantic_routing.optim import OptimConfig, make_optimizers, set_rates
+from semantic_routing.pictures import grid, save_png
+from semantic_routing.text_encoder import TextEncoderConfig, text_shape
+from semantic_routing.tiny_lm import tiny_lm
+
+OnStep = Callable[[int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole run; recipes return complete ones, and the resolved one is written beside every checkpoint."""
+
+    data: str = "shapes"
+    """"shapes" (the toy world), or a folder or JSON/JSONL manifest of pictures with `image` and `text`."""
+    image_size: int = 256
+    """Side of the square training images, in pixels."""
+    model: DiTConfig = field(default_factory=DiTConfig)
+    """The transformer. Its text width and layers are taken from the text encoder."""
+    text: TextEncoderConfig = field(default_factory=lambda: TextEncoderConfig(name_or_path=TINY))
+    """The frozen language model; the name "tiny" makes one on the spot."""
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    """What turns images into latents."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimiser."""
+    steps: int = 500_000
+    """Training steps."""
+    batch: int = 512
+    """Images a step."""
+    seed: int = 42
+    """Decides initial weights, order, noise, times and dropout."""
+    prompt_dropout: float = 0.1
+    """Share of prompts replaced by the null prompt."""
+    null_prompt: str = ""
+    """The null prompt: what the model learns as "no prompt", and guidance moves away from."""
+    time_mean: float = 0.0
+    """Mean of the logit of training times; below 0 prefers noise."""
+    time_std: float = 1.0
+    """Standard deviation of the logit of training times."""
+    ema_decay: float = 0.99
+    """Decay of the moving average of the weights at every update, approached over the first updates."""
+    ema_every: int = 100
+    """Steps between updates of the moving average."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Type of matrix products; "auto" is bf16 where the hardware has it."""
+    compile: bool = False
+    """Compile the blocks with torch.compile: slower to start, faster steps."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; the last step always writes one."""
+    keep: int = 2
+    """Checkpoints kept."""
+    preview_every: int = 0
+    """Steps between sample grids in the run's samples folder; 0 is none."""
+    preview: SampleConfig = field(default_factory=lambda: SampleConfig(steps=20, batch=16))
+    """How the grids are sampled."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "image_size", "ema_every", "log_every", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.preview_every < 0:
+            raise ValueError(f"preview_every is {self.preview_every}; use 0 for no sample grids")
+        if not 0 <= self.prompt_dropout <= 1:
+            raise ValueError(f"prompt_dropout is {self.prompt_dropout}; it is a share from 0 to 1")
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on; the last checkpoint is whole."""
+
+
+class Interrupted(RuntimeError):
+    """Training was asked to stop by a signal and wrote a checkpoint first."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
+        """The signal's number."""
+
+
+def train_step(bundle: Bundle, batch: Batch, cfg: TrainConfig) -> Float[Tensor, ""]:
+    """The velocity loss of one batch: read the prompts, noise the latents, predict, compare."""
+    device = bundle.device
+    dropped = (batch.drop_uniform < cfg.prompt_dropout).tolist()
+    captions = [cfg.null_prompt if drop else c for c, drop in zip(batch.captions, dropped, strict=True)]
+    features = bundle.encode(captions)
+    latents = bundle.codec.encode(batch.images.to(device), batch.posterior_noise)
+    noise = batch.noise.to(device)
+    t = logit_normal(batch.time_uniform, cfg.time_mean, cfg.time_std).to(device)
+    with autocast(device, bundle.bf16):
+        context = bundle.model.prepare_text(features, t)
+        predicted = bundle.model(path(latents, noise, t), t, context)
+    return velocity_loss(predicted, velocity(latents, noise))
+
+
+def start(cfg: TrainConfig, out: Path, on_step: OnStep | None = None) -> Path:
+    """Begin the run ``cfg`` in the folder ``out`` and train it to its end; returns the last checkpoint.
+
+    ``on_step`` is called after each step with the number of finished steps. Raises ValueError for what the user
+    can mend, Interrupted after SIGINT or SIGTERM, TrainingFailed for a loss that is not finite.
+    """
+    if (out / "checkpoints").exists():
+        raise ValueError(f"{out} already holds a run: go on with `semroute train --resume {out}` or choose another --out")
+    source = open_source(cfg.data, size=cfg.image_size, seed=cfg.seed)
+    if cfg.text.name_or_path == TINY:
+        folder = tiny_lm(_corpus(source))
+        with written_whole(out / TEXT_ENCODER) as scratch:
+            shutil.copytree(folder, scratch)
+    shape = text_shape(locate_encoder(cfg.text, out))
+    cfg = replace(cfg, model=replace(cfg.model, text_width=shape.width, text_layers=len(shape.layers)))
+    write_text(out / "config.json", json.dumps(to_dict(cfg), indent=2) + "\n")
+    return _run(cfg, out, source, None, on_step)
+
+
+def resume(out: Path, on_step: OnStep | None = None) -> Path:
+    """Go on with the run in the folder ``out`` from its latest checkpoint, as ``start`` would have."""
+    folder = find_checkpoint(out)
+    cfg = from_dict(TrainConfig, read_state(folder)["config"])
+    source = open_source(cfg.data, size=cfg.image_size, seed=cfg.seed)
+    return _run(cfg, folder.parent.parent, source, folder, on_step)
+
+
+def _corpus(source: Source, size: int = 20_000) -> list[str]:
+    """What the tiny language model reads: captions of the toy world, and the user's own."""
+    toy = [sample(1, index).caption for index in range(size)]
+    return toy + source.captions(size) if isinstance(source, ImageFolder) else toy
+
+
+def _run(cfg: TrainConfig, out: Path, source: Source, checkpoint: Path | None, on_step: OnStep | None) -> Path:
+    """Train from a checkpoint, or from the beginning, to the last step."""
+    keep_freed_memory()
+    trainer = Trainer(cfg, out, checkpoint)
+    first = trainer.step
+    facts = manifest(config=to_dict(cfg), seeds={"run": cfg.seed}, from_step=first)
+    write_text(out / "manifest.json", json.dumps(facts, indent=2) + "\n")
+    codec = trainer.bundle.codec
+    load = partial(
+        load_batch, source, cfg.seed,
+        batch_size=cfg.batch, noise_shape=codec.latent_shape(cfg.image_size), posterior=codec.posterior,
+    )  # fmt: skip
+    batches = prefetch(lambda step: load(step), first)
+    bar = tqdm(total=cfg.steps, initial=first, desc=f"Training {cfg.model.arm}", unit="step")
+    with closing(batches), bar, _stop_signals() as stop, Metrics(out, first) as metrics:
+        while trainer.step < cfg.steps:
+            began = time.perf_counter()
+            row = trainer.advance(next(batches))
+            row["images_per_s"] = cfg.batch / (time.perf_counter() - began)
+            bar.set_postfix(loss=f"{row['loss']:.4f}", img_s=f"{row['images_per_s']:.0f}", refresh=False)
+            bar.update()
+            last = trainer.step == cfg.steps
+            if last or trainer.step % cfg.log_every == 0:
+                metrics.write(row)
+            if cfg.preview_every and trainer.step % cfg.preview_every == 0:
+                trainer.preview(source)
+            if on_step is not None:
+                on_step(trainer.step)
+            if last or stop or trainer.step % cfg.checkpoint_every == 0:
+                trainer.save()
+            if stop and not last:
+                raise Interrupted(
+                    f"stopped at step {trainer.step} of {cfg.steps} and wrote {find_checkpoint(out)}; "
+                    f"go on with: semroute train --resume {out}",
+                    stop[0],
+                )
+    return find_checkpoint(out)
+
+
+class Trainer:
+    """The state of a run: model, moving average, optimisers and the number of finished steps."""
+
+    def __init__(self, cfg: TrainConfig, out: Path, checkpoint: Path | None = None) -> None:
+        """A run in the folder ``out``, from a checkpoint or, its initial weights a function of the seed, anew."""
+        self.cfg, self.out, self.step = cfg, out, 0
+        device = pick_device(cfg.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(cfg.seed)
+            model = make_model(cfg.model).to(device)
+        self.bundle = Bundle(
+            model=model,
+            encoder=open_encoder(cfg.text, out, device),
+            codec=make_codec(cfg.codec, device),
+            image_size=cfg.image_size,
+            null_prompt=cfg.null_prompt,
+            bf16=cfg.precision == "bf16" or (cfg.precision == "auto" and has_bfloat16(device)),
+        )
+        self.optimizers = make_optimizers(model, cfg.optim)
+        self.ema = {name: p.detach().clone() for name, p in model.named_parameters()}
+        if checkpoint is not None:
+            self.step, self.ema = load_training_state(checkpoint, model, self.optimizers)
+        if cfg.compile:
+            for block in model.blocks:
+                block.compile(dynamic=False)
+
+    def advance(self, batch: Batch) -> dict[str, float]:
+        """One optimiser step; returns its metrics. A loss that is not finite changes nothing and raises."""
+        rate = set_rates(self.optimizers, self.cfg.optim, self.step, self.cfg.steps)
+        loss = train_step(self.bundle, batch, self.cfg)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.bundle.model.parameters(), self.cfg.optim.clip)
+        row = {"step": self.step + 1, "loss": loss.item(), "grad_norm": norm.item(), "lr": rate * self.cfg.optim.lr}
+        if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+            raise TrainingFailed(self._failure(row))
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        if self.step % self.cfg.ema_every == 0:
+            self._average()
+        return row
+
+    def _failure(self, row: dict[str, float]) -> str:
+        saved = sorted((self.out / "checkpoints").glob("step-*"))
+        return (
+            f"training stopped at step {row['step']}: the loss is {row['loss']} and the gradient's norm "
+            f"{row['grad_norm']}. Lower the learning rate or try --precision fp32; "
+            + (f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been written yet")
+        )
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Move the average towards the weights; its decay rises over the first updates."""
+        updates = self.step // self.cfg.ema_every
+        decay = min(self.cfg.ema_decay, (1 + updates) / (10 + updates))
+        weights = [p.detach() for p in self.bundle.model.parameters()]
+        torch._foreach_lerp_(list(self.ema.values()), weights, 1 - decay)
+
+    def save(self) -> Path:
+        """Write a checkpoint, then delete those that are no longer kept."""
+        state = {"config": to_dict(self.cfg)}
+        folder = save_checkpoint(self.out, self.step, self.bundle.model, self.ema, self.optimizers, state)
+        prune(self.out, self.cfg.keep)
+        return folder
+
+    def preview(self, source: Source) -> None:
+        """Sample a grid of fixed prompts with the averaged weights into the run's ``samples`` folder."""
+        model, count = self.bundle.model, self.cfg.preview.batch
+        own = isinstance(source, ImageFolder)
+        captions = source.captions(count) if own else [s.caption for s in prompts(self.cfg.seed, count)]
+        trained = {name: p.detach().clone() for name, p in model.named_parameters()}
+        model.load_state_dict(self.ema)
+        try:
+            images = self.bundle.sample(captions, [(i, 0) for i in range(len(captions))], self.cfg.preview)
+        finally:
+            model.load_state_dict(trained)
+        picture = grid(list(images.numpy(force=True)), columns=8)
+        save_png(self.out / "samples" / f"step-{self.step:07d}.png", picture, scale=max(1, 96 // self.cfg.image_size))
+
+
+class Metrics:
+    """Lines of ``metrics.jsonl``, and TensorBoard's files where it is installed."""
+
+    def __init__(self, out: Path, step: int) -> None:
+        self.path = out / "metrics.jsonl"
+        rows = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        # What a stopped run wrote after its last checkpoint will come again.
+        kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]
+        write_text(self.path, "".join(row + "\n" for row in kept))
+        self.board: Any = None
+        if find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.board is not None:
+            self.board.close()
+
+    def write(self, row: dict[str, float]) -> None:
+        """Append one step's metrics."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.board is not None:
+            for name, value in row.items():
+                self.board.add_scalar(name, value, int(row["step"]))
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that receives SIGINT and SIGTERM instead of their ending the process; a second SIGINT still does."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # Python delivers signals to the main thread alone
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

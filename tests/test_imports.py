@@ -1,0 +1,111 @@
+"""The one-way streets of the package: each file imports only from those above it in ``ORDER``."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "semantic_routing"
+SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
+
+ORDER = [
+    # what everything may know: configurations and the machine
+    "config",
+    "device",
+    "manifest",
+    # the network
+    "features",
+    "flow",
+    "layers",
+    "kernels",
+    "fusion",
+    "dit",
+    "fusedit",
+    # text in, images out
+    "text_encoder",
+    "tiny_lm",
+    "codec",
+    "sampler",
+    # what there is to learn
+    "data",
+    "data.claims",
+    "data.scenes",
+    "data.shapes",
+    "data.folder",
+    "data.sources",
+    "data.order",
+    # runs
+    "checkpoint",
+    "optim",
+    "parallel",
+    "train",
+    "recipes",
+    "generate",
+    # what came of them
+    "evaluate",
+    "evaluate.shapes",
+    "analyze",
+    "report",
+    "overhead",
+    "convert",
+    "pipeline",
+    "cli",
+    "explorer",
+]
+"""Every file of the package, foundations first; a name may stand here before its file exists."""
+
+
+def module_name(file: Path) -> str:
+    """The dotted name inside the package; the package's own ``__init__`` is the empty name."""
+    parts = file.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+FILES = {module_name(file): file for file in sorted(SOURCE.rglob("*.py"))}
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Names inside the package that a file imports anywhere, late imports included."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: write the import as 'from {PACKAGE}...'"
+            # `from a.b import c` may mean the file a/b/c.py or the name c of a/b.py.
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name.removeprefix(PACKAGE + ".") in FILES else node.module for name in names}
+    return {name.removeprefix(PACKAGE + ".") for name in found if name.startswith(PACKAGE + ".")}
+
+
+def test_every_file_has_its_place() -> None:
+    assert len(ORDER) == len(set(ORDER))
+    assert set(FILES) - {""} <= set(ORDER), "put new files where they belong in ORDER"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_point_upwards(name: str) -> None:
+    tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
+    above = ORDER[: ORDER.index(name)] if name else []
+    assert imported(tree) <= set(above)
+
+
+def test_imported_sees_every_form_of_import() -> None:
+    source = f"""
+import {PACKAGE}.flow
+from {PACKAGE} import __version__, dit
+from {PACKAGE}.layers import linear
+def late():
+    from {PACKAGE}.data import shapes
+"""
+    assert imported(ast.parse(source)) == {"flow", "dit", "layers", "data.shapes"}
+
+
+@pytest.mark.parametrize("name", [PACKAGE])
+def test_import_is_light(name: str) -> None:
+    code = f"import sys, {name}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
