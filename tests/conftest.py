@@ -1,16 +1,16 @@
-"""What all tests share: checked annotations, a fixed seed, and the reference material beside the repository."""
+"""What all tests share: checked annotations, a fixed seed, the reference material beside the repository."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
-from jaxtyping import install_import_hook
 
 # Before anything imports the package: every annotated shape and type is checked while tests run.
-install_import_hook("semantic_routing", "beartype.beartype")
+jaxtyping.install_import_hook("semantic_routing", "beartype.beartype")
 
 # torch counts the host's cores, also where this process may use only some of them.
 torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
@@ -20,6 +20,12 @@ torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
 def _seed() -> None:
     """Every test draws the same numbers, alone or in any order."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As users run it: annotations are not checked, so that the program's own messages are heard."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="session")

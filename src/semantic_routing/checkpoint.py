@@ -54,7 +54,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save_checkpoint(
-    run: Path, step: int, model: nn.Module, ema: dict[str, Tensor], optimizers: list[Optimizer], state: dict[str, Any]
+    run: Path,
+    step: int,
+    model: nn.Module,
+    ema: dict[str, Tensor],
+    optimizers: list[Optimizer],
+    state: dict[str, Any],
 ) -> Path:
     """Write the checkpoint of ``step`` finished steps into the run's folder; returns its folder."""
     folder = run / "checkpoints" / f"step-{step:07d}"

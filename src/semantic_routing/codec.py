@@ -6,6 +6,7 @@ about unit variance, as networks want them.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +22,15 @@ class CodecConfig:
     """What a model's latents are."""
 
     kind: Literal["pixels", "vae"] = "pixels"
-    """Pixels scaled to [-1, 1], or the latents of a diffusers ``AutoencoderKL`` such as Stable Diffusion 3's."""
+    """Pixels scaled to [-1, 1], or latents of a diffusers ``AutoencoderKL`` such as Stable Diffusion 3's."""
     name_or_path: str = ""
     """Of the VAE: a folder written by ``save_pretrained``, or a name on the hub. Safetensors only."""
     subfolder: str = ""
     """Where in that folder or repository the VAE is; "vae" in a whole diffusers pipeline."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Floating-point type of the VAE; less than float32 costs fidelity, and float16 overflows in some VAEs."""
+    """Floating-point type of the VAE; less than float32 costs fidelity; some overflow in float16."""
     tiling: bool = False
-    """Code pictures larger than the VAE's own size in overlapping tiles: less memory, slightly other pixels."""
+    """Code pictures larger than the VAE's own size in overlapping tiles: less memory, other pixels."""
     slicing: bool = False
     """Code the pictures of a batch one after another: less memory, same pixels."""
 
@@ -62,7 +63,7 @@ class Codec(ABC):
     def encode(
         self, images: UInt8[Tensor, "B H W 3"], noise: Float[Tensor, "B C h w"] | None = None
     ) -> Float[Tensor, "B C h w"]:
-        """Latents of images; a sample of their posterior where standard normal ``noise`` is given, else its mean."""
+        """Latents of images: the posterior's mean, or a sample of it made from standard normal ``noise``."""
 
     @abstractmethod
     def decode(self, latents: Float[Tensor, "B C h w"]) -> UInt8[Tensor, "B H W 3"]:
@@ -108,9 +109,7 @@ class VAECodec(Codec):
         if config.in_channels != 3 or config.out_channels != 3:
             raise ValueError(f"the VAE has {config.in_channels} input channels; expected one for RGB images")
         if config.latents_mean is not None or config.latents_std is not None:
-            raise ValueError(
-                "the VAE scales every channel its own way (latents_mean); expected one shift and scale"
-            )
+            raise ValueError("the VAE scales each channel by itself (latents_mean); expected one shift and scale")
         self.vae = vae.eval().requires_grad_(False)
         self.channels = config.latent_channels
         self.factor = 2 ** (len(config.block_out_channels) - 1)
@@ -170,6 +169,8 @@ def _load_vae(config: CodecConfig) -> Any:
             'a VAE needs the diffusers library; install it with pip install "semantic-routing[diffusers]"'
         ) from error
     place = str(Path(config.name_or_path) / config.subfolder) if config.subfolder else config.name_or_path
+    if not Path(place).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", config.name_or_path):
+        raise ValueError(f"no VAE at {place!r}; expected a folder or, on the Hugging Face hub, owner/name")
     try:
         settings = AutoencoderKL.load_config(config.name_or_path, subfolder=config.subfolder or None)
         if settings.get("_class_name") != "AutoencoderKL":
@@ -179,6 +180,7 @@ def _load_vae(config: CodecConfig) -> Any:
             subfolder=config.subfolder or None,
             torch_dtype=getattr(torch, config.dtype),
             use_safetensors=True,
+            low_cpu_mem_usage=False,  # True needs accelerate; a VAE is small
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:

@@ -70,8 +70,6 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return None
     elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    elif kind is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    elif kind in (str, bool) and isinstance(value, kind):
+    elif kind in (int, str, bool) and type(value) is kind:
         return value
     raise ValueError(f"{where} is {value!r}, which is not {getattr(kind, '__name__', kind)}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -182,12 +183,10 @@ class Backbone(nn.Module):
             raise ValueError(f"latents of {height}x{width} do not divide into patches of {cfg.patch}")
         rope = rope_2d(height // cfg.patch, width // cfg.patch, cfg.head_dim, cfg.rope_theta, x.device)
         tokens = self.patch_embed(patchify(x, cfg.patch))
-        time = None
-        if cfg.conditioning != "none":
-            time = self.time_embed(t)
+        time = None if cfg.conditioning == "none" else self.time_embed(t)
         if cfg.conditioning == "adaln-single":
             time = self.time_shared(time)
-        elif cfg.conditioning == "addition":
+        elif time is not None and cfg.conditioning == "addition":
             tokens = tokens + time[:, None]
         for block, text in zip(self.blocks, context.blocks(), strict=True):
             tokens = block(tokens, rope, text, time)
@@ -215,7 +214,8 @@ class DiT(Backbone):
         fused = self.router(features.hidden, t)
         text = self.text_proj(self.text_norm(fused))
         rows = text.expand(len(self.blocks), -1, -1, -1)
-        pairs = [block.cross.prepare(row) for block, row in zip(self.blocks, rows, strict=True)]
+        blocks = cast(Iterable[Block], self.blocks)
+        pairs = [block.cross.prepare(row) for block, row in zip(blocks, rows, strict=True)]
         keys, values = zip(*pairs, strict=True)
         return TextContext(keys, values, features.mask)
 
@@ -236,9 +236,7 @@ def patchify(x: Float[Tensor, "B Ch h w"], patch: int) -> Float[Tensor, "B S P"]
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
-def unpatchify(
-    tokens: Float[Tensor, "B S P"], patch: int, height: int, width: int
-) -> Float[Tensor, "B Ch h w"]:
+def unpatchify(tokens: Float[Tensor, "B S P"], patch: int, height: int, width: int) -> Float[Tensor, "B Ch h w"]:
     """The inverse of ``patchify`` for an image of ``height`` x ``width``."""
     x = tokens.unflatten(2, (patch, patch, -1)).unflatten(1, (height // patch, width // patch))
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)

@@ -42,9 +42,7 @@ def logit_normal(uniform: Float[Tensor, " B"], mean: float = 0.0, std: float = 1
     return torch.sigmoid(mean + std * normal).float()
 
 
-def velocity_loss(
-    predicted: Float[Tensor, "B *shape"], target: Float[Tensor, "B *shape"]
-) -> Float[Tensor, ""]:
+def velocity_loss(predicted: Float[Tensor, "B *shape"], target: Float[Tensor, "B *shape"]) -> Float[Tensor, ""]:
     """Mean squared error of the velocity over batch and pixels, in float32."""
     return (predicted.float() - target.float()).square().mean()
 

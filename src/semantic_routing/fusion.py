@@ -109,9 +109,7 @@ def parse_arm(name: str) -> str:
     lowered = name.lower()
     arm = ALIASES.get(lowered, lowered)
     if arm not in ARMS:
-        raise ValueError(
-            f"unknown arm {name!r}; the arms are {', '.join(ARMS)} (or B1 B2 B3 S1 S2 S3 FuseDiT)"
-        )
+        raise ValueError(f"unknown arm {name!r}; the arms are {', '.join(ARMS)} (or B1 B2 B3 S1 S2 S3 FuseDiT)")
     return arm
 
 
@@ -130,9 +128,7 @@ def make_router(arm: str, layers: int, depth: int) -> Router:
     raise ValueError(f"arm {arm!r} has no router")
 
 
-def mix(
-    weights: Float[Tensor, "B_or_1 D_or_1 L"], hidden: Float[Tensor, "L B N C"]
-) -> Float[Tensor, "D_or_1 B N C"]:
+def mix(weights: Float[Tensor, "B_or_1 D_or_1 L"], hidden: Float[Tensor, "L B N C"]) -> Float[Tensor, "D_or_1 B N C"]:
     """sum_l w_l LayerNorm(H_l) for every block (Eq. 2), without making the normalised copies.
 
     LayerNorm (no affine, eps 1e-5) folds into the weights: with mean μ_l and deviation σ_l of each token,
@@ -141,9 +137,7 @@ def mix(
     their statistics are kept for backward.
     """
     if weights.shape[-1] != hidden.shape[0]:
-        raise ValueError(
-            f"weights for {weights.shape[-1]} layers, but {hidden.shape[0]} layers of hidden states"
-        )
+        raise ValueError(f"weights for {weights.shape[-1]} layers, but {hidden.shape[0]} layers of hidden states")
     with _no_autocast(hidden.device):
         if not hidden.requires_grad:
             return _Mix.apply(weights, hidden)

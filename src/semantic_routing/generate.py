@@ -97,7 +97,11 @@ class Bundle:
         return features.to(self.device)
 
     def sample(
-        self, prompts: Sequence[str], images: Sequence[tuple[int, int]], cfg: SampleConfig, callback: Callback | None = None
+        self,
+        prompts: Sequence[str],
+        images: Sequence[tuple[int, int]],
+        cfg: SampleConfig,
+        callback: Callback | None = None,
     ) -> UInt8[Tensor, "B H W 3"]:
         """One image for each prompt; ``images`` names it by (prompt index, image index) for its noise."""
         x = noise_for(cfg.seed, images, self.codec.latent_shape(self.image_size)).to(self.device)

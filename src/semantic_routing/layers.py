@@ -65,16 +65,14 @@ def rope_2d(height: int, width: int, head_dim: int, theta: float, device: torch.
     Made once per grid and kept.
     """
     if head_dim % 4:
-        raise ValueError(
-            f"head_dim {head_dim} must be a multiple of 4: rows and columns rotate pairs of channels"
-        )
+        raise ValueError(f"head_dim {head_dim} must be a multiple of 4: rows and columns rotate pairs of channels")
     quarter = head_dim // 4
     freqs = theta ** (-torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
     rows = torch.arange(height, dtype=torch.float32, device=device)[:, None] * freqs
     cols = torch.arange(width, dtype=torch.float32, device=device)[:, None] * freqs
-    angles = torch.cat(
-        [rows[:, None].expand(-1, width, -1), cols[None].expand(height, -1, -1)], dim=-1
-    ).reshape(height * width, 2 * quarter)
+    angles = torch.cat([rows[:, None].expand(-1, width, -1), cols[None].expand(height, -1, -1)], dim=-1).reshape(
+        height * width, 2 * quarter
+    )
     return angles.cos(), angles.sin()
 
 

@@ -31,7 +31,11 @@ def manifest(**facts: Any) -> dict[str, Any]:
 
 def hardware() -> dict[str, Any]:
     """Processor, threads and, where there is one, the GPU."""
-    facts: dict[str, Any] = {"machine": platform.machine(), "processor": _processor(), "threads": torch.get_num_threads()}
+    facts: dict[str, Any] = {
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+    }
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
     return facts

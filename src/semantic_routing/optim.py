@@ -36,27 +36,34 @@ class OptimConfig:
     """How the rates fall towards the last step: not at all, or to zero."""
 
 
-def make_optimizers(model: nn.Module, cfg: OptimConfig) -> list[Optimizer]:
-    """The optimisers for a model's weights; every group keeps its full rate under ``base_lr``."""
+def make_optimizers(model: nn.Module, cfg: OptimConfig, blocks: str = "blocks.") -> list[Optimizer]:
+    """The optimisers for a model's weights; every group keeps its full rate under ``base_lr``.
+
+    ``blocks`` begins the names of the weights whose matrices Muon takes, where it is chosen.
+    """
     router: list[Tensor] = []
     matrices: list[Tensor] = []
     others: list[Tensor] = []
     for name, p in model.named_parameters():
         if name.startswith("router."):
             router.append(p)
-        elif cfg.name == "muon" and p.ndim == 2 and name.startswith("blocks."):
+        elif cfg.name == "muon" and p.ndim == 2 and name.startswith(blocks):
             matrices.append(p)
         else:
             others.append(p)
     groups = [{"params": others}]
     if router:
         groups.append({"params": router, "lr": cfg.router_lr or cfg.lr, "weight_decay": 0.0})  # type: ignore[dict-item]
-    optimizers: list[Optimizer] = [
-        AdamW(groups, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True)
-    ]
+    optimizers: list[Optimizer] = [AdamW(groups, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True)]
     if matrices:
         optimizers.append(
-            Muon(matrices, lr=cfg.muon_lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, adjust_lr_fn="original")
+            Muon(
+                matrices,
+                lr=cfg.muon_lr,
+                momentum=cfg.momentum,
+                weight_decay=cfg.weight_decay,
+                adjust_lr_fn="original",
+            )
         )
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -80,9 +80,7 @@ def text_velocity(model: Backbone, features: TextFeatures) -> Velocity:
     return velocity
 
 
-def guided(
-    model: Backbone, features: TextFeatures, null: TextFeatures, scale: float
-) -> Velocity:
+def guided(model: Backbone, features: TextFeatures, null: TextFeatures, scale: float) -> Velocity:
     """Classifier-free guidance (Ho & Salimans, 2022): null + scale * (prompt - null), both in one batch.
 
     ``null`` holds the features of the null prompt, for each prompt or once for all. At scale 1 the null half
@@ -114,13 +112,12 @@ def join(features: TextFeatures, null: TextFeatures) -> TextFeatures:
 
     hidden = both(features.hidden, null.hidden, 2)
     mask = both(features.mask[None], null.mask[None], 1)
-    assert hidden is not None and mask is not None
+    assert hidden is not None
+    assert mask is not None
     return TextFeatures(hidden, mask[0], both(features.keys, null.keys, 2), both(features.values, null.values, 2))
 
 
-def noise_for(
-    seed: int, images: Sequence[tuple[int, int]], shape: tuple[int, ...]
-) -> Float[Tensor, "B *shape"]:
+def noise_for(seed: int, images: Sequence[tuple[int, int]], shape: tuple[int, ...]) -> Float[Tensor, "B *shape"]:
     """Starting noise of images named by (prompt index, image index), each a function of these and ``seed`` alone.
 
     So an image is the same in any batch, order or number of processes.

@@ -83,15 +83,11 @@ def resolve_layers(layers: str | Sequence[int], total: int) -> tuple[int, ...]:
         elif re.fullmatch(r"\d+(,\d+)*", text):
             chosen = tuple(int(number) for number in text.split(","))
         else:
-            raise ValueError(
-                f'layers {layers!r} not understood; expected "all", a range "6..29" or a list "9,18"'
-            )
+            raise ValueError(f'layers {layers!r} not understood; expected "all", a range "6..29" or a list "9,18"')
     else:
         chosen = tuple(layers)
     if not chosen or list(chosen) != sorted(set(chosen)) or chosen[0] < 1 or chosen[-1] > total:
-        raise ValueError(
-            f"layers {layers!r} must be an increasing choice from 1..{total}, the language model's layers"
-        )
+        raise ValueError(f"layers {layers!r} must be an increasing choice from 1..{total}, the language model's layers")
     return chosen
 
 
@@ -112,9 +108,7 @@ class TextEncoder:
         self._tokenizer = tokenizer
 
     @classmethod
-    def from_pretrained(
-        cls, config: TextEncoderConfig | str | Path, device: torch.device | str = "cpu"
-    ) -> TextEncoder:
+    def from_pretrained(cls, config: TextEncoderConfig | str | Path, device: torch.device | str = "cpu") -> TextEncoder:
         """Load the text model that ``config`` (or a bare folder or hub name) describes.
 
         Raises ValueError where there is no such model, its weights are not safetensors or do not fill it, or
@@ -147,9 +141,7 @@ class TextEncoder:
     def model(self) -> nn.Module:
         """The language model; RuntimeError after ``unload``."""
         if self._model is None:
-            raise RuntimeError(
-                "the text encoder was unloaded; load it again with TextEncoder.from_pretrained"
-            )
+            raise RuntimeError("the text encoder was unloaded; load it again with TextEncoder.from_pretrained")
         return self._model
 
     @property
@@ -307,9 +299,7 @@ def _shape(config: TextEncoderConfig, stack: Any) -> TextShape:
         total_layers=stack.num_hidden_layers,
         width=stack.hidden_size,
         kv_heads=getattr(stack, "num_key_value_heads", None) or heads,
-        head_dim=getattr(stack, "head_dim", None)
-        or getattr(stack, "d_kv", None)
-        or stack.hidden_size // heads,
+        head_dim=getattr(stack, "head_dim", None) or getattr(stack, "d_kv", None) or stack.hidden_size // heads,
     )
 
 
@@ -354,13 +344,10 @@ def _load_model(config: TextEncoderConfig, model_config: Any, keep: int) -> nn.M
                 key_mapping={r"^(?:model\.)?language_model\.(?:model\.)?": ""},
             )
     except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"no whole safetensors weights in {config.name_or_path!r}: {_first_line(error)}"
-        ) from error
+        raise ValueError(f"no whole safetensors weights in {config.name_or_path!r}: {_first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
-            f"the weights in {config.name_or_path!r} lack {len(missing)} tensors of its text model, "
-            f"first {missing[0]}"
+            f"the weights in {config.name_or_path!r} lack {len(missing)} tensors of its text model, first {missing[0]}"
         )
     return model
 

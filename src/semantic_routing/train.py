@@ -40,10 +40,12 @@ from semantic_routing.codec import CodecConfig, make_codec
 from semantic_routing.config import from_dict, to_dict
 from semantic_routing.data.folder import ImageFolder
 from semantic_routing.data.order import Batch, Source, load_batch, prefetch
-from semantic_routing.data.shapes import prompts, sample
+from semantic_routing.data.shapes import prompts
 from semantic_routing.data.sources import open_source
+from semantic_routing.data.stories import story
 from semantic_routing.device import has_bfloat16, keep_freed_memory, pick_device
 from semantic_routing.dit import DiTConfig
+from semantic_routing.errors import Interrupted, TrainingFailed
 from semantic_routing.flow import logit_normal, path, velocity, velocity_loss
 from semantic_routing.fusedit import make_model
 from semantic_routing.generate import (
@@ -62,6 +64,8 @@ from semantic_routing.text_encoder import TextEncoderConfig, text_shape
 from semantic_routing.tiny_lm import tiny_lm
 
 OnStep = Callable[[int], None]
+CORPUS_SEED = 1
+"""Seed of the stories that the tiny language model learns from; one model then serves every run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,26 +129,14 @@ class TrainConfig:
             raise ValueError(f"prompt_dropout is {self.prompt_dropout}; it is a share from 0 to 1")
 
 
-class TrainingFailed(RuntimeError):
-    """Training cannot go on; the last checkpoint is whole."""
-
-
-class Interrupted(RuntimeError):
-    """Training was asked to stop by a signal and wrote a checkpoint first."""
-
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
-        self.number = number
-        """The signal's number."""
-
-
 def train_step(bundle: Bundle, batch: Batch, cfg: TrainConfig) -> Float[Tensor, ""]:
     """The velocity loss of one batch: read the prompts, noise the latents, predict, compare."""
     device = bundle.device
     dropped = (batch.drop_uniform < cfg.prompt_dropout).tolist()
     captions = [cfg.null_prompt if drop else c for c, drop in zip(batch.captions, dropped, strict=True)]
     features = bundle.encode(captions)
-    latents = bundle.codec.encode(batch.images.to(device), batch.posterior_noise)
+    extra = None if batch.posterior_noise is None else batch.posterior_noise.to(device)
+    latents = bundle.codec.encode(batch.images.to(device), extra)
     noise = batch.noise.to(device)
     t = logit_normal(batch.time_uniform, cfg.time_mean, cfg.time_std).to(device)
     with autocast(device, bundle.bf16):
@@ -160,7 +152,9 @@ def start(cfg: TrainConfig, out: Path, on_step: OnStep | None = None) -> Path:
     can mend, Interrupted after SIGINT or SIGTERM, TrainingFailed for a loss that is not finite.
     """
     if (out / "checkpoints").exists():
-        raise ValueError(f"{out} already holds a run: go on with `semroute train --resume {out}` or choose another --out")
+        raise ValueError(
+            f"{out} already holds a run: go on with `semroute train --resume {out}` or choose another --out"
+        )
     source = open_source(cfg.data, size=cfg.image_size, seed=cfg.seed)
     if cfg.text.name_or_path == TINY:
         folder = tiny_lm(_corpus(source))
@@ -181,8 +175,8 @@ def resume(out: Path, on_step: OnStep | None = None) -> Path:
 
 
 def _corpus(source: Source, size: int = 20_000) -> list[str]:
-    """What the tiny language model reads: captions of the toy world, and the user's own."""
-    toy = [sample(1, index).caption for index in range(size)]
+    """What the tiny language model reads: stories of the toy world, and the user's own captions."""
+    toy = [story(CORPUS_SEED, index) for index in range(size)]
     return toy + source.captions(size) if isinstance(source, ImageFolder) else toy
 
 
@@ -196,9 +190,9 @@ def _run(cfg: TrainConfig, out: Path, source: Source, checkpoint: Path | None, o
     codec = trainer.bundle.codec
     load = partial(
         load_batch, source, cfg.seed,
-        batch_size=cfg.batch, noise_shape=codec.latent_shape(cfg.image_size), posterior=codec.posterior,
+        batch_size=cfg.batch, noise_shape=codec.latent_shape(cfg.image_size), posterior=codec.has_posterior,
     )  # fmt: skip
-    batches = prefetch(lambda step: load(step), first)
+    batches = prefetch(load, first)
     bar = tqdm(total=cfg.steps, initial=first, desc=f"Training {cfg.model.arm}", unit="step")
     with closing(batches), bar, _stop_signals() as stop, Metrics(out, first) as metrics:
         while trainer.step < cfg.steps:
@@ -257,7 +251,12 @@ class Trainer:
         loss = train_step(self.bundle, batch, self.cfg)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.bundle.model.parameters(), self.cfg.optim.clip)
-        row = {"step": self.step + 1, "loss": loss.item(), "grad_norm": norm.item(), "lr": rate * self.cfg.optim.lr}
+        row = {
+            "step": self.step + 1,
+            "loss": loss.item(),
+            "grad_norm": norm.item(),
+            "lr": rate * self.cfg.optim.lr,
+        }
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
             raise TrainingFailed(self._failure(row))
         for optimizer in self.optimizers:
@@ -303,7 +302,11 @@ class Trainer:
         finally:
             model.load_state_dict(trained)
         picture = grid(list(images.numpy(force=True)), columns=8)
-        save_png(self.out / "samples" / f"step-{self.step:07d}.png", picture, scale=max(1, 96 // self.cfg.image_size))
+        save_png(
+            self.out / "samples" / f"step-{self.step:07d}.png",
+            picture,
+            scale=max(1, 96 // self.cfg.image_size),
+        )
 
 
 class Metrics:

@@ -23,6 +23,7 @@ MANIFESTS = (
     "captions.json",
 )
 """Names under which a folder's manifest is found."""
+EXAMPLE = '{"image": "1.jpg", "text": "a cat"}'
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,7 @@ class ImageFolder:
         self.manifest = find_manifest(Path(manifest))
         self.root = Path(os.path.abspath(root if root is not None else self.manifest.parent))
         if not self.root.is_dir():
-            raise ValueError(
-                f"image root {str(self.root)!r} is not a folder; give the one that holds the images"
-            )
+            raise ValueError(f"image root {str(self.root)!r} is not a folder; give the one of the images")
         self._rows: list[_Row] = []
         for where, record in _records(self.manifest):
             try:
@@ -65,9 +64,7 @@ class ImageFolder:
             except ValueError as error:
                 raise ValueError(f"{self.manifest}, {where}: {error}") from None
         if not self._rows:
-            raise ValueError(
-                f'{self.manifest} is empty; add rows such as {{"image": "1.jpg", "text": "a cat"}}'
-            )
+            raise ValueError(f"{self.manifest} is empty; add rows such as {EXAMPLE}")
 
     def __len__(self) -> int:
         """Number of pictures."""
@@ -116,9 +113,7 @@ def _parse(data: bytes, where: str) -> Any:
         raise ValueError(f"{where}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, " if b"\n" in data.strip() else ""
-        raise ValueError(
-            f"{where}: not JSON at {place}column {error.colno} ({error.msg}); correct it"
-        ) from None
+        raise ValueError(f"{where}: not JSON at {place}column {error.colno} ({error.msg})") from None
     except RecursionError:
         raise ValueError(f"{where}: nested too deeply; expected an object with image and text") from None
 
@@ -126,15 +121,12 @@ def _parse(data: bytes, where: str) -> Any:
 def _image(record: Any, root: str) -> str:
     """The absolute path of a row's picture, which lies under the root and exists."""
     if not isinstance(record, dict):
-        raise ValueError(
-            f'found {_kind(record)}; expected an object such as {{"image": "1.jpg", "text": "a cat"}}'
-        )
+        raise ValueError(f"found {_kind(record)}; expected an object such as {EXAMPLE}")
     name = record.get("image")
     if not isinstance(name, str) or not name:
         raise ValueError(f'"image" is {_kind(name)}; expected the path of a picture')
-    path = os.path.normpath(
-        os.path.join(root, name)
-    )  # os.path, not pathlib: a manifest may have millions of rows
+    # os.path rather than pathlib: a manifest may have millions of rows.
+    path = os.path.normpath(os.path.join(root, name))
     if not path.startswith(root.rstrip(os.sep) + os.sep):
         raise ValueError(f"image {name!r} lies outside {root!r}; move it there or give a root that holds it")
     if not os.path.isfile(path):
@@ -154,9 +146,7 @@ def _captions(record: dict[str, Any]) -> tuple[str, ...]:
         try:
             caption.encode()
         except UnicodeEncodeError:
-            raise ValueError(
-                f'"text" {caption!r} has half a surrogate pair; write whole characters'
-            ) from None
+            raise ValueError(f'"text" {caption!r} has half of a surrogate pair; correct the text') from None
     return tuple(texts)
 
 

@@ -1,4 +1,4 @@
-"""From an image file to square RGB pixels, whatever the file's orientation, palette, depth or transparency."""
+"""From an image file to square RGB pixels, whatever its orientation, palette, depth or transparency."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def load_square(path: str | Path, size: int) -> UInt8[np.ndarray, "{size} {size}
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
-            # A large JPEG is decoded at a half, a quarter or an eighth, but never below twice the size asked for.
+            # A large JPEG is decoded at 1/2, 1/4 or 1/8, but never below twice the size asked for.
             image.draft(None, (2 * size, 2 * size))
             return np.array(centre_square(to_rgb(image), size))
     except BROKEN as error:
         raise ValueError(
-            f"{str(path)!r} cannot be read as a picture ({error}); replace the file or take it out of the data"
+            f"{str(path)!r} cannot be read as a picture ({error}); replace it or take it out of the data"
         ) from error
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import count
 from math import isqrt
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ class Example:
     caption: str
 
 
+@runtime_checkable
 class Source(Protocol):
     """Pictures with captions, at random access."""
 
@@ -52,8 +53,8 @@ class Source(Protocol):
 def locate(seed: int, position: int, length: int) -> tuple[int, int]:
     """The (epoch, sample) at a position of the endless training stream over ``length`` samples.
 
-    Each epoch has every sample once, in an order that is a pure function of (seed, epoch). The order is a keyed
-    permutation of 0..length - 1 that is evaluated at one place and never written out, so any length will do.
+    Each epoch has every sample once, in an order that is a pure function of (seed, epoch). It is a keyed
+    permutation of 0..length - 1, evaluated at one place and never written out, so any length will do.
     """
     if length < 1 or position < 0:
         raise ValueError(f"position {position} of {length} samples; expected at least 0 of at least 1")
@@ -63,8 +64,8 @@ def locate(seed: int, position: int, length: int) -> tuple[int, int]:
 
 
 def _permute(index: int, length: int, keys: tuple[int, ...]) -> int:
-    # A Feistel network over a table of rows x columns just larger than the length (Black and Rogaway, 2002). It
-    # permutes the table; an index that lands behind the length walks on until it is back inside.
+    # A Feistel network over a table of rows x columns, just larger than the length (Black and Rogaway, 2002).
+    # It permutes the table; an index that lands behind the length walks on until it is back inside.
     rows = isqrt(length - 1) + 1
     columns = -(-length // rows)
     while True:
@@ -119,9 +120,7 @@ def draw(seed: int, sample: int, epoch: int, shape: tuple[int, ...]) -> Draw:
     return Draw(rng.standard_normal(shape, dtype=np.float32), time_uniform, drop_uniform)
 
 
-def posterior_noise(
-    seed: int, sample: int, epoch: int, shape: tuple[int, ...]
-) -> Float32[np.ndarray, "*latent"]:
+def posterior_noise(seed: int, sample: int, epoch: int, shape: tuple[int, ...]) -> Float32[np.ndarray, "*latent"]:
     """Standard normal noise that picks a codec's latents from their posterior; independent of ``draw``."""
     return _generator(b"posterior", seed, sample, epoch).standard_normal(shape, dtype=np.float32)
 
@@ -152,7 +151,7 @@ def load_batch(
 ) -> Batch:
     """The batch of one step: positions ``step * batch_size`` up to ``(step + 1) * batch_size`` of the stream.
 
-    ``noise_shape`` is the latents' (``Codec.latent_shape``), ``posterior`` whether their codec wants noise too.
+    ``noise_shape`` is the latents' (``Codec.latent_shape``); ``posterior`` is ``Codec.has_posterior``.
     """
     if batch_size < 1 or step < 0:
         raise ValueError(f"batch_size {batch_size} at step {step}; expected at least 1 at a step from 0")
@@ -173,9 +172,10 @@ def load_batch(
 
 
 def prefetch(load: Callable[[int], T], start: int = 0, *, ahead: int = 2) -> Generator[T, None, None]:
-    """Yield ``load(start)``, ``load(start + 1)`` ... without end, made up to ``ahead`` in advance on one thread.
+    """Yield ``load(start)``, ``load(start + 1)`` ... without end, ``ahead`` of them made early on a thread.
 
-    An exception of ``load`` is raised here, in its turn. The thread ends when the iterator is closed or dropped.
+    An exception of ``load`` is raised here, in its turn. The thread ends when the iterator is closed or
+    dropped, after the ``load`` that it is at.
     """
     if ahead < 1:
         raise ValueError(f"ahead is {ahead}; expected at least 1")

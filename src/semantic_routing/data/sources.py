@@ -14,7 +14,7 @@ SHAPES = "shapes"
 
 
 class ShapesSource:
-    """The training split of the toy world, endless in practice: no run comes to the end of its first epoch."""
+    """The training split of the toy world; no run comes to the end of its first epoch."""
 
     def __init__(self, seed: int, size: int = CANVAS) -> None:
         self.seed = seed

@@ -1,0 +1,161 @@
+"""The command ``semroute``: what it is called with, and which function does it.
+
+Heavy imports wait until the subcommand is known, so that ``semroute --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+
+from semantic_routing import __version__
+from semantic_routing.errors import Interrupted, TrainingFailed
+
+Command = Callable[[list[str]], None]
+
+
+def train(args: list[str]) -> None:
+    """Train a recipe: semroute train toy --arm depth --steps 2000 --out runs/x
+
+    semroute train RECIPE [--arm ARM] [--config FILE] --out DIR [settings]   begin a run
+    semroute train --resume DIR                                             go on with one
+
+    Any setting of the recipe can be given, such as --batch 32, --optim.lr 3e-4 or --model.depth 8;
+    --data takes a folder of your own pictures with a manifest. --config starts from a run's config.json.
+    """
+    parser = argparse.ArgumentParser(prog="semroute train", add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("recipe", nargs="?", default="")
+    parser.add_argument("-h", "--help", action="store_true")
+    for name in ("--arm", "--out", "--resume", "--config"):
+        parser.add_argument(name)
+    try:
+        given, rest = parser.parse_known_args(args)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
+    from semantic_routing import train as training
+    from semantic_routing.arguments import parse
+    from semantic_routing.config import nearest, read_config
+    from semantic_routing.fusion import parse_arm
+    from semantic_routing.recipes import RECIPES
+
+    if given.resume is not None:
+        if given.recipe or rest or given.arm or given.config or given.out:
+            raise ValueError("--resume takes a run's folder and nothing else: its configuration is in its checkpoint")
+        _done(training.resume(Path(given.resume)))
+        return
+    if given.config is not None:
+        default = read_config(training.TrainConfig, Path(given.config))
+        if given.recipe or given.arm:
+            raise ValueError("--config is a whole configuration: leave out the recipe and --arm")
+    elif given.recipe in RECIPES or given.help:
+        default = RECIPES[given.recipe or "toy"](parse_arm(given.arm or "depth"))
+    else:
+        what = f"unknown recipe {given.recipe!r}" if given.recipe else "semroute train needs a recipe"
+        raise ValueError(f"{what}; {nearest(given.recipe, list(RECIPES))}")
+    if given.help:
+        sys.stdout.write(f"{_help(train)}\n\n")
+        rest = ["--help"]
+    cfg = parse(training.TrainConfig, rest, prog=f"semroute train {given.recipe or 'RECIPE'}", default=default)
+    if given.out is None:
+        raise ValueError("where should the run be written? give --out, such as --out runs/x")
+    _done(training.start(cfg, Path(given.out)))
+
+
+def sample(args: list[str]) -> None:
+    """Sample images: semroute sample runs/x --prompt "a red circle" --out images"""
+    from semantic_routing.arguments import parse
+    from semantic_routing.generate import SampleArguments, sample_to_folder
+
+    sys.stdout.write(f"{sample_to_folder(parse(SampleArguments, args, prog='semroute sample'))}\n")
+
+
+def evaluate(args: list[str]) -> None:
+    """Score a model: semroute evaluate shapes --model runs/x --out evaluations/x"""
+    from semantic_routing.arguments import parse
+    from semantic_routing.config import nearest
+    from semantic_routing.evaluate.commands import BENCHMARKS
+
+    if not args or args[0] in ("-h", "--help"):
+        sys.stdout.write(f"{_help(evaluate)}\n\nbenchmarks: {', '.join(BENCHMARKS)}\n")
+        return
+    if args[0] not in BENCHMARKS:
+        raise ValueError(f"unknown benchmark {args[0]!r}; {nearest(args[0], list(BENCHMARKS))}")
+    arguments, benchmark = BENCHMARKS[args[0]]
+    sys.stdout.write(benchmark(parse(arguments, args[1:], prog=f"semroute evaluate {args[0]}")) + "\n")
+
+
+def analyze(args: list[str]) -> None:
+    """Draw what a model's router learned: semroute analyze runs/x --out figures"""
+    from semantic_routing.analyze.weights import AnalyzeArguments, run_analysis
+    from semantic_routing.arguments import parse
+
+    for path in run_analysis(parse(AnalyzeArguments, args, prog="semroute analyze")):
+        sys.stdout.write(f"{path}\n")
+
+
+def quickstart(args: list[str]) -> None:
+    """Train, sample, score and report on this machine: semroute quickstart --out runs/quickstart"""
+    from semantic_routing.arguments import parse
+    from semantic_routing.quickstart import QuickstartArguments, run_quickstart
+
+    _done(run_quickstart(parse(QuickstartArguments, args, prog="semroute quickstart")))
+
+
+COMMANDS: dict[str, Command] = {
+    "quickstart": quickstart,
+    "train": train,
+    "sample": sample,
+    "evaluate": evaluate,
+    "analyze": analyze,
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run ``semroute`` and exit: 0 done, 1 failed, 2 for what the user can mend, 128 + n after signal n."""
+    args = sys.argv[1:] if argv is None else argv
+    if not args or args[0] in ("-h", "--help"):
+        sys.stdout.write(_usage())
+        sys.exit(0 if args else 2)
+    if args[0] in ("-V", "--version"):
+        sys.stdout.write(f"semroute {__version__}\n")
+        sys.exit(0)
+    if args[0] not in COMMANDS:
+        close = get_close_matches(args[0], list(COMMANDS), n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(COMMANDS)}"
+        _fail(f"unknown command {args[0]!r}; {hint}", 2)
+    try:
+        COMMANDS[args[0]](args[1:])
+    except ValueError as error:
+        _fail(str(error), 2)
+    except TrainingFailed as error:
+        _fail(str(error), 1)
+    except Interrupted as error:
+        _fail(str(error), 128 + error.number)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+
+
+def _usage() -> str:
+    rows = "\n".join(f"  {name:<11} {_help(command).splitlines()[0]}" for name, command in COMMANDS.items())
+    return (
+        "semroute: condition text-to-image diffusion transformers on all layers of a language model\n\n"
+        f"{rows}\n\nsemroute COMMAND --help shows a command's options.\n"
+    )
+
+
+def _help(command: Command) -> str:
+    lines = (command.__doc__ or "").strip().splitlines()
+    return "\n".join(line.removeprefix("    ") for line in lines)
+
+
+def _done(path: Path) -> None:
+    sys.stdout.write(f"{path}\n")
+
+
+def _fail(message: str, code: int) -> None:
+    """End with one line on stderr."""
+    sys.stderr.write(f"semroute: {' '.join(message.split())}\n")
+    sys.exit(code)

@@ -1,0 +1,527 @@
+"""Checkpoints of the paper's reference implementation: into this program's models, and back.
+
+The reference differs in layout (separate projections, a patch convolution), sign (noise - data) and time
+(its gates read sigma = timestep / 1000 = 1 - t). All of that is folded into the weights, so a loaded model is
+simply one of ours. Every tensor of the source is used once and every one of the model is filled, or a
+ValueError lists what does not match. Tensors are read one at a time, so no checkpoint is held twice.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from semantic_routing.dit import Backbone, DiTConfig, TextContext
+from semantic_routing.features import TextFeatures
+from semantic_routing.fusedit import FuseDiT, make_model
+from semantic_routing.fusion import parse_arm
+from semantic_routing.layers import apply_rope, sinusoidal
+
+SIZES = {
+    "depth": "depth",
+    "width": "hidden_size",
+    "heads": "num_heads",
+    "kv_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "patch": "patch_size",
+    "channels": "in_channels",
+    "text_width": "text_hidden_size",
+    "text_layers": "num_text_layers",
+}
+"""Sizes: our names and the reference's."""
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""Activations: the reference's names, whose MLP takes the text encoder's, and ours."""
+WRAPPERS = ("module.", "_orig_mod.", "model.")
+"""What DistributedDataParallel, torch.compile and trainers put before every name."""
+LAYOUTS = (
+    "*.safetensors.index.json",
+    "*.safetensors",
+    "*.bin.index.json",
+    "*.bin",
+    "mp_rank_00_model_states.pt",  # DeepSpeed
+    "pytorch_model/mp_rank_00_model_states.pt",  # Accelerate around DeepSpeed
+)
+"""Where a checkpoint's folder keeps its weights: the first that is there is read."""
+
+
+def load_upstream(src: Path, config: Mapping[str, Any], arm: str) -> Backbone:
+    """The model of a reference checkpoint on disk; memory peaks at the model and a few tensors of one layer.
+
+    ``src`` is a safetensors or torch file, or a folder with one, with shards and their index, or with what
+    DeepSpeed or Accelerate saved. Raises ValueError where ``read_upstream`` or ``from_upstream`` do.
+    """
+    return from_upstream(read_upstream(src), config, arm)
+
+
+def from_upstream(state_dict: Mapping[str, Tensor], config: Mapping[str, Any], arm: str) -> Backbone:
+    """The model of a reference checkpoint, in the type of its weights, which are copied.
+
+    ``config`` holds the reference's sizes (``SIZES``), ``rope_theta`` (a number, or one for each arm),
+    optionally ``hidden_act`` (silu), and for FuseDiT ``fusedit_first_llm_layer`` and ``text_rope_theta``. The
+    MLP's width is read off the weights. FuseDiT comes as ``UpstreamFuseDiT``; where its language model's
+    weights are there too (``llm.*``), ``config`` also holds ``text_vocab_size``, ``text_intermediate_size``
+    and ``mrope_section``. Raises ValueError naming both sides where weights, sizes and arm do not agree.
+    """
+    arm = parse_arm(arm)
+    source = _unwrap(state_dict)
+    language_model = None
+    if arm == "fusedit":
+        source, text = _split_fusedit(source)
+        language_model = _language_model(text, config) if text else None
+    cfg = _dit_config(source, config, arm)
+    with torch.device("meta"):
+        model = UpstreamFuseDiT(cfg, language_model) if arm == "fusedit" else make_model(cfg)
+    _fill(model, _rules(cfg), source, f"a {arm} model of this configuration")
+    return model
+
+
+def to_upstream(model: Backbone) -> dict[str, Tensor]:
+    """A model's weights as the reference's state dict: the inverse of ``from_upstream``.
+
+    Exact, but for the first layer of time gates, which comes back within a rounding of float32 (exactly again
+    where the other weights are of half the width: it is kept in float32). Tensors share memory with the model
+    where they can. Raises ValueError for models that the reference does not have.
+    """
+    cfg = model.cfg
+    if (cfg.conditioning, cfg.prediction) != ("none", "velocity"):
+        raise ValueError(
+            f"a model with conditioning={cfg.conditioning!r} and prediction={cfg.prediction!r} has no known "
+            "counterpart: only conditioning='none' with prediction='velocity' can be converted"
+        )
+    own = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    prefix = "dit." if cfg.arm == "fusedit" else ""
+    result: dict[str, Tensor] = {}
+    for rule in _rules(cfg):
+        parts = rule.form.split(own[rule.target])
+        if rule.form is GATE_IN:
+            parts = [part.to(model.proj_out.weight.dtype) for part in parts]
+        result |= {prefix + name: part.contiguous() for name, part in zip(rule.sources, parts, strict=True)}
+    if isinstance(model, UpstreamFuseDiT) and model.language_model is not None:
+        result |= {f"llm.{name}": tensor for name, tensor in model.language_model.state_dict().items()}
+    return result
+
+
+def upstream_config(model: Backbone) -> dict[str, Any]:
+    """The ``config`` with which ``from_upstream`` reads what ``to_upstream`` wrote."""
+    cfg = model.cfg
+    config: dict[str, Any] = {theirs: getattr(cfg, ours) for ours, theirs in SIZES.items()}
+    config["rope_theta"] = {cfg.arm: cfg.rope_theta}
+    config["hidden_act"] = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == cfg.activation)
+    if cfg.arm == "fusedit":
+        config["fusedit_first_llm_layer"] = cfg.fusedit_first_layer
+    if isinstance(model, UpstreamFuseDiT) and model.language_model is not None:
+        text = model.language_model.config
+        config["text_vocab_size"] = text.vocab_size
+        config["text_intermediate_size"] = text.intermediate_size
+        config["text_rope_theta"] = text.rope_parameters["rope_theta"]
+        config["mrope_section"] = text.rope_parameters["mrope_section"]
+    return config
+
+
+@torch.no_grad()
+def upstream_forward(
+    model: Backbone,
+    *,
+    hidden_states: Float[Tensor, "B Ch h w"],
+    timestep: Float[Tensor, " B"],
+    attention_mask: Int[Tensor, "B N"] | Bool[Tensor, "B N"],
+    text_hidden_states: Float[Tensor, "L B N C"] | None = None,
+    input_ids: Int[Tensor, "B N"] | None = None,
+) -> Float[Tensor, "B Ch h w"]:
+    """What the reference returns for its own inputs: noise - data, at timesteps 0..1000 (1000 is noise).
+
+    The text is ``text_hidden_states``, or ``input_ids`` for a FuseDiT that came with its language model.
+    """
+    mask = attention_mask.bool()
+    if isinstance(model, UpstreamFuseDiT):
+        if input_ids is None:
+            raise ValueError("FuseDiT reads input_ids, not text_hidden_states")
+        features = model.read(input_ids, mask)
+    elif text_hidden_states is None:
+        raise ValueError(f"arm {model.cfg.arm!r} reads text_hidden_states, not input_ids")
+    else:
+        features = TextFeatures(text_hidden_states, mask)
+    t = 1 - timestep / 1000
+    return -model(hidden_states, t, model.prepare_text(features, t))
+
+
+class UpstreamFuseDiT(FuseDiT):
+    """The reference's FuseDiT, and the language model it joins where that came along, outside of its state.
+
+    The reference counts an image's rows and columns from the number of text tokens before it, not from 0.
+    Turning the text's keys back by as much gives the same products, once a prompt instead of once a step.
+    """
+
+    def __init__(self, cfg: DiTConfig, language_model: nn.Module | None = None) -> None:
+        super().__init__(cfg)
+        self._language_model = (language_model,)  # in a tuple torch does not see it: it is no part of the state
+
+    @property
+    def language_model(self) -> Any:
+        """The Qwen3-VL text model of transformers that came with the checkpoint, or None."""
+        return self._language_model[0]
+
+    def prepare_text(self, features: TextFeatures, t: Float[Tensor, " B"] | None = None) -> TextContext:
+        if features.keys is not None:
+            keys = _turned_back(features.keys, features.mask.sum(1), self.cfg.rope_theta)
+            features = replace(features, keys=keys)
+        return super().prepare_text(features, t)
+
+    @torch.no_grad()
+    def read(self, input_ids: Int[Tensor, "B N"], mask: Bool[Tensor, "B N"]) -> TextFeatures:
+        """Keys and values of the language model's layers; the states, unread here, have no width."""
+        if self.language_model is None:
+            raise ValueError("this FuseDiT came without its language model: convert weights with llm.* too")
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        model = self.language_model.to(input_ids.device)
+        model(input_ids=input_ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True)
+        keys = torch.stack([layer.keys for layer in cache.layers])
+        values = torch.stack([layer.values for layer in cache.layers])
+        return TextFeatures(keys.new_empty(len(keys), *mask.shape, 0), mask, keys, values)
+
+
+def _turned_back(
+    keys: Float[Tensor, "L B Hkv N hd"], steps: Int[Tensor, " B"], theta: float
+) -> Float[Tensor, "L B Hkv N hd"]:
+    """Keys turned by the 2-D rotary angles of row and column minus ``steps``."""
+    quarter = keys.shape[-1] // 4
+    freqs = theta ** (-torch.arange(quarter, dtype=torch.float32, device=keys.device) / quarter)
+    angles = -steps[:, None] * freqs.repeat(2)
+    # apply_rope turns the second axis by position: here that is the batch.
+    x = keys.float().transpose(1, 2).flatten(0, 1)
+    turned = apply_rope(x, (angles.cos(), angles.sin())).unflatten(0, (len(keys), -1))
+    return turned.transpose(1, 2).to(keys.dtype)
+
+
+class Form(NamedTuple):
+    """How one tensor of ours is made of the reference's, and taken apart again."""
+
+    join: Callable[[list[Tensor]], Tensor]
+    split: Callable[[Tensor], Sequence[Tensor]]
+
+
+class Rule(NamedTuple):
+    """The tensors of the reference that make one of ours."""
+
+    target: str
+    sources: tuple[str, ...]
+    form: Form
+
+
+def _flip_time(weight: Tensor) -> Tensor:
+    """A gate's first layer [hidden, time_width] reading [cos | sin] of t instead of 1 - t; its own inverse.
+
+    cos((1-t)f) = cos f cos tf + sin f sin tf and sin((1-t)f) = sin f cos tf - cos f sin tf. In float64, and
+    stored in float32 at least: routing is computed in float32 whatever the other weights are.
+    """
+    ones = torch.ones(1, device=weight.device)
+    cos, sin = sinusoidal(ones, weight.shape[1])[0].double().chunk(2)
+    on_cos, on_sin = weight.double().chunk(2, dim=1)
+    turned = torch.cat([on_cos * cos + on_sin * sin, on_cos * sin - on_sin * cos], dim=1)
+    return turned.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+SAME = Form(lambda parts: parts[0].clone(memory_format=torch.contiguous_format), lambda whole: [whole])
+NEGATED = Form(lambda parts: -parts[0], lambda whole: [-whole])
+STACKED = Form(lambda parts: torch.stack(parts), lambda whole: whole.unbind())
+GATE_IN = Form(
+    lambda parts: torch.stack([_flip_time(part).T for part in parts]),
+    lambda whole: [_flip_time(gate.T) for gate in whole],
+)
+GATE_OUT = Form(lambda parts: torch.stack([part.T for part in parts]), lambda whole: list(whole.mT))
+GATE_BIAS = Form(lambda parts: torch.stack(parts)[:, None], lambda whole: whole[:, 0].unbind())
+
+
+def _rows(*sizes: int) -> Form:
+    """Maps of the same input, computed in one product."""
+    return Form(lambda parts: torch.cat(parts), lambda whole: whole.split(sizes))
+
+
+def _convolution(channels: int, patch: int) -> Form:
+    """A convolution [W, channels, patch, patch] as a product with patches of (row, column, channel)."""
+    return Form(
+        lambda parts: parts[0].permute(0, 2, 3, 1).flatten(1).clone(),
+        lambda whole: [whole.unflatten(1, (patch, patch, channels)).permute(0, 3, 1, 2)],
+    )
+
+
+def _rules(cfg: DiTConfig) -> list[Rule]:
+    """What makes each tensor of a model."""
+    rules = [
+        Rule("patch_embed.weight", ("patch_embed.proj.weight",), _convolution(cfg.channels, cfg.patch)),
+        Rule("patch_embed.bias", ("patch_embed.proj.bias",), SAME),
+        Rule("norm_out.weight", ("norm_out.weight",), SAME),
+        Rule("proj_out.weight", ("proj_out.weight",), NEGATED),
+        Rule("proj_out.bias", ("proj_out.bias",), NEGATED),
+    ]
+    for d in range(cfg.depth):
+        rules += _block_rules(cfg, f"blocks.{d}.", f"layers.{d}.")
+    if cfg.arm == "fusedit":
+        return rules
+    return [
+        *rules,
+        Rule("text_norm.weight", ("context_embedder.0.weight",), SAME),
+        Rule("text_proj.weight", ("context_embedder.1.weight",), SAME),
+        Rule("text_proj.bias", ("context_embedder.1.bias",), SAME),
+        *_router_rules(cfg),
+    ]
+
+
+def _block_rules(cfg: DiTConfig, ours: str, theirs: str) -> Iterator[Rule]:
+    query, key = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+    table = {
+        "norm1": ("input_layernorm", SAME),
+        "norm2": ("post_attention_layernorm", SAME),
+        "attn.qkv": ("self_attn.q_proj self_attn.k_proj self_attn.v_proj", _rows(query, key, key)),
+        "attn.q_norm": ("self_attn.q_norm", SAME),
+        "attn.k_norm": ("self_attn.k_norm", SAME),
+        "attn.out": ("self_attn.o_proj", SAME),
+        "mlp.gate_up": ("mlp.gate_proj mlp.up_proj", _rows(cfg.mlp_width, cfg.mlp_width)),
+        "mlp.down": ("mlp.down_proj", SAME),
+    }
+    if cfg.arm != "fusedit":
+        table |= {
+            "cross.q": ("cross_attn.q_proj", SAME),
+            "cross.kv": ("cross_attn.text_k_proj cross_attn.text_v_proj", _rows(key, key)),
+            "cross.q_norm": ("cross_attn.q_norm", SAME),
+            "cross.k_norm": ("cross_attn.k_norm", SAME),
+            "cross.out": ("cross_attn.o_proj", SAME),
+        }
+    for target, (sources, form) in table.items():
+        yield Rule(f"{ours}{target}.weight", tuple(f"{theirs}{s}.weight" for s in sources.split()), form)
+
+
+def _router_rules(cfg: DiTConfig) -> Iterator[Rule]:
+    """The router's logits or gates: one for all blocks, or one for each."""
+    if cfg.arm == "static":
+        yield Rule("router.logits", ("text_fusion_weight",), STACKED)
+    elif cfg.arm == "depth":
+        yield Rule("router.logits", tuple(f"text_fusion_weights.{d}" for d in range(cfg.depth)), STACKED)
+    elif cfg.arm in ("time", "joint"):
+        gates = ["text_fusion_module"]
+        if cfg.arm == "joint":
+            gates = [f"text_fusion_modules.{d}" for d in range(cfg.depth)]
+        for target, source, form in (
+            ("w1", "0.weight", GATE_IN),
+            ("b1", "0.bias", GATE_BIAS),
+            ("w2", "2.weight", GATE_OUT),
+            ("b2", "2.bias", GATE_BIAS),
+        ):
+            yield Rule(f"router.{target}", tuple(f"{gate}.weight_generator.{source}" for gate in gates), form)
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, rules: Sequence[Rule], source: Mapping[str, Tensor], what: str) -> None:
+    """Make every tensor of a model on the meta device from the source, one after the other."""
+    known = {name for rule in rules for name in rule.sources}
+    problems = {"not in the checkpoint": known - source.keys(), "not in the model": source.keys() - known}
+    _raise_if_any(problems, what)
+    own, wrong, filled = model.state_dict(), [], {}
+    for rule in rules:
+        parts = [source[name] for name in rule.sources]
+        for name, part, expected in zip(rule.sources, parts, rule.form.split(own[rule.target]), strict=True):
+            if part.shape != expected.shape:
+                wrong.append(f"{name}: {[*part.shape]} in the checkpoint, {[*expected.shape]} in the model")
+        if not wrong:
+            filled[rule.target] = rule.form.join(parts)
+    _raise_if_any({"of another shape": wrong}, what)
+    model.load_state_dict(filled, assign=True)
+
+
+def _raise_if_any(problems: Mapping[str, Iterable[str]], what: str) -> None:
+    lists = []
+    for problem, found in problems.items():
+        if names := sorted(found):
+            rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            lists.append(f"{len(names)} tensors {problem} ({', '.join(names[:4])}{rest})")
+    if lists:
+        raise ValueError(f"the checkpoint is not {what}: {'; '.join(lists)}")
+
+
+def _dit_config(source: Mapping[str, Tensor], config: Mapping[str, Any], arm: str) -> DiTConfig:
+    """Our configuration from the reference's and from what only the weights tell."""
+    if kind := config.get("timestep_conditioning"):
+        raise ValueError(
+            f"timestep_conditioning={kind!r} cannot be converted: the layout of the reference's conditioned "
+            "variants is not known; only checkpoints without it (null) are"
+        )
+    activation = config.get("hidden_act", "silu")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"hidden_act={activation!r} is not known; expected {' or '.join(ACTIVATIONS)}")
+    fields: dict[str, Any] = {ours: _get(config, theirs) for ours, theirs in SIZES.items()}
+    if arm == "fusedit":
+        fields["fusedit_first_layer"] = _get(config, "fusedit_first_llm_layer")
+    gate = "layers.0.mlp.gate_proj.weight"
+    fields["mlp_width"] = len(source[gate]) if gate in source else 1  # without it filling the model says so
+    fields["activation"] = ACTIVATIONS[activation]
+    return DiTConfig(arm=arm, rope_theta=_rope_theta(config, arm), **fields)
+
+
+def _rope_theta(config: Mapping[str, Any], arm: str) -> float:
+    """The base of the image's rotary frequencies; in the reference FuseDiT's is its language model's."""
+    bases = config.get("rope_theta", {}) if arm == "fusedit" else _get(config, "rope_theta")
+    if isinstance(bases, Mapping) and arm in bases:
+        return float(bases[arm])
+    if arm == "fusedit":
+        return float(_get(config, "text_rope_theta"))
+    if isinstance(bases, Mapping):
+        raise ValueError(f"rope_theta of the configuration knows {', '.join(bases)}, but not arm {arm!r}")
+    return float(bases)
+
+
+def _get(config: Mapping[str, Any], key: str) -> Any:
+    if key not in config:
+        raise ValueError(f"the configuration lacks {key!r}; it has {', '.join(sorted(config))}")
+    return config[key]
+
+
+def _split_fusedit(source: Mapping[str, Tensor]) -> tuple[LazyTensors, LazyTensors]:
+    """FuseDiT's own tensors, with or without ``dit.`` before their names, and its language model's."""
+    text = _renamed(source, "llm.")
+    own = {name.removeprefix("dit."): name for name in source if not name.startswith("llm.")}
+    if len(own) + len(text) != len(source):
+        raise ValueError("the checkpoint holds the same tensors with and without 'dit.' before their names")
+    return LazyTensors(source.__getitem__, own), text
+
+
+def _language_model(source: Mapping[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
+    """The Qwen3-VL text model whose weights came with FuseDiT's."""
+    from transformers import Qwen3VLTextConfig, Qwen3VLTextModel
+
+    query, head_dim = "layers.0.self_attn.q_proj.weight", _get(config, "head_dim")
+    text = Qwen3VLTextConfig(
+        vocab_size=_get(config, "text_vocab_size"),
+        hidden_size=_get(config, "text_hidden_size"),
+        intermediate_size=_get(config, "text_intermediate_size"),
+        num_hidden_layers=_get(config, "num_text_layers"),
+        num_attention_heads=len(source[query]) // head_dim if query in source else 1,
+        num_key_value_heads=_get(config, "num_kv_heads"),
+        head_dim=head_dim,
+        hidden_act=config.get("hidden_act", "silu"),
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": float(_get(config, "text_rope_theta")),
+            "mrope_section": list(_get(config, "mrope_section")),
+            "mrope_interleaved": True,
+        },
+    )
+    with torch.device("meta"):
+        model = Qwen3VLTextModel(text)
+    rules = [Rule(name, (name,), SAME) for name in model.state_dict()]
+    _fill(model, rules, source, "the language model of this configuration")
+    model.rotary_emb = type(model.rotary_emb)(text)  # its frequencies are no state: made again, on the CPU
+    return model.eval().requires_grad_(False)
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors by name, each read only when it is asked for."""
+
+    def __init__(self, read: Callable[[str], Tensor], names: Mapping[str, str]) -> None:
+        """``names`` maps the names shown to those that ``read`` takes."""
+        self._read = read
+        self._names = names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._read(self._names[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # Mapping's own would read the tensor
+
+
+def _unwrap(source: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors without a prefix that all their names share."""
+    for prefix in WRAPPERS:
+        if source and all(name.startswith(prefix) for name in source):
+            return _unwrap(_renamed(source, prefix))
+    return source
+
+
+def _renamed(source: Mapping[str, Tensor], prefix: str) -> LazyTensors:
+    """The tensors whose names begin with ``prefix``, without it."""
+    names = {name.removeprefix(prefix): name for name in source if name.startswith(prefix)}
+    return LazyTensors(source.__getitem__, names)
+
+
+def read_upstream(src: Path) -> LazyTensors:
+    """The tensors of a checkpoint's file or folder, each read when asked for.
+
+    Raises ValueError where there is none, where a file is damaged or lacks what its index promises, and where
+    a torch file holds more than tensors and plain values: it is refused, and nothing in it is run.
+    """
+    if src.is_dir():
+        found = next(filter(None, (sorted(src.glob(layout)) for layout in LAYOUTS)), [])
+        if len(found) != 1:
+            what = f"several files: name one of {[path.name for path in found]}" if found else "no weights"
+            raise ValueError(f"{src} holds {what}; a folder has one of {', '.join(LAYOUTS)}")
+        return read_upstream(found[0])
+    if not src.is_file():
+        raise ValueError(f"there is no checkpoint {src}")
+    if src.name.endswith(".index.json"):
+        return _read_shards(src)
+    return _read_safetensors(src) if src.suffix == ".safetensors" else _read_torch(src)
+
+
+def _read_shards(index: Path) -> LazyTensors:
+    """The tensors of all files that an index names."""
+    try:
+        places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        files = {file: index.parent / file for file in sorted(set(places.values()))}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{index} is not the index of a sharded checkpoint") from error
+    shards = {file: read_upstream(path) for file, path in files.items()}
+    held = {(name, file) for file, shard in shards.items() for name in shard}
+    odd = {name for name, _ in held ^ set(places.items())}
+    _raise_if_any({"named by only one of index and files": odd}, f"what {index} says")
+    return LazyTensors(lambda name: shards[places[name]][name], {name: name for name in places})
+
+
+def _read_safetensors(path: Path) -> LazyTensors:
+    # Opened anew for every tensor: the pages that were read stay in memory for as long as the file is open.
+    def read(name: str) -> Tensor:
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(name)
+
+    try:
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated, damaged or not a safetensors file: {error}") from error
+    return LazyTensors(read, {name: name for name in names})
+
+
+def _read_torch(path: Path) -> LazyTensors:
+    # Opened anew for every tensor, too.
+    def read_all() -> Mapping[str, Tensor]:
+        try:
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{path} is refused: it holds more than tensors and plain values, and reading it could run "
+                "code; save its weights as safetensors"
+            ) from error
+        except (RuntimeError, EOFError) as error:
+            raise ValueError(f"{path} is truncated, damaged or not a file of torch.save") from error
+        if isinstance(content, Mapping):
+            content = content.get("module", content)  # DeepSpeed's place for the weights
+        if not isinstance(content, Mapping) or not all(isinstance(x, Tensor) for x in content.values()):
+            raise ValueError(f"{path} holds no state dict, neither by itself nor under 'module'")
+        return content
+
+    return LazyTensors(lambda name: read_all()[name], {name: name for name in read_all()})

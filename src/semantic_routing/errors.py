@@ -1,0 +1,16 @@
+"""Ways to end other than well that are not the user's mistake; those are plain ``ValueError``."""
+
+from __future__ import annotations
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on; the last checkpoint is whole."""
+
+
+class Interrupted(RuntimeError):
+    """Work was stopped by a signal, and what was done is safe on disk."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
+        """The signal's number."""

@@ -1,0 +1,224 @@
+"""What an arm costs: parameters, matrix products, latency and memory (the paper's Table 4).
+
+Products are counted, not estimated: the real networks run on the meta device, which knows shapes and holds no
+numbers. The paper counts products with weight matrices only, and its reference prepares the text again at
+every step from prompts padded to 512 tokens; this program prepares it once wherever routing does not depend on
+time, and does not pad.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from semantic_routing.device import has_bfloat16
+from semantic_routing.dit import Backbone, DiTConfig
+from semantic_routing.features import TextFeatures
+from semantic_routing.fusedit import make_model
+from semantic_routing.fusion import ALIASES, parse_arm
+from semantic_routing.generate import autocast
+from semantic_routing.sampler import euler, guided, schedule
+
+GUIDED = 2
+"""Every step sees the picture twice: with the prompt and with the null prompt."""
+WEIGHT_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm)
+"""Products with a weight matrix; all others (attention's, the mixing of layers) are batched."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """One picture as Table 4 makes it; the defaults are the paper's (512x512, Qwen3-VL-4B, 50 guided steps)."""
+
+    model: DiTConfig = field(default_factory=DiTConfig)
+    """Sizes of the transformer; its arm is replaced by the one measured."""
+    encoder_heads: int = 32
+    """Query heads of the text encoder; its width and layers are the transformer's text_width and text_layers."""
+    encoder_kv_heads: int = 8
+    """Key and value heads of the text encoder."""
+    encoder_head_dim: int = 128
+    """Channels of a head of the text encoder."""
+    encoder_mlp_width: int = 9728
+    """Hidden channels of the text encoder's gated MLP."""
+    latent_size: int = 64
+    """Side of the latent in its own pixels."""
+    steps: int = 50
+    """Steps of Euler's method, one velocity each."""
+    padded_tokens: int = 512
+    """Length to which the reference pads prompts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overhead:
+    """What one picture costs; FLOPs are two for each multiplication and addition of a matrix product."""
+
+    arm: str
+    """Conditioning strategy."""
+    params: int
+    """Parameters of the transformer, without the text encoder's."""
+    flops_paper: float
+    """By the paper: products with weights, text prepared at every step, prompts padded."""
+    flops_ours_as_paper: float
+    """What this program does at ``text_tokens``, counted as the paper counts: products with weights."""
+    flops_ours: float
+    """What this program does at ``text_tokens``, all products counted."""
+    text_tokens: int
+    """Length of both prompts in this program's numbers."""
+    latency: float | None = None
+    """Seconds of the transformer for a picture, text preparation included; None where not measured."""
+    peak_memory: int | None = None
+    """Most bytes that were in use on the CUDA device meanwhile; None where not measured."""
+
+
+@dataclass(frozen=True)
+class Products:
+    """Floating-point operations of matrix products."""
+
+    weights: int
+    """Products with a weight matrix."""
+    batched: int
+    """All others."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.batched
+
+    def __add__(self, other: Products) -> Products:
+        return Products(self.weights + other.weights, self.batched + other.batched)
+
+    def __mul__(self, times: int) -> Products:
+        return Products(self.weights * times, self.batched * times)
+
+
+def measure(
+    arm: str, *, text_tokens: int = 32, scale: Scale | None = None, device: torch.device | None = None
+) -> Overhead:
+    """What a picture costs with this arm, for prompts of ``text_tokens``; timed where a device is given.
+
+    The text encoder runs once on prompt and null prompt, all its layers, which every arm's features need.
+    """
+    if text_tokens < 1:
+        raise ValueError(f"text_tokens is {text_tokens}; a prompt has at least 1")
+    scale = scale or Scale()
+    cfg = replace(scale.model, arm=parse_arm(arm))
+    with torch.device("meta"):
+        model = make_model(cfg)
+    text, image = _count_step(model, scale, scale.padded_tokens)
+    reference = _count_encoder(scale, scale.padded_tokens) + (text + image) * scale.steps
+    text, image = _count_step(model, scale, text_tokens)
+    prepared = scale.steps if model.depends_on_time else 1
+    ours = _count_encoder(scale, text_tokens) + text * prepared + image * scale.steps
+    latency, peak = (None, None) if device is None else _time(cfg, scale, text_tokens, device)
+    return Overhead(
+        arm=cfg.arm,
+        params=sum(p.numel() for p in model.parameters()),
+        flops_paper=float(reference.weights),
+        flops_ours_as_paper=float(ours.weights),
+        flops_ours=float(ours.total),
+        text_tokens=text_tokens,
+        latency=latency,
+        peak_memory=peak,
+    )
+
+
+def to_json(rows: Sequence[Overhead]) -> dict[str, Any]:
+    """``{"arms": {arm: {"params": ..., "flops_paper": ..., "flops_ours": ..., ...}}}``, FLOPs as plain numbers."""
+    return {"arms": {row.arm: {k: v for k, v in asdict(row).items() if k != "arm"} for row in rows}}
+
+
+def table(rows: Sequence[Overhead]) -> str:
+    """The rows as a Markdown table: parameters in millions, FLOPs in T."""
+    labels = {arm: f"{label.upper()} {arm}" for label, arm in ALIASES.items()} | {"fusedit": "FuseDiT"}
+    lines = [
+        "| arm | params (M) | FLOPs, paper (T) | ours, so counted (T) | ours, all (T) "
+        "| tokens | latency (s) | peak (GiB) |",
+        "| --- |" + " ---: |" * 7,
+    ]
+    for row in rows:
+        cells = [
+            labels[row.arm],
+            f"{row.params / 1e6:,.1f}",
+            *(f"{x / 1e12:,.1f}" for x in (row.flops_paper, row.flops_ours_as_paper, row.flops_ours)),
+            str(row.text_tokens),
+            "–" if row.latency is None else f"{row.latency:.3f}",
+            "–" if row.peak_memory is None else f"{row.peak_memory / 2**30:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _count_step(model: Backbone, scale: Scale, tokens: int) -> tuple[Products, Products]:
+    """Preparing both prompts, and both velocities of one step, by a model on the meta device."""
+    device = torch.device("meta")
+    features, x = _inputs(model.cfg, scale, GUIDED, tokens, device)
+    t = torch.empty(GUIDED, device=device)
+    text, context = _count(lambda: model.prepare_text(features, t))
+    image, _ = _count(lambda: model(x, t, context))
+    return text, image
+
+
+def _count_encoder(scale: Scale, tokens: int) -> Products:
+    """One pass of the text encoder over prompt and null prompt; its layers are alike, so one is counted."""
+    from transformers import Qwen3VLTextConfig, Qwen3VLTextModel
+
+    config = Qwen3VLTextConfig(
+        vocab_size=1,  # looking a token up is no product
+        hidden_size=scale.model.text_width,
+        intermediate_size=scale.encoder_mlp_width,
+        num_hidden_layers=1,
+        num_attention_heads=scale.encoder_heads,
+        num_key_value_heads=scale.encoder_kv_heads,
+        head_dim=scale.encoder_head_dim,
+        max_position_embeddings=tokens,
+    )
+    with torch.device("meta"):
+        model = Qwen3VLTextModel(config)
+        ids = torch.zeros(GUIDED, tokens, dtype=torch.long)
+    layer, _ = _count(lambda: model(input_ids=ids))
+    return layer * scale.model.text_layers
+
+
+def _count(run: Callable[[], Any]) -> tuple[Products, Any]:
+    """The products of a computation, and its result."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        result = run()
+    counts = counter.get_flop_counts().get("Global", {})  # absent where nothing was multiplied
+    weights = sum(count for op, count in counts.items() if op in WEIGHT_PRODUCTS)
+    return Products(weights, counter.get_total_flops() - weights), result
+
+
+def _inputs(
+    cfg: DiTConfig, scale: Scale, batch: int, tokens: int, device: torch.device
+) -> tuple[TextFeatures, torch.Tensor]:
+    """Features of prompts without padding, and noise."""
+    with device:
+        hidden = torch.randn(cfg.text_layers, batch, tokens, cfg.text_width)
+        keys = torch.randn(cfg.text_layers, batch, cfg.kv_heads, tokens, cfg.head_dim)
+        mask = torch.ones(batch, tokens, dtype=torch.bool)
+        x = torch.randn(batch, cfg.channels, scale.latent_size, scale.latent_size)
+    return TextFeatures(hidden, mask, keys, keys), x
+
+
+def _time(cfg: DiTConfig, scale: Scale, tokens: int, device: torch.device) -> tuple[float, int | None]:
+    """Seconds and, on CUDA, peak bytes of sampling one latent as ``semroute sample`` does, with random weights."""
+    with device:
+        model = make_model(cfg).eval().requires_grad_(False)
+    prompt, x = _inputs(cfg, scale, 1, tokens, device)
+
+    def sample(steps: int) -> None:
+        euler(guided(model, prompt, prompt, scale=6.0), x, schedule(steps))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    with torch.no_grad(), autocast(device, has_bfloat16(device)):
+        sample(2)  # kernels are chosen and loaded at the first steps
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        start = time.perf_counter()
+        sample(scale.steps)
+        seconds = time.perf_counter() - start
+    return seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -1,0 +1,233 @@
+"""The order of training: every sample once an epoch, the same everywhere, and independent random streams."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from semantic_routing.data.order import (
+    Example,
+    draw,
+    load_batch,
+    locate,
+    posterior_noise,
+    prefetch,
+    sample_rng,
+)
+
+LATENT = (2, 4, 4)
+
+
+class Numbered:
+    """Pictures of their own number, with a caption that the given generator chooses."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def load(self, sample: int, rng: np.random.Generator) -> Example:
+        return Example(np.full((4, 4, 3), sample, dtype=np.uint8), f"{sample} {rng.integers(2**60)}")
+
+
+def epoch_order(seed: int, epoch: int, length: int) -> list[int]:
+    located = [locate(seed, position, length) for position in range(epoch * length, (epoch + 1) * length)]
+    assert {epoch for epoch, _ in located} == {epoch}
+    return [sample for _, sample in located]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 16, 17, 63, 64, 65, 100, 1000, 4097])
+def test_an_epoch_has_each_sample_once(length: int):
+    for epoch in range(3):
+        assert sorted(epoch_order(7, epoch, length)) == list(range(length))
+
+
+def test_order_depends_on_seed_and_epoch():
+    orders = [tuple(epoch_order(seed, epoch, 50)) for seed in range(3) for epoch in range(3)]
+    assert len(set(orders)) == 9
+
+
+def test_order_is_the_same_on_every_machine():
+    assert epoch_order(0, 0, 8) == [4, 5, 0, 1, 7, 6, 2, 3]
+    far = [locate(42, position, 2**40) for position in (0, 1, 2**40)]
+    assert far == [(0, 759764626243), (0, 886705818194), (1, 468619484939)]
+
+
+@pytest.mark.parametrize("length", [2, 3, 4, 6, 7])
+def test_every_sample_is_as_likely_at_every_place(length: int):
+    trials = 1500
+    counts = np.zeros((length, length))
+    for seed in range(trials):
+        counts[range(length), epoch_order(seed, 1, length)] += 1
+    # Rows and columns of the table both sum to the trials, which leaves (n - 1)^2 degrees of freedom.
+    statistic = ((counts - trials / length) ** 2 / (trials / length)).sum() * (length - 1) / length
+    assert stats.chi2.sf(statistic, (length - 1) ** 2) > 1e-3
+
+
+def test_every_permutation_of_four_is_as_likely():
+    counts = Counter(tuple(epoch_order(seed, 0, 4)) for seed in range(2400))
+    assert len(counts) == 24
+    assert stats.chisquare(list(counts.values())).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("length", [10_000, 2**40])
+def test_neighbours_in_the_stream_are_unrelated(length: int):
+    places = np.array([locate(3, position, length)[1] for position in range(4000)]) / length
+    assert stats.kstest(places, "uniform").pvalue > 1e-3
+    assert abs(np.corrcoef(places[:-1], places[1:])[0, 1]) < 4 / np.sqrt(4000)
+    assert stats.kstest((places[1:] - places[:-1]) % 1, "uniform").pvalue > 1e-3
+
+
+def test_huge_sources_need_no_table():
+    length = 2**40
+    samples = [locate(0, position, length)[1] for position in range(10**6, 10**6 + 1000)]
+    assert len(set(samples)) == 1000
+    assert 0 <= min(samples) < 2**35  # 1000 uniform samples leave the lowest 1/32 empty once in 10^13 seeds
+    assert max(samples) < length
+
+
+def test_draws_are_pure_and_all_different():
+    first = draw(1, 2, 3, LATENT)
+    again = draw(1, 2, 3, LATENT)
+    np.testing.assert_array_equal(first.noise, again.noise)
+    assert (first.time_uniform, first.drop_uniform) == (again.time_uniform, again.drop_uniform)
+    assert first.noise.shape == LATENT
+    assert first.noise.dtype == np.float32
+    keys = [(1, 2, 3), (3, 2, 1), (2, 1, 3), (1, 3, 2), (0, 2, 3), (2**64 - 1, 2, 3)]
+    for other in keys[1:]:
+        assert not np.isin(first.noise, draw(*other, LATENT).noise).any()
+        assert sample_rng(*keys[0]).random() != sample_rng(*other).random()
+
+
+def test_noise_time_augmentation_and_posterior_are_separate_streams():
+    d = draw(1, 2, 3, LATENT)
+    uniforms = set(sample_rng(1, 2, 3).random(100, dtype=np.float32).tolist())
+    assert not uniforms & {d.time_uniform, d.drop_uniform}
+    assert not np.isin(d.noise, posterior_noise(1, 2, 3, LATENT)).any()
+    assert not np.isin(d.noise, sample_rng(1, 2, 3).standard_normal(100, dtype=np.float32)).any()
+    larger = draw(1, 2, 3, (16, 8, 8))  # another codec does not change times
+    assert (larger.time_uniform, larger.drop_uniform) == (d.time_uniform, d.drop_uniform)
+
+
+def test_draws_are_distributed_as_they_say():
+    draws = [draw(0, sample, 0, (8,)) for sample in range(2000)]
+    posterior = np.stack([posterior_noise(0, sample, 0, (8,)) for sample in range(2000)])
+    noise = np.stack([d.noise for d in draws])
+    assert stats.kstest(noise.ravel(), "norm").pvalue > 1e-3
+    assert stats.kstest(posterior.ravel(), "norm").pvalue > 1e-3
+    assert stats.kstest([d.time_uniform for d in draws], "uniform").pvalue > 1e-3
+    assert stats.kstest([d.drop_uniform for d in draws], "uniform").pvalue > 1e-3
+    assert abs(np.corrcoef(noise.ravel(), posterior.ravel())[0, 1]) < 4 / np.sqrt(16000)
+
+
+def test_a_batch_is_its_positions_of_the_stream():
+    source = Numbered(10)
+    batch = load_batch(source, 5, 2, 4, LATENT)  # positions 8..11: the last two of one epoch, two of the next
+    assert batch.samples == [locate(5, position, 10) for position in (8, 9, 10, 11)]
+    assert [epoch for epoch, _ in batch.samples] == [0, 0, 1, 1]
+    assert batch.images.shape == (4, 4, 4, 3)
+    assert batch.images.dtype == torch.uint8
+    assert batch.images[:, 0, 0, 0].tolist() == [sample for _, sample in batch.samples]
+    for row, (epoch, sample) in enumerate(batch.samples):
+        d = draw(5, sample, epoch, LATENT)
+        np.testing.assert_array_equal(batch.noise[row].numpy(), d.noise)
+        assert batch.time_uniform[row].item() == d.time_uniform
+        assert batch.drop_uniform[row].item() == d.drop_uniform
+        assert batch.captions[row] == source.load(sample, sample_rng(5, sample, epoch)).caption
+    assert batch.posterior_noise is None
+
+
+def test_batch_size_does_not_change_the_stream():
+    source = Numbered(7)
+    large = load_batch(source, 0, 0, 12, LATENT, posterior=True)
+    small = [load_batch(source, 0, step, 3, LATENT, posterior=True) for step in range(4)]
+    assert large.captions == [caption for batch in small for caption in batch.captions]
+    assert torch.equal(large.noise, torch.cat([batch.noise for batch in small]))
+    assert large.posterior_noise is not None
+    assert torch.equal(large.posterior_noise, torch.cat([batch.posterior_noise for batch in small]))
+
+
+def test_captions_change_between_epochs():
+    source = Numbered(1)
+    assert len(set(load_batch(source, 0, 0, 5, LATENT).captions)) == 5
+
+
+@pytest.mark.parametrize("arguments", [(0, -1, 10), (0, 0, 0), (-1, 0, 10), (2**64, 0, 10)])
+def test_places_outside_the_stream_are_errors(arguments: tuple[int, int, int]):
+    with pytest.raises(ValueError, match=r"expected at least 0|must be from 0"):
+        locate(*arguments)
+
+
+@pytest.mark.parametrize(("step", "batch_size"), [(-1, 4), (0, 0)])
+def test_impossible_batches_are_errors(step: int, batch_size: int):
+    with pytest.raises(ValueError, match="batch_size"):
+        load_batch(Numbered(10), 0, step, batch_size, LATENT)
+
+
+def prefetch_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def test_prefetch_keeps_the_order_and_starts_anywhere():
+    batches = prefetch(lambda step: load_batch(Numbered(10), 0, step, 4, LATENT), start=3)
+    for step, batch in zip(range(3, 8), batches, strict=False):
+        assert batch.samples == load_batch(Numbered(10), 0, step, 4, LATENT).samples
+    batches.close()
+
+
+def test_prefetch_works_ahead_but_not_further():
+    made: list[int] = []
+    third = threading.Event()
+
+    def load(step: int) -> int:
+        made.append(step)
+        if step == 2:
+            third.set()
+        return step
+
+    numbers = prefetch(load, ahead=2)
+    assert next(numbers) == 0
+    assert third.wait(10)  # 0 was asked for; 1 and 2 follow on the thread
+    time.sleep(0.02)
+    assert made == [0, 1, 2]
+    numbers.close()
+
+
+def test_prefetch_raises_what_load_raised_in_its_turn():
+    def load(step: int) -> int:
+        if step == 4:
+            raise ValueError("picture 4 is broken")
+        return step
+
+    numbers = prefetch(load, start=2)
+    assert list(islice(numbers, 2)) == [2, 3]
+    with pytest.raises(ValueError, match="picture 4 is broken"):
+        next(numbers)
+    assert prefetch_threads() == []
+
+
+@pytest.mark.parametrize("how", ["closed", "dropped"])
+def test_prefetch_ends_its_thread(how: str):
+    numbers = prefetch(lambda step: step)
+    next(numbers)
+    assert len(prefetch_threads()) == 1
+    if how == "closed":
+        numbers.close()
+    else:
+        del numbers
+        gc.collect()
+    assert prefetch_threads() == []
+
+
+def test_prefetch_needs_room():
+    with pytest.raises(ValueError, match="ahead is 0"):
+        next(prefetch(lambda step: step, ahead=0))
