@@ -179,6 +179,17 @@ def test_conditioned_blocks_see_the_time_of_their_own_sample(conditioning: str) 
     assert not torch.allclose(a[1], b[1], atol=1e-3)
 
 
+def test_adaln_single_projects_the_time_once_for_all_blocks() -> None:
+    model, seen = trained(replace(CFG, conditioning="adaln-single")), []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, args: seen.append(args[-1]))
+    x, t = some_image()
+    run(model, x, t, some_text())
+    assert [id(time) for time in seen] == [id(seen[0])] * CFG.depth
+    shared = model.time_shared[1]
+    torch.testing.assert_close(seen[0], shared(nn.functional.silu(model.time_embed(t))))
+
+
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_only_conditioned_networks_have_a_time_embedding(conditioning: str) -> None:
     model = make_model(replace(CFG, conditioning=conditioning))

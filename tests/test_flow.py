@@ -81,9 +81,7 @@ def test_logit_normal_of_any_uniform_number_lies_inside() -> None:
 
 def test_loss_is_the_mean_square_in_float32() -> None:
     predicted, target = (x.bfloat16() for x in pair())
-    expected = sum(
-        (a - b) ** 2 for a, b in zip(predicted.double().flatten(), target.double().flatten(), strict=True)
-    )
+    expected = sum((a - b) ** 2 for a, b in zip(predicted.double().flatten(), target.double().flatten(), strict=True))
     loss = velocity_loss(predicted, target)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), expected / predicted.numel(), rtol=1e-6, atol=0)

@@ -170,6 +170,7 @@ def test_fixed_arms_have_nothing_to_learn_or_to_save(arm: str) -> None:
     router = make_router(arm, LAYERS, DEPTH)
     assert not list(router.parameters())
     assert not router.state_dict()
+    assert router.weights(torch.rand(2, device="meta")).is_meta, "without a state they go where the time is"
 
 
 @pytest.mark.parametrize("arm", ROUTED)
@@ -214,9 +215,7 @@ def test_gates_are_appendix_a(arm: str) -> None:
     weights = router.weights(t)
     assert weights.std(dim=0).max() > 1e-3, "the weights must vary with time for this test to mean anything"
     for gate in range(weights.shape[1]):
-        torch.testing.assert_close(
-            weights[:, gate].double(), appendix_a(router, gate, t), rtol=1e-4, atol=1e-6
-        )
+        torch.testing.assert_close(weights[:, gate].double(), appendix_a(router, gate, t), rtol=1e-4, atol=1e-6)
 
 
 def test_joint_gates_are_independent() -> None:

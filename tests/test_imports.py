@@ -13,8 +13,10 @@ PACKAGE = "semantic_routing"
 SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 ORDER = [
-    # what everything may know: configurations and the machine
+    # what everything may know: configurations, errors and the machine
     "config",
+    "errors",
+    "arguments",
     "device",
     "manifest",
     # the network
@@ -25,6 +27,7 @@ ORDER = [
     "fusion",
     "dit",
     "fusedit",
+    "optim",
     # text in, images out
     "text_encoder",
     "tiny_lm",
@@ -43,16 +46,21 @@ ORDER = [
     # runs
     "checkpoint",
     "pictures",
+    "prompts",
     "generate",
-    "optim",
     "parallel",
     "train",
     "recipes",
     # what came of them
     "evaluate",
     "evaluate.shapes",
+    "evaluate.scores",
+    "evaluate.commands",
     "analyze",
+    "analyze.figures",
+    "analyze.weights",
     "report",
+    "quickstart",
     "overhead",
     "convert",
     "pipeline",
@@ -108,7 +116,7 @@ def late():
     assert imported(ast.parse(source)) == {"flow", "dit", "layers", "data.shapes"}
 
 
-@pytest.mark.parametrize("name", [PACKAGE])
+@pytest.mark.parametrize("name", [PACKAGE, f"{PACKAGE}.cli"])
 def test_import_is_light(name: str) -> None:
     code = f"import sys, {name}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

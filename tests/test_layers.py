@@ -63,9 +63,7 @@ def test_grouped_attention_is_attention_with_repeated_heads(heads: int, kv_heads
     mask = some_mask() if masked else None
     out = attention(q, k, v, mask)
     repeated = [x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v)]
-    sdpa = F.scaled_dot_product_attention(
-        q, *repeated, attn_mask=None if mask is None else mask[:, None, None, :]
-    )
+    sdpa = F.scaled_dot_product_attention(q, *repeated, attn_mask=None if mask is None else mask[:, None, None, :])
     # The softmax itself runs in float32 whatever the inputs.
     torch.testing.assert_close(out, sdpa, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(out, naive_attention(q, k, v, mask), rtol=1e-5, atol=1e-6)
@@ -213,9 +211,7 @@ def test_self_attention_with_text_is_one_softmax_over_both(masked: bool) -> None
     text = BlockText(torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8), some_mask(5) if masked else None)
     rope = rope_2d(2, 3, 8, 1e4, CPU)
     q, k, v = (part.unflatten(-1, (-1, 8)) for part in layer.qkv(x).split(layer.sizes, dim=-1))
-    q, k = (
-        apply_rope(norm(part), rope).transpose(1, 2) for norm, part in ((layer.q_norm, q), (layer.k_norm, k))
-    )
+    q, k = (apply_rope(norm(part), rope).transpose(1, 2) for norm, part in ((layer.q_norm, q), (layer.k_norm, k)))
     k, v = torch.cat([text.keys, k], dim=2), torch.cat([text.values, v.transpose(1, 2)], dim=2)
     seen = None if text.mask is None else torch.cat([text.mask, torch.ones(2, 6, dtype=torch.bool)], dim=1)
     expected = layer.out(naive_attention(q, k, v, seen).float().transpose(1, 2).flatten(2))

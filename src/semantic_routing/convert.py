@@ -44,9 +44,10 @@ WRAPPERS = ("module.", "_orig_mod.", "model.")
 """What DistributedDataParallel, torch.compile and trainers put before every name."""
 LAYOUTS = (
     "*.safetensors.index.json",
+    "model.safetensors",
     "*.safetensors",
     "*.bin.index.json",
-    "*.bin",
+    "*pytorch_model.bin",
     "mp_rank_00_model_states.pt",  # DeepSpeed
     "pytorch_model/mp_rank_00_model_states.pt",  # Accelerate around DeepSpeed
 )
@@ -507,21 +508,33 @@ def _read_safetensors(path: Path) -> LazyTensors:
 
 
 def _read_torch(path: Path) -> LazyTensors:
-    # Opened anew for every tensor, too.
-    def read_all() -> Mapping[str, Tensor]:
-        try:
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"{path} is refused: it holds more than tensors and plain values, and reading it could run "
-                "code; save its weights as safetensors"
-            ) from error
-        except (RuntimeError, EOFError) as error:
-            raise ValueError(f"{path} is truncated, damaged or not a file of torch.save") from error
-        if isinstance(content, Mapping):
-            content = content.get("module", content)  # DeepSpeed's place for the weights
-        if not isinstance(content, Mapping) or not all(isinstance(x, Tensor) for x in content.values()):
-            raise ValueError(f"{path} holds no state dict, neither by itself nor under 'module'")
-        return content
+    # Opened anew after every 32nd part of it, for the same reason; for every tensor it would take too long.
+    weights = _open_torch(path)
+    part = unread = path.stat().st_size // 32
 
-    return LazyTensors(lambda name: read_all()[name], {name: name for name in read_all()})
+    def read(name: str) -> Tensor:
+        nonlocal weights, unread
+        if unread <= 0:
+            weights, unread = _open_torch(path), part
+        unread -= weights[name].nbytes
+        return weights[name]
+
+    return LazyTensors(read, {name: name for name in weights})
+
+
+def _open_torch(path: Path) -> Mapping[str, Tensor]:
+    """The state dict of a torch file, mapped and not yet read."""
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is refused: it holds more than tensors and plain values, and reading it could run code; "
+            "save its weights as safetensors"
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is truncated, damaged or not a file of today's torch.save") from error
+    if isinstance(content, Mapping):
+        content = content.get("module", content)  # DeepSpeed's place for the weights
+    if not isinstance(content, Mapping) or not all(isinstance(x, Tensor) for x in content.values()):
+        raise ValueError(f"{path} holds no state dict, neither by itself nor under 'module'")
+    return content

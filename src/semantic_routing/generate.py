@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 from jaxtyping import UInt8
 from torch import Tensor
+from tqdm import tqdm
 
-from semantic_routing.checkpoint import EMA, MODEL, find_checkpoint, load_weights, read_state
+from semantic_routing.checkpoint import EMA, MODEL, find_checkpoint, load_weights, read_state, write_text
 from semantic_routing.codec import Codec, CodecConfig, make_codec
 from semantic_routing.config import from_dict
-from semantic_routing.device import has_bfloat16
+from semantic_routing.device import has_bfloat16, pick_device
 from semantic_routing.dit import Backbone, DiTConfig
 from semantic_routing.features import TextFeatures
 from semantic_routing.fusedit import make_model
+from semantic_routing.manifest import manifest
+from semantic_routing.pictures import save_png
+from semantic_routing.prompts import read_prompts
 from semantic_routing.sampler import SAMPLERS, Callback, guided, noise_for, schedule
 from semantic_routing.text_encoder import TextEncoder, TextEncoderConfig
 
@@ -140,3 +146,69 @@ def load_bundle(path: Path, device: torch.device, *, averaged: bool = True) -> B
         checkpoint=folder,
         config=config,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleArguments(SampleConfig):
+    """Sample images from a trained run."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """A run's folder, or one of its checkpoints."""
+    out: Path
+    """Folder to write PNG files to; whole images already there are kept."""
+    prompt: tuple[str, ...] = ()
+    """Prompts."""
+    prompts: Path | None = None
+    """File of prompts: one a line, or .jsonl or .csv with a column prompt, text or caption."""
+    images_per_prompt: int = 1
+    """Images for each prompt, each from its own noise."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+
+def sample_to_folder(args: SampleArguments) -> Path:
+    """Write ``PPPPP_II.png`` for prompt P and image I, ``prompts.jsonl`` and ``manifest.json``; returns the folder.
+
+    Images that are there already are kept, provided that the folder's manifest asks for the same ones.
+    """
+    prompts = [*args.prompt, *(read_prompts(args.prompts) if args.prompts is not None else [])]
+    if not prompts:
+        raise ValueError('nothing to sample: give --prompt "a red circle" or --prompts FILE')
+    if args.images_per_prompt < 1:
+        raise ValueError(f"images_per_prompt is {args.images_per_prompt}; it must be at least 1")
+    bundle = load_bundle(args.model, pick_device(args.device))
+    names = [(p, i) for p in range(len(prompts)) for i in range(args.images_per_prompt)]
+    settings = {f.name: getattr(args, f.name) for f in fields(SampleConfig) if f.name != "batch"}
+    identity = {"checkpoint": str(bundle.checkpoint), "prompts": prompts, "sampling": settings}
+    claim_folder(args.out, identity)
+    paths = {name: args.out / f"{name[0]:05d}_{name[1]:02d}.png" for name in names}
+    sample_missing(bundle, prompts, paths, args)
+    rows = [{"file": paths[name].name, "prompt": prompts[name[0]], "image": name[1]} for name in names]
+    write_text(args.out / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return args.out
+
+
+def claim_folder(out: Path, identity: dict[str, Any]) -> None:
+    """Write the manifest of the images to come; ValueError if the folder holds those of another request."""
+    path = out / "manifest.json"
+    identity = json.loads(json.dumps(identity))
+    if path.is_file():
+        there = json.loads(path.read_text(encoding="utf-8")).get("identity")
+        if there != identity:
+            differs = [key for key in identity if not there or there.get(key) != identity[key]]
+            raise ValueError(f"{out} holds images of another request ({', '.join(differs)} differ); choose another --out")
+    write_text(path, json.dumps(manifest(identity=identity), indent=2) + "\n")
+
+
+def sample_missing(
+    bundle: Bundle, prompts: Sequence[str], paths: dict[tuple[int, int], Path], cfg: SampleConfig
+) -> None:
+    """Sample the images (prompt index, image index) whose files are not there yet, a batch at a time."""
+    missing = [name for name, path in paths.items() if not path.is_file()]
+    with tqdm(total=len(paths), initial=len(paths) - len(missing), desc="Sampling", unit="image") as bar:
+        for first in range(0, len(missing), cfg.batch):
+            names = missing[first : first + cfg.batch]
+            images = bundle.sample([prompts[p] for p, _ in names], names, cfg).numpy(force=True)
+            for name, image in zip(names, images, strict=True):
+                save_png(paths[name], image)
+                bar.update()

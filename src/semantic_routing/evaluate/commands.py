@@ -1,0 +1,42 @@
+"""The benchmarks that ``semroute evaluate`` knows: for each its arguments and what runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from semantic_routing.device import keep_freed_memory, pick_device
+from semantic_routing.evaluate.scores import evaluate_shapes, markdown_table
+from semantic_routing.generate import SampleConfig, load_bundle
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapesArguments(SampleConfig):
+    """Score a model on unseen captions of the toy world with the exact checker."""
+
+    model: Path
+    """A run's folder, or one of its checkpoints."""
+    out: Path
+    """Folder for images, records.jsonl, summary.json, table.md and manifest.json; a stopped evaluation goes on."""
+    n: int = 440
+    """Prompts, spread evenly over the eleven tags."""
+    prompt_seed: int = 0
+    """Which prompts."""
+    steps: int = 20
+    """Steps of the sampler."""
+    guidance: float = 3.0
+    """Scale of classifier-free guidance; 1 is none."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+
+def shapes(args: ShapesArguments) -> str:
+    """Evaluate and answer with the table."""
+    keep_freed_memory()
+    bundle = load_bundle(args.model, pick_device(args.device))
+    return markdown_table(evaluate_shapes(bundle, args.out, n=args.n, seed=args.prompt_seed, cfg=args))
+
+
+BENCHMARKS: dict[str, tuple[type, Callable[[Any], str]]] = {"shapes": (ShapesArguments, shapes)}
