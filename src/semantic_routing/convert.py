@@ -195,14 +195,14 @@ class UpstreamFuseDiT(FuseDiT):
 def _turned_back(
     keys: Float[Tensor, "L B Hkv N hd"], steps: Int[Tensor, " B"], theta: float
 ) -> Float[Tensor, "L B Hkv N hd"]:
-    """Keys turned by the 2-D rotary angles of row and column minus ``steps``."""
+    """Keys turned by the 2-D rotary angles of row and column minus ``steps``, in float32."""
     quarter = keys.shape[-1] // 4
     freqs = theta ** (-torch.arange(quarter, dtype=torch.float32, device=keys.device) / quarter)
     angles = -steps[:, None] * freqs.repeat(2)
     # apply_rope turns the second axis by position: here that is the batch.
     x = keys.float().transpose(1, 2).flatten(0, 1)
     turned = apply_rope(x, (angles.cos(), angles.sin())).unflatten(0, (len(keys), -1))
-    return turned.transpose(1, 2).to(keys.dtype)
+    return turned.transpose(1, 2)
 
 
 class Form(NamedTuple):

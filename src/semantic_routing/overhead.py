@@ -14,16 +14,18 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from semantic_routing.device import has_bfloat16
-from semantic_routing.dit import Backbone, DiTConfig
+from semantic_routing.dit import Backbone, DiTConfig, TextContext
 from semantic_routing.features import TextFeatures
 from semantic_routing.fusedit import make_model
 from semantic_routing.fusion import ALIASES, parse_arm
 from semantic_routing.generate import autocast
 from semantic_routing.sampler import euler, guided, schedule
 
+META = torch.device("meta")
 GUIDED = 2
 """Every step sees the picture twice: with the prompt and with the null prompt."""
 WEIGHT_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm)
@@ -105,11 +107,12 @@ def measure(
         raise ValueError(f"text_tokens is {text_tokens}; a prompt has at least 1")
     scale = scale or Scale()
     cfg = replace(scale.model, arm=parse_arm(arm))
-    with torch.device("meta"):
+    with META:
         model = make_model(cfg)
-    text, image = _count_step(model, scale, scale.padded_tokens)
-    reference = _count_encoder(scale, scale.padded_tokens) + (text + image) * scale.steps
-    text, image = _count_step(model, scale, text_tokens)
+    padded, _ = _count_text(model, scale.padded_tokens)
+    text, context = _count_text(model, text_tokens)
+    image = _count_image(model, scale, context)  # its products with weights do not depend on the text's length
+    reference = _count_encoder(scale, scale.padded_tokens) + (padded + image) * scale.steps
     prepared = scale.steps if model.depends_on_time else 1
     ours = _count_encoder(scale, text_tokens) + text * prepared + image * scale.steps
     latency, peak = (None, None) if device is None else _time(cfg, scale, text_tokens, device)
@@ -151,14 +154,16 @@ def table(rows: Sequence[Overhead]) -> str:
     return "\n".join(lines)
 
 
-def _count_step(model: Backbone, scale: Scale, tokens: int) -> tuple[Products, Products]:
-    """Preparing both prompts, and both velocities of one step, by a model on the meta device."""
-    device = torch.device("meta")
-    features, x = _inputs(model.cfg, scale, GUIDED, tokens, device)
-    t = torch.empty(GUIDED, device=device)
-    text, context = _count(lambda: model.prepare_text(features, t))
-    image, _ = _count(lambda: model(x, t, context))
-    return text, image
+def _count_text(model: Backbone, tokens: int) -> tuple[Products, TextContext]:
+    """Preparing both prompts once, by a model on the meta device."""
+    features = _features(model.cfg, GUIDED, tokens, META)
+    return _count(lambda: model.prepare_text(features, torch.empty(GUIDED, device=META)))
+
+
+def _count_image(model: Backbone, scale: Scale, context: TextContext) -> Products:
+    """Both velocities of one step, by a model on the meta device."""
+    x, t = _noise(model.cfg, scale, GUIDED, META), torch.empty(GUIDED, device=META)
+    return _count(lambda: model(x, t, context))[0]
 
 
 def _count_encoder(scale: Scale, tokens: int) -> Products:
@@ -175,7 +180,7 @@ def _count_encoder(scale: Scale, tokens: int) -> Products:
         head_dim=scale.encoder_head_dim,
         max_position_embeddings=tokens,
     )
-    with torch.device("meta"):
+    with META:
         model = Qwen3VLTextModel(config)
         ids = torch.zeros(GUIDED, tokens, dtype=torch.long)
     layer, _ = _count(lambda: model(input_ids=ids))
@@ -191,23 +196,23 @@ def _count(run: Callable[[], Any]) -> tuple[Products, Any]:
     return Products(weights, counter.get_total_flops() - weights), result
 
 
-def _inputs(
-    cfg: DiTConfig, scale: Scale, batch: int, tokens: int, device: torch.device
-) -> tuple[TextFeatures, torch.Tensor]:
-    """Features of prompts without padding, and noise."""
+def _features(cfg: DiTConfig, batch: int, tokens: int, device: torch.device) -> TextFeatures:
+    """Features of prompts without padding."""
     with device:
         hidden = torch.randn(cfg.text_layers, batch, tokens, cfg.text_width)
         keys = torch.randn(cfg.text_layers, batch, cfg.kv_heads, tokens, cfg.head_dim)
-        mask = torch.ones(batch, tokens, dtype=torch.bool)
-        x = torch.randn(batch, cfg.channels, scale.latent_size, scale.latent_size)
-    return TextFeatures(hidden, mask, keys, keys), x
+        return TextFeatures(hidden, torch.ones(batch, tokens, dtype=torch.bool), keys, keys)
+
+
+def _noise(cfg: DiTConfig, scale: Scale, batch: int, device: torch.device) -> Tensor:
+    return torch.randn(batch, cfg.channels, scale.latent_size, scale.latent_size, device=device)
 
 
 def _time(cfg: DiTConfig, scale: Scale, tokens: int, device: torch.device) -> tuple[float, int | None]:
     """Seconds and, on CUDA, peak bytes of sampling one latent as ``semroute sample`` does, with random weights."""
     with device:
         model = make_model(cfg).eval().requires_grad_(False)
-    prompt, x = _inputs(cfg, scale, 1, tokens, device)
+    prompt, x = _features(cfg, 1, tokens, device), _noise(cfg, scale, 1, device)
 
     def sample(steps: int) -> None:
         euler(guided(model, prompt, prompt, scale=6.0), x, schedule(steps))

@@ -51,7 +51,7 @@ def run_quickstart(args: QuickstartArguments) -> Path:
         bundle = load_bundle(out, pick_device())
         sampling = SampleConfig(steps=20, guidance=args.guidance, batch=110)
         evaluate_shapes(bundle, out / "evaluation", n=args.prompts, seed=0, cfg=sampling)
-    return write_report(out, out / "evaluation", out / "report.html", timings.seconds)
+    return write_report(out, out / "evaluation", out, timings.seconds)
 
 
 class Timings:

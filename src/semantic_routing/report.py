@@ -51,7 +51,7 @@ class Results:
     """The run's resolved configuration."""
     steps: int
     """Finished training steps."""
-    metrics: list[dict[str, float]]
+    metrics: list[dict[str, Any]]
     """Lines of metrics.jsonl."""
     records: list[Record]
     summary: dict[str, Any]
@@ -193,11 +193,11 @@ def _header(r: Results, title: str) -> str:
     )
 
 
-def plot_loss(metrics: Sequence[Mapping[str, float]]) -> Figure:
+def plot_loss(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     """The loss of every logged step, and its running mean, on a logarithmic axis."""
     steps = np.array([row["step"] for row in metrics])
     loss = np.array([row["loss"] for row in metrics])
-    figure, axes = new_axes(8.6, 3.1)
+    figure, axes = new_axes(7.2, 2.9)
     axes.plot(steps, loss, color="#6f9fd4", linewidth=0.8, alpha=0.55, label="as logged")
     axes.plot(steps, smoothed(loss), color="#2f6db3", linewidth=2, label="running mean")
     axes.set_yscale("log")
@@ -218,7 +218,7 @@ def smoothed(values: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
 
 
 def _plot(figure: Figure, description: str) -> str:
-    return f'<div class="card plot">{to_svg(figure, description)}</div>'
+    return f'<div class="card plot"><div style="max-width:900px">{to_svg(figure, description)}</div></div>'
 
 
 def _samples(r: Results) -> str:
@@ -255,7 +255,7 @@ def _accuracy(summary: dict[str, Any]) -> str:
     groups = {
         "": [name for name in ("overall", "geneval") if name in summary["n"]],
         "GenEval's tags": [tag for tag in tags if tag in GENEVAL_TAGS],
-        "harder skills": [tag for tag in tags if tag not in GENEVAL_TAGS],
+        "Harder skills": [tag for tag in tags if tag not in GENEVAL_TAGS],
     }
     rows = []
     for group, names in groups.items():

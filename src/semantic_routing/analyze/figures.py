@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -61,5 +62,4 @@ def to_svg(figure: Figure, description: str) -> str:
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     drawing = buffer.getvalue()
     drawing = drawing[drawing.index("<svg") :].replace(INK, "currentColor")
-    safe = description.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-    return drawing.replace("<svg", f'<svg role="img" aria-label="{safe}"', 1)
+    return drawing.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1)

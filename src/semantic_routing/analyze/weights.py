@@ -90,7 +90,7 @@ def plot_heatmap(weights: Float[np.ndarray, "D L"], title: str = "") -> Figure:
     label_axes(axes, "language-model layer", "block")
     if weights.size <= MOST_NUMBERS:
         for (block, layer), weight in np.ndenumerate(weights * 100):
-            color = "white" if weight > 0.55 * top else "#08306b"
+            color = "white" if weight > 0.6 * top else "#08306b"
             axes.text(layer + 1, block, f"{weight:.0f}", ha="center", va="center", fontsize=8.5, color=color)
     bar = figure.colorbar(mesh, ax=axes, pad=0.02, fraction=0.06)
     bar.set_label("weight (%)", fontsize=10, color=INK)
