@@ -47,7 +47,7 @@ def make_optimizers(model: nn.Module, cfg: OptimConfig, blocks: str = "blocks.")
     for name, p in model.named_parameters():
         if name.startswith("router."):
             router.append(p)
-        elif cfg.name == "muon" and p.ndim == 2 and name.startswith(blocks):
+        elif cfg.name == "muon" and p.ndim == 2 and name.startswith(blocks) and ".modulation." not in name:
             matrices.append(p)
         else:
             others.append(p)

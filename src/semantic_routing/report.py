@@ -199,7 +199,7 @@ def plot_loss(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     loss = np.array([row["loss"] for row in metrics])
     figure, axes = new_axes(7.2, 2.9)
     axes.plot(steps, loss, color="#6f9fd4", linewidth=0.8, alpha=0.55, label="as logged")
-    axes.plot(steps, smoothed(loss), color="#2f6db3", linewidth=2, label="running mean")
+    axes.plot(steps, smoothed(loss), color="#3d85d1", linewidth=2, label="running mean")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -292,20 +292,23 @@ def _routing(model: Backbone) -> str:
             "<p>FuseDiT has no routing weights: its blocks read the keys and values of the language model's layers "
             f"{first} to {last}, one each.</p>"
         )
+    drawn = list(heatmaps(model))
+    top = max(float(weights.max()) for _, weights in drawn)
     maps = []
-    for time, weights in heatmaps(model):
-        when = "" if time is None else f" at t = {time:g}"
-        figure = plot_heatmap(weights, "" if time is None else f"t = {time:g}")
-        # The element is as wide as the figure was drawn, so that text keeps its size.
+    for time, weights in drawn:
+        when = "" if time is None else f"t = {time:g}"
+        figure = plot_heatmap(weights, when, top)
+        # At most as wide as it was drawn, so that its text keeps its size.
         width = 96 * figure.get_figwidth()
-        svg = to_svg(figure, f"weight of every language-model layer in every block{when}")
+        svg = to_svg(figure, f"weight of every language-model layer in every block {when}".rstrip())
         maps.append(f'<div style="max-width:{width:.0f}px">{svg}</div>')
+    grid = "maps" if len(maps) > 1 else ""
     return (
         "<p>Each row is a block of the transformer and each column a layer of the language model, both from "
         "first to last; the darker a cell, the more of that layer the block reads. A row adds up to 100 %, and "
         f"{100 / model.cfg.text_layers:.3g} % everywhere would be the plain average"
         + ("; t goes from 0 (noise) to 1 (image)" if model.depends_on_time else "")
-        + f'.</p>\n<div class="card plot maps">{"".join(maps)}</div>'
+        + f'.</p>\n<div class="card plot {grid}">{"".join(maps)}</div>'
     )
 
 
@@ -318,17 +321,16 @@ def _timings(r: Results) -> str:
 def _go_on(r: Results) -> str:
     run = shlex.quote(str(r.run))
     other = "uniform" if r.arm != "uniform" else "depth"
-    commands = (
+    commands = [
         "# another strategy, then the same questions to it",
         f"semroute train toy --arm {other} --out runs/{other}",
         f"semroute evaluate shapes --model runs/{other} --out runs/{other}/evaluation",
         "",
         "# your own prompts",
         f'semroute sample {run} --prompt "a red circle above a blue square" --out samples',
-        "",
-        "# the routing weights as figures and tables",
-        f"semroute analyze {run} --out figures",
-    )
+    ]
+    if r.arm != "fusedit":
+        commands += ["", "# the routing weights as figures and tables", f"semroute analyze {run} --out figures"]
     return f"<pre>{escape(chr(10).join(commands))}</pre>"
 
 
@@ -339,7 +341,7 @@ def _provenance(r: Results) -> str:
     facts = [
         ("commit", trained["commit"] or "installed package"),
         ("trained", trained["date"]),
-        ("machine", ", ".join(f"{k} {v}" for k, v in trained["hardware"].items())),
+        ("hardware", ", ".join(f"{k} {v}" for k, v in trained["hardware"].items())),
         ("seed of the run", r.config["seed"]),
         ("prompts", f"{asked['n']} of seed {asked['seed']}, SHA-256 {asked['sha256']}"),
         ("sampler", ", ".join(f"{k} {v}" for k, v in sampler.items())),

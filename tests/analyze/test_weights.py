@@ -145,6 +145,14 @@ def test_heatmaps_start_with_block_0_on_top_and_say_their_numbers():
     assert written[2, 1] == "50"
 
 
+def test_heatmaps_can_share_their_darkest_colour():
+    weights = np.float32([[0.5, 0.25, 0.25, 0, 0]])
+    assert [plot_heatmap(weights, "", top).axes[0].collections[0].get_clim() for top in (0.0, 0.8)] == [
+        (0, 50),
+        (0, 80),
+    ]
+
+
 def test_large_heatmaps_have_few_labels_and_no_numbers():
     axes = plot_heatmap(np.full((24, 36), 1 / 36)).axes[0]
     assert not axes.texts

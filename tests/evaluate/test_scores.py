@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,6 +127,13 @@ class Painter(Bundle):
         return torch.from_numpy(np.stack(pictures))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Arguments(SampleConfig):
+    """Sampling settings among others, as a command line has them."""
+
+    out: Path
+
+
 N, SEED = 22, 5
 CFG = SampleConfig(steps=2, guidance=1.0, batch=5)
 
@@ -165,7 +173,8 @@ def test_whole_images_are_kept_and_others_sampled_again(painter, tmp_path):
     cut.write_bytes(cut.read_bytes()[:60])
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "00012.png")
     painter.asked.clear()
-    again = evaluate_shapes(painter, tmp_path, n=N, seed=SEED, cfg=replace(CFG, batch=2))
+    arguments = Arguments(steps=2, guidance=1.0, batch=2, out=tmp_path)
+    again = evaluate_shapes(painter, tmp_path, n=N, seed=SEED, cfg=arguments)
     assert painter.asked == [(3, 0), (7, 0), (12, 0)]
     assert again == first
 

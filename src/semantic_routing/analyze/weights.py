@@ -6,11 +6,14 @@ The numbers come from the very ``router.weights(t)`` that training and sampling 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import matplotlib
 import numpy as np
 import torch
+import tyro
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
@@ -73,12 +76,15 @@ def routing_weights(model: Backbone, times: Sequence[float]) -> Float[np.ndarray
     return model.router.weights(t).expand(len(times), model.cfg.depth, -1).numpy(force=True)
 
 
-def plot_heatmap(weights: Float[np.ndarray, "D L"], title: str = "") -> Figure:
-    """Block by layer, first block on top: the darker, the more of the layer the block reads."""
+def plot_heatmap(weights: Float[np.ndarray, "D L"], title: str = "", top: float = 0.0) -> Figure:
+    """Block by layer, first block on top: the darker, the more of the layer the block reads.
+
+    ``top`` is the weight of the darkest colour, so that several maps can share one; by default the largest.
+    """
     depth, layers = weights.shape
     figure, axes = new_axes(min(1.9 + 0.42 * layers, 7.5), min(1.4 + 0.34 * depth, 5.5), title)
     # Twice the uniform weight is the darkest colour where nothing stands out more.
-    top = max(float(weights.max()), 2 / layers) * 100
+    top = 100 * max(top, float(weights.max()), 2 / layers)
     edges_x, edges_y = np.arange(layers + 1) + 0.5, np.arange(depth + 1) - 0.5
     mesh = axes.pcolormesh(
         edges_x, edges_y, weights * 100, cmap="Blues", vmin=0, vmax=top, edgecolors="face", linewidth=0.2
@@ -121,6 +127,21 @@ def heatmaps(model: Backbone) -> Iterator[tuple[float | None, Float[np.ndarray, 
         yield (time if model.depends_on_time else None), weights
 
 
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeArguments:
+    """Draw how much each block reads of each language-model layer."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """A run's folder, or one of its checkpoints."""
+    out: Path
+    """Folder for the figures (.png, .pdf) and their numbers (.csv, .npz)."""
+
+
+def run_analysis(args: AnalyzeArguments) -> list[Path]:
+    """The command ``semroute analyze``; returns the figures' PNG files."""
+    return analyze(args.model, args.out)
+
+
 def analyze(run: Path, out: Path) -> list[Path]:
     """Draw the routing weights of a run or checkpoint into ``out``; returns the figures' PNG files.
 
@@ -141,9 +162,11 @@ Drawn = tuple[str, Figure, list[str], Float[np.ndarray, "K L"]]
 
 def _heatmap_figures(model: Backbone) -> Iterator[Drawn]:
     rows = [f"block {block}" for block in range(model.cfg.depth)]
-    for time, weights in heatmaps(model):
+    drawn = list(heatmaps(model))
+    top = max(float(weights.max()) for _, weights in drawn)
+    for time, weights in drawn:
         name, title = ("heatmap", "") if time is None else (f"heatmap-t{time:.2f}", f"t = {time:g}")
-        yield name, plot_heatmap(weights, title), rows, weights
+        yield name, plot_heatmap(weights, title, top), rows, weights
 
 
 def _line_figures(model: Backbone) -> Iterator[Drawn]:

@@ -21,12 +21,11 @@ from torch import nn
 from tqdm import tqdm
 
 from semantic_routing.checkpoint import write_text
-from semantic_routing.config import from_dict, to_dict
+from semantic_routing.config import from_dict
 from semantic_routing.data.shapes import GENEVAL_TAGS, TAGS, Sample, prompts
 from semantic_routing.evaluate.shapes import check
-from semantic_routing.generate import Bundle, SampleConfig
+from semantic_routing.generate import Bundle, SampleConfig, sample_missing
 from semantic_routing.manifest import manifest
-from semantic_routing.pictures import save_png
 
 RECORDS, SUMMARY, TABLE, MANIFEST = "records.jsonl", "summary.json", "table.md", "manifest.json"
 SEED_RULE = (
@@ -142,15 +141,11 @@ def evaluate_shapes(bundle: Bundle, out: Path, *, n: int, seed: int, cfg: Sample
     samples = prompts(seed, n)
     _open_folder(bundle, out, _identity(bundle, samples, seed, cfg))
     files = [f"images/{index:05d}.png" for index in range(n)]
-    side = (bundle.image_size, bundle.image_size)
-    missing = [i for i, file in enumerate(files) if (image := _read(out / file)) is None or image.size != side]
-    with tqdm(total=n, initial=n - len(missing), desc="Sampling", unit="image") as bar:
-        for first in range(0, len(missing), cfg.batch):
-            part = missing[first : first + cfg.batch]
-            pictures = bundle.sample([samples[i].caption for i in part], [(i, 0) for i in part], cfg)
-            for i, picture in zip(part, pictures.numpy(force=True), strict=True):
-                save_png(out / files[i], picture)
-            bar.update(len(part))
+    for file in files:
+        if not _is_whole(out / file, bundle.image_size):
+            (out / file).unlink(missing_ok=True)
+    paths = {(index, 0): out / file for index, file in enumerate(files)}
+    sample_missing(bundle, [sample.caption for sample in samples], paths, cfg)
     records = []
     for index, (sample, file) in enumerate(zip(samples, tqdm(files, desc="Checking", unit="image"), strict=True)):
         verdict = check(np.asarray(Image.open(out / file).convert("RGB")), sample.claims)
@@ -184,7 +179,7 @@ def _identity(bundle: Bundle, samples: Sequence[Sample], seed: int, cfg: SampleC
         "weights_sha256": weights_sha256(bundle.model),
         "null_prompt": bundle.null_prompt,
         "resolution": bundle.image_size,
-        "sampler": {name: value for name, value in to_dict(cfg).items() if name != "batch"},
+        "sampler": {f.name: getattr(cfg, f.name) for f in fields(SampleConfig) if f.name != "batch"},
         "prompts": {"seed": seed, "n": len(samples), "sha256": hashlib.sha256(text.encode()).hexdigest()},
     }
 
@@ -203,15 +198,15 @@ def _open_folder(bundle: Bundle, out: Path, identity: dict[str, Any]) -> None:
         what = ", ".join(f"{name} {found.get(name)} instead of {identity[name]}" for name in other)
         raise ValueError(f"{out} holds another evaluation ({what}); choose another --out or delete it")
     checkpoint = None if bundle.checkpoint is None else str(bundle.checkpoint)
-    facts = manifest(benchmark="shapes", checkpoint=checkpoint, **identity, seed_rule=SEED_RULE)
+    facts = manifest(benchmark="shapes", checkpoint=checkpoint, bf16=bundle.bf16, **identity, seed_rule=SEED_RULE)
     write_text(path, json.dumps(facts, indent=2) + "\n")
 
 
-def _read(path: Path) -> Image.Image | None:
-    """The image if it is there and whole."""
+def _is_whole(path: Path, side: int) -> bool:
+    """Whether there is an image of this size that opens."""
     try:
         with Image.open(path) as image:
             image.load()
-            return image
+            return image.size == (side, side)
     except (OSError, SyntaxError):  # Pillow's errors for a file that is missing, cut off, or no PNG
-        return None
+        return False
