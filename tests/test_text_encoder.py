@@ -35,9 +35,7 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-WINDOW = SIZES | {
-    "sliding_window": 3
-}  # shorter than the prompts, so that sliding layers differ from full ones
+WINDOW = SIZES | {"sliding_window": 3}  # shorter than the prompts, so that sliding layers differ from full ones
 MROPE = SIZES | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}}
 VISION = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
 GEMMA_VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -107,9 +105,7 @@ def tokenizer(**options: Any) -> Any:
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(SPECIAL + WORDS)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     if template := options.pop("template", None):
-        core.post_processor = processors.TemplateProcessing(
-            single=template, special_tokens=[("<s>", 1), ("</s>", 2)]
-        )
+        core.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 1), ("</s>", 2)])
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return hf.PreTrainedTokenizerFast(tokenizer_object=core, **(names | options))
 
@@ -181,9 +177,7 @@ def test_every_family(build: Callable[[], nn.Module], tmp_path: Path) -> None:
     states = torch.stack([*expected.hidden_states[1:LAYERS], expected.last_hidden_state])
 
     encoder = load(tmp_path)
-    names = {name.removeprefix("encoder.") for name, _ in encoder.model.named_parameters()} - {
-        "shared.weight"
-    }
+    names = {name.removeprefix("encoder.") for name, _ in encoder.model.named_parameters()} - {"shared.weight"}
     assert names <= {name for name, _ in stack.named_parameters()}
     assert (encoder.num_layers, encoder.width) == (LAYERS, 32)
     features = encoder.encode(BATCH)
@@ -272,9 +266,7 @@ def test_truncation_warns_once_and_says_how_much(tmp_path: Path) -> None:
         features = encoder.encode(["a red circle and the blue square", "of", "red " * 11, ""])
     assert len(caught) == 1
     assert features.mask.sum(1).tolist() == [4, 2, 4, 1]
-    torch.testing.assert_close(
-        features.hidden[:, 0], encoder.encode(["a red circle"]).hidden[:, 0]
-    )  # </s> is kept
+    torch.testing.assert_close(features.hidden[:, 0], encoder.encode(["a red circle"]).hidden[:, 0])  # </s> is kept
 
 
 @pytest.mark.parametrize(("missing", "stands_in"), [(None, "<s>"), ("bos_token", "</s>")])
@@ -293,9 +285,7 @@ def test_no_token_for_the_null_prompt(tmp_path: Path) -> None:
 
 def test_prefix_is_put_before_every_prompt(folder: Path) -> None:
     features = load(folder, prefix="the circle of ").encode(["red", ""])
-    torch.testing.assert_close(
-        features.hidden, load(folder).encode(["the circle of red", "the circle of"]).hidden
-    )
+    torch.testing.assert_close(features.hidden, load(folder).encode(["the circle of red", "the circle of"]).hidden)
 
 
 def test_chat_template(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from jaxtyping import UInt8
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,7 +25,7 @@ from semantic_routing.dit import Backbone, DiTConfig
 from semantic_routing.features import TextFeatures
 from semantic_routing.fusedit import make_model
 from semantic_routing.manifest import manifest
-from semantic_routing.pictures import save_png
+from semantic_routing.pictures import is_whole, save_png
 from semantic_routing.prompts import read_prompts
 from semantic_routing.sampler import SAMPLERS, Callback, guided, noise_for, schedule
 from semantic_routing.text_encoder import TextEncoder, TextEncoderConfig
@@ -178,9 +180,7 @@ def sample_to_folder(args: SampleArguments) -> Path:
         raise ValueError(f"images_per_prompt is {args.images_per_prompt}; it must be at least 1")
     bundle = load_bundle(args.model, pick_device(args.device))
     names = [(p, i) for p in range(len(prompts)) for i in range(args.images_per_prompt)]
-    settings = {f.name: getattr(args, f.name) for f in fields(SampleConfig) if f.name != "batch"}
-    identity = {"checkpoint": str(bundle.checkpoint), "prompts": prompts, "sampling": settings}
-    claim_folder(args.out, identity)
+    claim_folder(args.out, request(bundle, prompts, args), checkpoint=str(bundle.checkpoint))
     paths = {name: args.out / f"{name[0]:05d}_{name[1]:02d}.png" for name in names}
     sample_missing(bundle, prompts, paths, args)
     rows = [{"file": paths[name].name, "prompt": prompts[name[0]], "image": name[1]} for name in names]
@@ -188,23 +188,43 @@ def sample_to_folder(args: SampleArguments) -> Path:
     return args.out
 
 
-def claim_folder(out: Path, identity: dict[str, Any]) -> None:
+def request(bundle: Bundle, prompts: Sequence[str], cfg: SampleConfig) -> dict[str, Any]:
+    """All that decides a folder's images. The batch size decides nothing."""
+    return {
+        "weights_sha256": weights_sha256(bundle.model),
+        "null_prompt": bundle.null_prompt,
+        "resolution": bundle.image_size,
+        "sampler": {f.name: getattr(cfg, f.name) for f in fields(SampleConfig) if f.name != "batch"},
+        "prompts": {"n": len(prompts), "sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest()},
+    }
+
+
+def weights_sha256(model: Backbone) -> str:
+    """SHA-256 of a model's weights, equal to that of the safetensors file which holds just them."""
+    return hashlib.sha256(save({k: v.cpu().contiguous() for k, v in model.state_dict().items()})).hexdigest()
+
+
+def claim_folder(out: Path, identity: dict[str, Any], **facts: Any) -> None:
     """Write the manifest of the images to come; ValueError if the folder holds those of another request."""
     path = out / "manifest.json"
-    identity = json.loads(json.dumps(identity))
+    found: dict[str, Any] = {}
     if path.is_file():
-        there = json.loads(path.read_text(encoding="utf-8")).get("identity")
-        if there != identity:
-            differs = [key for key in identity if not there or there.get(key) != identity[key]]
-            raise ValueError(f"{out} holds images of another request ({', '.join(differs)} differ); choose another --out")
-    write_text(path, json.dumps(manifest(identity=identity), indent=2) + "\n")
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is damaged; delete {out} or choose another --out") from error
+    other = [name for name, value in identity.items() if found.get(name) != value]
+    if other and (found or any(out.rglob("*.png"))):
+        what = ", ".join(f"{name} {found.get(name)} instead of {identity[name]}" for name in other)
+        raise ValueError(f"{out} holds other images ({what}); choose another --out or delete it")
+    write_text(path, json.dumps(manifest(**identity, **facts), indent=2) + "\n")
 
 
 def sample_missing(
     bundle: Bundle, prompts: Sequence[str], paths: dict[tuple[int, int], Path], cfg: SampleConfig
 ) -> None:
-    """Sample the images (prompt index, image index) whose files are not there yet, a batch at a time."""
-    missing = [name for name, path in paths.items() if not path.is_file()]
+    """Sample the images (prompt index, image index) whose files are not there, or not whole, a batch at a time."""
+    missing = [name for name, path in paths.items() if not is_whole(path, bundle.image_size)]
     with tqdm(total=len(paths), initial=len(paths) - len(missing), desc="Sampling", unit="image") as bar:
         for first in range(0, len(missing), cfg.batch):
             names = missing[first : first + cfg.batch]

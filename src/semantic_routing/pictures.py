@@ -27,3 +27,13 @@ def save_png(path: Path, image: UInt8[np.ndarray, "H W 3"], scale: int = 1) -> N
     """Write a PNG whole or not at all, each pixel ``scale`` wide."""
     with written_whole(path) as scratch:
         Image.fromarray(image.repeat(scale, 0).repeat(scale, 1)).save(scratch, format="PNG")
+
+
+def is_whole(path: Path, side: int) -> bool:
+    """Whether there is a square image of this size that opens."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image.size == (side, side)
+    except (OSError, SyntaxError):  # Pillow's errors for a file that is missing, cut off, or no PNG
+        return False

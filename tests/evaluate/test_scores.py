@@ -21,11 +21,10 @@ from semantic_routing.evaluate.scores import (
     markdown_table,
     read_records,
     summarize,
-    weights_sha256,
     wilson,
     write_records,
 )
-from semantic_routing.generate import Bundle, SampleConfig
+from semantic_routing.generate import Bundle, SampleConfig, weights_sha256
 from semantic_routing.text_encoder import TextEncoder
 
 TINY = DiTConfig(
@@ -163,7 +162,7 @@ def test_an_evaluation_from_prompts_to_table(painter, tmp_path):
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["weights_sha256"] == weights_sha256(painter.model)
     assert manifest["sampler"] == {"steps": 2, "guidance": 1.0, "sampler": "euler", "shift": 1.0, "seed": 0}
-    assert (manifest["prompts"]["n"], manifest["prompts"]["seed"]) == (N, SEED)
+    assert (manifest["prompts"]["n"], manifest["prompt_seed"]) == (N, SEED)
 
 
 def test_whole_images_are_kept_and_others_sampled_again(painter, tmp_path):
@@ -192,7 +191,7 @@ def test_a_folder_of_another_evaluation_is_refused(painter, tmp_path, change, me
     settings = {"n": N, "seed": SEED, "cfg": CFG}
     evaluate_shapes(painter, tmp_path, **settings)
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    with pytest.raises(ValueError, match=rf"holds another evaluation \({message} .*choose another --out"):
+    with pytest.raises(ValueError, match=rf"holds other images \({message} .*choose another --out"):
         evaluate_shapes(painter, tmp_path, **settings | change)
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
@@ -205,5 +204,5 @@ def test_other_weights_and_images_of_unknown_origin_are_refused(painter, tmp_pat
     with pytest.raises(ValueError, match="damaged"):
         evaluate_shapes(painter, tmp_path, n=N, seed=SEED, cfg=CFG)
     (tmp_path / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="holds another evaluation"):
+    with pytest.raises(ValueError, match="holds other images"):
         evaluate_shapes(painter, tmp_path, n=N, seed=SEED, cfg=CFG)

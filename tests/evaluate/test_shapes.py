@@ -19,9 +19,7 @@ def pairs():
     """True samples of every tag and split, each with a falsified one."""
     rng = np.random.default_rng(0)
     samples = [
-        sample(11, index, tag=tag, split=("train", "eval")[index % 2])
-        for tag in TAGS
-        for index in range(PER_TAG)
+        sample(11, index, tag=tag, split=("train", "eval")[index % 2]) for tag in TAGS for index in range(PER_TAG)
     ]
     return [(true, falsify(true, rng)) for true in samples]
 

@@ -70,9 +70,7 @@ class Kind:
 
     def matches(self, thing: Thing) -> bool:
         return (
-            self.shape in (None, thing.shape)
-            and self.color in (None, thing.color)
-            and self.size in (None, thing.size)
+            self.shape in (None, thing.shape) and self.color in (None, thing.color) and self.size in (None, thing.size)
         )
 
     def among(self, things: Sequence[Thing]) -> list[Thing]:

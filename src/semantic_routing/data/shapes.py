@@ -117,17 +117,13 @@ def _single_object(dice: Dice) -> Draft:
 def _two_object(dice: Dice) -> Draft:
     first, second = (Kind(shape, size=_sometimes_size(dice)) for shape in dice.pick_two(SHAPES))
     link = dice.pick(("and", "and", "with", "together with", "beside"))
-    return Draft(
-        f"a {first.words()} {link} a {second.words()}", (Exists(first), Exists(second)), (first, second)
-    )
+    return Draft(f"a {first.words()} {link} a {second.words()}", (Exists(first), Exists(second)), (first, second))
 
 
 def _counting(dice: Dice) -> Draft:
     kind, count = Kind(dice.pick(SHAPES)), dice.between(2, 4)
     exactly = dice.pick(("", "", "exactly "))
-    return Draft(
-        f"{exactly}{NUMBERS[count]} {kind.words(count)}", (Count(kind, count),), (kind,) * count, "many"
-    )
+    return Draft(f"{exactly}{NUMBERS[count]} {kind.words(count)}", (Count(kind, count),), (kind,) * count, "many")
 
 
 def _colors(dice: Dice) -> Draft:
@@ -148,9 +144,7 @@ def _color_attr(dice: Dice) -> Draft:
     pairs = zip(dice.pick_two(SHAPES), dice.pick_two(tuple(COLORS)), strict=True)
     first, second = (Kind(shape, color, _sometimes_size(dice)) for shape, color in pairs)
     link = dice.pick(("and", "and", "with"))
-    return Draft(
-        f"a {first.words()} {link} a {second.words()}", (Exists(first), Exists(second)), (first, second)
-    )
+    return Draft(f"a {first.words()} {link} a {second.words()}", (Exists(first), Exists(second)), (first, second))
 
 
 def _comparison(dice: Dice) -> Draft:
@@ -267,9 +261,7 @@ def split_of(caption: str) -> str:
     return "train" if blake2b(caption.encode(), digest_size=1).digest()[0] % EVAL_SHARE else "eval"
 
 
-def sample(
-    seed: int, index: int, *, split: str = "train", tag: str | None = None, size: int = CANVAS
-) -> Sample:
+def sample(seed: int, index: int, *, split: str = "train", tag: str | None = None, size: int = CANVAS) -> Sample:
     """The sample of the endless stream ``seed`` at ``index`` (both at least 0), of the tag if one is given.
 
     The caption is drawn again until it belongs to the split.

@@ -6,7 +6,6 @@ An evaluation's folder holds ``images/``, one line for each of them in ``records
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -16,16 +15,13 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from safetensors.torch import save
-from torch import nn
 from tqdm import tqdm
 
 from semantic_routing.checkpoint import write_text
 from semantic_routing.config import from_dict
-from semantic_routing.data.shapes import GENEVAL_TAGS, TAGS, Sample, prompts
+from semantic_routing.data.shapes import GENEVAL_TAGS, TAGS, prompts
 from semantic_routing.evaluate.shapes import check
 from semantic_routing.generate import Bundle, SampleConfig, sample_missing
-from semantic_routing.manifest import manifest
 
 RECORDS, SUMMARY, TABLE, MANIFEST = "records.jsonl", "summary.json", "table.md", "manifest.json"
 SEED_RULE = (
@@ -139,13 +135,13 @@ def evaluate_shapes(bundle: Bundle, out: Path, *, n: int, seed: int, cfg: Sample
     stopped evaluation goes on; ValueError if they belong to another model, sampler or set of prompts.
     """
     samples = prompts(seed, n)
-    _open_folder(bundle, out, _identity(bundle, samples, seed, cfg))
+    captions = [sample.caption for sample in samples]
+    facts = {"checkpoint": None if bundle.checkpoint is None else str(bundle.checkpoint), "bf16": bundle.bf16}
+    claim_folder(
+        out, request(bundle, captions, cfg), benchmark="shapes", prompt_seed=seed, seed_rule=SEED_RULE, **facts
+    )
     files = [f"images/{index:05d}.png" for index in range(n)]
-    for file in files:
-        if not _is_whole(out / file, bundle.image_size):
-            (out / file).unlink(missing_ok=True)
-    paths = {(index, 0): out / file for index, file in enumerate(files)}
-    sample_missing(bundle, [sample.caption for sample in samples], paths, cfg)
+    sample_missing(bundle, captions, {(index, 0): out / file for index, file in enumerate(files)}, cfg)
     records = []
     for index, (sample, file) in enumerate(zip(samples, tqdm(files, desc="Checking", unit="image"), strict=True)):
         verdict = check(np.asarray(Image.open(out / file).convert("RGB")), sample.claims)
@@ -165,48 +161,3 @@ def evaluate_shapes(bundle: Bundle, out: Path, *, n: int, seed: int, cfg: Sample
     write_text(out / SUMMARY, json.dumps(summary, indent=2) + "\n")
     write_text(out / TABLE, markdown_table(summary))
     return summary
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 of a model's weights, equal to that of the safetensors file which holds just them."""
-    return hashlib.sha256(save({k: v.cpu().contiguous() for k, v in model.state_dict().items()})).hexdigest()
-
-
-def _identity(bundle: Bundle, samples: Sequence[Sample], seed: int, cfg: SampleConfig) -> dict[str, Any]:
-    """All that decides the images; folders that differ in it are not mixed. The batch size decides nothing."""
-    text = "".join(f"{sample.tag}\t{sample.caption}\n" for sample in samples)
-    return {
-        "weights_sha256": weights_sha256(bundle.model),
-        "null_prompt": bundle.null_prompt,
-        "resolution": bundle.image_size,
-        "sampler": {f.name: getattr(cfg, f.name) for f in fields(SampleConfig) if f.name != "batch"},
-        "prompts": {"seed": seed, "n": len(samples), "sha256": hashlib.sha256(text.encode()).hexdigest()},
-    }
-
-
-def _open_folder(bundle: Bundle, out: Path, identity: dict[str, Any]) -> None:
-    """Refuse a folder with images of something else; then write the manifest there."""
-    path = out / MANIFEST
-    found: dict[str, Any] = {}
-    if path.is_file():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is damaged; delete {out} or choose another --out") from error
-    other = [name for name, value in identity.items() if found.get(name) != value]
-    if other and (found or any((out / "images").glob("*.png"))):
-        what = ", ".join(f"{name} {found.get(name)} instead of {identity[name]}" for name in other)
-        raise ValueError(f"{out} holds another evaluation ({what}); choose another --out or delete it")
-    checkpoint = None if bundle.checkpoint is None else str(bundle.checkpoint)
-    facts = manifest(benchmark="shapes", checkpoint=checkpoint, bf16=bundle.bf16, **identity, seed_rule=SEED_RULE)
-    write_text(path, json.dumps(facts, indent=2) + "\n")
-
-
-def _is_whole(path: Path, side: int) -> bool:
-    """Whether there is an image of this size that opens."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image.size == (side, side)
-    except (OSError, SyntaxError):  # Pillow's errors for a file that is missing, cut off, or no PNG
-        return False
