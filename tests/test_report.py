@@ -69,7 +69,8 @@ def fake_evaluation(folder: Path) -> list[Record]:
     facts = manifest(
         weights_sha256="0" * 64,
         sampler={"steps": 20, "guidance": 3.0, "sampler": "euler", "shift": 1.0, "seed": 0},
-        prompts={"seed": 3, "n": N, "sha256": "1" * 64},
+        prompts={"n": N, "sha256": "1" * 64},
+        prompt_seed=3,
     )
     (folder / "manifest.json").write_text(json.dumps(facts | {"command": "semroute evaluate shapes"}))
     return records

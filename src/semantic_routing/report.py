@@ -343,7 +343,7 @@ def _provenance(r: Results) -> str:
         ("trained", trained["date"]),
         ("hardware", ", ".join(f"{k} {v}" for k, v in trained["hardware"].items())),
         ("seed of the run", r.config["seed"]),
-        ("prompts", f"{asked['n']} of seed {asked['seed']}, SHA-256 {asked['sha256']}"),
+        ("prompts", f"{asked['n']} of seed {evaluated['prompt_seed']}, SHA-256 {asked['sha256']}"),
         ("sampler", ", ".join(f"{k} {v}" for k, v in sampler.items())),
         ("weights", f"SHA-256 {evaluated['weights_sha256']}"),
         *trained["versions"].items(),

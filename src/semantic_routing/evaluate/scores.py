@@ -21,7 +21,7 @@ from semantic_routing.checkpoint import write_text
 from semantic_routing.config import from_dict
 from semantic_routing.data.shapes import GENEVAL_TAGS, TAGS, prompts
 from semantic_routing.evaluate.shapes import check
-from semantic_routing.generate import Bundle, SampleConfig, sample_missing
+from semantic_routing.generate import Bundle, SampleConfig, claim_folder, request, sample_missing
 
 RECORDS, SUMMARY, TABLE, MANIFEST = "records.jsonl", "summary.json", "table.md", "manifest.json"
 SEED_RULE = (
