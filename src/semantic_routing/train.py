@@ -40,7 +40,6 @@ from semantic_routing.codec import CodecConfig, make_codec
 from semantic_routing.config import from_dict, to_dict
 from semantic_routing.data.folder import ImageFolder
 from semantic_routing.data.order import Batch, Source, load_batch, prefetch
-from semantic_routing.data.shapes import prompts
 from semantic_routing.data.sources import open_source
 from semantic_routing.data.stories import story
 from semantic_routing.device import has_bfloat16, keep_freed_memory, pick_device
@@ -292,9 +291,7 @@ class Trainer:
 
     def preview(self, source: Source) -> None:
         """Sample a grid of fixed prompts with the averaged weights into the run's ``samples`` folder."""
-        model, count = self.bundle.model, self.cfg.preview.batch
-        own = isinstance(source, ImageFolder)
-        captions = source.captions(count) if own else [s.caption for s in prompts(self.cfg.seed, count)]
+        model, captions = self.bundle.model, source.captions(self.cfg.preview.batch)
         trained = {name: p.detach().clone() for name, p in model.named_parameters()}
         model.load_state_dict(self.ema)
         try:

@@ -38,6 +38,9 @@ class Numbered:
     def load(self, sample: int, rng: np.random.Generator) -> Example:
         return Example(np.full((4, 4, 3), sample, dtype=np.uint8), f"{sample} {rng.integers(2**60)}")
 
+    def captions(self, count: int) -> list[str]:
+        return [str(sample) for sample in range(min(count, self.length))]
+
 
 def epoch_order(seed: int, epoch: int, length: int) -> list[int]:
     located = [locate(seed, position, length) for position in range(epoch * length, (epoch + 1) * length)]

@@ -40,3 +40,9 @@ def test_anything_else_is_a_path(tmp_path: Path):
     assert source.load(0, np.random.default_rng(0)).image.shape == (4, 4, 3)
     with pytest.raises(ValueError, match="'shape' does not exist"):
         open_source("shape", size=4, seed=0)
+
+
+def test_captions_to_watch_by_are_never_trained_on():
+    captions = ShapesSource(0).captions(8)
+    assert len(captions) == 8
+    assert {split_of(caption) for caption in captions} == {"eval"}

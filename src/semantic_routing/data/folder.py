@@ -76,6 +76,10 @@ class ImageFolder:
         caption = row.captions[int(rng.random() * len(row.captions))]
         return Example(load_square(row.path, self.size), caption)
 
+    def captions(self, count: int) -> list[str]:
+        """The first caption of the first ``count`` pictures."""
+        return [row.captions[0] for row in self._rows[:count]]
+
 
 def find_manifest(path: Path) -> Path:
     """The manifest file that ``path`` is or, if it is a folder, holds."""

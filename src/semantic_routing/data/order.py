@@ -49,6 +49,10 @@ class Source(Protocol):
         """The sample 0..len - 1; ``rng`` decides augmentation and which of several captions is taken."""
         ...
 
+    def captions(self, count: int) -> list[str]:
+        """Up to ``count`` captions to watch the training by."""
+        ...
+
 
 def locate(seed: int, position: int, length: int) -> tuple[int, int]:
     """The (epoch, sample) at a position of the endless training stream over ``length`` samples.

@@ -7,6 +7,7 @@ import numpy as np
 from semantic_routing.data.folder import ImageFolder
 from semantic_routing.data.order import Example, Source
 from semantic_routing.data.scenes import CANVAS
+from semantic_routing.data.shapes import prompts
 from semantic_routing.data.shapes import sample as draw_sample
 
 SHAPES = "shapes"
@@ -27,6 +28,10 @@ class ShapesSource:
         """The toy world's sample of that index; all of it follows from the index, so ``rng`` is not used."""
         drawn = draw_sample(self.seed, sample, split="train", size=self.size)
         return Example(drawn.image, drawn.caption)
+
+    def captions(self, count: int) -> list[str]:
+        """Captions of the evaluation split, which training never sees."""
+        return [drawn.caption for drawn in prompts(self.seed, count)]
 
 
 def open_source(data: str | None, *, size: int, seed: int) -> Source:
