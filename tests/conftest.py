@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jaxtyping
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from semantic_routing.train import TrainConfig
 
 # Before anything imports the package: every annotated shape and type is checked while tests run.
 jaxtyping.install_import_hook("semantic_routing", "beartype.beartype")
@@ -35,3 +40,71 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no folder {folder}; set SEMROUTE_SHARED to the one that holds golden/")
     return folder
+
+
+CAPTIONS = [
+    f"a {color} {shape} {place} a {other} circle"
+    for color in ("red", "blue", "green", "gray")
+    for shape in ("square", "star", "circle")
+    for place in ("above", "below", "left of")
+    for other in ("white", "black")
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a language model of 2 layers of 64, in float32."""
+    from semantic_routing.tiny_lm import tiny_lm
+
+    return tiny_lm(CAPTIONS, layers=2, width=64, steps=5, cache_dir=tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_encoder: Path) -> Callable[..., TrainConfig]:
+    """Makes the configuration of a run of 8 steps in float32 that takes about a second: (arm, **changes)."""
+    from semantic_routing.dit import DiTConfig
+    from semantic_routing.generate import SampleConfig
+    from semantic_routing.optim import OptimConfig
+    from semantic_routing.text_encoder import TextEncoderConfig
+    from semantic_routing.train import TrainConfig
+
+    def make(arm: str = "depth", **changes: Any) -> TrainConfig:
+        model = DiTConfig(
+            arm=arm,
+            depth=2,
+            width=32,
+            heads=2,
+            kv_heads=1,
+            head_dim=32,
+            mlp_width=48,
+            patch=8,
+            channels=3,
+            fusedit_first_layer=0,
+        )
+        defaults = {
+            "image_size": 32,
+            "model": model,
+            "text": TextEncoderConfig(name_or_path=str(tiny_encoder), buckets=(4, 8, 16, 32, 64)),
+            "optim": OptimConfig(lr=1e-2),
+            "steps": 8,
+            "batch": 4,
+            "ema_every": 1,
+            "precision": "fp32",
+            "log_every": 1,
+            "checkpoint_every": 4,
+            "preview": SampleConfig(steps=2, guidance=2.0, batch=3),
+            "device": "cpu",
+        }
+        return TrainConfig(**(defaults | changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_config: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a finished run of the depth-wise arm; not to be changed."""
+    from semantic_routing.train import start
+
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    start(tiny_config(), out)
+    return out

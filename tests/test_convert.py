@@ -21,12 +21,12 @@ from semantic_routing.convert import (
     UpstreamFuseDiT,
     from_upstream,
     load_upstream,
-    read_upstream,
     to_upstream,
     upstream_config,
     upstream_forward,
 )
 from semantic_routing.fusion import ARMS
+from semantic_routing.upstream_files import read_upstream
 
 Weights = dict[str, Tensor]
 

@@ -258,8 +258,10 @@ def test_arm_names_and_labels() -> None:
     labels = ["B1", "b2", "B3", "S1", "s2", "S3", "FuseDiT"]
     assert [parse_arm(label) for label in labels] == list(ARMS)
     assert [parse_arm(arm) for arm in ARMS] == list(ARMS)
-    with pytest.raises(ValueError, match="unknown arm 'b4'; the arms are penultimate, uniform"):
-        parse_arm("b4")
+    with pytest.raises(ValueError, match=r"unknown arm 'Detph'; did you mean 'depth'\?"):
+        parse_arm("Detph")
+    with pytest.raises(ValueError, match="unknown arm 'xyz'; known: penultimate, uniform"):
+        parse_arm("xyz")
 
 
 def test_arms_without_router_and_too_few_layers_are_errors() -> None:

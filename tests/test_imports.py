@@ -62,8 +62,12 @@ ORDER = [
     "report",
     "quickstart",
     "overhead",
+    "upstream_files",
     "convert",
+    "convert_commands",
+    "transformer",
     "pipeline",
+    "export",
     "cli",
     "explorer",
 ]

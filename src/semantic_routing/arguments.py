@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 from difflib import get_close_matches
 from typing import Any, TypeVar, get_type_hints
 
@@ -14,26 +16,44 @@ T = TypeVar("T")
 def parse(cls: type[T], args: list[str], *, prog: str, default: T | None = None) -> T:
     """An instance of the dataclass ``cls`` from options; each field is one, nested fields have dots.
 
-    Raises ValueError for an unknown option, naming the nearest known one. tyro itself ends the process with
-    code 2 and a message for a value of the wrong kind, and with 0 after --help.
+    Raises ValueError for an unknown option, naming the nearest known one, for one that is given twice, and for a
+    value that is missing or wrong. --help ends the process with code 0.
     """
-    known = [*_options(cls), "--help"]
-    for arg in args:
-        name = arg.split("=", 1)[0].replace("_", "-")
-        if arg.startswith("--") and name not in known:
+    known = _options(cls)
+    named = [arg.split("=", 1)[0].replace("_", "-") for arg in args if arg.startswith("--")]
+    for i, name in enumerate(named):
+        if name not in [*known, "--help"]:
             close = get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]}?" if close else f"{prog} --help lists the options"
             raise ValueError(f"unknown option {name}; {hint}")
-    if default is None:
-        return tyro.cli(cls, args=args, prog=prog)
-    return tyro.cli(cls, args=args, prog=prog, default=default)
+        if name in named[:i]:
+            raise ValueError(f"{name} is given twice; put several values after one {name}")
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            if default is None:
+                return tyro.cli(cls, args=args, prog=prog)
+            return tyro.cli(cls, args=args, prog=prog, default=default)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise ValueError(_unboxed(printed.getvalue()).removeprefix(f"Error parsing {cls.__name__}: ")) from None
+
+
+def _unboxed(text: str) -> str:
+    """What tyro says in the first part of a box with a title, as one line."""
+    lines = [line.strip("│ ") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
+    ends = [i for i, line in enumerate(lines) if line and not line.strip("─")]
+    return " ".join(" ".join(lines[: ends[0] if ends else None]).split())
 
 
 def _options(cls: Any, prefix: str = "") -> list[str]:
     """Every option of a configuration, as tyro spells it."""
     names = []
-    hints = get_type_hints(cls)
+    hints, annotations = get_type_hints(cls), get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
+        if tyro.conf.Positional in getattr(annotations[field.name], "__metadata__", ()):
+            continue
         name, kind = prefix + field.name.replace("_", "-"), hints[field.name]
         if dataclasses.is_dataclass(kind):
             names += _options(kind, f"{name}.")

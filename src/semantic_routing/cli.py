@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from difflib import get_close_matches
 from pathlib import Path
+from typing import NoReturn
 
 from semantic_routing import __version__
+from semantic_routing.config import nearest, read_config
 from semantic_routing.errors import Interrupted, TrainingFailed
 
 Command = Callable[[list[str]], None]
@@ -26,39 +27,38 @@ def train(args: list[str]) -> None:
     Any setting of the recipe can be given, such as --batch 32, --optim.lr 3e-4 or --model.depth 8;
     --data takes a folder of your own pictures with a manifest. --config starts from a run's config.json.
     """
+    recipe, options = (args[0], args[1:]) if args and not args[0].startswith("-") else ("", args)
     parser = argparse.ArgumentParser(prog="semroute train", add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("recipe", nargs="?", default="")
     parser.add_argument("-h", "--help", action="store_true")
     for name in ("--arm", "--out", "--resume", "--config"):
         parser.add_argument(name)
     try:
-        given, rest = parser.parse_known_args(args)
+        given, rest = parser.parse_known_args(options)
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from error
     from semantic_routing import train as training
     from semantic_routing.arguments import parse
-    from semantic_routing.config import nearest, read_config
     from semantic_routing.fusion import parse_arm
     from semantic_routing.recipes import RECIPES
 
     if given.resume is not None:
-        if given.recipe or rest or given.arm or given.config or given.out:
+        if recipe or rest or given.arm or given.config or given.out:
             raise ValueError("--resume takes a run's folder and nothing else: its configuration is in its checkpoint")
         _done(training.resume(Path(given.resume)))
         return
     if given.config is not None:
         default = read_config(training.TrainConfig, Path(given.config))
-        if given.recipe or given.arm:
+        if recipe or given.arm:
             raise ValueError("--config is a whole configuration: leave out the recipe and --arm")
-    elif given.recipe in RECIPES or given.help:
-        default = RECIPES[given.recipe or "toy"](parse_arm(given.arm or "depth"))
+    elif recipe in RECIPES or (given.help and not recipe):
+        default = RECIPES[recipe or "toy"](parse_arm(given.arm or "depth"))
     else:
-        what = f"unknown recipe {given.recipe!r}" if given.recipe else "semroute train needs a recipe"
-        raise ValueError(f"{what}; {nearest(given.recipe, list(RECIPES))}")
+        what = f"unknown recipe {recipe!r}" if recipe else "semroute train needs a recipe first"
+        raise ValueError(f"{what}; {nearest(recipe, list(RECIPES))}")
     if given.help:
         sys.stdout.write(f"{_help(train)}\n\n")
         rest = ["--help"]
-    cfg = parse(training.TrainConfig, rest, prog=f"semroute train {given.recipe or 'RECIPE'}", default=default)
+    cfg = parse(training.TrainConfig, rest, prog=f"semroute train {recipe or 'RECIPE'}", default=default)
     if given.out is None:
         raise ValueError("where should the run be written? give --out, such as --out runs/x")
     _done(training.start(cfg, Path(given.out)))
@@ -75,10 +75,11 @@ def sample(args: list[str]) -> None:
 def evaluate(args: list[str]) -> None:
     """Score a model: semroute evaluate shapes --model runs/x --out evaluations/x"""
     from semantic_routing.arguments import parse
-    from semantic_routing.config import nearest
     from semantic_routing.evaluate.commands import BENCHMARKS
 
-    if not args or args[0] in ("-h", "--help"):
+    if not args:
+        raise ValueError(f"semroute evaluate needs a benchmark first; known: {', '.join(BENCHMARKS)}")
+    if args[0] in ("-h", "--help"):
         sys.stdout.write(f"{_help(evaluate)}\n\nbenchmarks: {', '.join(BENCHMARKS)}\n")
         return
     if args[0] not in BENCHMARKS:
@@ -114,7 +115,7 @@ COMMANDS: dict[str, Command] = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run ``semroute`` and exit: 0 done, 1 failed, 2 for what the user can mend, 128 + n after signal n."""
+    """Run ``semroute``; its exit code is 0 done, 1 failed, 2 for what the user can mend, 128 + n after signal n."""
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help"):
         sys.stdout.write(_usage())
@@ -123,14 +124,12 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout.write(f"semroute {__version__}\n")
         sys.exit(0)
     if args[0] not in COMMANDS:
-        close = get_close_matches(args[0], list(COMMANDS), n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(COMMANDS)}"
-        _fail(f"unknown command {args[0]!r}; {hint}", 2)
+        _fail(f"unknown command {args[0]!r}; {nearest(args[0], list(COMMANDS))}", 2)
     try:
         COMMANDS[args[0]](args[1:])
     except ValueError as error:
         _fail(str(error), 2)
-    except TrainingFailed as error:
+    except (TrainingFailed, OSError) as error:
         _fail(str(error), 1)
     except Interrupted as error:
         _fail(str(error), 128 + error.number)
@@ -155,7 +154,7 @@ def _done(path: Path) -> None:
     sys.stdout.write(f"{path}\n")
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     """End with one line on stderr."""
     sys.stderr.write(f"semroute: {' '.join(message.split())}\n")
     sys.exit(code)

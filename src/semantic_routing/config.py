@@ -26,15 +26,19 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
     """A configuration from nested dictionaries; missing keys keep their defaults.
 
-    Raises ValueError for an unknown key (naming the nearest known one) or a value of another type.
+    Raises ValueError for an unknown key (naming the nearest known one), a missing one without a default, or a
+    value of another type. ``where`` begins the names of keys in messages, such as "model.".
     """
     if not isinstance(values, dict):
-        raise ValueError(f"{where or cls.__name__} must be an object of settings, not {values!r}")
+        raise ValueError(f"{where.rstrip('.') or cls.__name__} must be an object of settings, not {values!r}")
     hints = get_type_hints(cls)
-    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
-        if key not in known:
-            raise ValueError(f"unknown setting {where + key!r}; {nearest(key, known)}")
+        if key not in fields:
+            raise ValueError(f"unknown setting {where + key!r}; {nearest(key, list(fields))}")
+    for key, field in fields.items():
+        if key not in values and field.default is field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"setting {where + key!r} is missing and has no default")
     return cls(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in values.items()})
 
 
@@ -44,6 +48,8 @@ def read_config(cls: type[T], path: Path) -> T:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"there is no configuration file {path}") from error
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     return from_dict(cls, values)
@@ -65,7 +71,10 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
             return value
         raise ValueError(f"{where} is {value!r}; {nearest(str(value), [str(a) for a in args])}")
     elif origin is tuple and isinstance(value, list | tuple):
-        return tuple(_convert(args[0], item, where) for item in value)
+        kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
+        if len(kinds) != len(value):
+            raise ValueError(f"{where} is {value!r}; it must have {len(kinds)} entries")
+        return tuple(_convert(item_kind, item, where) for item_kind, item in zip(kinds, value, strict=True))
     elif kind is type(None) and value is None:
         return None
     elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):

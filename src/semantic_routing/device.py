@@ -31,6 +31,11 @@ def has_bfloat16(device: torch.device) -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+def use_bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether products run in bfloat16 at a precision of "bf16", "fp32", or "auto": where hardware has it."""
+    return precision == "bf16" or (precision == "auto" and has_bfloat16(device))
+
+
 def keep_freed_memory() -> bool:
     """Ask glibc to keep freed buffers for the next allocation; True if it agreed.
 

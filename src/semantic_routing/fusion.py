@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from semantic_routing.config import nearest
 from semantic_routing.layers import sinusoidal
 
 Arm = Literal["penultimate", "uniform", "static", "time", "depth", "joint", "fusedit"]
@@ -109,7 +110,7 @@ def parse_arm(name: str) -> str:
     lowered = name.lower()
     arm = ALIASES.get(lowered, lowered)
     if arm not in ARMS:
-        raise ValueError(f"unknown arm {name!r}; the arms are {', '.join(ARMS)} (or B1 B2 B3 S1 S2 S3 FuseDiT)")
+        raise ValueError(f"unknown arm {name!r}; {nearest(lowered, [*ARMS, *ALIASES])}")
     return arm
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from semantic_routing.checkpoint import EMA, MODEL, find_checkpoint, load_weights, read_state, write_text
 from semantic_routing.codec import Codec, CodecConfig, make_codec
 from semantic_routing.config import from_dict
-from semantic_routing.device import has_bfloat16, pick_device
+from semantic_routing.device import keep_freed_memory, pick_device, use_bfloat16
 from semantic_routing.dit import Backbone, DiTConfig
 from semantic_routing.features import TextFeatures
 from semantic_routing.fusedit import make_model
@@ -124,6 +124,22 @@ def autocast(device: torch.device, bf16: bool) -> torch.autocast | nullcontext[N
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
+def read_run_config(folder: Path) -> dict[str, Any]:
+    """The configuration of the run that wrote a checkpoint; ValueError where it has none."""
+    config = read_state(folder).get("config")
+    if not isinstance(config, dict) or not {"model", "text", "codec", "image_size"} <= config.keys():
+        raise ValueError(f"{folder} was not written by semroute train: its state.json has no configuration")
+    return config
+
+
+def load_model(folder: Path, *, averaged: bool = True) -> Backbone:
+    """The network of a checkpoint alone, on the CPU."""
+    with torch.device("meta"):
+        model = make_model(from_dict(DiTConfig, read_run_config(folder)["model"], "model."))
+    load_weights(folder / (EMA if averaged else MODEL), model)
+    return model
+
+
 def load_bundle(path: Path, device: torch.device, *, averaged: bool = True) -> Bundle:
     """The model of a run's folder (its latest checkpoint) or of one checkpoint, with encoder and codec.
 
@@ -131,12 +147,8 @@ def load_bundle(path: Path, device: torch.device, *, averaged: bool = True) -> B
     checkpoint, it is damaged, or it does not fit its own configuration.
     """
     folder = find_checkpoint(path)
-    config = read_state(folder).get("config")
-    if not isinstance(config, dict) or not {"model", "text", "codec", "image_size"} <= config.keys():
-        raise ValueError(f"{folder} was not written by semroute train: its state.json has no configuration")
-    with torch.device("meta"):
-        model = make_model(from_dict(DiTConfig, config["model"], "model."))
-    load_weights(folder / (EMA if averaged else MODEL), model)
+    config = read_run_config(folder)
+    model = load_model(folder, averaged=averaged)
     encoder = open_encoder(from_dict(TextEncoderConfig, config["text"], "text."), folder.parent.parent, device)
     return Bundle(
         model=model.eval().requires_grad_(False).to(device),
@@ -144,7 +156,7 @@ def load_bundle(path: Path, device: torch.device, *, averaged: bool = True) -> B
         codec=make_codec(from_dict(CodecConfig, config["codec"], "codec."), device),
         image_size=config["image_size"],
         null_prompt=config.get("null_prompt", ""),
-        bf16=has_bfloat16(device),
+        bf16=use_bfloat16(config.get("precision", "auto"), device),
         checkpoint=folder,
         config=config,
     )
@@ -178,6 +190,7 @@ def sample_to_folder(args: SampleArguments) -> Path:
         raise ValueError('nothing to sample: give --prompt "a red circle" or --prompts FILE')
     if args.images_per_prompt < 1:
         raise ValueError(f"images_per_prompt is {args.images_per_prompt}; it must be at least 1")
+    keep_freed_memory()
     bundle = load_bundle(args.model, pick_device(args.device))
     names = [(p, i) for p in range(len(prompts)) for i in range(args.images_per_prompt)]
     claim_folder(args.out, request(bundle, prompts, args), checkpoint=str(bundle.checkpoint))
@@ -213,6 +226,8 @@ def claim_folder(out: Path, identity: dict[str, Any], **facts: Any) -> None:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is damaged; delete {out} or choose another --out") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"{path} is no manifest of images; choose another --out")
     other = [name for name, value in identity.items() if found.get(name) != value]
     if other and (found or any(out.rglob("*.png"))):
         what = ", ".join(f"{name} {found.get(name)} instead of {identity[name]}" for name in other)

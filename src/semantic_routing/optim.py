@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
@@ -35,6 +35,16 @@ class OptimConfig:
     decay: Literal["constant", "cosine", "linear"] = "constant"
     """How the rates fall towards the last step: not at all, or to zero."""
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "muon_lr", "router_lr", "weight_decay", "warmup"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value}; it must be at least 0")
+        if not self.clip > 0:
+            raise ValueError(f"clip is {self.clip}; it must be above 0")
+        if not all(0 <= decay < 1 for decay in (*self.betas, self.momentum)):
+            raise ValueError(f"betas {self.betas} and momentum {self.momentum} must be from 0 to below 1")
+
 
 def make_optimizers(model: nn.Module, cfg: OptimConfig, blocks: str = "blocks.") -> list[Optimizer]:
     """The optimisers for a model's weights; every group keeps its full rate under ``base_lr``.
@@ -51,9 +61,10 @@ def make_optimizers(model: nn.Module, cfg: OptimConfig, blocks: str = "blocks.")
             matrices.append(p)
         else:
             others.append(p)
-    groups = [{"params": others}]
+    groups: list[dict[str, Any]] = [{"params": others}]
     if router:
-        groups.append({"params": router, "lr": cfg.router_lr or cfg.lr, "weight_decay": 0.0})  # type: ignore[dict-item]
+        rate = cfg.lr if cfg.router_lr is None else cfg.router_lr
+        groups.append({"params": router, "lr": rate, "weight_decay": 0.0})
     optimizers: list[Optimizer] = [AdamW(groups, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True)]
     if matrices:
         optimizers.append(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 COLUMNS = ("prompt", "text", "caption")
@@ -22,12 +24,14 @@ def read_prompts(path: Path) -> list[str]:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    if path.suffix == ".jsonl":
-        found = [_column(_json(line, path, n), path, n) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-    elif path.suffix == ".csv":
-        found = [_column(row, path, n) for n, row in enumerate(csv.DictReader(text.splitlines()), 2)]
+    # Not splitlines: it also splits at characters that a prompt may hold.
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if path.suffix.lower() == ".jsonl":
+        found = [_column(_json(line, path, number), path, number) for number, line in lines]
+    elif path.suffix.lower() == ".csv":
+        found = [_column(row, path, number) for number, row in _csv(text, path)]
     else:
-        found = [line.strip() for line in text.splitlines() if line.strip()]
+        found = [line for _, line in lines]
     if not found:
         raise ValueError(f"{path} holds no prompts; write one a line")
     return found
@@ -40,11 +44,18 @@ def _json(line: str, path: Path, number: int) -> object:
         raise ValueError(f"{path}:{number} is not JSON: {error.msg}") from error
 
 
+def _csv(text: str, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num} is not CSV: {error}") from error
+
+
 def _column(row: object, path: Path, number: int) -> str:
-    if isinstance(row, str):
-        return row
-    if isinstance(row, dict):
-        for column in COLUMNS:
-            if isinstance(row.get(column), str):
-                return row[column]
+    texts = [row.get(column) for column in COLUMNS] if isinstance(row, dict) else [row]
+    for prompt in texts:
+        if isinstance(prompt, str) and prompt.strip():
+            return prompt
     raise ValueError(f"{path}:{number} has no text under {', '.join(COLUMNS)}")

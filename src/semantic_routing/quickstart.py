@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from semantic_routing.checkpoint import write_text
+from semantic_routing.checkpoint import checkpoints, write_text
 from semantic_routing.device import pick_device
 from semantic_routing.evaluate.scores import evaluate_shapes
 from semantic_routing.fusion import parse_arm
@@ -36,6 +36,10 @@ class QuickstartArguments:
     seed: int = 42
     """Seed of the run."""
 
+    def __post_init__(self) -> None:
+        if self.prompts < 1:
+            raise ValueError(f"prompts is {self.prompts}; scoring needs at least 1")
+
 
 def run_quickstart(args: QuickstartArguments) -> Path:
     """Do it all; returns the report's path."""
@@ -43,7 +47,7 @@ def run_quickstart(args: QuickstartArguments) -> Path:
     cfg = replace(toy(parse_arm(args.arm)), seed=args.seed)
     cfg = cfg if args.steps is None else replace(cfg, steps=args.steps)
     with timings.measured("train"):
-        if (out / "checkpoints").is_dir():
+        if checkpoints(out):
             resume(out)
         else:
             start(cfg, out)

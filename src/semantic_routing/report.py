@@ -20,10 +20,12 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from semantic_routing.analyze.figures import INK, label_axes, new_axes, to_svg
 from semantic_routing.analyze.weights import heatmaps, open_router, plot_heatmap
 from semantic_routing.checkpoint import find_checkpoint, read_state, write_text
+from semantic_routing.config import from_dict
 from semantic_routing.data.shapes import GENEVAL_TAGS
 from semantic_routing.dit import Backbone
 from semantic_routing.evaluate.scores import MANIFEST, RECORDS, Record, read_records, summarize
 from semantic_routing.fusion import ALIASES
+from semantic_routing.train import TrainConfig
 
 LABELS = {arm: label.upper() for label, arm in ALIASES.items()} | {"fusedit": "FuseDiT"}
 """The paper's names of the arms."""
@@ -72,7 +74,7 @@ class Results:
 
     @property
     def images_seen(self) -> int:
-        return self.steps * self.config["batch"]
+        return from_dict(TrainConfig, self.config).images_seen(self.steps)
 
     @property
     def total_seconds(self) -> float:
@@ -187,7 +189,7 @@ def _header(r: Results, title: str) -> str:
         + "".join(f'<div class="tile"><b>{escape(v)}</b><span>{escape(k)}</span></div>' for k, v in tiles.items())
         + f"</div>\n<p>A diffusion transformer of {r.parameters:,} parameters ({cfg.depth} blocks of width "
         f"{cfg.width}) learned to draw {r.config['image_size']}x{r.config['image_size']} images of "
-        f"{escape(data)}: {r.steps:,} steps of {r.config['batch']} images, {r.images_seen:,} images in all. "
+        f"{escape(data)}: {r.steps:,} steps, {r.images_seen:,} images in all. "
         f"Its text comes from {escape(encoder)} with {cfg.text_layers} layers of width {cfg.text_width}. "
         f"Strategy {escape(LABELS[r.arm])} ({escape(r.arm)}): {escape(READS[r.arm])}.</p>\n</header>\n"
     )

@@ -27,12 +27,15 @@ Callback = Callable[[int, Tensor, Tensor, Tensor], None]
 def schedule(steps: int, shift: float = 1.0) -> Float[Tensor, " steps_plus_1"]:
     """Times from 0 to 1 in float32; ``shift`` > 1 spends more of them near the noise (Esser et al., 2024).
 
-    In terms of the noise level sigma = 1 - t the shift is ``shift * sigma / (1 + (shift - 1) * sigma)``.
+    In terms of the noise level sigma = 1 - t the shift is ``shift * sigma / (1 + (shift - 1) * sigma)``. Times
+    are rounded to multiples of 2^-24: then t, 1 - t and their steps are exact, and samplers that count in sigma
+    take the very same steps.
     """
     if steps < 1:
         raise ValueError(f"sampling needs at least 1 step, not {steps}")
     sigma = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    return (1 - shift * sigma / (1 + (shift - 1) * sigma)).float()
+    times = 1 - shift * sigma / (1 + (shift - 1) * sigma)
+    return ((times * 2**24).round() / 2**24).float()
 
 
 def euler(
@@ -88,7 +91,11 @@ def guided(model: Backbone, features: TextFeatures, null: TextFeatures, scale: f
     """
     if scale == 1:
         return text_velocity(model, features)
-    both = text_velocity(model, join(features, null))
+    return extrapolated(text_velocity(model, join(features, null)), scale)
+
+
+def extrapolated(both: Velocity, scale: float) -> Velocity:
+    """Guidance of a velocity that takes one batch: first the samples with their prompts, then with the null ones."""
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         prompt, nothing = both(torch.cat([x, x]), torch.cat([t, t])).chunk(2)

@@ -122,6 +122,23 @@ class TextEncoder:
         model = _load_model(config, model_config, keep=shape.layers[-1])
         return cls(model, tokenizer, config, shape).to(device)
 
+    @classmethod
+    def from_model(cls, model: nn.Module, tokenizer: Any, config: TextEncoderConfig, total_layers: int) -> TextEncoder:
+        """An encoder around a text model of transformers that was loaded elsewhere and is frozen here.
+
+        ``total_layers`` is the depth of the language model that it was cut from. ValueError where the model has
+        fewer layers than ``config`` asks for.
+        """
+        held = _stack_config(model.config)
+        shape = _shape(config, held, total_layers)
+        if shape.layers[-1] > held.num_hidden_layers:
+            raise ValueError(
+                f"layer {shape.layers[-1]} of {config.name_or_path!r} is asked for, but the text encoder holds "
+                f"{held.num_hidden_layers} layers"
+            )
+        tokenizer.truncation_side = "right"
+        return cls(model, tokenizer, config, shape)
+
     @property
     def num_layers(self) -> int:
         """Number L of layers returned."""
@@ -143,6 +160,11 @@ class TextEncoder:
         if self._model is None:
             raise RuntimeError("the text encoder was unloaded; load it again with TextEncoder.from_pretrained")
         return self._model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers that belongs to the model."""
+        return self._tokenizer
 
     @property
     def device(self) -> torch.device:
@@ -292,11 +314,12 @@ def _stack_config(model_config: Any) -> Any:
     return model_config.get_text_config()
 
 
-def _shape(config: TextEncoderConfig, stack: Any) -> TextShape:
+def _shape(config: TextEncoderConfig, stack: Any, total_layers: int | None = None) -> TextShape:
     heads = stack.num_attention_heads
+    total_layers = total_layers or stack.num_hidden_layers
     return TextShape(
-        layers=resolve_layers(config.layers, stack.num_hidden_layers),
-        total_layers=stack.num_hidden_layers,
+        layers=resolve_layers(config.layers, total_layers),
+        total_layers=total_layers,
         width=stack.hidden_size,
         kv_heads=getattr(stack, "num_key_value_heads", None) or heads,
         head_dim=getattr(stack, "head_dim", None) or getattr(stack, "d_kv", None) or stack.hidden_size // heads,

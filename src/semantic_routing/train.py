@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 import signal
 import threading
@@ -28,25 +29,27 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from semantic_routing.checkpoint import (
+    check_writable,
+    checkpoints,
     find_checkpoint,
     load_training_state,
     prune,
-    read_state,
     save_checkpoint,
     write_text,
     written_whole,
 )
-from semantic_routing.codec import CodecConfig, make_codec
+from semantic_routing.codec import Codec, CodecConfig, make_codec
 from semantic_routing.config import from_dict, to_dict
 from semantic_routing.data.folder import ImageFolder
 from semantic_routing.data.order import Batch, Source, load_batch, prefetch
 from semantic_routing.data.sources import open_source
 from semantic_routing.data.stories import story
-from semantic_routing.device import has_bfloat16, keep_freed_memory, pick_device
+from semantic_routing.device import keep_freed_memory, pick_device, use_bfloat16
 from semantic_routing.dit import DiTConfig
 from semantic_routing.errors import Interrupted, TrainingFailed
 from semantic_routing.flow import logit_normal, path, velocity, velocity_loss
 from semantic_routing.fusedit import make_model
+from semantic_routing.fusion import parse_arm
 from semantic_routing.generate import (
     TEXT_ENCODER,
     TINY,
@@ -54,12 +57,12 @@ from semantic_routing.generate import (
     SampleConfig,
     autocast,
     locate_encoder,
-    open_encoder,
+    read_run_config,
 )
 from semantic_routing.manifest import manifest
 from semantic_routing.optim import OptimConfig, make_optimizers, set_rates
 from semantic_routing.pictures import grid, save_png
-from semantic_routing.text_encoder import TextEncoderConfig, text_shape
+from semantic_routing.text_encoder import TextEncoder, TextEncoderConfig, text_shape
 from semantic_routing.tiny_lm import tiny_lm
 
 OnStep = Callable[[int], None]
@@ -87,6 +90,10 @@ class TrainConfig:
     """Training steps."""
     batch: int = 512
     """Images a step."""
+    low_steps: int = 0
+    """The first steps see pictures of half the side, at a quarter of the cost an image (progressive resolution)."""
+    low_batch: int = 0
+    """Images a step in those first steps; 0 is as many as later."""
     seed: int = 42
     """Decides initial weights, order, noise, times and dropout."""
     prompt_dropout: float = 0.1
@@ -122,10 +129,25 @@ class TrainConfig:
         for name in ("steps", "batch", "image_size", "ema_every", "log_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.preview_every < 0:
-            raise ValueError(f"preview_every is {self.preview_every}; use 0 for no sample grids")
-        if not 0 <= self.prompt_dropout <= 1:
-            raise ValueError(f"prompt_dropout is {self.prompt_dropout}; it is a share from 0 to 1")
+        for name in ("preview_every", "low_steps", "low_batch"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; it must be from 0 to below 2**63")
+        for name in ("prompt_dropout", "ema_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it is a share from 0 to 1")
+        if not (self.time_std >= 0 and math.isfinite(self.time_std) and math.isfinite(self.time_mean)):
+            raise ValueError(f"time_std {self.time_std} must be at least 0, and it and time_mean be finite")
+    def stage(self, step: int) -> tuple[int, int]:
+        """Image size and batch of a step, counted from 0."""
+        low = step < self.low_steps
+        return (self.image_size // 2, self.low_batch or self.batch) if low else (self.image_size, self.batch)
+
+    def images_seen(self, steps: int) -> int:
+        """Images in the first ``steps`` steps."""
+        low = min(steps, self.low_steps)
+        return low * (self.low_batch or self.batch) + (steps - low) * self.batch
 
 
 def train_step(bundle: Bundle, batch: Batch, cfg: TrainConfig) -> Float[Tensor, ""]:
@@ -148,29 +170,37 @@ def start(cfg: TrainConfig, out: Path, on_step: OnStep | None = None) -> Path:
     """Begin the run ``cfg`` in the folder ``out`` and train it to its end; returns the last checkpoint.
 
     ``on_step`` is called after each step with the number of finished steps. Raises ValueError for what the user
-    can mend, Interrupted after SIGINT or SIGTERM, TrainingFailed for a loss that is not finite.
+    can mend, before anything is written; Interrupted after SIGINT or SIGTERM, TrainingFailed for a loss that is
+    not finite.
     """
-    if (out / "checkpoints").exists():
+    if checkpoints(out):
         raise ValueError(
             f"{out} already holds a run: go on with `semroute train --resume {out}` or choose another --out"
         )
+    check_writable(out)
     source = open_source(cfg.data, size=cfg.image_size, seed=cfg.seed)
+    text = cfg.text
+    if text.name_or_path == TINY:
+        text = replace(text, name_or_path=str(tiny_lm(_corpus(source))))
+    shape, arm = text_shape(text), parse_arm(cfg.model.arm)
+    model = replace(cfg.model, arm=arm, text_width=shape.width, text_layers=len(shape.layers))
+    trainer = Trainer(replace(cfg, model=model), out, text=text)
     if cfg.text.name_or_path == TINY:
-        folder = tiny_lm(_corpus(source))
         with written_whole(out / TEXT_ENCODER) as scratch:
-            shutil.copytree(folder, scratch)
-    shape = text_shape(locate_encoder(cfg.text, out))
-    cfg = replace(cfg, model=replace(cfg.model, text_width=shape.width, text_layers=len(shape.layers)))
-    write_text(out / "config.json", json.dumps(to_dict(cfg), indent=2) + "\n")
-    return _run(cfg, out, source, None, on_step)
+            shutil.copytree(text.name_or_path, scratch)
+    write_text(out / "config.json", json.dumps(to_dict(trainer.cfg), indent=2) + "\n")
+    return _run(trainer, source, on_step)
 
 
 def resume(out: Path, on_step: OnStep | None = None) -> Path:
     """Go on with the run in the folder ``out`` from its latest checkpoint, as ``start`` would have."""
     folder = find_checkpoint(out)
-    cfg = from_dict(TrainConfig, read_state(folder)["config"])
+    run = folder.parent.parent
+    if folder not in checkpoints(run)[-1:]:
+        raise ValueError(f"{folder} is not its run's latest checkpoint; move later ones away to go on from there")
+    cfg = from_dict(TrainConfig, read_run_config(folder))
     source = open_source(cfg.data, size=cfg.image_size, seed=cfg.seed)
-    return _run(cfg, folder.parent.parent, source, folder, on_step)
+    return _run(Trainer(cfg, run, folder), source, on_step)
 
 
 def _corpus(source: Source, size: int = 20_000) -> list[str]:
@@ -179,25 +209,23 @@ def _corpus(source: Source, size: int = 20_000) -> list[str]:
     return toy + source.captions(size) if isinstance(source, ImageFolder) else toy
 
 
-def _run(cfg: TrainConfig, out: Path, source: Source, checkpoint: Path | None, on_step: OnStep | None) -> Path:
-    """Train from a checkpoint, or from the beginning, to the last step."""
+def _run(trainer: Trainer, source: Source, on_step: OnStep | None) -> Path:
+    """Train from where the trainer is to the last step; returns the last checkpoint."""
     keep_freed_memory()
-    trainer = Trainer(cfg, out, checkpoint)
-    first = trainer.step
+    cfg, out, first = trainer.cfg, trainer.out, trainer.step
     facts = manifest(config=to_dict(cfg), seeds={"run": cfg.seed}, from_step=first)
     write_text(out / "manifest.json", json.dumps(facts, indent=2) + "\n")
-    codec = trainer.bundle.codec
-    load = partial(
-        load_batch, source, cfg.seed,
-        batch_size=cfg.batch, noise_shape=codec.latent_shape(cfg.image_size), posterior=codec.has_posterior,
-    )  # fmt: skip
-    batches = prefetch(load, first)
+    sources = {cfg.image_size: source}
+    if first < cfg.low_steps:
+        sources[cfg.image_size // 2] = open_source(cfg.data, size=cfg.image_size // 2, seed=cfg.seed)
+    batches = prefetch(partial(_load, cfg, sources, trainer.bundle.codec), first)
     bar = tqdm(total=cfg.steps, initial=first, desc=f"Training {cfg.model.arm}", unit="step")
     with closing(batches), bar, _stop_signals() as stop, Metrics(out, first) as metrics:
         while trainer.step < cfg.steps:
             began = time.perf_counter()
-            row = trainer.advance(next(batches))
-            row["images_per_s"] = cfg.batch / (time.perf_counter() - began)
+            batch = next(batches)
+            row = trainer.advance(batch)
+            row["images_per_s"] = len(batch.captions) / (time.perf_counter() - began)
             bar.set_postfix(loss=f"{row['loss']:.4f}", img_s=f"{row['images_per_s']:.0f}", refresh=False)
             bar.update()
             last = trainer.step == cfg.steps
@@ -212,17 +240,32 @@ def _run(cfg: TrainConfig, out: Path, source: Source, checkpoint: Path | None, o
             if stop and not last:
                 raise Interrupted(
                     f"stopped at step {trainer.step} of {cfg.steps} and wrote {find_checkpoint(out)}; "
-                    f"go on with: semroute train --resume {out}",
+                    f"go on with: semroute train --resume {shlex.quote(str(out))}",
                     stop[0],
                 )
     return find_checkpoint(out)
 
 
+def _load(cfg: TrainConfig, sources: dict[int, Source], codec: Codec, step: int) -> Batch:
+    """The batch of a step. Later batches go on in the samples' order behind all that the low steps saw."""
+    size, count = cfg.stage(step)
+    place = step
+    if step >= cfg.low_steps:
+        place = step - cfg.low_steps + math.ceil(cfg.images_seen(cfg.low_steps) / cfg.batch)
+    shape = codec.latent_shape(size)
+    return load_batch(sources[size], cfg.seed, place, count, shape, posterior=codec.has_posterior)
+
+
 class Trainer:
     """The state of a run: model, moving average, optimisers and the number of finished steps."""
 
-    def __init__(self, cfg: TrainConfig, out: Path, checkpoint: Path | None = None) -> None:
-        """A run in the folder ``out``, from a checkpoint or, its initial weights a function of the seed, anew."""
+    def __init__(
+        self, cfg: TrainConfig, out: Path, checkpoint: Path | None = None, text: TextEncoderConfig | None = None
+    ) -> None:
+        """A run in the folder ``out``, from a checkpoint or, its initial weights a function of the seed, anew.
+
+        ``text`` says where the text encoder is, if not yet in ``out``. ValueError where the parts do not fit.
+        """
         self.cfg, self.out, self.step = cfg, out, 0
         device = pick_device(cfg.device)
         with torch.random.fork_rng(devices=[]):
@@ -230,12 +273,14 @@ class Trainer:
             model = make_model(cfg.model).to(device)
         self.bundle = Bundle(
             model=model,
-            encoder=open_encoder(cfg.text, out, device),
+            encoder=TextEncoder.from_pretrained(text or locate_encoder(cfg.text, out), device),
             codec=make_codec(cfg.codec, device),
             image_size=cfg.image_size,
             null_prompt=cfg.null_prompt,
-            bf16=cfg.precision == "bf16" or (cfg.precision == "auto" and has_bfloat16(device)),
+            bf16=use_bfloat16(cfg.precision, device),
         )
+        for size in {cfg.image_size, cfg.stage(0)[0]}:
+            _check_latents(self.bundle.codec.latent_shape(size), cfg.model)
         self.optimizers = make_optimizers(model, cfg.optim)
         self.ema = {name: p.detach().clone() for name, p in model.named_parameters()}
         if checkpoint is not None:
@@ -257,7 +302,7 @@ class Trainer:
             "lr": rate * self.cfg.optim.lr,
         }
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-            raise TrainingFailed(self._failure(row))
+            raise self._failure(f"the loss is {row['loss']} and the gradient's norm {row['grad_norm']}", self.step + 1)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -266,11 +311,10 @@ class Trainer:
             self._average()
         return row
 
-    def _failure(self, row: dict[str, float]) -> str:
-        saved = sorted((self.out / "checkpoints").glob("step-*"))
-        return (
-            f"training stopped at step {row['step']}: the loss is {row['loss']} and the gradient's norm "
-            f"{row['grad_norm']}. Lower the learning rate or try --precision fp32; "
+    def _failure(self, what: str, step: int) -> TrainingFailed:
+        saved = checkpoints(self.out)
+        return TrainingFailed(
+            f"training stopped at step {step}: {what}. Lower the learning rate or try --precision fp32; "
             + (f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been written yet")
         )
 
@@ -283,7 +327,9 @@ class Trainer:
         torch._foreach_lerp_(list(self.ema.values()), weights, 1 - decay)
 
     def save(self) -> Path:
-        """Write a checkpoint, then delete those that are no longer kept."""
+        """Write a checkpoint, then delete those that are no longer kept. Weights that are not finite raise."""
+        if not all(p.isfinite().all() for p in self.bundle.model.parameters()):
+            raise self._failure("weights are no longer finite", self.step)
         state = {"config": to_dict(self.cfg)}
         folder = save_checkpoint(self.out, self.step, self.bundle.model, self.ema, self.optimizers, state)
         prune(self.out, self.cfg.keep)
@@ -304,6 +350,15 @@ class Trainer:
             picture,
             scale=max(1, 96 // self.cfg.image_size),
         )
+
+
+def _check_latents(latent: tuple[int, int, int], model: DiTConfig) -> None:
+    """Raise where the codec's latents (channels, height, width) are none that the transformer can read."""
+    channels, height, width = latent
+    if channels != model.channels:
+        raise ValueError(f"the codec's latents have {channels} channels, but model.channels is {model.channels}")
+    if height % model.patch or width % model.patch:
+        raise ValueError(f"latents of {height} x {width} do not divide into patches: model.patch is {model.patch}")
 
 
 class Metrics:

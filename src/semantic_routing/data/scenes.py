@@ -28,10 +28,10 @@ COLORS = {
     "purple": (165, 30, 200),
     "cyan": (20, 210, 225),
 }
-SIZES = {"small": (8, 9), "large": (13, 14)}
+SIZES = {"small": (9, 10), "large": (14, 15)}
 """The shortest and longest side of an object's box."""
 BACKGROUNDS = {"black": (10, 10, 10), "gray": (128, 128, 128), "white": (245, 245, 245)}
-BORDER, GAP = 1, 2
+BORDER, GAP = 0, 2
 """Free pixels between an object's box and the picture's edge, and between two boxes."""
 
 

@@ -31,6 +31,11 @@ class ShapesArguments(SampleConfig):
     device: str = "auto"
     """auto, cpu or cuda."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n < 1:
+            raise ValueError(f"n is {self.n}; an evaluation needs at least 1 prompt")
+
 
 def shapes(args: ShapesArguments) -> str:
     """Evaluate and answer with the table."""

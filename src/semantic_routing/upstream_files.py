@@ -1,0 +1,154 @@
+"""The files of reference checkpoints: safetensors or torch files, whole or in shards, read a tensor at a time.
+
+A torch file is opened with ``weights_only``: whatever would run code is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+WRAPPERS = ("module.", "_orig_mod.", "model.")
+"""What DistributedDataParallel, torch.compile and trainers put before every name."""
+LAYOUTS = (
+    "*.safetensors.index.json",
+    "model.safetensors",
+    "*.safetensors",
+    "*.bin.index.json",
+    "*pytorch_model.bin",
+    "mp_rank_00_model_states.pt",  # DeepSpeed
+    "pytorch_model/mp_rank_00_model_states.pt",  # Accelerate around DeepSpeed
+)
+"""Where a checkpoint's folder keeps its weights: the first that is there is read."""
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors by name, each read only when it is asked for."""
+
+    def __init__(self, read: Callable[[str], Tensor], names: Mapping[str, str]) -> None:
+        """``names`` maps the names shown to those that ``read`` takes."""
+        self._read = read
+        self._names = names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._read(self._names[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # Mapping's own would read the tensor
+
+
+def unwrapped(source: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors without a prefix that all their names share."""
+    for prefix in WRAPPERS:
+        if source and all(name.startswith(prefix) for name in source):
+            return unwrapped(renamed(source, prefix))
+    return source
+
+
+def renamed(source: Mapping[str, Tensor], prefix: str) -> LazyTensors:
+    """The tensors whose names begin with ``prefix``, without it."""
+    names = {name.removeprefix(prefix): name for name in source if name.startswith(prefix)}
+    return LazyTensors(source.__getitem__, names)
+
+
+def read_upstream(src: Path) -> LazyTensors:
+    """The tensors of a checkpoint's file or folder, each read when asked for.
+
+    Raises ValueError where there is none, where a file is damaged or lacks what its index promises, and where
+    a torch file holds more than tensors and plain values: it is refused, and nothing in it is run.
+    """
+    if src.is_dir():
+        found = next(filter(None, (sorted(src.glob(layout)) for layout in LAYOUTS)), [])
+        if len(found) != 1:
+            what = f"several files: name one of {[path.name for path in found]}" if found else "no weights"
+            raise ValueError(f"{src} holds {what}; a folder has one of {', '.join(LAYOUTS)}")
+        return read_upstream(found[0])
+    if not src.is_file():
+        raise ValueError(f"there is no checkpoint {src}")
+    if src.name.endswith(".index.json"):
+        return _read_shards(src)
+    return _read_safetensors(src) if src.suffix == ".safetensors" else _read_torch(src)
+
+
+def _read_shards(index: Path) -> LazyTensors:
+    """The tensors of all files that an index names."""
+    try:
+        places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        files = {file: index.parent / file for file in sorted(set(places.values()))}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{index} is not the index of a sharded checkpoint") from error
+    shards = {file: read_upstream(path) for file, path in files.items()}
+    held = {(name, file) for file, shard in shards.items() for name in shard}
+    odd = {name for name, _ in held ^ set(places.items())}
+    raise_if_any({"named by only one of index and files": odd}, f"what {index} says")
+    return LazyTensors(lambda name: shards[places[name]][name], {name: name for name in places})
+
+
+def _read_safetensors(path: Path) -> LazyTensors:
+    # Opened anew for every tensor: the pages that were read stay in memory for as long as the file is open.
+    def read(name: str) -> Tensor:
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(name)
+
+    try:
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated, damaged or not a safetensors file: {error}") from error
+    return LazyTensors(read, {name: name for name in names})
+
+
+def _read_torch(path: Path) -> LazyTensors:
+    # Opened anew after every 32nd part of it, for the same reason; for every tensor it would take too long.
+    weights = _open_torch(path)
+    part = unread = path.stat().st_size // 32
+
+    def read(name: str) -> Tensor:
+        nonlocal weights, unread
+        if unread <= 0:
+            weights, unread = _open_torch(path), part
+        unread -= weights[name].nbytes
+        return weights[name]
+
+    return LazyTensors(read, {name: name for name in weights})
+
+
+def _open_torch(path: Path) -> Mapping[str, Tensor]:
+    """The state dict of a torch file, mapped and not yet read."""
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is refused: it holds more than tensors and plain values, and reading it could run code; "
+            "save its weights as safetensors"
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is truncated, damaged or not a file of today's torch.save") from error
+    if isinstance(content, Mapping):
+        content = content.get("module", content)  # DeepSpeed's place for the weights
+    if not isinstance(content, Mapping) or not all(isinstance(x, Tensor) for x in content.values()):
+        raise ValueError(f"{path} holds no state dict, neither by itself nor under 'module'")
+    return content
+
+
+def raise_if_any(problems: Mapping[str, Iterable[str]], what: str) -> None:
+    """ValueError that lists the names of tensors under each problem; nothing where there are none."""
+    lists = []
+    for problem, found in problems.items():
+        if names := sorted(found):
+            rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            lists.append(f"{len(names)} tensors {problem} ({', '.join(names[:4])}{rest})")
+    if lists:
+        raise ValueError(f"the checkpoint is not {what}: {'; '.join(lists)}")
