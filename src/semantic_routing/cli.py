@@ -105,12 +105,57 @@ def quickstart(args: list[str]) -> None:
     _done(run_quickstart(parse(QuickstartArguments, args, prog="semroute quickstart")))
 
 
+def overhead(args: list[str]) -> None:
+    """Count parameters and FLOPs of every arm: semroute overhead --scale paper [--json [FILE]]"""
+    from semantic_routing.arguments import parse
+    from semantic_routing.overhead import OverheadArguments, run_overhead
+
+    # --json alone means the standard output.
+    named = [arg for i, arg in enumerate(args) if arg == "--json" and args[i + 1 : i + 2] and args[i + 1][:2] != "--"]
+    args = args if named else ["--json=-" if arg == "--json" else arg for arg in args]
+    sys.stdout.write(run_overhead(parse(OverheadArguments, args, prog="semroute overhead")) + "\n")
+
+
+def convert(args: list[str]) -> None:
+    """Convert the paper's checkpoints: semroute convert upstream SRC --config FILE --arm ARM --out runs/x
+
+    semroute convert upstream SRC --config FILE --arm ARM --out DIR   a reference checkpoint as a run
+    semroute convert ours RUN --out FILE                              a run by the reference's names
+    """
+    from semantic_routing.arguments import parse
+    from semantic_routing.convert_commands import DIRECTIONS
+
+    if args[:1] in ([], ["-h"], ["--help"]):
+        sys.stdout.write(f"{_help(convert)}\n")
+        return
+    if args[0] not in DIRECTIONS:
+        raise ValueError(f"cannot convert {args[0]!r}; {nearest(args[0], list(DIRECTIONS))}")
+    arguments, run = DIRECTIONS[args[0]]
+    _done(run(parse(arguments, args[1:], prog=f"semroute convert {args[0]}")))
+
+
+def export(args: list[str]) -> None:
+    """Write a diffusers pipeline: semroute export runs/x --out pipelines/x"""
+    from importlib.util import find_spec
+
+    if find_spec("diffusers") is None or find_spec("accelerate") is None:
+        raise ValueError('export needs diffusers: pip install "semantic-routing[diffusers]"')
+    from semantic_routing.arguments import parse
+    from semantic_routing.export import ExportArguments
+    from semantic_routing.export import export as run_export
+
+    _done(run_export(parse(ExportArguments, args, prog="semroute export")))
+
+
 COMMANDS: dict[str, Command] = {
     "quickstart": quickstart,
     "train": train,
     "sample": sample,
     "evaluate": evaluate,
     "analyze": analyze,
+    "overhead": overhead,
+    "convert": convert,
+    "export": export,
 }
 
 

@@ -23,7 +23,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
+def from_dict(cls: type[T], values: object, where: str = "") -> T:
     """A configuration from nested dictionaries; missing keys keep their defaults.
 
     Raises ValueError for an unknown key (naming the nearest known one), a missing one without a default, or a

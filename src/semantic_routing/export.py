@@ -42,14 +42,14 @@ strategy **{arm}**; a pipeline of [diffusers](https://huggingface.co/docs/diffus
 | images | {image_size} x {image_size} pixels, {latents} |
 | null prompt | {null_prompt!r} |
 
-The text encoder{vae} in this folder {are} copies of models with licences of their own.
+{copies} of its own.
 
 ## Use
 
 ```python
 from semantic_routing.pipeline import SemanticRoutingPipeline  # pip install "semantic-routing[diffusers]"
 
-pipe = SemanticRoutingPipeline.from_pretrained("PATH")
+pipe = SemanticRoutingPipeline.from_pretrained("this folder, or its name on the hub")
 image = pipe({prompt!r}, num_inference_steps=50, guidance_scale=6.0).images[0]
 ```
 
@@ -125,8 +125,9 @@ def model_card(bundle: Bundle, *, averaged: bool) -> str:
         image_size=bundle.image_size,
         latents=f"latents of {cfg.channels} channels" if vae else "drawn as pixels",
         null_prompt=bundle.null_prompt,
-        vae=" and the VAE" if vae else "",
-        are="are" if vae else "is a copy of a model with a licence of its own",
+        copies="The text encoder and the VAE in this folder are copies of models, each with a licence"
+        if vae
+        else "The text encoder in this folder is a copy of a model with a licence",
         prompt="a red circle left of a blue square",
         training=_training_facts(bundle),
     )

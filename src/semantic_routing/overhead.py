@@ -8,21 +8,25 @@ time, and does not pad.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from semantic_routing.device import has_bfloat16
+from semantic_routing.checkpoint import write_text
+from semantic_routing.device import has_bfloat16, pick_device
 from semantic_routing.dit import Backbone, DiTConfig, TextContext
 from semantic_routing.features import TextFeatures
 from semantic_routing.fusedit import make_model
-from semantic_routing.fusion import ALIASES, parse_arm
+from semantic_routing.fusion import ALIASES, ARMS, parse_arm
 from semantic_routing.generate import autocast
+from semantic_routing.recipes import toy
 from semantic_routing.sampler import euler, guided, schedule
 
 META = torch.device("meta")
@@ -52,6 +56,20 @@ class Scale:
     """Steps of Euler's method, one velocity each."""
     padded_tokens: int = 512
     """Length to which the reference pads prompts."""
+
+
+SCALES = {
+    "paper": Scale(),
+    "toy": Scale(
+        model=toy("depth").model,
+        encoder_heads=4,
+        encoder_kv_heads=2,
+        encoder_head_dim=32,
+        encoder_mlp_width=384,
+        latent_size=32,
+    ),
+}
+"""Pictures of the recipes; the toy's text encoder is the one that ``tiny_lm`` makes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +144,37 @@ def measure(
         latency=latency,
         peak_memory=peak,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverheadArguments:
+    """What a picture costs with every arm (the paper's Table 4)."""
+
+    scale: Literal["paper", "toy"] = "paper"
+    """Sizes of the networks and of the picture."""
+    arms: tuple[str, ...] = ARMS
+    """Conditioning strategies."""
+    text_tokens: int = 32
+    """Length of a prompt in this program's own numbers."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where latency and memory are measured; "auto" measures where there is a CUDA device."""
+    json: Path | None = None
+    """Write the numbers as JSON to this file, or with no name or "-" to the standard output instead of the table."""
+
+
+def run_overhead(args: OverheadArguments) -> str:
+    """Measure the arms; the text to print."""
+    cuda = args.device == "auto" and torch.cuda.is_available()
+    device = pick_device(args.device) if cuda or args.device != "auto" else None
+    arms = [parse_arm(arm) for arm in args.arms]
+    rows = [measure(arm, text_tokens=args.text_tokens, scale=SCALES[args.scale], device=device) for arm in arms]
+    if args.json is None:
+        return table(rows)
+    text = json.dumps(to_json(rows), indent=2)
+    if args.json == Path("-"):
+        return text
+    write_text(args.json, text + "\n")
+    return table(rows)
 
 
 def to_json(rows: Sequence[Overhead]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -54,9 +54,9 @@ class SemanticRoutingPipeline(DiffusionPipeline, LoraBaseMixin):
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _optional_components = ["vae"]
-    _callback_tensor_inputs = ["latents"]
-    _lora_loadable_modules = ["transformer"]
+    _optional_components: ClassVar[list[str]] = ["vae"]
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
+    _lora_loadable_modules: ClassVar[list[str]] = ["transformer"]
 
     def __init__(
         self,
@@ -197,8 +197,13 @@ class SemanticRoutingPipeline(DiffusionPipeline, LoraBaseMixin):
 
     def load_lora_weights(self, source: Path | str | dict[str, Tensor], adapter_name: str | None = None) -> None:
         """Add to the transformer a LoRA adapter that ``save_lora_weights`` wrote."""
-        source = source if isinstance(source, dict) else str(source)
-        self.transformer.load_lora_adapter(source, prefix="transformer", adapter_name=adapter_name, _pipeline=self)
+        self.transformer.load_lora_adapter(
+            source if isinstance(source, dict) else str(source),
+            prefix="transformer",
+            adapter_name=adapter_name,
+            use_safetensors=True,
+            _pipeline=self,  # so that offloaded components are put back
+        )
 
     def _velocity(
         self,
@@ -295,12 +300,11 @@ class SemanticRoutingPipeline(DiffusionPipeline, LoraBaseMixin):
 def _check_scheduler(scheduler: Any) -> None:
     """Raise unless the scheduler integrates a flow from sigma 1 to 0."""
     name, config = type(scheduler).__name__, scheduler.config
-    prediction = config.get("prediction_type", "flow_prediction")
-    flow = isinstance(scheduler, FLOW_MATCHING) or config.get("use_flow_sigmas", False)
-    if not flow or prediction != "flow_prediction":
+    prediction, flow_sigmas = config.get("prediction_type", "flow_prediction"), config.get("use_flow_sigmas", False)
+    if not (isinstance(scheduler, FLOW_MATCHING) or flow_sigmas) or prediction != "flow_prediction":
         raise ValueError(
-            f"this transformer predicts a flow's velocity, but {name} (prediction_type={prediction!r}, use_flow_sigmas="
-            f"{config.get('use_flow_sigmas', False)}) is not flow matching: use FlowMatchEulerDiscreteScheduler, or one "
+            f"this transformer predicts a flow's velocity, but {name} with prediction_type={prediction!r} and "
+            f"use_flow_sigmas={flow_sigmas} is not flow matching: use FlowMatchEulerDiscreteScheduler, or a scheduler "
             "made with use_flow_sigmas=True and prediction_type='flow_prediction'"
         )
     for option in ("use_dynamic_shifting", "invert_sigmas"):

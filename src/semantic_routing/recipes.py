@@ -65,7 +65,7 @@ def paper(arm: str) -> TrainConfig:
         image_size=256,
         model=DiTConfig(arm=arm),
         text=TextEncoderConfig(name_or_path="Qwen/Qwen3-VL-4B-Instruct", dtype="bfloat16"),
-        codec=CodecConfig(kind="vae", name_or_path="stabilityai/stable-diffusion-3-medium-diffusers"),
+        codec=CodecConfig(kind="vae", name_or_path="stabilityai/stable-diffusion-3-medium-diffusers", subfolder="vae"),
         optim=OptimConfig(),
         steps=500_000,
         batch=512,

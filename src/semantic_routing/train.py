@@ -66,6 +66,8 @@ from semantic_routing.text_encoder import TextEncoder, TextEncoderConfig, text_s
 from semantic_routing.tiny_lm import tiny_lm
 
 OnStep = Callable[[int], None]
+Row = dict[str, int | float]
+"""One step's metrics."""
 CORPUS_SEED = 1
 """Seed of the stories that the tiny language model learns from; one model then serves every run."""
 
@@ -139,6 +141,7 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it is a share from 0 to 1")
         if not (self.time_std >= 0 and math.isfinite(self.time_std) and math.isfinite(self.time_mean)):
             raise ValueError(f"time_std {self.time_std} must be at least 0, and it and time_mean be finite")
+
     def stage(self, step: int) -> tuple[int, int]:
         """Image size and batch of a step, counted from 0."""
         low = step < self.low_steps
@@ -289,13 +292,13 @@ class Trainer:
             for block in model.blocks:
                 block.compile(dynamic=False)
 
-    def advance(self, batch: Batch) -> dict[str, float]:
+    def advance(self, batch: Batch) -> Row:
         """One optimiser step; returns its metrics. A loss that is not finite changes nothing and raises."""
         rate = set_rates(self.optimizers, self.cfg.optim, self.step, self.cfg.steps)
         loss = train_step(self.bundle, batch, self.cfg)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.bundle.model.parameters(), self.cfg.optim.clip)
-        row = {
+        row: Row = {
             "step": self.step + 1,
             "loss": loss.item(),
             "grad_norm": norm.item(),
@@ -383,7 +386,7 @@ class Metrics:
         if self.board is not None:
             self.board.close()
 
-    def write(self, row: dict[str, float]) -> None:
+    def write(self, row: Row) -> None:
         """Append one step's metrics."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Literal
+from inspect import Parameter, Signature, signature
+from typing import Any, ClassVar
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -18,6 +19,13 @@ from semantic_routing.features import TextFeatures
 from semantic_routing.fusedit import make_model
 
 
+def _fields_of_config(init: Any) -> Any:
+    """Show the fields of ``DiTConfig`` as the arguments: diffusers reads a model's settings off its signature."""
+    own = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)
+    init.__signature__ = Signature([own, *signature(DiTConfig).parameters.values()])
+    return init
+
+
 class SemanticRoutingTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """A ``Backbone`` with the ``save_pretrained`` and ``from_pretrained`` of diffusers.
 
@@ -25,54 +33,17 @@ class SemanticRoutingTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     are this program's (``flow.py``); ``SemanticRoutingPipeline`` translates for schedulers.
     """
 
-    _no_split_modules = ["Block", "FuseBlock"]
-    _repeated_blocks = ["Block", "FuseBlock"]
-    _keep_in_fp32_modules = ["router"]
+    _no_split_modules: ClassVar[list[str]] = ["Block", "FuseBlock"]
+    _repeated_blocks: ClassVar[list[str]] = ["Block", "FuseBlock"]
+    _keep_in_fp32_modules: ClassVar[list[str]] = ["router"]
     # Text is prepared by parts of all blocks at once, which offloading a block at a time cannot foresee.
     _supports_group_offloading = False
 
     @register_to_config
-    def __init__(
-        self,
-        arm: str = "depth",
-        depth: int = 24,
-        width: int = 2048,
-        heads: int = 32,
-        kv_heads: int = 8,
-        head_dim: int = 128,
-        mlp_width: int = 8192,
-        activation: Literal["gelu_tanh", "silu"] = "silu",
-        patch: int = 2,
-        channels: int = 16,
-        text_width: int = 2560,
-        text_layers: int = 36,
-        conditioning: Literal["none", "adaln-zero", "adaln-single", "addition"] = "none",
-        prediction: Literal["velocity", "image"] = "velocity",
-        rope_theta: float = 1e4,
-        text_init_std: float = 0.02,
-        fusedit_first_layer: int = 6,
-    ) -> None:
+    @_fields_of_config
+    def __init__(self, **fields: Any) -> None:
         super().__init__()
-        cfg = DiTConfig(
-            arm=arm,
-            depth=depth,
-            width=width,
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            mlp_width=mlp_width,
-            activation=activation,
-            patch=patch,
-            channels=channels,
-            text_width=text_width,
-            text_layers=text_layers,
-            conditioning=conditioning,
-            prediction=prediction,
-            rope_theta=rope_theta,
-            text_init_std=text_init_std,
-            fusedit_first_layer=fusedit_first_layer,
-        )
-        self.backbone: Backbone = make_model(cfg)
+        self.backbone: Backbone = make_model(DiTConfig(**fields))
 
     @classmethod
     def from_backbone(cls, backbone: Backbone) -> SemanticRoutingTransformer:

@@ -28,11 +28,11 @@ COLORS = {
     "purple": (165, 30, 200),
     "cyan": (20, 210, 225),
 }
-SIZES = {"small": (9, 10), "large": (14, 15)}
-"""The shortest and longest side of an object's box."""
+CELL = 8
+"""Objects stand on a lattice of cells, so that minutes of training go into reading captions, not into rendering."""
+SIZES = {"small": CELL - 1, "large": 2 * CELL - 1}
+"""Side of an object's box: it fills one cell, or two by two, but for a pixel on the right and below."""
 BACKGROUNDS = {"black": (10, 10, 10), "gray": (128, 128, 128), "white": (245, 245, 245)}
-BORDER, GAP = 0, 2
-"""Free pixels between an object's box and the picture's edge, and between two boxes."""
 
 
 class Dice:
@@ -122,19 +122,20 @@ def render(scene: Scene, size: int = CANVAS) -> UInt8[np.ndarray, "{size} {size}
 
 
 def _fits(thing: Object, others: Sequence[Object]) -> bool:
-    """Whether the object lies inside the border and clear of the others."""
+    """Whether the object lies inside the picture and shares no cell with the others."""
     left, top, right, bottom = thing.box
-    if min(left, top) < BORDER or max(right, bottom) > CANVAS - BORDER:
+    if min(left, top) < 0 or max(right, bottom) > CANVAS:
         return False
-    for other in others:
-        reach = (thing.extent + other.extent) / 2 + GAP
-        if abs(thing.x - other.x) < reach and abs(thing.y - other.y) < reach:
-            return False
-    return True
+    return not any(
+        max(abs(thing.x - other.x), abs(thing.y - other.y)) < (thing.extent + other.extent) / 2 for other in others
+    )
 
 
-def _at(thing: Object, corner_x: int, corner_y: int) -> Object:
-    return replace(thing, x=corner_x + thing.extent / 2, y=corner_y + thing.extent / 2)
+def _anywhere(thing: Object, dice: Dice) -> Object:
+    """The object at a random place of the lattice."""
+    cells = (thing.extent + 1) // CELL
+    column, row = (dice.between(0, CANVAS // CELL - cells) for _ in range(2))
+    return replace(thing, x=CELL * column + thing.extent / 2, y=CELL * row + thing.extent / 2)
 
 
 def scatter(things: Sequence[Object], dice: Dice) -> tuple[Object, ...]:
@@ -143,9 +144,8 @@ def scatter(things: Sequence[Object], dice: Dice) -> tuple[Object, ...]:
     while True:
         placed: dict[int, Object] = {}
         for i in order:
-            last = CANVAS - BORDER - things[i].extent
             for _ in range(12):
-                thing = _at(things[i], dice.between(BORDER, last), dice.between(BORDER, last))
+                thing = _anywhere(things[i], dice)
                 if _fits(thing, list(placed.values())):
                     placed[i] = thing
                     break
@@ -157,28 +157,21 @@ def scatter(things: Sequence[Object], dice: Dice) -> tuple[Object, ...]:
 
 def arrange(first: Object, where: str, second: Object, dice: Dice) -> tuple[Object, Object]:
     """Put the first object clearly ``where`` of the second: at most half as far off across as along."""
-    near, far = (first, second) if where in ("left", "above") else (second, first)
-    end = CANVAS - BORDER
-    near_along = dice.between(BORDER, end - far.extent - GAP - near.extent)
-    far_along = dice.between(near_along + near.extent + GAP, end - far.extent)
-    distance = far_along - near_along + (far.extent - near.extent) / 2
+    along = (-1, 0) if where == "left" else (1, 0) if where == "right" else (0, -1) if where == "above" else (0, 1)
     while True:
-        near_across = dice.between(BORDER, end - near.extent)
-        far_across = dice.between(BORDER, end - far.extent)
-        if abs(far_across - near_across + (far.extent - near.extent) / 2) <= distance / 2:
-            break
-    if where in ("left", "right"):
-        near, far = _at(near, near_along, near_across), _at(far, far_along, far_across)
-    else:
-        near, far = _at(near, near_across, near_along), _at(far, far_across, far_along)
-    return (near, far) if where in ("left", "above") else (far, near)
+        a, b = scatter((first, second), dice)
+        offset = (a.x - b.x, a.y - b.y)
+        distance = offset[0] * along[0] + offset[1] * along[1]
+        across = abs(offset[0] * along[1]) + abs(offset[1] * along[0])
+        if distance >= (a.extent + b.extent) / 2 and across <= distance / 2:
+            return a, b
 
 
 def complete(kind: Kind, large: bool, dice: Dice) -> Object:
     """An object of the kind, not yet placed; what the kind leaves open is random, large only if allowed."""
     size = kind.size or ("large" if large and dice.chance(0.5) else "small")
     color = kind.color or dice.pick(tuple(COLORS))
-    return Object(kind.shape or dice.pick(SHAPES), color, size, 0.0, 0.0, dice.between(*SIZES[size]))
+    return Object(kind.shape or dice.pick(SHAPES), color, size, 0.0, 0.0, SIZES[size])
 
 
 def changed(scene: Scene, dice: Dice) -> Scene | None:
@@ -194,9 +187,7 @@ def changed(scene: Scene, dice: Dice) -> Scene | None:
     if change == "flip":
         return replace(scene, objects=_flipped(things, dice))
     if change == "add":
-        thing = complete(Kind(), False, dice)
-        last = CANVAS - BORDER - thing.extent
-        thing = _at(thing, dice.between(BORDER, last), dice.between(BORDER, last))
+        thing = _anywhere(complete(Kind(), False, dice), dice)
         return replace(scene, objects=(*things, thing)) if _fits(thing, things) else None
     if change == "shape":
         thing = replace(things[i], shape=dice.pick(SHAPES))
@@ -204,7 +195,7 @@ def changed(scene: Scene, dice: Dice) -> Scene | None:
         thing = replace(things[i], color=dice.pick(tuple(COLORS)))
     else:
         size = dice.pick(tuple(SIZES))
-        thing = replace(things[i], size=size, extent=dice.between(*SIZES[size]))
+        thing = _anywhere(replace(things[i], size=size, extent=SIZES[size]), dice)
     return replace(scene, objects=(*others, thing)) if _fits(thing, others) else None
 
 
@@ -212,7 +203,7 @@ def _flipped(things: Sequence[Object], dice: Dice) -> tuple[Object, ...]:
     """The layout mirrored left-right or up-down, or its axes exchanged."""
     flip = dice.pick(("x", "y", "xy"))
     if flip == "x":
-        return tuple(replace(thing, x=CANVAS - thing.x) for thing in things)
+        return tuple(replace(thing, x=CANVAS - 1 - thing.x) for thing in things)
     if flip == "y":
-        return tuple(replace(thing, y=CANVAS - thing.y) for thing in things)
+        return tuple(replace(thing, y=CANVAS - 1 - thing.y) for thing in things)
     return tuple(replace(thing, x=thing.y, y=thing.x) for thing in things)

@@ -140,7 +140,7 @@ def _name(
     if shape == BLOB:
         rows, columns = np.flatnonzero(part.any(axis=1)), np.flatnonzero(part.any(axis=0))
         box = (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
-    middle = (SIZES["small"][1] + SIZES["large"][0]) / 2
+    middle = (SIZES["small"] + SIZES["large"]) / 2
     side = max(box[2] - box[0], box[3] - box[1])
     size = "small" if side < middle else "large" if side > middle else MEDIUM
     return FoundObject(shape, color, size, box, float(covered.sum()), overlap)

@@ -1,0 +1,287 @@
+"""Checkpoints: whole or not there, exact when read again, and strict about whose they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import semantic_routing.checkpoint as module
+from semantic_routing.checkpoint import (
+    EMA,
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    check_writable,
+    checkpoints,
+    find_checkpoint,
+    load_training_state,
+    load_weights,
+    prune,
+    read_state,
+    save_checkpoint,
+    write_text,
+    written_whole,
+)
+from semantic_routing.optim import OptimConfig, make_optimizers
+
+
+class Net(nn.Module):
+    """More than ten blocks of one shape, so that an order by name would mix them up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(3, 3) for _ in range(12))
+        self.out = nn.Linear(3, 2)
+
+
+def trained(steps: int = 3) -> tuple[Net, dict[str, Tensor], list[Optimizer]]:
+    model = Net()
+    optimizers = make_optimizers(model, OptimConfig(name="muon", lr=0.1))
+    for _ in range(steps):
+        train(model, optimizers)
+    return model, {name: torch.randn_like(p) for name, p in model.named_parameters()}, optimizers
+
+
+def train(model: Net, optimizers: list[Optimizer]) -> None:
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run's folder with the checkpoint of step 3."""
+    save_checkpoint(tmp_path / "run", 3, *trained(), {"config": {"a": 1}})
+    return tmp_path / "run"
+
+
+# --- round trips ---
+
+
+def test_everything_comes_back_and_training_goes_on_alike(tmp_path: Path) -> None:
+    model, ema, optimizers = trained()
+    folder = save_checkpoint(tmp_path, 3, model, ema, optimizers, {"config": {"a": 1}})
+    assert folder == tmp_path / "checkpoints" / "step-0000003"
+    assert set(files(folder)) == {MODEL, EMA, OPTIMIZER, STATE}
+    assert json.loads((folder / STATE).read_text()) == {"step": 3, "config": {"a": 1}}
+
+    other = Net()
+    others = make_optimizers(other, OptimConfig(name="muon", lr=0.1))
+    step, average = load_training_state(folder, other, others)
+    assert step == 3
+    assert list(average) == [name for name, _ in other.named_parameters()]
+    assert all(torch.equal(average[name], ema[name]) for name in ema)
+    for seed in (1, 2):
+        for pair in ((model, optimizers), (other, others)):
+            torch.manual_seed(seed)
+            train(*pair)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_model_on_meta_takes_the_weights(run: Path) -> None:
+    with torch.device("meta"):
+        model = Net()
+    load_weights(find_checkpoint(run) / MODEL, model)
+    saved = load_file(find_checkpoint(run) / MODEL)
+    assert all(torch.equal(p, saved[name]) for name, p in model.named_parameters())
+
+
+# --- whole or not at all ---
+
+
+def test_an_existing_file_or_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    write_text(tmp_path / "a" / "b.txt", "first")
+    write_text(tmp_path / "a" / "b.txt", "second")
+    for name in ("old", "new"):
+        with written_whole(tmp_path / "folder") as scratch:
+            scratch.mkdir()
+            (scratch / name).write_text(name)
+    assert files(tmp_path) == {"a/b.txt": b"second", "folder/new": b"new"}
+
+
+class Stopped(Exception):
+    """What ends the writing in a test; no error of the program's own."""
+
+
+@pytest.mark.parametrize("failure", [Stopped(), KeyboardInterrupt()])
+def test_what_is_stopped_while_writing_leaves_what_was_there(
+    run: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    before = files(run)
+    calls: list[Path] = []
+
+    def fail_in_the_middle(tensors: dict[str, Tensor], path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"half of a f")
+            raise failure
+        save_file(tensors, path)
+
+    monkeypatch.setattr(module, "save_file", fail_in_the_middle)
+    for step in (3, 4):  # over a checkpoint that is there, and beside it
+        calls.clear()
+        with pytest.raises(type(failure)):
+            save_checkpoint(run, step, *trained(), {})
+        assert len(calls) == 2
+        assert files(run) == before
+        assert os.listdir(run / "checkpoints") == ["step-0000003"]
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """The system refuses to write files beyond ``size`` bytes, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [0, 900])
+def test_a_full_disk_is_one_clear_error(run: Path, size: int) -> None:
+    before = files(run)
+    state = trained()
+    with largest_file(size), pytest.raises(ValueError, match="cannot write .*step-0000009: .*[Ff]ile too large"):
+        save_checkpoint(run, 9, *state, {})
+    assert files(run) == before
+    assert os.listdir(run / "checkpoints") == ["step-0000003"]
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "file/far/below"])
+def test_a_place_that_cannot_be_written(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for act in (
+        lambda: write_text(tmp_path / place / "x.txt", "x"),
+        lambda: save_checkpoint(tmp_path / place, 1, *trained(1), {}),
+        lambda: check_writable(tmp_path / place),
+    ):
+        with pytest.raises(ValueError, match="cannot write"):
+            act()
+    assert files(tmp_path) == {"file": b"in the way"}
+
+
+def test_places_that_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in (tmp_path, tmp_path / "new" / "folder", Path("new"), Path()):
+        check_writable(place)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_process_leaves_a_remnant_that_is_ignored_and_swept_away(run: Path) -> None:
+    remnant = run / "checkpoints" / ".step-0000008.partial-12345"
+    remnant.mkdir()
+    (remnant / MODEL).write_bytes(b"half of a f")
+    assert find_checkpoint(run).name == "step-0000003"
+    prune(run, 1)
+    assert os.listdir(run / "checkpoints") == ["step-0000003"]
+
+
+def test_prune_keeps_the_latest(tmp_path: Path) -> None:
+    state = trained()
+    for step in (999_999, 1, 20, 1_000_000, 3):
+        save_checkpoint(tmp_path, step, *state, {})
+    prune(tmp_path, 2)
+    assert [read_state(folder)["step"] for folder in checkpoints(tmp_path)] == [999_999, 1_000_000]
+    prune(tmp_path, 2)
+    assert len(checkpoints(tmp_path)) == 2
+
+
+# --- whose it is ---
+
+
+def test_the_latest_is_found_from_the_run_and_any_from_itself(run: Path) -> None:
+    save_checkpoint(run, 12, *trained(), {})
+    assert find_checkpoint(run).name == "step-0000012"
+    assert find_checkpoint(run / "checkpoints" / "step-0000003").name == "step-0000003"
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("none", "it does not exist"),
+        ("empty", r"holds no checkpoints/step-\*"),
+        ("file", r"holds no checkpoints/step-\*"),
+        ("file/x", "it does not exist"),
+    ],
+)
+def test_no_checkpoint(tmp_path: Path, place: str, message: str) -> None:
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match=f"no checkpoint at .*{message}.*give a run's folder"):
+        find_checkpoint(tmp_path / place)
+
+
+class Other(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(3, 3) for _ in range(11))
+        self.out = nn.Linear(4, 2)
+        self.extra = nn.Linear(1, 1, bias=False)
+
+
+@pytest.mark.parametrize("file", [MODEL, EMA])
+def test_weights_of_another_model_are_told_apart_on_both_sides(run: Path, file: str) -> None:
+    folder = find_checkpoint(run)
+    other = Other()
+    if file == EMA:  # the weights fit, but the average is another's
+        save_file(dict(other.state_dict()), folder / MODEL)
+        save_file({}, folder / OPTIMIZER)
+    with pytest.raises(ValueError, match="belongs to another model") as error:
+        load_training_state(folder, other, make_optimizers(other, OptimConfig()))
+    for part in (file, "blocks.11.bias: not in the model", "extra.weight: not in the file", "(4 in all)"):
+        assert part in str(error.value)
+    assert "out.weight: (2, 3) in the file, (2, 4) in the model" in str(error.value)
+
+
+def test_optimiser_state_of_another_model(run: Path) -> None:
+    folder = find_checkpoint(run)
+    for wrong in ({"nobody/exp_avg": torch.ones(3)}, {"out.weight/exp_avg": torch.ones(5)}, {"exp_avg": torch.ones(3)}):
+        save_file(wrong, folder / OPTIMIZER)
+        model = Net()
+        with pytest.raises(ValueError, match=r"optimizer\.safetensors belongs to another model"):
+            load_training_state(folder, model, make_optimizers(model, OptimConfig()))
+
+
+@pytest.mark.parametrize("file", [MODEL, EMA, OPTIMIZER])
+@pytest.mark.parametrize("damage", ["missing", "cut", "text", "folder"])
+def test_damaged_tensors(run: Path, file: str, damage: str) -> None:
+    folder = find_checkpoint(run)
+    content = (folder / file).read_bytes()
+    (folder / file).unlink()
+    if damage == "folder":
+        (folder / file).mkdir()
+    elif damage != "missing":
+        (folder / file).write_bytes(content[: len(content) // 2] if damage == "cut" else b"hello")
+    model = Net()
+    message = f"there is no .*{file}" if damage == "missing" else f"{file} is damaged or not a safetensors file"
+    with pytest.raises(ValueError, match=message):
+        load_training_state(folder, model, make_optimizers(model, OptimConfig(name="muon")))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"\xff", b"[]", b"{}", b'{"step": "3"}'])
+def test_damaged_state(run: Path, content: bytes | None) -> None:
+    folder = find_checkpoint(run)
+    (folder / STATE).unlink()
+    if content is not None:
+        (folder / STATE).write_bytes(content)
+    model: Any = Net()
+    for act in (lambda: read_state(folder), lambda: load_training_state(folder, model, [])):
+        with pytest.raises(ValueError, match=r"step-0000003 (is not a checkpoint|was not written by semroute)"):
+            act()

@@ -1,0 +1,510 @@
+"""The diffusers pipeline: the same pixels as this program's own sampler, and what diffusers does with components."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from torch import Tensor
+
+from semantic_routing.codec import PixelCodec, VAECodec
+from semantic_routing.device import has_bfloat16
+from semantic_routing.dit import DiTConfig
+from semantic_routing.export import make_pipeline
+from semantic_routing.fusedit import make_model
+from semantic_routing.fusion import ARMS
+from semantic_routing.generate import Bundle, SampleConfig
+from semantic_routing.pipeline import SemanticRoutingPipeline
+from semantic_routing.sampler import noise_for, schedule
+from semantic_routing.text_encoder import TextEncoder, TextEncoderConfig
+from semantic_routing.transformer import SemanticRoutingTransformer
+
+PROMPTS = ["a red square above a white circle", "a blue star"]
+STEPS, GUIDANCE = 5, 3.0
+SIZES = DiTConfig(
+    depth=2,
+    width=24,
+    heads=2,
+    kv_heads=1,
+    head_dim=32,
+    mlp_width=40,
+    patch=4,
+    channels=3,
+    text_width=64,
+    text_layers=2,
+    fusedit_first_layer=0,
+)
+MakeBundle = Callable[..., Bundle]
+
+
+def tiny_vae() -> AutoencoderKL:
+    """A random VAE of factor 2 with 3 latent channels."""
+    torch.manual_seed(1)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    return AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=3, sample_size=16, shift_factor=0.1, **blocks
+    )
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    diffusers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture
+def make_bundle(tiny_encoder: Path) -> MakeBundle:
+    """Makes a model whose weights are all random, with text encoder and codec: (arm, latent=..., **sizes)."""
+
+    def make(arm: str = "depth", *, latent: bool = False, layers: str = "all", **sizes: Any) -> Bundle:
+        torch.manual_seed(0)
+        encoder = TextEncoder.from_pretrained(TextEncoderConfig(name_or_path=str(tiny_encoder), layers=layers))
+        model = make_model(replace(SIZES, arm=arm, text_layers=encoder.num_layers, **sizes))
+        for p in model.parameters():
+            p.data += 0.1 * torch.randn_like(p)
+        return Bundle(
+            model=model.eval().requires_grad_(False),
+            encoder=encoder,
+            codec=VAECodec(tiny_vae()) if latent else PixelCodec(),
+            image_size=16,
+            null_prompt="gray",
+            bf16=has_bfloat16(torch.device("cpu")),
+        )
+
+    return make
+
+
+@pytest.fixture
+def pipe(make_bundle: MakeBundle) -> SemanticRoutingPipeline:
+    return quiet(make_pipeline(make_bundle()))
+
+
+def quiet(pipe: SemanticRoutingPipeline) -> SemanticRoutingPipeline:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def exact(pipe: SemanticRoutingPipeline) -> SemanticRoutingPipeline:
+    """With float32 products, for comparisons of what is computed in another way."""
+    pipe.register_to_config(mixed_precision=False)
+    return pipe
+
+
+def draw(pipe: SemanticRoutingPipeline, **options: Any) -> Tensor:
+    """Final latents of the two prompts from fixed noise."""
+    noise = noise_for(0, [(0, 0), (1, 0)], pipe.latent_shape())
+    defaults = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "latents": noise, "output_type": "latent"}
+    return pipe(PROMPTS, **(defaults | options)).images
+
+
+# --- the same as this program's sampler -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guidance", [1.0, GUIDANCE])
+@pytest.mark.parametrize("arm", ARMS)
+def test_pixels_are_those_of_sample(make_bundle: MakeBundle, arm: str, guidance: float) -> None:
+    bundle = make_bundle(arm)
+    names = [(0, 0), (1, 0)]
+    expected = bundle.sample(PROMPTS, names, SampleConfig(steps=STEPS, guidance=guidance, seed=3)).numpy()
+    assert expected.std() > 20
+    pipe = quiet(make_pipeline(bundle))
+    noise = noise_for(3, names, pipe.latent_shape())
+    images = pipe(PROMPTS, num_inference_steps=STEPS, guidance_scale=guidance, latents=noise).images
+    assert np.array_equal(np.stack([np.asarray(image) for image in images]), expected)
+
+
+@pytest.mark.parametrize("sizes", [{"conditioning": "adaln-zero"}, {"prediction": "image"}])
+def test_pixels_of_latent_and_conditioned_models(make_bundle: MakeBundle, sizes: dict[str, str]) -> None:
+    bundle = make_bundle(latent=True, layers="2", patch=2, **sizes)
+    cfg = SampleConfig(steps=STEPS, guidance=GUIDANCE)
+    expected = bundle.sample(PROMPTS, [(0, 0), (1, 0)], cfg).numpy()
+    images = draw(quiet(make_pipeline(bundle)), output_type="np")
+    assert np.array_equal((images * 255).round().astype(np.uint8), expected)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 20, 50])
+def test_euler_takes_this_programs_steps_exactly(pipe: SemanticRoutingPipeline, steps: int) -> None:
+    times = pipe._set_times(steps, torch.device("cpu"))
+    assert torch.equal(times, schedule(steps)[:-1])
+    assert torch.equal(-pipe.scheduler.sigmas.diff(), schedule(steps).diff())
+    assert torch.equal(pipe.scheduler.timesteps, 1000 * pipe.scheduler.sigmas[:-1])
+
+
+def test_shift_is_the_schedulers(pipe: SemanticRoutingPipeline) -> None:
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    torch.testing.assert_close(pipe._set_times(20, torch.device("cpu")), schedule(20, 3.0)[:-1])
+
+
+def test_images_of_one_prompt_follow_each_other(pipe: SemanticRoutingPipeline) -> None:
+    noise = noise_for(0, [(0, 0), (0, 1), (1, 0), (1, 1)], pipe.latent_shape())
+    four = draw(exact(pipe), latents=noise, num_images_per_prompt=2, negative_prompt=["gray", "a star"])
+    for i in range(4):
+        one = pipe(
+            PROMPTS[i // 2],
+            ["gray", "a star"][i // 2],
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            latents=noise[i : i + 1],
+            output_type="latent",
+        ).images
+        torch.testing.assert_close(four[i : i + 1], one, atol=1e-4, rtol=1e-4)
+
+
+def test_negative_prompt_takes_the_null_prompts_place(pipe: SemanticRoutingPipeline) -> None:
+    default = draw(pipe)
+    assert torch.equal(draw(pipe, negative_prompt="gray"), default)
+    assert torch.equal(draw(pipe, negative_prompt=["gray"] * 2), default)
+    assert not torch.equal(draw(pipe, negative_prompt="a green circle"), default)
+
+
+@pytest.mark.parametrize(("arm", "prepared"), [("depth", 1), ("joint", STEPS)])
+def test_text_is_read_once_and_prepared_once_where_time_allows(
+    make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch, arm: str, prepared: int
+) -> None:
+    pipe = quiet(make_pipeline(make_bundle(arm)))
+    counts = {"prepare": 0, "read": 0}
+
+    def count(owner: Any, method: str, name: str) -> None:
+        original = getattr(owner, method)
+
+        def counted(*args: Any, **options: Any) -> Any:
+            counts[name] += 1
+            return original(*args, **options)
+
+        monkeypatch.setattr(owner, method, counted)
+
+    count(pipe.transformer.backbone, "prepare_text", "prepare")
+    count(pipe.text_encoder, "forward", "read")
+    draw(pipe)
+    assert counts == {"prepare": prepared, "read": 2}
+
+
+# --- schedulers of diffusers ------------------------------------------------------------------------------
+
+
+def other_schedulers() -> dict[str, Any]:
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    return {
+        "heun": diffusers.FlowMatchHeunDiscreteScheduler(),
+        "dpm": diffusers.DPMSolverMultistepScheduler(**flow),
+        "dpm-single": diffusers.DPMSolverSinglestepScheduler(**flow, lower_order_final=True),
+        "unipc": diffusers.UniPCMultistepScheduler(**flow),
+        "deis": diffusers.DEISMultistepScheduler(**flow),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:__array")  # diffusers reads tensors with an old numpy call
+@pytest.mark.parametrize("name", other_schedulers())
+def test_other_flow_schedulers_end_where_euler_does(pipe: SemanticRoutingPipeline, name: str) -> None:
+    """Of many steps: sign, time and order of the velocity are right for solvers that keep their own accounts."""
+    fine = draw(exact(pipe), num_inference_steps=400)
+    start = noise_for(0, [(0, 0), (1, 0)], pipe.latent_shape())
+    pipe.scheduler = other_schedulers()[name]
+    error = (draw(pipe, num_inference_steps=100) - fine).square().mean().sqrt()
+    assert error < 0.02 * (fine - start).square().mean().sqrt()
+
+
+def test_scheduler_swapped_from_configuration(pipe: SemanticRoutingPipeline) -> None:
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config, **flow)
+    assert draw(pipe).isfinite().all()
+    pipe.scheduler = diffusers.FlowMatchLCMScheduler.from_config(pipe.scheduler.config)
+    generators = [torch.Generator().manual_seed(i) for i in (4, 4)]
+    assert torch.equal(draw(pipe, generator=generators[0]), draw(pipe, generator=generators[1]))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (diffusers.DDIMScheduler(), "DDIMScheduler with prediction_type='epsilon' .* is not flow matching"),
+        (diffusers.EulerDiscreteScheduler(), "EulerDiscreteScheduler .* not flow matching"),
+        (diffusers.UniPCMultistepScheduler(use_flow_sigmas=True), "prediction_type='epsilon'"),
+        (diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction"), "use_flow_sigmas=False"),
+        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "use_dynamic_shifting=True"),
+        (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas=True"),
+    ],
+)
+def test_schedulers_that_are_refused(pipe: SemanticRoutingPipeline, scheduler: Any, message: str) -> None:
+    pipe.scheduler = scheduler
+    with pytest.raises(ValueError, match=message):
+        draw(pipe)
+
+
+def test_sigmas_that_are_not_flow_matching(pipe: SemanticRoutingPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+    monkeypatch.setattr(scheduler, "sigma_max", 80.0)
+    pipe.scheduler = scheduler
+    with pytest.raises(ValueError, match="sigmas from 80 to 0, but flow matching needs them"):
+        draw(pipe)
+
+
+# --- what a call takes and gives --------------------------------------------------------------------------
+
+
+def test_output_types_are_the_same_pixels(pipe: SemanticRoutingPipeline) -> None:
+    pil, array, tensor = (draw(pipe, output_type=kind) for kind in ("pil", "np", "pt"))
+    assert all(isinstance(image, Image.Image) for image in pil)
+    assert array.shape == (2, 16, 16, 3)
+    assert np.array_equal(np.stack([np.asarray(image) for image in pil]), (array * 255).round().astype(np.uint8))
+    assert torch.equal(tensor, torch.from_numpy(array).permute(0, 3, 1, 2))
+    images = pipe(PROMPTS, num_inference_steps=1, return_dict=False)
+    assert len(images) == 1
+    assert len(images[0]) == 2
+
+
+def test_generator_decides_the_noise(pipe: SemanticRoutingPipeline) -> None:
+    seeds = (1, 1, 2)
+    a, b, c = (draw(pipe, latents=None, generator=torch.Generator().manual_seed(seed)) for seed in seeds)
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_other_sizes(pipe: SemanticRoutingPipeline) -> None:
+    (image,) = pipe("a blue star", height=24, width=8, num_inference_steps=1).images
+    assert image.size == (8, 24)
+
+
+def test_callback_sees_and_changes_latents(pipe: SemanticRoutingPipeline) -> None:
+    seen = []
+
+    def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append((step, float(timestep), pipe.guidance_scale, pipe.num_timesteps))
+        return {"latents": torch.full_like(tensors["latents"], 7.0)} if step == STEPS - 1 else tensors
+
+    result = draw(pipe, callback_on_step_end=callback)
+    assert seen == [(i, pytest.approx(1000 * (1 - i / STEPS)), GUIDANCE, STEPS) for i in range(STEPS)]
+    assert (result == 7).all()
+
+
+def test_callback_can_stop(pipe: SemanticRoutingPipeline) -> None:
+    steps = []
+
+    def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        steps.append(step)
+        pipe._interrupt = step == 1
+        return tensors
+
+    draw(pipe, callback_on_step_end=callback)
+    assert steps == [0, 1]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"height": 18, "width": 16}, r"18 x 16 pixels does not divide into .* patches of 4 x 4 pixels"),
+        ({"height": 0}, "multiples of 4"),
+        ({"latents": torch.zeros(2, 3, 8, 8)}, r"\(2, 3, 8, 8\), but these images need \(2, 3, 16, 16\)"),
+        ({"negative_prompt": ["a", "b", "c"]}, "3 negative prompts for 2 prompts"),
+        ({"num_images_per_prompt": 0}, "2 prompts, 0 images"),
+        ({"output_type": "jpeg"}, "unknown output_type 'jpeg'"),
+        ({"num_inference_steps": 0}, "at least 1 step"),
+        ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, r"not \['prompt_embeds'\]"),
+    ],
+)
+def test_bad_calls(pipe: SemanticRoutingPipeline, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw(pipe, **options)
+
+
+def test_components_that_do_not_fit(pipe: SemanticRoutingPipeline, make_bundle: MakeBundle) -> None:
+    parts = {"text_encoder": pipe.text_encoder, "tokenizer": pipe.tokenizer, "scheduler": pipe.scheduler}
+
+    def around(arm: str = "depth", **sizes: Any) -> SemanticRoutingPipeline:
+        transformer = SemanticRoutingTransformer(**asdict(replace(SIZES, arm=arm, **sizes)))
+        return SemanticRoutingPipeline(**parts, transformer=transformer, image_size=16)
+
+    with pytest.raises(ValueError, match="gives layers 2, width 64, but this transformer reads layers 2, width 32"):
+        around(text_width=32)
+    with pytest.raises(ValueError, match="gives layers 2, width 64, but this transformer reads layers 9, width 64"):
+        around(text_layers=9)
+    with pytest.raises(
+        ValueError, match="head width 32, but this transformer reads layers 2, key heads 1, head width 16"
+    ):
+        around("fusedit", head_dim=16)
+    with pytest.raises(ValueError, match="pixels have 3 channels, but this transformer draws 4"):
+        around(channels=4)
+    with pytest.raises(ValueError, match=r"layer 3 of .* is asked for, but the text encoder holds 2 layers"):
+        SemanticRoutingPipeline(**parts, transformer=pipe.transformer, text={"layers": [2, 3], "total_layers": 8})
+    pipe.text_encoder = make_bundle(layers="1").encoder.model  # exchanged later
+    with pytest.raises(ValueError, match=r"layer 2 of .* holds 1 layers"):
+        draw(pipe)
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+def test_saved_pipeline_draws_the_same(make_bundle: MakeBundle, tmp_path: Path) -> None:
+    pipe = quiet(make_pipeline(make_bundle(latent=True, layers="1", patch=2)))
+    pipe.save_pretrained(str(tmp_path))
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"model_index.json", "text_encoder", "tokenizer", "transformer", "scheduler", "vae"}
+    again = quiet(SemanticRoutingPipeline.from_pretrained(str(tmp_path)))
+    assert again.config.text["total_layers"] == 2
+    assert torch.equal(draw(again), draw(pipe))
+
+
+def test_configuration_is_the_networks(tmp_path: Path) -> None:
+    transformer = SemanticRoutingTransformer(**asdict(SIZES))
+    transformer.save_pretrained(str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert {key: value for key, value in config.items() if key[0] != "_"} == asdict(SIZES)
+    assert SemanticRoutingTransformer.from_pretrained(str(tmp_path)).backbone.cfg == SIZES
+    with torch.device("meta"):
+        assert SemanticRoutingTransformer().backbone.cfg == DiTConfig()
+
+
+def test_narrow_types(make_bundle: MakeBundle, tmp_path: Path) -> None:
+    pipe = quiet(make_pipeline(make_bundle("joint")))
+    expected = draw(exact(pipe))
+    pipe.save_pretrained(str(tmp_path))
+    half = quiet(SemanticRoutingPipeline.from_pretrained(str(tmp_path), dtype=torch.bfloat16))
+    types = {name: p.dtype for name, p in half.transformer.named_parameters()}
+    assert half.transformer.dtype == half.text_encoder.dtype == torch.bfloat16
+    assert {dtype for name, dtype in types.items() if "router" in name} == {torch.float32}
+    assert {dtype for name, dtype in types.items() if "router" not in name} == {torch.bfloat16}
+    result = draw(half)
+    assert result.dtype == torch.float32
+    assert (result - expected).square().mean() < 0.02 * expected.square().mean()
+
+
+# --- what diffusers and peft do with the transformer ------------------------------------------------------
+
+
+def test_lora_trains_saves_and_loads(make_bundle: MakeBundle, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    bundle = make_bundle()
+    pipe = exact(quiet(make_pipeline(bundle)))
+    before = draw(pipe)
+    transformer = pipe.transformer
+    targets = ["qkv", "q", "kv", "out", "gate_up", "down"]
+    transformer.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=targets))
+    assert torch.equal(draw(pipe), before)  # a new adapter is zero
+    trained = [p for p in transformer.parameters() if p.requires_grad]
+    assert 0 < len(trained) == sum("lora" in name for name, _ in transformer.named_parameters())
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    features, x, t = pipe.encode_prompt(PROMPTS), torch.randn(2, 3, 16, 16), torch.tensor([0.3, 0.6])
+    losses = []
+    for _ in range(10):
+        loss = (transformer(x, t, transformer.prepare_text(features)) - x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    after = draw(pipe)
+    assert not torch.equal(after, before)
+
+    pipe.save_lora_weights(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
+    fresh = exact(quiet(make_pipeline(make_bundle())))
+    assert torch.equal(draw(fresh), before)
+    fresh.load_lora_weights(tmp_path, adapter_name="style")
+    assert torch.equal(draw(fresh), after)
+    assert fresh.get_list_adapters() == {"transformer": ["style"]}
+    fresh.fuse_lora(components=["transformer"])
+    torch.testing.assert_close(draw(fresh), after, atol=1e-3, rtol=1e-3)
+    fresh.unfuse_lora(components=["transformer"])
+    fresh.unload_lora_weights()
+    torch.testing.assert_close(draw(fresh), before, atol=1e-3, rtol=1e-3)
+
+
+COMPILE = """
+import torch
+from semantic_routing.features import TextFeatures
+from semantic_routing.transformer import SemanticRoutingTransformer
+
+sizes = dict(depth=2, width=24, heads=2, kv_heads=1, head_dim=8, mlp_width=40, channels=3, text_width=16, text_layers=3)
+for whole in (True, False):
+    model = SemanticRoutingTransformer(**sizes).eval()
+    torch.nn.init.normal_(model.backbone.proj_out.weight)
+    text = TextFeatures(torch.randn(3, 2, 5, 16), torch.arange(5) < torch.tensor([[3], [5]]))
+    x, t = torch.randn(2, 3, 4, 8), torch.tensor([0.3, 0.6])
+    context = model.prepare_text(text)
+    expected = model(x, t, context)
+    if whole:
+        model = torch.compile(model, backend="aot_eager")
+    else:
+        model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    assert not model.depends_on_time
+    torch.testing.assert_close(model(x, t, model.prepare_text(text)), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+"""
+
+
+def test_compiles() -> None:
+    """As a whole and block by block; without the checks of annotations, which torch.compile cannot trace."""
+    subprocess.run([sys.executable, "-c", COMPILE], check=True)
+
+
+def test_layerwise_casting(pipe: SemanticRoutingPipeline) -> None:
+    """The hook by which diffusers keeps weights in 8 bits and widens each where it is used."""
+    expected = draw(exact(pipe))
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    types = {p.dtype for name, p in pipe.transformer.named_parameters() if "blocks" in name and "norm" not in name}
+    assert types == {torch.float8_e4m3fn}
+    error = (draw(pipe) - expected).square().mean() / expected.square().mean()
+    assert 0 < error < 0.05
+
+
+def test_model_offload_hooks_move_every_component(make_bundle: MakeBundle) -> None:
+    """With the CPU itself as the accelerator: every component is asked for on its way through."""
+    pipe = quiet(make_pipeline(make_bundle(latent=True, patch=2)))
+    expected = draw(pipe, output_type="np")
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert len(pipe._all_hooks) == 3
+    moved = []
+    for hook in pipe._all_hooks:
+        original = hook.hook.pre_forward
+
+        def pre_forward(module: Any, *args: Any, original: Any = original, **options: Any) -> Any:
+            moved.append(type(module).__name__)
+            return original(module, *args, **options)
+
+        hook.hook.pre_forward = pre_forward
+    assert np.array_equal(draw(pipe, output_type="np"), expected)
+    assert list(dict.fromkeys(moved)) == ["Qwen3Model", "SemanticRoutingTransformer", "AutoencoderKL"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("arm", ["depth", "joint", "fusedit"])
+def test_model_offload_on_a_gpu(make_bundle: MakeBundle, arm: str) -> None:
+    pipe = quiet(make_pipeline(make_bundle(arm, latent=True, patch=2)))
+    expected = draw(pipe.to("cuda"), output_type="np")
+    pipe.enable_model_cpu_offload()
+    assert np.array_equal(draw(pipe, output_type="np"), expected)
+    assert {module.device.type for module in (pipe.text_encoder, pipe.transformer, pipe.vae)} == {"cpu"}
+
+
+def test_vae_tiling(make_bundle: MakeBundle, pipe: SemanticRoutingPipeline) -> None:
+    latent = quiet(make_pipeline(make_bundle(latent=True, patch=2)))
+    noise = noise_for(0, [(0, 0)], latent.latent_shape(64, 64))
+
+    def image() -> Any:
+        size = {"height": 64, "width": 64, "latents": noise}
+        return latent("a star", num_inference_steps=1, output_type="np", **size).images
+
+    whole = image()
+    latent.enable_vae_tiling()
+    assert latent.vae.use_tiling
+    tiled = image()
+    assert tiled.shape == whole.shape
+    assert not np.array_equal(tiled, whole)
+    latent.disable_vae_tiling()
+    assert np.array_equal(image(), whole)
+    with pytest.raises(ValueError, match="draws pixels and has no VAE"):
+        pipe.enable_vae_tiling()
