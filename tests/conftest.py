@@ -14,6 +14,9 @@ import torch
 if TYPE_CHECKING:
     from semantic_routing.train import TrainConfig
 
+# Nothing is ever asked of the hub: a name that is no folder fails at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 # Before anything imports the package: every annotated shape and type is checked while tests run.
 jaxtyping.install_import_hook("semantic_routing", "beartype.beartype")
 

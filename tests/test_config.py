@@ -119,7 +119,6 @@ def test_nearest() -> None:
         ({"keep": 0}, "keep is 0"),
         ({"ema_every": 0}, "ema_every is 0"),
         ({"preview_every": -1}, "preview_every is -1"),
-        ({"low_steps": -1}, "low_steps is -1"),
         ({"seed": -1}, "seed is -1"),
         ({"prompt_dropout": 1.5}, "prompt_dropout is 1.5"),
         ({"ema_decay": -0.1}, "ema_decay is -0.1"),

@@ -96,7 +96,7 @@ def quiet(pipe: SemanticRoutingPipeline) -> SemanticRoutingPipeline:
 
 def exact(pipe: SemanticRoutingPipeline) -> SemanticRoutingPipeline:
     """With float32 products, for comparisons of what is computed in another way."""
-    pipe.register_to_config(mixed_precision=False)
+    pipe.register_to_config(precision="fp32")
     return pipe
 
 

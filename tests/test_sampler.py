@@ -146,9 +146,7 @@ class Record:
 
 def repeated(features: TextFeatures, count: int) -> TextFeatures:
     rows = [0] * count
-    return TextFeatures(
-        features.hidden[:, rows], features.mask[rows], features.keys[:, rows], features.values[:, rows]
-    )
+    return TextFeatures(features.hidden[:, rows], features.mask[rows], features.keys[:, rows], features.values[:, rows])
 
 
 @pytest.mark.parametrize("arm", ARMS)

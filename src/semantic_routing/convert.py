@@ -78,10 +78,10 @@ def to_upstream(model: Backbone) -> dict[str, Tensor]:
     where they can. Raises ValueError for models that the reference does not have.
     """
     cfg = model.cfg
-    if (cfg.conditioning, cfg.prediction, cfg.rope_extent) != ("none", "velocity", None):
+    if (cfg.conditioning, cfg.prediction) != ("none", "velocity"):
         raise ValueError(
-            f"a model with conditioning={cfg.conditioning!r}, prediction={cfg.prediction!r} and rope_extent="
-            f"{cfg.rope_extent} has no known counterpart: only 'none', 'velocity' and None can be converted"
+            f"a model with conditioning={cfg.conditioning!r} and prediction={cfg.prediction!r} has no known "
+            "counterpart: only conditioning='none' with prediction='velocity' can be converted"
         )
     own = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     prefix = "dit." if cfg.arm == "fusedit" else ""

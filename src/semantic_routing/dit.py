@@ -61,8 +61,6 @@ class DiTConfig:
     """What the last layer is read as; from an image the velocity is derived, so callers see no difference."""
     rope_theta: float = 1e4
     """Base of the rotary frequencies."""
-    rope_extent: int | None = None
-    """Rotary positions along the longer side whatever the resolution; None is one for every token (the paper's)."""
     text_init_std: float = 0.02
     """Standard deviation of the text projection's initial weights."""
     fusedit_first_layer: int = 6
@@ -184,7 +182,7 @@ class Backbone(nn.Module):
         if height % cfg.patch or width % cfg.patch:
             raise ValueError(f"latents of {height}x{width} do not divide into patches of {cfg.patch}")
         grid = height // cfg.patch, width // cfg.patch
-        rope = rope_2d(*grid, cfg.head_dim, cfg.rope_theta, x.device, cfg.rope_extent)
+        rope = rope_2d(*grid, cfg.head_dim, cfg.rope_theta, x.device)
         tokens = self.patch_embed(patchify(x, cfg.patch))
         time = None if cfg.conditioning == "none" else self.time_embed(t)
         if cfg.conditioning == "adaln-single":

@@ -105,6 +105,7 @@ def make_pipeline(bundle: Bundle) -> SemanticRoutingPipeline:
         vae=bundle.codec.vae if isinstance(bundle.codec, VAECodec) else None,
         image_size=bundle.image_size,
         null_prompt=bundle.null_prompt,
+        precision=bundle.config.get("precision", "auto"),
         text=text | {"total_layers": shape.total_layers},
     )
 

@@ -58,23 +58,18 @@ class RMSNorm(nn.Module):
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a table first made while sampling must also serve a later training step
-def rope_2d(
-    height: int, width: int, head_dim: int, theta: float, device: torch.device, extent: int | None = None
-) -> Rope:
+def rope_2d(height: int, width: int, head_dim: int, theta: float, device: torch.device) -> Rope:
     """Cosines and sines of 2-D rotary positions for a grid of ``height`` x ``width`` tokens, each [S, hd/2].
 
     The first half of the rotated pairs turns with the row, the second with the column (Heo et al., 2024).
-    Neighbours are one position apart, or with ``extent`` as far as spreads the longer side over that many
-    positions, so that a place in the picture keeps its position at every resolution. Made once and kept.
+    Made once per grid and kept.
     """
     if head_dim % 4:
         raise ValueError(f"head_dim {head_dim} must be a multiple of 4: rows and columns rotate pairs of channels")
     quarter = head_dim // 4
     freqs = theta ** (-torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
-    step = 1.0 if extent is None else extent / max(height, width)
-    shift = (step - 1) / 2  # a token stands in the middle of the positions that it covers
-    rows = (step * torch.arange(height, dtype=torch.float32, device=device) + shift)[:, None] * freqs
-    cols = (step * torch.arange(width, dtype=torch.float32, device=device) + shift)[:, None] * freqs
+    rows = torch.arange(height, dtype=torch.float32, device=device)[:, None] * freqs
+    cols = torch.arange(width, dtype=torch.float32, device=device)[:, None] * freqs
     angles = torch.cat([rows[:, None].expand(-1, width, -1), cols[None].expand(height, -1, -1)], dim=-1).reshape(
         height * width, 2 * quarter
     )

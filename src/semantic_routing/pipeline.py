@@ -33,7 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from semantic_routing.codec import Codec, PixelCodec, VAECodec
 from semantic_routing.config import from_dict
-from semantic_routing.device import has_bfloat16
+from semantic_routing.device import use_bfloat16
 from semantic_routing.features import TextFeatures
 from semantic_routing.sampler import Velocity, extrapolated, join, schedule
 from semantic_routing.text_encoder import TextEncoder, TextEncoderConfig
@@ -68,22 +68,20 @@ class SemanticRoutingPipeline(DiffusionPipeline, LoraBaseMixin):
         image_size: int = 256,
         null_prompt: str = "",
         text: dict[str, Any] | None = None,
-        mixed_precision: bool = True,
+        precision: Literal["auto", "bf16", "fp32"] = "auto",
     ) -> None:
         """``image_size`` is the side of images in pixels unless a call asks for another.
 
         ``null_prompt`` is what the model learned as "no prompt". ``text`` holds fields of ``TextEncoderConfig``
-        and ``total_layers``, the depth of the language model that ``text_encoder`` was cut from. With
-        ``mixed_precision`` the products of float32 weights run in bfloat16 where the hardware has it, as in
-        training and in ``semroute sample``; weights loaded in a narrower type always run in that type.
+        and ``total_layers``, the depth of the language model that ``text_encoder`` was cut from. ``precision`` is
+        the type of products with float32 weights, as in training and in ``semroute sample``: "auto" is bfloat16
+        where the hardware has it. Weights loaded in a narrower type always run in that type.
         """
         super().__init__()
         self.register_modules(
             text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer, scheduler=scheduler, vae=vae
         )
-        self.register_to_config(
-            image_size=image_size, null_prompt=null_prompt, text=text, mixed_precision=mixed_precision
-        )
+        self.register_to_config(image_size=image_size, null_prompt=null_prompt, text=text, precision=precision)
         self._check_components()
 
     @torch.no_grad()
@@ -256,7 +254,7 @@ class SemanticRoutingPipeline(DiffusionPipeline, LoraBaseMixin):
     def _products(self, device: torch.device) -> AbstractContextManager[None]:
         """The type of matrix products: that of narrow weights, or bfloat16 for float32 ones."""
         dtype = self.transformer.dtype
-        if dtype == torch.float32 and self.config.mixed_precision and has_bfloat16(device):
+        if dtype == torch.float32 and use_bfloat16(self.config.precision, device):
             dtype = torch.bfloat16
         return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 

@@ -13,8 +13,8 @@ from semantic_routing.checkpoint import checkpoints, write_text
 from semantic_routing.device import pick_device
 from semantic_routing.evaluate.scores import evaluate_shapes
 from semantic_routing.fusion import parse_arm
-from semantic_routing.generate import SampleConfig, load_bundle
-from semantic_routing.recipes import toy
+from semantic_routing.generate import load_bundle
+from semantic_routing.recipes import TOY_SAMPLING, toy
 from semantic_routing.report import write_report
 from semantic_routing.train import resume, start
 
@@ -31,7 +31,7 @@ class QuickstartArguments:
     """Training steps, where not the recipe's."""
     prompts: int = 440
     """Unseen prompts to score, spread evenly over the eleven tags."""
-    guidance: float = 3.0
+    guidance: float = TOY_SAMPLING.guidance
     """Scale of classifier-free guidance."""
     seed: int = 42
     """Seed of the run."""
@@ -53,7 +53,7 @@ def run_quickstart(args: QuickstartArguments) -> Path:
             start(cfg, out)
     with timings.measured("evaluate"):
         bundle = load_bundle(out, pick_device())
-        sampling = SampleConfig(steps=20, guidance=args.guidance, batch=110)
+        sampling = replace(TOY_SAMPLING, guidance=args.guidance)
         evaluate_shapes(bundle, out / "evaluation", n=args.prompts, seed=0, cfg=sampling)
     return write_report(out, out / "evaluation", out, timings.seconds)
 

@@ -10,22 +10,23 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from statistics import median
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from PIL import Image
 
 from semantic_routing.analyze.figures import INK, label_axes, new_axes, to_svg
 from semantic_routing.analyze.weights import heatmaps, open_router, plot_heatmap
-from semantic_routing.checkpoint import find_checkpoint, read_state, write_text
-from semantic_routing.config import from_dict
-from semantic_routing.data.shapes import GENEVAL_TAGS
+from semantic_routing.checkpoint import find_checkpoint, read_state, write_text, written_whole
+from semantic_routing.data.shapes import GENEVAL_TAGS, TAGS
 from semantic_routing.dit import Backbone
 from semantic_routing.evaluate.scores import MANIFEST, RECORDS, Record, read_records, summarize
 from semantic_routing.fusion import ALIASES
-from semantic_routing.train import TrainConfig
 
 LABELS = {arm: label.upper() for label, arm in ALIASES.items()} | {"fusedit": "FuseDiT"}
 """The paper's names of the arms."""
@@ -74,7 +75,7 @@ class Results:
 
     @property
     def images_seen(self) -> int:
-        return from_dict(TrainConfig, self.config).images_seen(self.steps)
+        return self.steps * self.config["batch"]
 
     @property
     def total_seconds(self) -> float:
@@ -82,13 +83,15 @@ class Results:
 
 
 def write_report(run: Path, evaluation: Path, out: Path, timings: dict[str, float]) -> Path:
-    """Write ``report.html`` and ``metrics.json`` into the folder ``out``; returns the page.
+    """Write ``report.html``, ``samples.png`` and ``metrics.json`` into the folder ``out``; returns the page.
 
     ``run`` is a run's folder, ``evaluation`` one of ``evaluate_shapes``. ``timings`` maps the stages' names to
     seconds: "train" must be among them; "total" is their sum if it is not. ValueError for unfinished folders.
     """
     results = _read(run, evaluation, timings)
     write_text(out / "metrics.json", json.dumps(numbers(results), indent=2) + "\n")
+    with written_whole(out / "samples.png") as scratch:
+        plot_samples(results).savefig(scratch, format="png", dpi=130)
     write_text(out / "report.html", page(results))
     return out / "report.html"
 
@@ -189,7 +192,7 @@ def _header(r: Results, title: str) -> str:
         + "".join(f'<div class="tile"><b>{escape(v)}</b><span>{escape(k)}</span></div>' for k, v in tiles.items())
         + f"</div>\n<p>A diffusion transformer of {r.parameters:,} parameters ({cfg.depth} blocks of width "
         f"{cfg.width}) learned to draw {r.config['image_size']}x{r.config['image_size']} images of "
-        f"{escape(data)}: {r.steps:,} steps, {r.images_seen:,} images in all. "
+        f"{escape(data)}: {r.steps:,} steps of {r.config['batch']} images, {r.images_seen:,} images in all. "
         f"Its text comes from {escape(encoder)} with {cfg.text_layers} layers of width {cfg.text_width}. "
         f"Strategy {escape(LABELS[r.arm])} ({escape(r.arm)}): {escape(READS[r.arm])}.</p>\n</header>\n"
     )
@@ -217,6 +220,23 @@ def smoothed(values: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     """Running mean over a twentieth of the values, over fewer at both ends."""
     window = np.ones(min(len(values), 2 * (len(values) // 40) + 1))
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+def plot_samples(r: Results, tags: Sequence[str] = TAGS, columns: int = 3) -> Figure:
+    """The first images of every tag in a row of their own, each under its caption and the checker's verdict."""
+    figure = Figure(figsize=(2.1 * columns * 2, 1.9 * -(-len(tags) // 2)), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(-(-len(tags) // 2), 2 * columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for place, tag in enumerate(tags):
+        shown = [record for record in r.records if record.tag == tag][:columns]
+        for column, record in enumerate(shown):
+            axes = grid[place // 2, place % 2 * columns + column]
+            axes.imshow(np.asarray(Image.open(r.evaluation / record.file)), interpolation="nearest")
+            mark, color = ("✓", "#1a7f37") if record.correct else ("✗", "#c62828")
+            axes.set_title(f"{mark} " + "\n".join(wrap(record.caption, 24)), fontsize=7.5, color=color)
+    return figure
 
 
 def _plot(figure: Figure, description: str) -> str:

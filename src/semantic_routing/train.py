@@ -19,6 +19,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -38,7 +39,7 @@ from semantic_routing.checkpoint import (
     write_text,
     written_whole,
 )
-from semantic_routing.codec import Codec, CodecConfig, make_codec
+from semantic_routing.codec import CodecConfig, make_codec
 from semantic_routing.config import from_dict, to_dict
 from semantic_routing.data.folder import ImageFolder
 from semantic_routing.data.order import Batch, Source, load_batch, prefetch
@@ -92,10 +93,6 @@ class TrainConfig:
     """Training steps."""
     batch: int = 512
     """Images a step."""
-    low_steps: int = 0
-    """The first steps see pictures of half the side, at a quarter of the cost an image (progressive resolution)."""
-    low_batch: int = 0
-    """Images a step in those first steps; 0 is as many as later."""
     seed: int = 42
     """Decides initial weights, order, noise, times and dropout."""
     prompt_dropout: float = 0.1
@@ -131,9 +128,8 @@ class TrainConfig:
         for name in ("steps", "batch", "image_size", "ema_every", "log_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("preview_every", "low_steps", "low_batch"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if self.preview_every < 0:
+            raise ValueError(f"preview_every is {self.preview_every}; use 0 for no sample grids")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}; it must be from 0 to below 2**63")
         for name in ("prompt_dropout", "ema_decay"):
@@ -141,16 +137,6 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it is a share from 0 to 1")
         if not (self.time_std >= 0 and math.isfinite(self.time_std) and math.isfinite(self.time_mean)):
             raise ValueError(f"time_std {self.time_std} must be at least 0, and it and time_mean be finite")
-
-    def stage(self, step: int) -> tuple[int, int]:
-        """Image size and batch of a step, counted from 0."""
-        low = step < self.low_steps
-        return (self.image_size // 2, self.low_batch or self.batch) if low else (self.image_size, self.batch)
-
-    def images_seen(self, steps: int) -> int:
-        """Images in the first ``steps`` steps."""
-        low = min(steps, self.low_steps)
-        return low * (self.low_batch or self.batch) + (steps - low) * self.batch
 
 
 def train_step(bundle: Bundle, batch: Batch, cfg: TrainConfig) -> Float[Tensor, ""]:
@@ -218,17 +204,19 @@ def _run(trainer: Trainer, source: Source, on_step: OnStep | None) -> Path:
     cfg, out, first = trainer.cfg, trainer.out, trainer.step
     facts = manifest(config=to_dict(cfg), seeds={"run": cfg.seed}, from_step=first)
     write_text(out / "manifest.json", json.dumps(facts, indent=2) + "\n")
-    sources = {cfg.image_size: source}
-    if first < cfg.low_steps:
-        sources[cfg.image_size // 2] = open_source(cfg.data, size=cfg.image_size // 2, seed=cfg.seed)
-    batches = prefetch(partial(_load, cfg, sources, trainer.bundle.codec), first)
+    codec = trainer.bundle.codec
+    load = partial(
+        load_batch, source, cfg.seed,
+        batch_size=cfg.batch, noise_shape=codec.latent_shape(cfg.image_size), posterior=codec.has_posterior,
+    )  # fmt: skip
+    # A CPU that trains has no core to spare: a thread that draws beside it would stall every parallel region.
+    batches = prefetch(load, first) if trainer.bundle.device.type != "cpu" else (load(step) for step in count(first))
     bar = tqdm(total=cfg.steps, initial=first, desc=f"Training {cfg.model.arm}", unit="step")
     with closing(batches), bar, _stop_signals() as stop, Metrics(out, first) as metrics:
         while trainer.step < cfg.steps:
             began = time.perf_counter()
-            batch = next(batches)
-            row = trainer.advance(batch)
-            row["images_per_s"] = len(batch.captions) / (time.perf_counter() - began)
+            row = trainer.advance(next(batches))
+            row["images_per_s"] = cfg.batch / (time.perf_counter() - began)
             bar.set_postfix(loss=f"{row['loss']:.4f}", img_s=f"{row['images_per_s']:.0f}", refresh=False)
             bar.update()
             last = trainer.step == cfg.steps
@@ -247,16 +235,6 @@ def _run(trainer: Trainer, source: Source, on_step: OnStep | None) -> Path:
                     stop[0],
                 )
     return find_checkpoint(out)
-
-
-def _load(cfg: TrainConfig, sources: dict[int, Source], codec: Codec, step: int) -> Batch:
-    """The batch of a step. Later batches go on in the samples' order behind all that the low steps saw."""
-    size, count = cfg.stage(step)
-    place = step
-    if step >= cfg.low_steps:
-        place = step - cfg.low_steps + math.ceil(cfg.images_seen(cfg.low_steps) / cfg.batch)
-    shape = codec.latent_shape(size)
-    return load_batch(sources[size], cfg.seed, place, count, shape, posterior=codec.has_posterior)
 
 
 class Trainer:
@@ -282,8 +260,7 @@ class Trainer:
             null_prompt=cfg.null_prompt,
             bf16=use_bfloat16(cfg.precision, device),
         )
-        for size in {cfg.image_size, cfg.stage(0)[0]}:
-            _check_latents(self.bundle.codec.latent_shape(size), cfg.model)
+        _check_latents(self.bundle.codec.latent_shape(cfg.image_size), cfg.model)
         self.optimizers = make_optimizers(model, cfg.optim)
         self.ema = {name: p.detach().clone() for name, p in model.named_parameters()}
         if checkpoint is not None:

@@ -6,6 +6,7 @@ import pytest
 from semantic_routing.data.scenes import (
     BACKGROUNDS,
     CANVAS,
+    CELL,
     COLORS,
     SHAPES,
     Dice,
@@ -25,14 +26,15 @@ def dice(seed: int) -> Dice:
 
 
 def assert_clear(scene: Scene) -> None:
-    """A pixel inside the border, and two between any two boxes."""
+    """Inside the picture, on the lattice, and at least a pixel between any two boxes."""
     boxes = [thing.box for thing in scene.objects]
     for i, (left, top, right, bottom) in enumerate(boxes):
-        assert min(left, top) >= 1
+        assert min(left, top) >= 0
         assert max(right, bottom) <= CANVAS - 1
+        assert left % CELL == top % CELL == 0
         for other in boxes[:i]:
             gaps = left - other[2], other[0] - right, top - other[3], other[1] - bottom
-            assert max(gaps) >= 2
+            assert max(gaps) >= 1
 
 
 @pytest.mark.parametrize("size", [32, 64, 96])
@@ -58,7 +60,7 @@ def test_backgrounds_and_colors_are_far_apart():
 
 
 def test_scatter_keeps_clear_and_keeps_the_order():
-    extents = (8, 14, 9, 8)
+    extents = (7, 15, 7, 7)
     for seed in range(100):
         placed = scatter([Object("circle", "red", "", 0.0, 0.0, extent) for extent in extents], dice(seed))
         assert tuple(thing.extent for thing in placed) == extents
@@ -69,10 +71,10 @@ def test_scatter_keeps_clear_and_keeps_the_order():
 def test_arrange_puts_the_first_where_it_was_asked(where):
     axis, sign = {"left": (0, -1), "right": (0, 1), "above": (1, -1), "below": (1, 1)}[where]
     for seed in range(100):
-        first, second = (Object("circle", "red", "", 0.0, 0.0, extent) for extent in (14, 13))
+        first, second = (Object("circle", "red", "", 0.0, 0.0, extent) for extent in (15, 7))
         first, second = arrange(first, where, second, dice(seed))
         offset = np.array([first.x - second.x, first.y - second.y])
-        assert sign * offset[axis] >= 13.5 + 2
+        assert sign * offset[axis] >= 11 + 1
         assert abs(offset[1 - axis]) <= abs(offset[axis]) / 2
         assert_clear(Scene("black", (first, second)))
 
@@ -80,7 +82,7 @@ def test_arrange_puts_the_first_where_it_was_asked(where):
 def test_changes_keep_clear_and_come_in_every_sort():
     scene = Scene(
         "gray",
-        (Object("circle", "red", "small", 6.0, 9.0, 8), Object("cross", "blue", "large", 22.0, 22.0, 14)),
+        (Object("circle", "red", "small", 3.5, 11.5, 7), Object("cross", "blue", "large", 23.5, 23.5, 15)),
     )
     draw = dice(0)
     results = [result for result in (changed(scene, draw) for _ in range(300)) if result is not None]
@@ -88,7 +90,7 @@ def test_changes_keep_clear_and_come_in_every_sort():
         assert_clear(result)
     assert {len(result.objects) for result in results} == {1, 2, 3}
     assert {result.background for result in results} == set(BACKGROUNDS)
-    assert any(result.objects[0].x == 26.0 for result in results)  # mirrored
+    assert any(result.objects[0].x == 27.5 for result in results)  # mirrored
 
 
 def test_dice_cover_their_range():

@@ -45,15 +45,15 @@ from semantic_routing.data.scenes import (
 
 GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 TAG_WEIGHTS = {
-    "single_object": 0.06,
+    "single_object": 0.10,
     "two_object": 0.13,
-    "counting": 0.13,
-    "colors": 0.08,
-    "position": 0.16,
-    "color_attr": 0.14,
-    "comparison": 0.07,
+    "counting": 0.12,
+    "colors": 0.07,
+    "position": 0.17,
+    "color_attr": 0.13,
+    "comparison": 0.06,
     "differentiation": 0.06,
-    "negation": 0.06,
+    "negation": 0.05,
     "universal": 0.05,
     "scene": 0.06,
 }

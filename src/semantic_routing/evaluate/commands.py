@@ -10,6 +10,7 @@ from typing import Any
 from semantic_routing.device import keep_freed_memory, pick_device
 from semantic_routing.evaluate.scores import evaluate_shapes, markdown_table
 from semantic_routing.generate import SampleConfig, load_bundle
+from semantic_routing.recipes import TOY_SAMPLING
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +25,12 @@ class ShapesArguments(SampleConfig):
     """Prompts, spread evenly over the eleven tags."""
     prompt_seed: int = 0
     """Which prompts."""
-    steps: int = 20
+    steps: int = TOY_SAMPLING.steps
     """Steps of the sampler."""
-    guidance: float = 3.0
+    guidance: float = TOY_SAMPLING.guidance
     """Scale of classifier-free guidance; 1 is none."""
+    shift: float = TOY_SAMPLING.shift
+    """Above 1, more steps near the noise."""
     device: str = "auto"
     """auto, cpu or cuda."""
 

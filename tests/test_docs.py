@@ -1,0 +1,79 @@
+"""The commands and programs on the pages of docs, run on tiny models."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from semantic_routing.cli import main
+from semantic_routing.convert import SIZES, from_upstream, to_upstream, upstream_config
+from semantic_routing.dit import DiTConfig
+from semantic_routing.fusedit import make_model
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def fenced(page: str, language: str) -> list[str]:
+    """The fenced blocks of a language, in order."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(page: str) -> list[list[str]]:
+    """The arguments of the indented ``semroute`` commands, in order."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return [shlex.split(line) for line in re.findall(r"^ {4}semroute (.*)$", text, re.MULTILINE)]
+
+
+@pytest.mark.filterwarnings("ignore:__array")  # diffusers reads tensors with an old numpy call
+def test_diffusers(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/depth").symlink_to(tiny_run)
+    for command in commands("diffusers.md"):
+        main(command)
+    names: dict[str, Any] = {}
+    blocks = fenced("diffusers.md", "python")
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 5
+    assert Path("same.png").read_bytes() == Path("images/00000_00.png").read_bytes()
+    assert Path("circle.png").is_file()
+    assert names["pipe"].get_active_adapters() == ["style"]
+
+
+def test_paper_checkpoints(
+    tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sizes = {"depth": 2, "width": 24, "heads": 2, "kv_heads": 1, "head_dim": 32, "mlp_width": 40, "channels": 3}
+    model = make_model(DiTConfig(arm="depth", text_width=64, text_layers=2, **sizes))
+    Path("checkpoint").mkdir()
+    save_file(to_upstream(model), "checkpoint/model.safetensors")
+    Path("config.json").write_text(json.dumps(upstream_config(model)))
+    local = ["--text.name-or-path", str(tiny_encoder), "--codec.kind", "pixels", "--image-size", "16"]
+    for command in commands("paper-checkpoints.md"):
+        command = ["toy" if word == "paper" else word for word in command]
+        main(command + (local if command[:2] == ["convert", "upstream"] else []))
+    expected = ["images/paper-s2/00000_00.png", "pipelines/paper-s2/model_index.json", "upstream.json", "overhead.json"]
+    assert [path for path in expected if not Path(path).is_file()] == []
+    assert "| S2 depth |" in capsys.readouterr().out
+
+
+def test_the_papers_sizes() -> None:
+    (block,) = fenced("paper-checkpoints.md", "json")
+    config = json.loads(block)
+    assert {ours: config[theirs] for ours, theirs in SIZES.items()} == {
+        ours: getattr(DiTConfig(), ours) for ours in SIZES
+    }
+    for arm in ("penultimate", "depth", "fusedit"):
+        with pytest.raises(ValueError, match=r"tensors not in the checkpoint \(") as caught:
+            from_upstream({"x": torch.zeros(1)}, config, arm)
+        assert "1 tensors not in the model (x)" in str(caught.value)
