@@ -23,7 +23,6 @@ ORDER = [
     "features",
     "flow",
     "layers",
-    "kernels",
     "fusion",
     "dit",
     "fusedit",

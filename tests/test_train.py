@@ -431,7 +431,7 @@ def test_the_tiny_encoder_is_made_once_and_kept_with_the_run(
     tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[list[str]] = []
-    monkeypatch.setattr(module, "_corpus", lambda source: [f"a {i} circle" for i in range(40)])
+    monkeypatch.setattr(module, "training_corpus", lambda source: [f"a {i} circle" for i in range(40)])
     monkeypatch.setattr(
         module,
         "tiny_lm",
@@ -453,8 +453,8 @@ def test_the_tiny_encoder_is_made_once_and_kept_with_the_run(
 
 
 def test_the_corpus_holds_stories_and_the_users_own_captions(tmp_path: Path) -> None:
-    stories = module._corpus(open_source("shapes", size=32, seed=0), 5)
+    stories = module.training_corpus(open_source("shapes", size=32, seed=0), 5)
     assert len(set(stories)) == 5
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"image": "a.png", "text": "my own picture"}')
-    assert module._corpus(open_source(str(tmp_path), size=32, seed=0), 5) == [*stories, "my own picture"]
+    assert module.training_corpus(open_source(str(tmp_path), size=32, seed=0), 5) == [*stories, "my own picture"]

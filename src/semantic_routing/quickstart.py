@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from semantic_routing.checkpoint import checkpoints, write_text
-from semantic_routing.device import pick_device
+from semantic_routing.checkpoint import checkpoints, find_checkpoint, write_text
+from semantic_routing.config import from_dict
+from semantic_routing.data.order import load_batch
+from semantic_routing.data.sources import open_source
+from semantic_routing.device import keep_freed_memory, pick_device
 from semantic_routing.evaluate.scores import evaluate_shapes
 from semantic_routing.fusion import parse_arm
-from semantic_routing.generate import load_bundle
+from semantic_routing.generate import load_bundle, read_run_config
 from semantic_routing.recipes import TOY_SAMPLING, toy
 from semantic_routing.report import write_report
-from semantic_routing.train import resume, start
+from semantic_routing.tiny_lm import tiny_lm
+from semantic_routing.train import TrainConfig, Trainer, resume, start, training_corpus
+
+TRAIN_SECONDS = 540
+"""What training may take, so that all of it, installing included, is done in a quarter of an hour."""
+TRIAL_STEPS, WARM_UP = 24, 8
+"""Steps of the trial that measures how fast the machine is, and how many of them do not count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +39,7 @@ class QuickstartArguments:
     arm: str = "depth"
     """Conditioning strategy (B1 B2 B3 S1 S2 S3 FuseDiT, or their names)."""
     steps: int | None = None
-    """Training steps, where not the recipe's."""
+    """Training steps; by default the recipe's, or as many of them as this machine does in nine minutes."""
     prompts: int = 440
     """Unseen prompts to score, spread evenly over the eleven tags."""
     guidance: float = TOY_SAMPLING.guidance
@@ -45,17 +56,54 @@ def run_quickstart(args: QuickstartArguments) -> Path:
     """Do it all; returns the report's path."""
     out, timings = args.out, Timings(args.out / "timings.json")
     cfg = replace(toy(parse_arm(args.arm)), seed=args.seed)
-    cfg = cfg if args.steps is None else replace(cfg, steps=args.steps)
     with timings.measured("train"):
         if checkpoints(out):
+            _check_same(cfg if args.steps is None else replace(cfg, steps=args.steps), out, args.steps is None)
             resume(out)
         else:
-            start(cfg, out)
+            start(replace(cfg, steps=args.steps or affordable_steps(cfg)), out)
     with timings.measured("evaluate"):
         bundle = load_bundle(out, pick_device())
         sampling = replace(TOY_SAMPLING, guidance=args.guidance)
         evaluate_shapes(bundle, out / "evaluation", n=args.prompts, seed=0, cfg=sampling)
     return write_report(out, out / "evaluation", out, timings.seconds)
+
+
+def affordable_steps(cfg: TrainConfig) -> int:
+    """The recipe's steps, or on a slow machine as many hundreds of them as fit into ``TRAIN_SECONDS``.
+
+    A short trial measures a step. The number is then fixed and stands in the run's configuration, so the run
+    itself is as reproducible as any other.
+    """
+    source = open_source(cfg.data, size=cfg.image_size, seed=cfg.seed)
+    text = replace(cfg.text, name_or_path=str(tiny_lm(training_corpus(source))))
+    keep_freed_memory()
+    with TemporaryDirectory() as scratch:
+        trainer = Trainer(cfg, Path(scratch), text=text)
+        latent = trainer.bundle.codec.latent_shape(cfg.image_size)
+        marks = []
+        for step in range(TRIAL_STEPS):
+            trainer.advance(load_batch(source, cfg.seed, step, cfg.batch, latent))
+            marks.append(time.perf_counter())
+    seconds = (marks[-1] - marks[WARM_UP]) / (TRIAL_STEPS - 1 - WARM_UP)
+    steps = min(cfg.steps, max(100, int(TRAIN_SECONDS / seconds) // 100 * 100))
+    if steps < cfg.steps:
+        sys.stderr.write(
+            f"A step takes {seconds:.2f} s here: training {steps} steps instead of {cfg.steps}, to be done in minutes "
+            f"(--steps {cfg.steps} trains them all)\n"
+        )
+    return steps
+
+
+def _check_same(cfg: TrainConfig, out: Path, any_steps: bool) -> None:
+    """Raise where the run in ``out`` is not the one that was asked for."""
+    there = from_dict(TrainConfig, read_run_config(find_checkpoint(out)))
+    model = replace(cfg.model, text_width=there.model.text_width, text_layers=there.model.text_layers)
+    if replace(cfg, model=model, steps=there.steps if any_steps else cfg.steps) != there:
+        raise ValueError(
+            f"{out} holds another run (arm {there.model.arm}, {there.steps} steps, seed {there.seed}); "
+            "choose another --out or delete it"
+        )
 
 
 class Timings:

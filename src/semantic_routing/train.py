@@ -170,7 +170,7 @@ def start(cfg: TrainConfig, out: Path, on_step: OnStep | None = None) -> Path:
     source = open_source(cfg.data, size=cfg.image_size, seed=cfg.seed)
     text = cfg.text
     if text.name_or_path == TINY:
-        text = replace(text, name_or_path=str(tiny_lm(_corpus(source))))
+        text = replace(text, name_or_path=str(tiny_lm(training_corpus(source))))
     shape, arm = text_shape(text), parse_arm(cfg.model.arm)
     model = replace(cfg.model, arm=arm, text_width=shape.width, text_layers=len(shape.layers))
     trainer = Trainer(replace(cfg, model=model), out, text=text)
@@ -192,7 +192,7 @@ def resume(out: Path, on_step: OnStep | None = None) -> Path:
     return _run(Trainer(cfg, run, folder), source, on_step)
 
 
-def _corpus(source: Source, size: int = 20_000) -> list[str]:
+def training_corpus(source: Source, size: int = 20_000) -> list[str]:
     """What the tiny language model reads: stories of the toy world, and the user's own captions."""
     toy = [story(CORPUS_SEED, index) for index in range(size)]
     return toy + source.captions(size) if isinstance(source, ImageFolder) else toy
