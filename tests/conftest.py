@@ -82,6 +82,8 @@ def tiny_config(tiny_encoder: Path) -> Callable[..., TrainConfig]:
             mlp_width=48,
             patch=8,
             channels=3,
+            text_width=64,
+            text_layers=2,
             fusedit_first_layer=0,
         )
         defaults = {

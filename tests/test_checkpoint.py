@@ -158,7 +158,7 @@ def largest_file(size: int) -> Iterator[None]:
 def test_a_full_disk_is_one_clear_error(run: Path, size: int) -> None:
     before = files(run)
     state = trained()
-    with largest_file(size), pytest.raises(ValueError, match="cannot write .*step-0000009: .*[Ff]ile too large"):
+    with largest_file(size), pytest.raises(ValueError, match=r"cannot write .*step-0000009: .*[Ff]ile too large"):
         save_checkpoint(run, 9, *state, {})
     assert files(run) == before
     assert os.listdir(run / "checkpoints") == ["step-0000003"]

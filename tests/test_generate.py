@@ -43,7 +43,7 @@ def bundles(tiny_config: Callable, tiny_encoder: Path) -> dict[str, Bundle]:
     encoder = TextEncoder.from_pretrained(tiny_config().text)
     found = {}
     for arm in ARMS:
-        model = make_model(replace(tiny_config(arm).model, text_width=64, text_layers=2)).requires_grad_(False)
+        model = make_model(tiny_config(arm).model).requires_grad_(False)
         for p in model.parameters():
             if p.eq(0).all():
                 nn.init.normal_(p, std=0.2)
@@ -109,6 +109,19 @@ def test_the_text_is_read_once_for_all_steps(bundles: dict[str, Bundle], monkeyp
     )
     replace(bundles["joint"], null_prompt="nothing").sample(["a star"], [(0, 0)], CFG)
     assert calls == [["a star"], ["nothing"]]
+
+
+@pytest.mark.parametrize("arm", ["depth", "fusedit"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_states_in_bfloat16_serve_a_model_of_either_precision(
+    bundles: dict[str, Bundle], tiny_config: Callable, arm: str, bf16: bool
+) -> None:
+    """As in the toy recipe, whose language model is in bfloat16 also where products are not."""
+    exact = final(bundles[arm], PROMPTS[:2], [(0, 0), (1, 0)])
+    encoder = TextEncoder.from_pretrained(replace(tiny_config().text, dtype="bfloat16"))
+    found = final(replace(bundles[arm], encoder=encoder, bf16=bf16), PROMPTS[:2], [(0, 0), (1, 0)])
+    assert found.dtype == torch.float32
+    assert 0 < (found - exact).abs().mean() < 0.05
 
 
 # --- loading ---
@@ -229,7 +242,7 @@ def test_only_what_is_missing_is_sampled_again(tiny_run: Path, tmp_path: Path, m
 def test_a_folder_of_other_images_is_refused(tiny_run: Path, tmp_path: Path, change: dict) -> None:
     out = sample_to_folder(arguments(tiny_run, tmp_path / "images"))
     before = pixels(out)
-    with pytest.raises(ValueError, match="holds other images .*choose another --out"):
+    with pytest.raises(ValueError, match=r"holds other images .*choose another --out"):
         sample_to_folder(arguments(tiny_run, out, **change))
     assert pixels(out).keys() == before.keys()
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from semantic_routing import recipes
+from semantic_routing.cli import main
 from semantic_routing.dit import DiTConfig
 from semantic_routing.fusedit import make_model
 from semantic_routing.overhead import Overhead, Scale, measure, table, to_json
@@ -132,6 +135,23 @@ def test_json_and_table() -> None:
     )
     last = table([row]).splitlines()[-1]
     assert last == "| S2 depth | 2,246.7 | 469.4 | 433.5 | 476.0 | 32 | 1.250 | 3.00 |"
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    toy = ["overhead", "--scale", "toy", "--arms", "S1", "depth", "--text-tokens", "9"]
+    main([*toy, "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert list(printed["arms"]) == ["time", "depth"]
+    assert {row["text_tokens"] for row in printed["arms"].values()} == {9}
+    with torch.device("meta"):
+        model = make_model(recipes.toy("depth").model)
+    assert printed["arms"]["depth"]["params"] == sum(p.numel() for p in model.parameters())
+    main([*toy, "--json", str(tmp_path / "overhead.json")])
+    assert json.loads((tmp_path / "overhead.json").read_text()) == printed
+    assert "| S2 depth |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main(["overhead", "--arms", "deph"])
+    assert "unknown arm 'deph'" in capsys.readouterr().err
 
 
 def test_text_without_tokens_is_an_error() -> None:

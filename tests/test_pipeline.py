@@ -132,6 +132,15 @@ def test_pixels_of_latent_and_conditioned_models(make_bundle: MakeBundle, sizes:
     assert np.array_equal((images * 255).round().astype(np.uint8), expected)
 
 
+@pytest.mark.parametrize("arm", ["depth", "fusedit"])
+def test_pixels_of_a_narrow_text_encoder_with_wide_products(make_bundle: MakeBundle, arm: str) -> None:
+    bundle = replace(make_bundle(arm), bf16=False, config={"precision": "fp32"})
+    bundle.encoder.model.to(torch.bfloat16)
+    expected = bundle.sample(PROMPTS, [(0, 0), (1, 0)], SampleConfig(steps=STEPS, guidance=GUIDANCE)).numpy()
+    images = draw(quiet(make_pipeline(bundle)), output_type="np")
+    assert np.array_equal((images * 255).round().astype(np.uint8), expected)
+
+
 @pytest.mark.parametrize("steps", [1, 7, 20, 50])
 def test_euler_takes_this_programs_steps_exactly(pipe: SemanticRoutingPipeline, steps: int) -> None:
     times = pipe._set_times(steps, torch.device("cpu"))

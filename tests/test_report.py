@@ -115,7 +115,7 @@ def reported(tmp_path_factory):
     records = fake_evaluation(folder / "evaluation")
     page = write_report(fake_run(folder / "run", "depth"), folder / "evaluation", folder / "out", TIMINGS)
     assert page == folder / "out" / "report.html"
-    assert sorted(path.name for path in page.parent.iterdir()) == ["metrics.json", "report.html"]
+    assert sorted(path.name for path in page.parent.iterdir()) == ["metrics.json", "report.html", "samples.png"]
     return Page(page.read_text(encoding="utf-8")), json.loads((folder / "out" / "metrics.json").read_text()), records
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def test_order_of_convergence_on_a_linear_equation(method: Callable, order: int,
         return (x + 1 / rate**2) * math.exp(rate) - (1 + rate) / rate**2
 
     found = errors(method, lambda x, t: rate * x + t[:, None], exact)
-    rates = [math.log2(a / b) for a, b in zip(found, found[1:], strict=False)]
+    rates = [math.log2(a / b) for a, b in pairwise(found)]
     assert rates == pytest.approx([order] * 3, abs=0.15)
     assert found[-1] < 0.05
 

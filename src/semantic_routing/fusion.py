@@ -133,9 +133,9 @@ def mix(weights: Float[Tensor, "B_or_1 D_or_1 L"], hidden: Float[Tensor, "L B N 
     """sum_l w_l LayerNorm(H_l) for every block (Eq. 2), without making the normalised copies.
 
     LayerNorm (no affine, eps 1e-5) folds into the weights: with mean μ_l and deviation σ_l of each token,
-    sum_l (w_l/σ_l) H_l - sum_l (w_l/σ_l) μ_l. States are read in their own type and summed in float32; the
-    result has the states' type. Where the states need no gradient (a frozen language model), only they and
-    their statistics are kept for backward.
+    sum_l (w_l/σ_l) (H_l - μ_l), a block of tokens at a time. States are read in their own type and summed in
+    float32; the result has the states' type. Where the states need no gradient (a frozen language model), only
+    they and their statistics are kept for backward.
     """
     if weights.shape[-1] != hidden.shape[0]:
         raise ValueError(f"weights for {weights.shape[-1]} layers, but {hidden.shape[0]} layers of hidden states")
@@ -159,12 +159,11 @@ class _Mix(torch.autograd.Function):
         rstd = torch.empty_like(mean)
         for b, n in _blocks(B, N):
             h = hidden[:, b, n].float()
-            mu = h.mean(-1)
-            var = (h - mu[..., None]).square_().mean(-1)  # much faster on a CPU than torch.var_mean
-            mean[:, b, n], rstd[:, b, n] = mu, torch.rsqrt(var + LN_EPS)
+            mean[:, b, n] = h.mean(-1)
+            h = h - mean[:, b, n, None]
+            rstd[:, b, n] = torch.rsqrt(h.square().mean(-1) + LN_EPS)
             scaled = torch.einsum("bdl,lbn->bndl", w[b], rstd[:, b, n])
-            fused = torch.einsum("bndl,lbnc->dbnc", scaled, h)
-            out[:, b, n] = fused - torch.einsum("bndl,lbn->dbn", scaled, mu)[..., None]
+            out[:, b, n] = torch.einsum("bndl,lbnc->dbnc", scaled, h)
         ctx.save_for_backward(hidden, mean, rstd)
         ctx.weights_shape = weights.shape
         return out
@@ -176,9 +175,8 @@ class _Mix(torch.autograd.Function):
         out = grad.new_empty(B, grad.shape[0], L, dtype=torch.float32).zero_()
         with _no_autocast(hidden.device):
             for b, n in _blocks(B, N):
-                h, g = hidden[:, b, n].float(), grad[:, b, n].float()
+                h, g = hidden[:, b, n].float() - mean[:, b, n, None], grad[:, b, n].float()
                 inner = torch.einsum("dbnc,lbnc->bdln", g, h)
-                inner -= torch.einsum("dbn,lbn->bdln", g.sum(-1), mean[:, b, n])
                 out[b] += torch.einsum("bdln,lbn->bdl", inner, rstd[:, b, n])
         return out.sum_to_size(ctx.weights_shape), None
 

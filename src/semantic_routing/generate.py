@@ -100,9 +100,12 @@ class Bundle:
         return self.model.proj_out.weight.device
 
     def encode(self, prompts: Sequence[str]) -> TextFeatures:
-        """What this model's text encoder says about the prompts, on the model's device."""
+        """What this model's text encoder says about the prompts, on the model's device.
+
+        In the weights' own type where autocast will not bring the two together.
+        """
         features = self.encoder.encode(list(prompts), with_kv=self.model.cfg.arm == "fusedit")
-        return features.to(self.device)
+        return features.to(self.device, None if self.bf16 else self.model.proj_out.weight.dtype)
 
     def sample(
         self,

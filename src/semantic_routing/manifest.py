@@ -60,12 +60,18 @@ def _processor() -> str:
 
 def _commit() -> str | None:
     """Commit of the checkout that the package runs from, marked where it was changed; None if installed."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve()
+    if not _git(here.parent, "ls-files", here.name):
+        return None  # not of this repository, as where an environment lies inside of one
+    return _git(here.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
+
+
+def _git(folder: Path, *args: str) -> str:
+    """What git says about the folder; nothing where there is no git or no repository."""
     try:
-        result = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True, text=True, timeout=10, check=False,
-        )  # fmt: skip
+        done = subprocess.run(
+            ["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=10, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() or None
+        return ""
+    return done.stdout.strip()

@@ -172,9 +172,10 @@ class SemanticRoutingPipeline(DiffusionPipeline, LoraBaseMixin):
         return codec.latent_shape(height, width)
 
     def encode_prompt(self, prompts: Sequence[str]) -> TextFeatures:
-        """What the text encoder says about the prompts, on the device where the transformer will run."""
+        """What the text encoder says about the prompts, where and as the transformer's products need it."""
         features = self._encoder().encode(prompts, with_kv=self.transformer.config.arm == "fusedit")
-        return features.to(self._execution_device)
+        device = self._execution_device
+        return features.to(device, torch.float32 if self._product_type(device) == torch.float32 else None)
 
     def enable_vae_tiling(self) -> None:
         """Decode large images in overlapping tiles: less memory, other pixels. ValueError for a model of pixels."""
@@ -251,11 +252,15 @@ class SemanticRoutingPipeline(DiffusionPipeline, LoraBaseMixin):
             )
         return 1 - sigmas[:-1]
 
-    def _products(self, device: torch.device) -> AbstractContextManager[None]:
-        """The type of matrix products: that of narrow weights, or bfloat16 for float32 ones."""
+    def _product_type(self, device: torch.device) -> torch.dtype:
+        """The type of matrix products: that of narrow weights, or what ``precision`` says of float32 ones."""
         dtype = self.transformer.dtype
-        if dtype == torch.float32 and use_bfloat16(self.config.precision, device):
-            dtype = torch.bfloat16
+        wide = dtype == torch.float32
+        return torch.bfloat16 if wide and use_bfloat16(self.config.precision, device) else dtype
+
+    def _products(self, device: torch.device) -> AbstractContextManager[None]:
+        """A context in which products have their type."""
+        dtype = self._product_type(device)
         return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
     def _encoder(self) -> TextEncoder:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from semantic_routing.checkpoint import checkpoints, find_checkpoint, write_text
+from semantic_routing.checkpoint import check_writable, checkpoints, find_checkpoint, write_text
 from semantic_routing.config import from_dict
 from semantic_routing.data.order import load_batch
 from semantic_routing.data.sources import open_source
@@ -50,18 +50,21 @@ class QuickstartArguments:
     def __post_init__(self) -> None:
         if self.prompts < 1:
             raise ValueError(f"prompts is {self.prompts}; scoring needs at least 1")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; it must be at least 1")
 
 
 def run_quickstart(args: QuickstartArguments) -> Path:
     """Do it all; returns the report's path."""
     out, timings = args.out, Timings(args.out / "timings.json")
+    check_writable(out)
     cfg = replace(toy(parse_arm(args.arm)), seed=args.seed)
     with timings.measured("train"):
         if checkpoints(out):
             _check_same(cfg if args.steps is None else replace(cfg, steps=args.steps), out, args.steps is None)
             resume(out)
         else:
-            start(replace(cfg, steps=args.steps or affordable_steps(cfg)), out)
+            start(replace(cfg, steps=affordable_steps(cfg) if args.steps is None else args.steps), out)
     with timings.measured("evaluate"):
         bundle = load_bundle(out, pick_device())
         sampling = replace(TOY_SAMPLING, guidance=args.guidance)

@@ -34,7 +34,7 @@ def test_a_sample_depends_on_seed_and_index_alone():
 def test_the_stream_is_the_same_on_every_machine():
     drawn = sample(0, 0)
     assert drawn.caption == "we see a large circle"
-    assert drawn.scene == Scene("white", (Object("circle", "green", "large", 12.0, 11.0, 14),))
+    assert drawn.scene == Scene("white", (Object("circle", "green", "large", 23.5, 7.5, 15),))
     assert sample(0, 1).caption == "i want two crosses, one blue and one purple"
 
 
