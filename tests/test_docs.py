@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from semantic_routing.cli import main
@@ -77,3 +78,51 @@ def test_the_papers_sizes() -> None:
         with pytest.raises(ValueError, match=r"tensors not in the checkpoint \(") as caught:
             from_upstream({"x": torch.zeros(1)}, config, arm)
         assert "1 tensors not in the model (x)" in str(caught.value)
+
+
+TINY = shlex.split(
+    "--steps 3 --batch 4 --no-compile --preview-every 0 --model.depth 2 --model.width 32 --model.heads 2 "
+    "--model.kv-heads 1 --model.head-dim 8 --model.mlp-width 16"
+)
+
+
+def smaller(command: list[str], *options: str) -> list[str]:
+    """The command with other values for some options; an option may be given once."""
+    names = [option for option in options if option.startswith("--")]
+    kept = [word for i, word in enumerate(command) if word not in names and (i == 0 or command[i - 1] not in names)]
+    return [*kept, *options]
+
+
+@pytest.mark.parametrize("page", ["../README.md", "training.md", "toy-world.md"])
+def test_the_other_pages(
+    page: str, tiny_run: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for name in ("1.png", "2.png"):
+        Image.new("RGB", (70, 66), "red").save(Path("photos", name))
+    rows = [{"image": "1.png", "text": "a cat"}, {"image": "2.png", "text": ["a dog", "a brown dog"]}]
+    Path("photos/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("runs").mkdir()
+    Path("runs/quickstart").symlink_to(tiny_run)
+    ran = 0
+    for command in commands(page):
+        command = command[: command.index("#")] if "#" in command else command
+        if command[:2] == ["train", "toy"]:
+            main(smaller(command, *TINY, "--text.name-or-path", str(tiny_encoder)))
+        elif command[0] == "evaluate":
+            main(smaller(command, "--n", "11", "--steps", "2"))
+        elif command[0] == "sample":
+            main(smaller(command, "--steps", "2"))
+        else:
+            main(command)
+        ran += 1
+    assert ran == len(commands(page)) > 0
+
+
+def test_the_readmes_program(tiny_encoder: Path) -> None:
+    (program,) = fenced("../README.md", "python")
+    names: dict[str, Any] = {}
+    exec(program.replace("Qwen/Qwen3-0.6B", str(tiny_encoder)), names)
+    assert names["velocity"].shape == (1, 16, 32, 32)
+    assert names["weights"].shape == (1, 2, names["encoder"].num_layers)
