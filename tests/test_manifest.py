@@ -44,6 +44,7 @@ def test_the_commit_is_that_of_the_package_and_marked_where_changed(
     monkeypatch.setattr(module, "__file__", str(file))
     assert manifest()["commit"] is None
     git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "of something else")
     assert manifest()["commit"] is None  # installed inside of another repository
     git("add", ".")
     git("commit", "-q", "-m", "first")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -89,7 +90,10 @@ def test_a_run_stopped_and_resumed_is_bitwise_one_that_never_stopped(
     assert read_state(whole)["step"] == read_state(resumed)["step"] == 8
     assert_same(whole, resumed)
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "stopped")
-    assert [row["step"] for row in metrics(tmp_path / "whole")] == list(range(1, 9))
+    rows = metrics(tmp_path / "whole")
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    rates = [1e-2 * min(1, (k + 1) / 3) * (1 + math.cos(math.pi * k / 8)) / 2 for k in range(8)]
+    assert [row["lr"] for row in rows] == pytest.approx(rates if optim is MUON else [1e-2] * 8)
 
 
 def test_the_toy_recipes_kind_of_run_resumes_exactly_in_bfloat16(tiny_config: Make, tmp_path: Path) -> None:
