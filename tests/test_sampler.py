@@ -15,7 +15,7 @@ from semantic_routing.dit import Backbone, DiTConfig, TextContext
 from semantic_routing.features import TextFeatures
 from semantic_routing.fusedit import make_model
 from semantic_routing.fusion import ARMS
-from semantic_routing.sampler import SAMPLERS, euler, guided, heun, join, noise_for, schedule, text_velocity
+from semantic_routing.sampler import SAMPLERS, ancestral, euler, guided, heun, join, noise_for, schedule, text_velocity
 
 CFG = DiTConfig(
     depth=2, width=16, heads=2, kv_heads=1, head_dim=8, mlp_width=16, channels=3, text_width=12, text_layers=3,
@@ -248,3 +248,40 @@ def test_noise_is_standard_normal_and_uncorrelated() -> None:
     assert float(noise.var()) == pytest.approx(1, abs=4 * (2 / n) ** 0.5)
     between = torch.corrcoef(noise) - torch.eye(len(noise))
     assert float(between.abs().max()) < 5.5 / noise.shape[1] ** 0.5
+
+
+def test_ancestral_lands_on_what_it_predicts_and_renews_the_noise() -> None:
+    target, drawn = torch.full((2, 3), 0.5), []
+
+    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return (target - x) / (1 - t[:, None])
+
+    def fresh(step: int) -> torch.Tensor:
+        drawn.append(step)
+        return torch.full((2, 3), float(step + 1))
+
+    seen = []
+    out = ancestral(velocity, torch.randn(2, 3), schedule(4), lambda i, t, x, v: seen.append(x), fresh=fresh)
+    torch.testing.assert_close(out, target)
+    assert drawn == [0, 1, 2]  # none after the last step
+    torch.testing.assert_close(seen[2], 0.5 * torch.full((2, 3), 2.0) + 0.5 * target)
+
+
+def test_ancestral_keeps_a_gaussian() -> None:
+    torch.manual_seed(0)
+    mean, std = 0.7, 0.4  # data of this law: its exact denoiser in closed form
+
+    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        t = t[:, None]
+        image = mean + t * std**2 / ((t * std) ** 2 + (1 - t) ** 2) * (x - t * mean)
+        return (image - x) / (1 - t)
+
+    out = ancestral(velocity, torch.randn(20_000, 1), schedule(400), fresh=lambda step: torch.randn(20_000, 1))
+    assert out.mean().item() == pytest.approx(mean, abs=0.02)
+
+
+def test_renewed_noise_depends_on_the_step_and_not_on_the_batch() -> None:
+    both = noise_for(3, [(0, 0), (5, 1)], (2, 2), step=7)
+    assert torch.equal(both[1:], noise_for(3, [(5, 1)], (2, 2), step=7))
+    assert not torch.equal(both, noise_for(3, [(0, 0), (5, 1)], (2, 2), step=8))
+    assert not torch.equal(both, noise_for(3, [(0, 0), (5, 1)], (2, 2)))

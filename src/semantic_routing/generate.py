@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,7 +28,7 @@ from semantic_routing.fusedit import make_model
 from semantic_routing.manifest import manifest
 from semantic_routing.pictures import is_whole, save_png
 from semantic_routing.prompts import read_prompts
-from semantic_routing.sampler import SAMPLERS, Callback, guided, noise_for, schedule
+from semantic_routing.sampler import SAMPLERS, Callback, ancestral, guided, noise_for, schedule
 from semantic_routing.text_encoder import TextEncoder, TextEncoderConfig
 
 TINY = "tiny"
@@ -44,8 +45,8 @@ class SampleConfig:
     """Steps of the sampler."""
     guidance: float = 6.0
     """Scale of classifier-free guidance; 1 is none."""
-    sampler: Literal["euler", "heun"] = "euler"
-    """Integrator."""
+    sampler: Literal["euler", "heun", "ancestral"] = "euler"
+    """Integrator of the flow, or ancestral: the image predicted and noised anew at every step."""
     shift: float = 1.0
     """Above 1, more steps near the noise."""
     seed: int = 0
@@ -115,10 +116,14 @@ class Bundle:
         callback: Callback | None = None,
     ) -> UInt8[Tensor, "B H W 3"]:
         """One image for each prompt; ``images`` names it by (prompt index, image index) for its noise."""
-        x = noise_for(cfg.seed, images, self.codec.latent_shape(self.image_size)).to(self.device)
+        shape = self.codec.latent_shape(self.image_size)
+        x = noise_for(cfg.seed, images, shape).to(self.device)
+        sampler = SAMPLERS.get(cfg.sampler) or partial(
+            ancestral, fresh=lambda step: noise_for(cfg.seed, images, shape, step).to(self.device)
+        )
         with torch.no_grad(), autocast(self.device, self.bf16):
             velocity = guided(self.model, self.encode(prompts), self.encode([self.null_prompt]), cfg.guidance)
-            latents = SAMPLERS[cfg.sampler](velocity, x, schedule(cfg.steps, cfg.shift), callback)
+            latents = sampler(velocity, x, schedule(cfg.steps, cfg.shift), callback)
         return self.codec.decode(latents)
 
 

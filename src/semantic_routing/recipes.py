@@ -12,7 +12,7 @@ from semantic_routing.optim import OptimConfig
 from semantic_routing.text_encoder import TextEncoderConfig
 from semantic_routing.train import TrainConfig
 
-TOY_SAMPLING = SampleConfig(steps=50, guidance=2.0, shift=4.0, batch=110)
+TOY_SAMPLING = SampleConfig(sampler="ancestral", steps=100, guidance=3.0, shift=4.0, batch=110)
 """How toy models are sampled: most steps close to the noise, where the scene is decided."""
 
 
@@ -60,7 +60,7 @@ def toy(arm: str) -> TrainConfig:
         compile=True,
         checkpoint_every=1000,
         preview_every=500,
-        preview=replace(TOY_SAMPLING, batch=16),
+        preview=replace(TOY_SAMPLING, steps=25, batch=16),
     )
 
 

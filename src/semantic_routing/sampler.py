@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +70,29 @@ def heun(
     return x
 
 
+def ancestral(
+    velocity: Velocity,
+    x: Float[Tensor, "B *shape"],
+    times: Tensor,
+    callback: Callback | None = None,
+    *,
+    fresh: Callable[[int], Tensor],
+) -> Float[Tensor, "B *shape"]:
+    """Predict the image, then noise it anew to the next time with ``fresh(step)`` [B, ...].
+
+    Every step forgets the noise before it, as in ancestral sampling (DDPM; Song et al., 2021, with eta = 1), so what
+    one step got wrong about the scene the next can still mend.
+    """
+    for i, (t, following) in enumerate(pairwise(times)):
+        v = velocity(x, t.expand(x.shape[0]).to(x.device))
+        if callback is not None:
+            callback(i, t, x, v)
+        image = x + (1 - t).to(x.device) * v
+        following = following.to(x.device)
+        x = image if i + 2 == len(times) else (1 - following) * fresh(i) + following * image
+    return x
+
+
 SAMPLERS = {"euler": euler, "heun": heun}
 
 
@@ -124,15 +148,19 @@ def join(features: TextFeatures, null: TextFeatures) -> TextFeatures:
     return TextFeatures(hidden, mask[0], both(features.keys, null.keys, 2), both(features.values, null.values, 2))
 
 
-def noise_for(seed: int, images: Sequence[tuple[int, int]], shape: tuple[int, ...]) -> Float[Tensor, "B *shape"]:
-    """Starting noise of images named by (prompt index, image index), each a function of these and ``seed`` alone.
+def noise_for(
+    seed: int, images: Sequence[tuple[int, int]], shape: tuple[int, ...], step: int | None = None
+) -> Float[Tensor, "B *shape"]:
+    """Noise of images named by (prompt index, image index), each a function of these and ``seed`` alone.
 
-    So an image is the same in any batch, order or number of processes.
+    So an image is the same in any batch, order or number of processes. Without a ``step`` it is the starting
+    noise; with one, what ``ancestral`` adds after that step.
     """
-    return torch.stack([_noise(seed, prompt, image, shape) for prompt, image in images])
+    return torch.stack([_noise(seed, prompt, image, step, shape) for prompt, image in images])
 
 
-def _noise(seed: int, prompt: int, image: int, shape: tuple[int, ...]) -> Tensor:
-    digest = blake2b(f"{seed}/{prompt}/{image}".encode(), digest_size=8).digest()
+def _noise(seed: int, prompt: int, image: int, step: int | None, shape: tuple[int, ...]) -> Tensor:
+    name = f"{seed}/{prompt}/{image}" if step is None else f"{seed}/{prompt}/{image}/{step}"
+    digest = blake2b(name.encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     return torch.randn(shape, generator=generator)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from semantic_routing.device import keep_freed_memory, pick_device
 from semantic_routing.evaluate.scores import evaluate_shapes, markdown_table
@@ -25,6 +25,8 @@ class ShapesArguments(SampleConfig):
     """Prompts, spread evenly over the eleven tags."""
     prompt_seed: int = 0
     """Which prompts."""
+    sampler: Literal["euler", "heun", "ancestral"] = TOY_SAMPLING.sampler
+    """Integrator of the flow, or ancestral: the image predicted and noised anew at every step."""
     steps: int = TOY_SAMPLING.steps
     """Steps of the sampler."""
     guidance: float = TOY_SAMPLING.guidance
