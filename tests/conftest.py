@@ -89,7 +89,7 @@ def tiny_config(tiny_encoder: Path) -> Callable[..., TrainConfig]:
         defaults = {
             "image_size": 32,
             "model": model,
-            "text": TextEncoderConfig(name_or_path=str(tiny_encoder), buckets=(4, 8, 16, 32, 64)),
+            "text": TextEncoderConfig(name_or_path=str(tiny_encoder), buckets=(16, 32, 64)),
             "optim": OptimConfig(lr=1e-2),
             "steps": 8,
             "batch": 4,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,36 @@ def test_paper_checkpoints(
     expected = ["images/paper-s2/00000_00.png", "pipelines/paper-s2/model_index.json", "upstream.json", "overhead.json"]
     assert [path for path in expected if not Path(path).is_file()] == []
     assert "| S2 depth |" in capsys.readouterr().out
+
+
+def test_text_encoders(tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = ["--steps", "1", "--batch", "4", "--preview-every", "0", "--no-compile"]
+    for command in commands("text-encoders.md"):
+        command = [str(tiny_encoder) if "/Qwen3" in word else word for word in command]
+        main(command + (small if command[0] == "train" else ["--steps", "1"]))
+    assert Path("images/qwen/00000_00.png").is_file()
+    (block,) = fenced("text-encoders.md", "python")
+    names: dict[str, Any] = {}
+    exec(block.replace("Qwen/Qwen3-VL-4B-Instruct", str(tiny_encoder)), names)
+    assert names["features"].hidden.shape[:2] == (2, 2)
+
+
+def test_sampling(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/depth").symlink_to(tiny_run)
+    Path("prompts.txt").write_text("a star\na red circle\n")
+    for command in commands("sampling.md"):
+        main(command)
+    page = (DOCS / "sampling.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^ {4}torchrun (.*)$", page, re.MULTILINE)
+    # What `torchrun` is, with this interpreter.
+    command = [sys.executable, "-m", "torch.distributed.run", *shlex.split(line), "--steps", "20", "--guidance", "3"]
+    subprocess.run(command, check=True, timeout=300, capture_output=True)
+    once, shared = (sorted(Path("images", name).glob("*.png")) for name in "bc")
+    assert [path.read_bytes() for path in shared] == [path.read_bytes() for path in once]
+    assert len(once) == 8
 
 
 def test_the_papers_sizes() -> None:

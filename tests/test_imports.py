@@ -19,6 +19,7 @@ ORDER = [
     "arguments",
     "device",
     "manifest",
+    "processes",
     # the network
     "features",
     "flow",
@@ -68,6 +69,7 @@ ORDER = [
     "pipeline",
     "export",
     "cli",
+    "__main__",
     "explorer",
 ]
 """Every file of the package, foundations first; a name may stand here before its file exists."""

@@ -164,7 +164,7 @@ def test_states_and_keys_equal_a_manual_forward(tmp_path: Path) -> None:
     torch.testing.assert_close(features.hidden[:, :, :n], torch.stack(states))
     torch.testing.assert_close(features.keys[..., :n, :], torch.stack(keys))
     torch.testing.assert_close(features.values[..., :n, :], torch.stack(values))
-    assert features.mask.tolist() == [[True] * n + [False] * (8 - n)]
+    assert features.mask.tolist() == [[True] * n + [False] * (16 - n)]
 
 
 @pytest.mark.parametrize("build", DECODERS + ENCODERS, ids=lambda build: build.__name__)

@@ -6,6 +6,7 @@ Heavy imports wait until the subcommand is known, so that ``semroute --help`` an
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +70,7 @@ def sample(args: list[str]) -> None:
     from semantic_routing.arguments import parse
     from semantic_routing.generate import SampleArguments, sample_to_folder
 
-    sys.stdout.write(f"{sample_to_folder(parse(SampleArguments, args, prog='semroute sample'))}\n")
+    _done(sample_to_folder(parse(SampleArguments, args, prog="semroute sample")))
 
 
 def evaluate(args: list[str]) -> None:
@@ -196,7 +197,9 @@ def _help(command: Command) -> str:
 
 
 def _done(path: Path) -> None:
-    sys.stdout.write(f"{path}\n")
+    """Say where the result is, once for all processes of a job."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write(f"{path}\n")
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 
 import torch
@@ -11,9 +12,14 @@ _MALLOC_MMAP_MAX, _MALLOC_TRIM_THRESHOLD, _MALLOC_TOP_PAD = -4, -1, -2
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The named device, or with "auto" a CUDA device where there is one; ValueError if it is not there."""
+    """The named device, or with "auto" a CUDA device where there is one; ValueError if it is not there.
+
+    Processes that torchrun started on one machine take a CUDA device each.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
     except RuntimeError as error:

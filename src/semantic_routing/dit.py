@@ -170,12 +170,12 @@ class Backbone(nn.Module):
         """Whether the text must be prepared anew for every time; if not, once a prompt is enough."""
         return False
 
-    def prepare_text(self, features: TextFeatures, t: Float[Tensor, " B"] | None = None) -> TextContext:
+    def prepare_text(self, features: TextFeatures, t: Float[Tensor, " T"] | None = None) -> TextContext:
         """Every block's keys and values of these prompts, at times ``t`` where routing depends on time."""
         raise NotImplementedError
 
     def forward(
-        self, x: Float[Tensor, "B Ch h w"], t: Float[Tensor, " B"], context: TextContext
+        self, x: Float[Tensor, "B Ch h w"], t: Float[Tensor, " T"], context: TextContext
     ) -> Float[Tensor, "B Ch h w"]:
         """Velocity (data minus noise) at the noisy latents ``x`` and times ``t`` (0 noise, 1 data)."""
         cfg, (height, width) = self.cfg, x.shape[2:]
@@ -210,7 +210,7 @@ class DiT(Backbone):
     def depends_on_time(self) -> bool:
         return self.router.depends_on_time
 
-    def prepare_text(self, features: TextFeatures, t: Float[Tensor, " B"] | None = None) -> TextContext:
+    def prepare_text(self, features: TextFeatures, t: Float[Tensor, " T"] | None = None) -> TextContext:
         check_text(features, self.cfg)
         fused = self.router(features.hidden, t)
         text = self.text_proj(self.text_norm(fused))

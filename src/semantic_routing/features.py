@@ -1,7 +1,7 @@
 """Text features: the one currency in which every part of the program speaks of text.
 
 Shape letters used everywhere: L language-model layers, B batch, N text tokens, C text width,
-D transformer blocks, H heads, S image tokens.
+D transformer blocks, H heads, S image tokens, T times: one for each sample, or one for all (1).
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class FuseDiT(Backbone):
             )
         super().__init__(cfg)
 
-    def prepare_text(self, features: TextFeatures, t: Float[Tensor, " B"] | None = None) -> TextContext:
+    def prepare_text(self, features: TextFeatures, t: Float[Tensor, " T"] | None = None) -> TextContext:
         if features.keys is None or features.values is None:
             raise ValueError("FuseDiT reads keys and values of the language model: encode with with_kv=True")
         layers, _, heads, _, head_dim = features.keys.shape

@@ -33,12 +33,12 @@ class Router(nn.Module):
 
     depends_on_time = False
 
-    def weights(self, t: Float[Tensor, " B"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
+    def weights(self, t: Float[Tensor, " T"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
         """Softmax-normalised float32 weights; ``t`` is needed only where ``depends_on_time``."""
         raise NotImplementedError
 
     def forward(
-        self, hidden: Float[Tensor, "L B N C"], t: Float[Tensor, " B"] | None = None
+        self, hidden: Float[Tensor, "L B N C"], t: Float[Tensor, " T"] | None = None
     ) -> Float[Tensor, "D_or_1 B N C"]:
         """The text that each block reads: Eq. 2."""
         return mix(self.weights(t), hidden)
@@ -53,11 +53,11 @@ class FixedRouter(Router):
         self.table = table  # no buffer: the table belongs to the architecture, not to its state
         self.used = [i for i, column in enumerate(zip(*table, strict=True)) if any(column)]
 
-    def weights(self, t: Float[Tensor, " B"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
+    def weights(self, t: Float[Tensor, " T"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
         return torch.tensor([self.table], device=None if t is None else t.device)
 
     def forward(
-        self, hidden: Float[Tensor, "L B N C"], t: Float[Tensor, " B"] | None = None
+        self, hidden: Float[Tensor, "L B N C"], t: Float[Tensor, " T"] | None = None
     ) -> Float[Tensor, "D_or_1 B N C"]:
         # Layers that weigh nothing are not read: B1 costs one layer, not L.
         weights = self.weights(t)[..., self.used].to(hidden.device)
@@ -71,7 +71,7 @@ class LogitRouter(Router):
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(rows, layers))
 
-    def weights(self, t: Float[Tensor, " B"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
+    def weights(self, t: Float[Tensor, " T"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
         return self.logits.float().softmax(-1)[None]
 
 
@@ -95,7 +95,7 @@ class GateRouter(Router):
         bound = math.sqrt(6 / (time_width + hidden))  # Xavier, for each gate by itself
         nn.init.uniform_(self.w1, -bound, bound)
 
-    def weights(self, t: Float[Tensor, " B"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
+    def weights(self, t: Float[Tensor, " T"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
         if t is None:
             raise ValueError("this router's weights depend on time: pass t, one value in [0, 1] per sample")
         with _no_autocast(t.device):

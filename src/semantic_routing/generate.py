@@ -27,10 +27,12 @@ from semantic_routing.features import TextFeatures
 from semantic_routing.fusedit import make_model
 from semantic_routing.manifest import manifest
 from semantic_routing.pictures import is_whole, save_png
+from semantic_routing.processes import Processes, processes
 from semantic_routing.prompts import read_prompts
 from semantic_routing.sampler import SAMPLERS, Callback, ancestral, guided, noise_for, schedule
 from semantic_routing.text_encoder import TextEncoder, TextEncoderConfig
 
+ALONE = Processes()
 TINY = "tiny"
 """Name of the text encoder that a run makes for itself (``tiny_lm.py``) ..."""
 TEXT_ENCODER = "text_encoder"
@@ -191,7 +193,8 @@ class SampleArguments(SampleConfig):
 def sample_to_folder(args: SampleArguments) -> Path:
     """Write ``PPPPP_II.png`` for prompt P and image I, ``prompts.jsonl`` and ``manifest.json``; returns the folder.
 
-    Images that are there already are kept, provided that the folder's manifest asks for the same ones.
+    Images that are there already are kept, provided that the folder's manifest asks for the same ones. Under
+    torchrun each process samples its share.
     """
     prompts = [*args.prompt, *(read_prompts(args.prompts) if args.prompts is not None else [])]
     if not prompts:
@@ -201,11 +204,13 @@ def sample_to_folder(args: SampleArguments) -> Path:
     keep_freed_memory()
     bundle = load_bundle(args.model, pick_device(args.device))
     names = [(p, i) for p in range(len(prompts)) for i in range(args.images_per_prompt)]
-    claim_folder(args.out, request(bundle, prompts, args), checkpoint=str(bundle.checkpoint))
     paths = {name: args.out / f"{name[0]:05d}_{name[1]:02d}.png" for name in names}
-    sample_missing(bundle, prompts, paths, args)
-    rows = [{"file": paths[name].name, "prompt": prompts[name[0]], "image": name[1]} for name in names]
-    write_text(args.out / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    with processes() as job:
+        claim_folder(args.out, request(bundle, prompts, args), job, checkpoint=str(bundle.checkpoint))
+        sample_missing(bundle, prompts, paths, args, job)
+        if job.first:
+            rows = [{"file": paths[name].name, "prompt": prompts[name[0]], "image": name[1]} for name in names]
+            write_text(args.out / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return args.out
 
 
@@ -225,8 +230,14 @@ def weights_sha256(model: Backbone) -> str:
     return hashlib.sha256(save({k: v.cpu().contiguous() for k, v in model.state_dict().items()})).hexdigest()
 
 
-def claim_folder(out: Path, identity: dict[str, Any], **facts: Any) -> None:
+def claim_folder(out: Path, identity: dict[str, Any], job: Processes = ALONE, **facts: Any) -> None:
     """Write the manifest of the images to come; ValueError if the folder holds those of another request."""
+    if job.first:
+        _claim(out, identity, facts)
+    job.wait()
+
+
+def _claim(out: Path, identity: dict[str, Any], facts: dict[str, Any]) -> None:
     path = out / "manifest.json"
     found: dict[str, Any] = {}
     if path.is_file():
@@ -244,14 +255,25 @@ def claim_folder(out: Path, identity: dict[str, Any], **facts: Any) -> None:
 
 
 def sample_missing(
-    bundle: Bundle, prompts: Sequence[str], paths: dict[tuple[int, int], Path], cfg: SampleConfig
+    bundle: Bundle,
+    prompts: Sequence[str],
+    paths: dict[tuple[int, int], Path],
+    cfg: SampleConfig,
+    job: Processes = ALONE,
 ) -> None:
-    """Sample the images (prompt index, image index) whose files are not there, or not whole, a batch at a time."""
-    missing = [name for name, path in paths.items() if not is_whole(path, bundle.image_size)]
-    with tqdm(total=len(paths), initial=len(paths) - len(missing), desc="Sampling", unit="image") as bar:
+    """Sample the images (prompt index, image index) whose files are not there, or not whole, a batch at a time.
+
+    Each process of the job samples its share, and returns when all are done.
+    """
+    share = job.share(list(paths))
+    missing = [name for name in share if not is_whole(paths[name], bundle.image_size)]
+    desc = "Sampling" if job.count == 1 else f"Sampling, 1 of {job.count} processes"
+    done = len(share) - len(missing)
+    with tqdm(total=len(share), initial=done, desc=desc, unit="image", disable=not job.first) as bar:
         for first in range(0, len(missing), cfg.batch):
             names = missing[first : first + cfg.batch]
             images = bundle.sample([prompts[p] for p, _ in names], names, cfg).numpy(force=True)
             for name, image in zip(names, images, strict=True):
                 save_png(paths[name], image)
                 bar.update()
+    job.wait()

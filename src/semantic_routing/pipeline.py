@@ -134,7 +134,7 @@ class SemanticRoutingPipeline(DiffusionPipeline, LoraBaseMixin):
             for i, timestep in enumerate(self.scheduler.timesteps):
                 if self.interrupt:
                     continue
-                v = velocity(x, times[i].repeat(len(x)).to(device))
+                v = velocity(x, times[i, None].to(device))
                 x = self.scheduler.step(-v, timestep, x, return_dict=False, **options)[0]
                 if callback_on_step_end is not None:
                     tensors = {"latents": x} if "latents" in callback_on_step_end_tensor_inputs else {}

@@ -20,7 +20,7 @@ from semantic_routing.dit import Backbone
 from semantic_routing.features import TextFeatures
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
-"""(x [B, ...], t [B]) -> velocity [B, ...]."""
+"""(x [B, ...], t [1], the one time of all samples) -> velocity [B, ...]."""
 Callback = Callable[[int, Tensor, Tensor, Tensor], None]
 """Called after every step with (step, time, x, velocity) as they were at the step's beginning."""
 
@@ -44,7 +44,7 @@ def euler(
 ) -> Float[Tensor, "B *shape"]:
     """Euler's method: one velocity a step, first order."""
     for i, (t, step) in enumerate(zip(times[:-1], times.diff(), strict=True)):
-        v = velocity(x, t.expand(x.shape[0]).to(x.device))
+        v = velocity(x, t[None].to(x.device))
         if callback is not None:
             callback(i, t, x, v)
         x = x + step.to(x.device) * v
@@ -59,12 +59,12 @@ def heun(
     At t = 1 there is no noise left to estimate, so the last step has no second velocity.
     """
     for i, (t, step) in enumerate(zip(times[:-1], times.diff(), strict=True)):
-        v = velocity(x, t.expand(x.shape[0]).to(x.device))
+        v = velocity(x, t[None].to(x.device))
         if callback is not None:
             callback(i, t, x, v)
         end = x + step.to(x.device) * v
         if i + 2 < len(times):
-            v = (v + velocity(end, times[i + 1].expand(x.shape[0]).to(x.device))) / 2
+            v = (v + velocity(end, times[i + 1, None].to(x.device))) / 2
             end = x + step.to(x.device) * v
         x = end
     return x
@@ -84,7 +84,7 @@ def ancestral(
     one step got wrong about the scene the next can still mend.
     """
     for i, (t, following) in enumerate(pairwise(times)):
-        v = velocity(x, t.expand(x.shape[0]).to(x.device))
+        v = velocity(x, t[None].to(x.device))
         if callback is not None:
             callback(i, t, x, v)
         image = x + (1 - t).to(x.device) * v
@@ -122,7 +122,7 @@ def extrapolated(both: Velocity, scale: float) -> Velocity:
     """Guidance of a velocity that takes one batch: first the samples with their prompts, then with the null ones."""
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        prompt, nothing = both(torch.cat([x, x]), torch.cat([t, t])).chunk(2)
+        prompt, nothing = both(torch.cat([x, x]), t).chunk(2)
         return nothing + scale * (prompt - nothing)
 
     return velocity

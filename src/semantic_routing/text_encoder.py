@@ -37,8 +37,11 @@ class TextEncoderConfig:
     """Layers to return, counted from 1: "all", a range "6..29" (both ends included), or a list "9,18,27"."""
     max_tokens: int = 512
     """Longer prompts are cut here, with a warning."""
-    buckets: tuple[int, ...] = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-    """A batch is padded to its longest prompt, rounded up to one of these, so that few shapes occur."""
+    buckets: tuple[int, ...] = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+    """A batch is padded to its longest prompt, rounded up to one of these, so that few shapes occur.
+
+    Below 16 tokens a CPU's vectors sum in another order, and a prompt's states would depend on its batch.
+    """
     prefix: str = ""
     """Instruction put before every prompt, the empty one included, such as "Describe this image. "."""
     chat_template: bool = False

@@ -59,12 +59,12 @@ class SemanticRoutingTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return self.backbone.depends_on_time
 
     @apply_forward_hook
-    def prepare_text(self, features: TextFeatures, t: Float[Tensor, " B"] | None = None) -> TextContext:
+    def prepare_text(self, features: TextFeatures, t: Float[Tensor, " T"] | None = None) -> TextContext:
         """Every block's keys and values of these prompts, at times ``t`` where routing depends on time."""
         return self.backbone.prepare_text(features, t)
 
     def forward(
-        self, x: Float[Tensor, "B Ch h w"], t: Float[Tensor, " B"], context: TextContext
+        self, x: Float[Tensor, "B Ch h w"], t: Float[Tensor, " T"], context: TextContext
     ) -> Float[Tensor, "B Ch h w"]:
         """Velocity (data minus noise) at the noisy latents ``x`` and times ``t`` (0 noise, 1 data)."""
         return self.backbone(x, t, context)
