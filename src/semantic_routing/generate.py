@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
@@ -118,6 +118,16 @@ class Bundle:
         callback: Callback | None = None,
     ) -> UInt8[Tensor, "B H W 3"]:
         """One image for each prompt; ``images`` names it by (prompt index, image index) for its noise."""
+        return self.codec.decode(self.sample_latents(prompts, images, cfg, callback))
+
+    def sample_latents(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[tuple[int, int]],
+        cfg: SampleConfig,
+        callback: Callback | None = None,
+    ) -> Float[Tensor, "B *latent"]:
+        """The latents of ``sample``'s images; ``callback`` sees every step."""
         shape = self.codec.latent_shape(self.image_size)
         x = noise_for(cfg.seed, images, shape).to(self.device)
         sampler = SAMPLERS.get(cfg.sampler) or partial(
@@ -125,8 +135,7 @@ class Bundle:
         )
         with torch.no_grad(), autocast(self.device, self.bf16):
             velocity = guided(self.model, self.encode(prompts), self.encode([self.null_prompt]), cfg.guidance)
-            latents = sampler(velocity, x, schedule(cfg.steps, cfg.shift), callback)
-        return self.codec.decode(latents)
+            return sampler(velocity, x, schedule(cfg.steps, cfg.shift), callback)
 
 
 def autocast(device: torch.device, bf16: bool) -> torch.autocast | nullcontext[None]:
