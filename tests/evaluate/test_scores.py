@@ -1,41 +1,30 @@
 """Scores: known intervals and means, records that survive a round trip, evaluations that resume and refuse."""
 
-import hashlib
 import json
-from dataclasses import dataclass, replace
-from pathlib import Path
+from math import isnan
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
-from safetensors.torch import save_file
 from scipy.stats import binomtest
 
-from semantic_routing.codec import PixelCodec
-from semantic_routing.data.shapes import GENEVAL_TAGS, TAGS, prompts
-from semantic_routing.dit import DiT, DiTConfig
+from semantic_routing.data.shapes import GENEVAL_TAGS
 from semantic_routing.evaluate.scores import (
     Record,
-    evaluate_shapes,
+    gaps,
     markdown_table,
     read_records,
+    record_line,
+    scores_table,
+    spread,
     summarize,
     wilson,
     write_records,
 )
-from semantic_routing.generate import Bundle, SampleConfig, weights_sha256
-from semantic_routing.text_encoder import TextEncoder
-
-TINY = DiTConfig(
-    depth=2, width=16, heads=2, kv_heads=1, head_dim=8, mlp_width=16, channels=3, text_width=8, text_layers=3
-)
 
 
-def record(tag: str, correct: bool, prompt: int = 0, reason: str = "because") -> Record:
-    return Record(
-        prompt=prompt, image=0, caption="a “red” circle", tag=tag, correct=correct, reason=reason, file="images/x.png"
-    )
+def record(tag: str, correct: bool | None, prompt: int = 0, reason: str = "because", **changes) -> Record:
+    values = {"prompt": prompt, "id": f"{prompt:05d}", "image": 0, "caption": "a “red” circle", "tags": (tag,)}
+    scores = {"correct": None if correct is None else float(correct)}
+    return Record(**{**values, "scores": scores, "reason": reason, "file": "images/x.png"} | changes)
 
 
 @pytest.mark.parametrize(("correct", "n"), [(0, 7), (3, 7), (7, 7), (310, 400)])
@@ -90,8 +79,9 @@ def test_records_survive_a_round_trip(tmp_path):
     [
         ("{", "line 2 is not JSON"),
         ("[1]", "line 2 is not a record"),
-        ('{"prompt": 1}', "lacks image, caption"),
-        (json.dumps(vars(record("a", True)) | {"correct": "yes"}), "correct is 'yes'"),
+        ('{"prompt": 1}', "lacks id, image, caption"),
+        (json.dumps(vars(record("a", True)) | {"scores": {"correct": "yes"}}), r"scores.correct is 'yes'"),
+        (json.dumps(vars(record("a", True)) | {"scores": [1]}), r"scores is \[1\]"),
         (json.dumps(vars(record("a", True)) | {"scor": 1}), "unknown setting"),
     ],
 )
@@ -105,104 +95,30 @@ def test_damaged_records_are_named(tmp_path, line, message):
         read_records(tmp_path / "none.jsonl")
 
 
-def test_weights_are_hashed_as_the_file_that_holds_them(tmp_path):
-    model = DiT(TINY)
-    save_file(model.state_dict(), tmp_path / "ema.safetensors")
-    expected = hashlib.sha256((tmp_path / "ema.safetensors").read_bytes()).hexdigest()
-    assert weights_sha256(model) == expected
+def test_what_was_not_scored_is_counted_and_in_no_mean():
+    missing, blind = (record("counting", None, gap=gap) for gap in ("missing", "unscored"))
+    summary = summarize([record("counting", True), record("counting", False), missing, blind])
+    assert summary["accuracy"] == {"overall": 0.5, "counting": 0.5}
+    assert summary["n"]["overall"] == 2
+    assert summary["gaps"] == {"missing": 1, "unscored correct": 1}
+    assert "In no mean: 1 missing, 1 unscored correct." in markdown_table(summary)
+    assert summarize([missing])["accuracy"] == {}
+    partly = record("counting", None, scores={"style": 3.0, "alignment": None})
+    assert gaps([partly], ["style", "alignment"]) == {"unscored alignment": 1}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Painter(Bundle):
-    """Draws what is asked for, but leaves the canvas blank for every third prompt; remembers its calls."""
-
-    asked: list
-    scenes: dict
-
-    def sample(self, prompts, images, cfg, callback=None):
-        self.asked.extend(images)
-        blank = np.full((32, 32, 3), 255, dtype=np.uint8)
-        pictures = [blank if index % 3 == 2 else self.scenes[p] for p, (index, _) in zip(prompts, images, strict=True)]
-        return torch.from_numpy(np.stack(pictures))
+def test_a_record_is_one_line_without_nan():
+    assert record_line(record("a", True, reason="one\ntwo\u2028three")).count("\n") == 1
+    with pytest.raises(ValueError, match="JSON compliant"):
+        record_line(record("a", True, scores={"x": float("nan")}))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Arguments(SampleConfig):
-    """Sampling settings among others, as a command line has them."""
-
-    out: Path
-
-
-N, SEED = 22, 5
-CFG = SampleConfig(steps=2, guidance=1.0, batch=5)
-
-
-@pytest.fixture
-def painter() -> Painter:
-    return Painter(
-        model=DiT(TINY),
-        encoder=TextEncoder.__new__(TextEncoder),
-        codec=PixelCodec(),
-        image_size=32,
-        asked=[],
-        scenes={sample.caption: sample.image for sample in prompts(SEED, N)},
-    )
-
-
-def test_an_evaluation_from_prompts_to_table(painter, tmp_path):
-    summary = evaluate_shapes(painter, tmp_path, n=N, seed=SEED, cfg=CFG)
-    assert painter.asked == [(index, 0) for index in range(N)]
-    records = read_records(tmp_path / "records.jsonl")
-    assert [r.correct for r in records] == [index % 3 != 2 for index in range(N)]
-    assert [r.caption for r in records] == [sample.caption for sample in prompts(SEED, N)]
-    assert all((tmp_path / r.file).is_file() for r in records)
-    assert summary == summarize(records) == json.loads((tmp_path / "summary.json").read_text())
-    assert set(summary["n"]) == {"overall", "geneval", *TAGS}
-    assert (tmp_path / "table.md").read_text() == markdown_table(summary)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["weights_sha256"] == weights_sha256(painter.model)
-    assert manifest["sampler"] == {"steps": 2, "guidance": 1.0, "sampler": "euler", "shift": 1.0, "seed": 0}
-    assert (manifest["prompts"]["n"], manifest["prompt_seed"]) == (N, SEED)
-
-
-def test_whole_images_are_kept_and_others_sampled_again(painter, tmp_path):
-    first = evaluate_shapes(painter, tmp_path, n=N, seed=SEED, cfg=CFG)
-    (tmp_path / "images" / "00003.png").unlink()
-    cut = tmp_path / "images" / "00007.png"
-    cut.write_bytes(cut.read_bytes()[:60])
-    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "00012.png")
-    painter.asked.clear()
-    arguments = Arguments(steps=2, guidance=1.0, batch=2, out=tmp_path)
-    again = evaluate_shapes(painter, tmp_path, n=N, seed=SEED, cfg=arguments)
-    assert painter.asked == [(3, 0), (7, 0), (12, 0)]
-    assert again == first
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"cfg": replace(CFG, guidance=2.0)}, "sampler"),
-        ({"cfg": replace(CFG, seed=1)}, "sampler"),
-        ({"seed": 6}, "prompts"),
-        ({"n": N - 1}, "prompts"),
-    ],
-)
-def test_a_folder_of_another_evaluation_is_refused(painter, tmp_path, change, message):
-    settings = {"n": N, "seed": SEED, "cfg": CFG}
-    evaluate_shapes(painter, tmp_path, **settings)
-    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    with pytest.raises(ValueError, match=rf"holds other images \({message} .*choose another --out"):
-        evaluate_shapes(painter, tmp_path, **settings | change)
-    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
-
-
-def test_other_weights_and_images_of_unknown_origin_are_refused(painter, tmp_path):
-    evaluate_shapes(painter, tmp_path, n=N, seed=SEED, cfg=CFG)
-    with pytest.raises(ValueError, match="weights_sha256"):
-        evaluate_shapes(replace(painter, model=DiT(TINY)), tmp_path, n=N, seed=SEED, cfg=CFG)
-    (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="damaged"):
-        evaluate_shapes(painter, tmp_path, n=N, seed=SEED, cfg=CFG)
-    (tmp_path / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="holds other images"):
-        evaluate_shapes(painter, tmp_path, n=N, seed=SEED, cfg=CFG)
+def test_spread_is_unbiased_and_nan_where_nothing_decides_it():
+    assert spread([1.0, 2.0, 6.0]) == {"mean": 3.0, "std": pytest.approx(7**0.5), "n": 3}
+    one, none = spread([4]), spread([])
+    assert (one["mean"], one["n"], none["n"]) == (4.0, 1, 0)
+    assert isnan(one["std"])
+    assert isnan(none["mean"])
+    summary = {"scores": {"style": {"overall": spread([1.0, 3.0]), "x": one, "y": none}}, "gaps": {}}
+    table = scores_table(summary).splitlines()
+    assert table[2:5] == ["| overall | 2.0000 ± 1.4142 (2) |", "| x | 4.0000 (1) |", "| y | none (0) |"]

@@ -1,70 +1,97 @@
-"""From verdicts on single images to a table, and the shapes benchmark from a trained model to that table.
+"""From what was found on single images to a table: records, and their means by tag.
 
-An evaluation's folder holds ``images/``, one line for each of them in ``records.jsonl``, ``summary.json``,
-``table.md`` and ``manifest.json``, which says what was evaluated and how.
+An evaluation's folder holds one line for each image in ``records.jsonl``, ``summary.json``, ``table.md``,
+``index.html`` and ``manifest.json``, which says what was evaluated and how.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from math import sqrt
+from math import isfinite, nan, sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
 
 from semantic_routing.checkpoint import write_text
 from semantic_routing.config import from_dict
-from semantic_routing.data.shapes import GENEVAL_TAGS, TAGS, prompts
-from semantic_routing.evaluate.shapes import check
-from semantic_routing.generate import Bundle, SampleConfig, claim_folder, request, sample_missing
+from semantic_routing.data.shapes import GENEVAL_TAGS, TAGS
 
-RECORDS, SUMMARY, TABLE, MANIFEST = "records.jsonl", "summary.json", "table.md", "manifest.json"
-SEED_RULE = (
-    "prompt i is the i-th of semantic_routing.data.shapes.prompts(seed, n); the noise of its image is a function "
-    "of (sampler seed, prompt index, image index) alone"
-)
+RECORDS, SUMMARY, TABLE, MANIFEST, PAGE = "records.jsonl", "summary.json", "table.md", "manifest.json", "index.html"
+CORRECT = "correct"
+"""The score of a verdict: 1 right, 0 wrong."""
+MISSING, UNREADABLE, UNSCORED = "missing", "unreadable", "unscored"
+"""Why a record has no score: there is no image, it does not open, or nobody could judge it."""
 Z95 = 1.959963984540054
 """The standard normal distribution's 0.975 quantile."""
+
+Column = tuple[tuple[str, ...], ...]
+"""A number of the table: the plain mean over these groups of tags, each the mean over all images with such a tag."""
+Columns = Mapping[str, Column]
+"""The numbers of the table by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """The verdict on one image."""
+    """What was found about one image."""
 
     prompt: int
-    """Index of the prompt."""
+    """Index of the prompt: with ``image`` it decided the noise."""
+    id: str
+    """The benchmark's own name of the prompt."""
     image: int
     """Index of the image among those of its prompt."""
     caption: str
-    tag: str
-    """The skill that the prompt tests."""
-    correct: bool
+    tags: tuple[str, ...]
+    """The skills that the prompt tests."""
+    file: str
+    """The image, seen from the evaluation's folder; where it should be if it is missing."""
+    scores: dict[str, float | None]
+    """By metric; None where it could not be judged. The metric of a verdict is ``correct``."""
     reason: str
     """Why, in a few words."""
-    file: str
-    """The image, seen from the evaluation's folder."""
+    answer: str = ""
+    """A judge's answer, word for word."""
+    gap: str = ""
+    """``missing``, ``unreadable``, ``unscored``, or nothing where all is well."""
+    sha256: str = ""
+    """Of the image's file."""
+
+    @property
+    def tag(self) -> str:
+        """The first tag."""
+        return self.tags[0] if self.tags else ""
+
+    @property
+    def correct(self) -> bool | None:
+        """The verdict, where it is one."""
+        score = self.scores.get(CORRECT)
+        return None if score is None else score == 1
+
+
+def record_line(record: Record) -> str:
+    """A record as a line of JSON."""
+    return json.dumps(asdict(record), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
     """Write records as JSON lines, the file whole or not at all."""
-    write_text(path, "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in records))
+    write_text(path, "".join(map(record_line, records)))
 
 
 def read_records(path: Path) -> list[Record]:
     """Records from JSON lines; ValueError names the file and line that cannot be read."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read; give the folder of a finished evaluation") from error
-    return [_record(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    return [parse_record(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line]
 
 
-def _record(line: str, where: str) -> Record:
+def parse_record(line: str, where: str) -> Record:
+    """The record of a line of JSON; ValueError begins with ``where``."""
     try:
         values = json.loads(line)
     except json.JSONDecodeError as error:
@@ -83,40 +110,66 @@ def wilson(correct: float | int, n: float | int) -> tuple[float, float]:
     return max(0.0, center - half), min(1.0, center + half)
 
 
-def summarize(records: Sequence[Record]) -> dict[str, Any]:
-    """Accuracies with their number of images and 95 % intervals: ``{"accuracy", "n", "interval"}`` by name.
-
-    The names are ``overall`` (the mean over images), ``geneval`` (the unweighted mean of GenEval's six tags,
-    only where all six were tested), then every tag. Intervals are Wilson's; that of ``geneval`` takes the
-    number of images that would give the same variance if all tags were equally hard: k² / sum(1 / n_k).
-    """
-    if not records:
-        raise ValueError("there are no records to summarize")
-    verdicts: dict[str, list[bool]] = {tag: [] for tag in TAGS}
-    for record in records:
-        verdicts.setdefault(record.tag, []).append(record.correct)
-    counts = {tag: (sum(v), len(v)) for tag, v in verdicts.items() if v}
-    rows: dict[str, tuple[float, int, tuple[float, float]]] = {}
-    for name, (correct, n) in ({"overall": _total(counts.values())} | counts).items():
-        rows[name] = (correct / n, n, wilson(correct, n))
-        if name == "overall" and all(tag in counts for tag in GENEVAL_TAGS):
-            rows["geneval"] = _mean_of_tags([counts[tag] for tag in GENEVAL_TAGS])
+def spread(values: Sequence[SupportsFloat]) -> dict[str, Any]:
+    """Mean, unbiased standard deviation and number of values; nan where too few of them decide it."""
+    array = np.array([float(value) for value in values])
     return {
-        "accuracy": {name: row[0] for name, row in rows.items()},
-        "n": {name: row[1] for name, row in rows.items()},
-        "interval": {name: list(row[2]) for name, row in rows.items()},
+        "mean": float(array.mean()) if len(array) else nan,
+        "std": float(array.std(ddof=1)) if len(array) > 1 else nan,
+        "n": len(array),
     }
 
 
-def _total(counts: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    correct, n = zip(*counts, strict=True)
-    return sum(correct), sum(n)
+def grouped(records: Iterable[Record], column: Column, metric: str) -> list[list[float]]:
+    """The scores that a column averages, group by group; what was not scored is left out."""
+    scored = [(set(r.tags), score) for r in records if (score := r.scores.get(metric)) is not None]
+    return [[score for tags, score in scored if tags & set(group)] for group in column]
 
 
-def _mean_of_tags(counts: Sequence[tuple[int, int]]) -> tuple[float, int, tuple[float, float]]:
-    mean = sum(correct / n for correct, n in counts) / len(counts)
-    effective = len(counts) ** 2 / sum(1 / n for _, n in counts)
-    return mean, _total(counts)[1], wilson(mean * effective, effective)
+def gaps(records: Iterable[Record], metrics: Sequence[str]) -> dict[str, int]:
+    """How many images are in no mean, and why: missing, unreadable, or unscored by some metric."""
+    found = dict.fromkeys([MISSING, UNREADABLE, *(f"{UNSCORED} {metric}" for metric in metrics)], 0)
+    for record in records:
+        if record.gap in (MISSING, UNREADABLE):
+            found[record.gap] += 1
+            continue
+        for metric in metrics:
+            found[f"{UNSCORED} {metric}"] += record.scores.get(metric) is None
+    return {name: n for name, n in found.items() if n}
+
+
+def tag_columns(tags: Iterable[str]) -> Columns:
+    """``overall``, the mean over images; ``geneval``, the mean of GenEval's six tags, if all are there; every tag."""
+    known = list(dict.fromkeys(tags))
+    columns: dict[str, Column] = {"overall": (tuple(known),)}
+    if set(GENEVAL_TAGS) <= set(known):
+        columns["geneval"] = tuple((tag,) for tag in GENEVAL_TAGS)
+    return columns | {tag: ((tag,),) for tag in known}
+
+
+def summarize(records: Sequence[Record], columns: Columns | None = None) -> dict[str, Any]:
+    """Accuracies with their number of images and 95 % intervals: ``{"accuracy", "n", "interval"}`` by column.
+
+    The columns are by default those of ``tag_columns``. Intervals are Wilson's; that of a mean over k groups
+    takes the number of images that would give the same variance if all groups were equally hard:
+    k² / sum(1 / n_k). What was not scored is no image here; ``gaps`` counts it.
+    """
+    if not records:
+        raise ValueError("there are no records to summarize")
+    if columns is None:
+        there = {tag for record in records for tag in record.tags}
+        columns = tag_columns([tag for tag in (*TAGS, *sorted(there - set(TAGS))) if tag in there])
+    summary: dict[str, Any] = {"accuracy": {}, "n": {}, "interval": {}, "gaps": gaps(records, [CORRECT])}
+    for name, column in columns.items():
+        groups = grouped(records, column, CORRECT)
+        if not all(groups):
+            continue
+        mean = sum(sum(group) / len(group) for group in groups) / len(groups)
+        effective = len(groups) ** 2 / sum(1 / len(group) for group in groups)
+        summary["accuracy"][name] = mean
+        summary["n"][name] = sum(map(len, groups))
+        summary["interval"][name] = list(wilson(mean * effective, effective))
+    return summary
 
 
 def markdown_table(summary: dict[str, Any]) -> str:
@@ -125,39 +178,40 @@ def markdown_table(summary: dict[str, Any]) -> str:
     for name, accuracy in summary["accuracy"].items():
         low, high = summary["interval"][name]
         lines.append(f"| {name} | {accuracy:.3f} | {low:.3f} to {high:.3f} | {summary['n'][name]} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + gap_note(summary["gaps"])
 
 
-def evaluate_shapes(bundle: Bundle, out: Path, *, n: int, seed: int, cfg: SampleConfig) -> dict[str, Any]:
-    """Sample one image for each of ``n`` unseen captions of the toy world, check them exactly; the summary.
+def scores_table(summary: dict[str, Any]) -> str:
+    """A summary of scores, ``{"scores": {metric: {name: spread}}}``, as a Markdown table: mean ± std (images)."""
+    scores: dict[str, dict[str, dict[str, Any]]] = summary["scores"]
+    names = list(dict.fromkeys(name for by_name in scores.values() for name in by_name))
+    lines = [f"| | {' | '.join(scores)} |", f"| --- |{' ---: |' * len(scores)}"]
+    lines += [f"| {name} | {' | '.join(_cell(by_name[name]) for by_name in scores.values())} |" for name in names]
+    return "\n".join(lines) + "\n\nMean ± standard deviation (images).\n" + gap_note(summary["gaps"])
 
-    ``seed`` decides the prompts, ``cfg.seed`` the noise. Images that are already in ``out`` are kept, so that a
-    stopped evaluation goes on; ValueError if they belong to another model, sampler or set of prompts.
-    """
-    samples = prompts(seed, n)
-    captions = [sample.caption for sample in samples]
-    facts = {"checkpoint": None if bundle.checkpoint is None else str(bundle.checkpoint), "bf16": bundle.bf16}
-    claim_folder(
-        out, request(bundle, captions, cfg), benchmark="shapes", prompt_seed=seed, seed_rule=SEED_RULE, **facts
-    )
-    files = [f"images/{index:05d}.png" for index in range(n)]
-    sample_missing(bundle, captions, {(index, 0): out / file for index, file in enumerate(files)}, cfg)
-    records = []
-    for index, (sample, file) in enumerate(zip(samples, tqdm(files, desc="Checking", unit="image"), strict=True)):
-        verdict = check(np.asarray(Image.open(out / file).convert("RGB")), sample.claims)
-        records.append(
-            Record(
-                prompt=index,
-                image=0,
-                caption=sample.caption,
-                tag=sample.tag,
-                correct=verdict.correct,
-                reason=verdict.reason,
-                file=file,
-            )
-        )
-    summary = summarize(records)
-    write_records(out / RECORDS, records)
-    write_text(out / SUMMARY, json.dumps(summary, indent=2) + "\n")
-    write_text(out / TABLE, markdown_table(summary))
-    return summary
+
+def _cell(row: Mapping[str, Any]) -> str:
+    mean, std = (None if row[key] is None or not isfinite(row[key]) else row[key] for key in ("mean", "std"))
+    if mean is None:
+        return f"none ({row['n']})"
+    return f"{mean:.4f} ({row['n']})" if std is None else f"{mean:.4f} ± {std:.4f} ({row['n']})"
+
+
+def gap_note(found: Mapping[str, int]) -> str:
+    """The line under a table that says what is in none of its means."""
+    return f"\nIn no mean: {', '.join(f'{n} {name}' for name, n in found.items())}.\n" if found else ""
+
+
+def scorer_name(identity: Any) -> str:
+    """Who gave the scores, in a few words: the scorer, the model that it asks, the label of a variant."""
+    if not isinstance(identity, dict):
+        return "an unknown scorer"
+    names = [str(identity[key]) for key in ("scorer", "model", "label") if identity.get(key)]
+    return ", ".join(names) or "another scorer"
+
+
+def without_nan(value: Any) -> Any:
+    """Nested results with None for what is no number, which JSON cannot say."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not isfinite(value) else value

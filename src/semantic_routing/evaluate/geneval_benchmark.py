@@ -1,0 +1,145 @@
+"""GenEval's prompts and folders (Ghosh et al., 2023); ``geneval.py`` gives the verdicts.
+
+Images lie as ``<digits>/samples/<digits>.png`` with the prompt in ``<digits>/metadata.jsonl``; the official
+generator writes five digits, its documentation four, and any number of them is read here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from PIL import Image
+
+from semantic_routing.checkpoint import write_text
+from semantic_routing.evaluate.benchmark import (
+    Benchmark,
+    Finding,
+    Prompt,
+    Task,
+    pictures_in,
+    read_json,
+    read_json_lines,
+)
+from semantic_routing.evaluate.geneval import ColorClassifier, Detector, check_metadata, score_image
+from semantic_routing.evaluate.scores import CORRECT, Columns, Record, markdown_table, summarize, tag_columns
+
+IMAGES_PER_PROMPT = 4
+METADATA = "metadata.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenEval(Benchmark):
+    """Prompts with the objects that they ask for."""
+
+    name: ClassVar[str] = "geneval"
+
+    images_per_prompt: int = IMAGES_PER_PROMPT
+
+    @property
+    def columns(self) -> Columns:
+        """``overall`` is the official score: the plain mean of the tags' accuracies. ``images`` is over all images."""
+        tags = tuple(dict.fromkeys(tag for prompt in self.prompts for tag in prompt.tags))
+        by_tag = tag_columns(tags)
+        return {"overall": tuple((tag,) for tag in tags), "images": (tags,)} | {tag: by_tag[tag] for tag in tags}
+
+    def file(self, index: int, image: int) -> str:
+        return f"{index:05d}/samples/{image:05d}.png"
+
+    def complete(self, out: Path) -> None:
+        """Write every prompt's metadata beside its images."""
+        for index, prompt in enumerate(self.prompts):
+            write_text(out / "images" / f"{index:05d}" / METADATA, json.dumps(prompt.metadata) + "\n")
+
+    def find(self, folder: Path) -> dict[tuple[int, int], Path]:
+        """All images in the folders of prompts, whatever their number; ValueError if a folder is of another prompt."""
+        if not folder.is_dir():
+            raise ValueError(f"there is no folder of images {folder}")
+        found = {}
+        for place in sorted(path for path in folder.iterdir() if path.is_dir() and path.name.isdecimal()):
+            index = int(place.name)
+            self._check(place, index)
+            if (place / "samples").is_dir():
+                images = [path for path in pictures_in(place / "samples") if path.stem.isdecimal()]
+                found.update({(index, int(path.stem)): path for path in images})
+        return found
+
+    def _check(self, place: Path, index: int) -> None:
+        """Raise where the folder is not of the prompt with this index."""
+        if index >= len(self.prompts):
+            raise ValueError(f"{place} belongs to no prompt: there are {len(self.prompts)}, counted from 0")
+        metadata = place / METADATA
+        asked = read_json(metadata, "metadata") if metadata.is_file() else None
+        if isinstance(asked, dict) and asked.get("prompt") != self.prompts[index].text:
+            raise ValueError(
+                f"{metadata} asks for {asked.get('prompt')!r}, but prompt {index} of this benchmark is "
+                f"{self.prompts[index].text!r}: these images are of another set of prompts"
+            )
+
+    def summarize(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Accuracies, and under ``correct_prompts`` the share of prompts with at least one correct image."""
+        verdicts: dict[int, list[bool]] = {}
+        for record in records:
+            if record.correct is not None:
+                verdicts.setdefault(record.prompt, []).append(record.correct)
+        solved = sum(map(any, verdicts.values())) / len(verdicts) if verdicts else None
+        return summarize(records, self.columns) | {"correct_prompts": solved, "prompts": len(verdicts)}
+
+    def table(self, summary: dict[str, Any]) -> str:
+        solved = summary["correct_prompts"]
+        note = "" if solved is None else f"\nPrompts with a correct image: {solved:.3f} of {summary['prompts']}.\n"
+        return markdown_table(summary) + note
+
+
+def read_geneval(path: Path, images_per_prompt: int = IMAGES_PER_PROMPT) -> GenEval:
+    """The benchmark of the official ``evaluation_metadata.jsonl``; ValueError for prompts of another benchmark."""
+    rows = read_json_lines(path, "the prompts of GenEval")
+    for number, row in enumerate(rows, 1):
+        try:
+            check_metadata(row)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number} is no prompt of GenEval: {error}") from error
+    return GenEval(
+        prompts=tuple(
+            Prompt(id=f"{index:05d}", text=row["prompt"], tags=(row["tag"],), metadata=row)
+            for index, row in enumerate(rows)
+        ),
+        images_per_prompt=images_per_prompt,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenEvalScorer:
+    """The verdicts of ``geneval.py`` as a scorer; its answers are the detections that decided them."""
+
+    detector: Detector
+    colors: ColorClassifier
+    variant: str = ""
+    """The user's own label of the score, beside those of the models."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        found, named = self.detector.identity, self.colors.identity
+        label = f"detector {found.get('label')}, colours {named.get('label')}"
+        return {
+            "scorer": "geneval",
+            "label": ", ".join(filter(None, (self.variant, label))),
+            "detector": found,
+            "colors": named,
+        }
+
+    def score(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Finding]]:
+        for task in tasks:
+            with Image.open(task.path) as image:
+                found = score_image(image, task.prompt.metadata, self.detector, self.colors)
+            yield (
+                task,
+                Finding(
+                    scores={CORRECT: float(found["correct"])},
+                    reason=found["reason"] or "everything asked for was found",
+                    answer=json.dumps(found["detections"]),
+                ),
+            )

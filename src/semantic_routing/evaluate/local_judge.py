@@ -1,0 +1,101 @@
+"""VQAScore by a vision-language model on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+
+from semantic_routing.answers import Failure
+from semantic_routing.evaluate.benchmark import Finding, Task
+from semantic_routing.evaluate.genai_bench import VQASCORE
+from semantic_routing.evaluate.judge import VQA_TEMPLATES, checked_template, open_rgb, sha256
+from semantic_routing.text_encoder import quiet_transformers
+
+YES = "Yes"
+
+
+class LocalVQAJudge:
+    """The probability, over the whole vocabulary, that the first token of an answer is that of Yes."""
+
+    def __init__(self, model: Any, processor: Any, *, name: str, template: str = VQA_TEMPLATES["3.1"]) -> None:
+        """
+        Args:
+            model: An image-text-to-text model of transformers; used where and as it lies.
+            processor: Its processor, with a chat template.
+            name: What manifests call it.
+            template: The question, with {} in the prompt's place.
+        """
+        if getattr(processor, "chat_template", None) is None:
+            raise ValueError(f"{name} has no chat template; judge with an instruction-tuned model")
+        self.model, self.processor, self.name = model.eval(), processor, name
+        self.template = checked_template(template, "{}", "the template")
+        self._yes = processor.tokenizer(YES, add_special_tokens=False)["input_ids"][0]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        *,
+        device: torch.device,
+        dtype: torch.dtype = torch.bfloat16,
+        template: str = VQA_TEMPLATES["3.1"],
+    ) -> LocalVQAJudge:
+        """The model of a folder or of a name on the hub; ValueError where there is none that can judge."""
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        try:
+            with quiet_transformers():
+                processor = AutoProcessor.from_pretrained(name_or_path, trust_remote_code=False)
+                model = AutoModelForImageTextToText.from_pretrained(
+                    name_or_path, dtype=dtype, use_safetensors=True, trust_remote_code=False
+                )
+        except ImportError as error:  # the processors of some models are written with torchvision
+            raise ValueError(f"{name_or_path!r} needs another package: {' '.join(str(error).split())[:200]}") from error
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(
+                f"no judge at {name_or_path!r}: {str(error).strip().partition(chr(10))[0]}; give a folder with a "
+                "vision-language model and its processor, or a model's name on the Hugging Face hub"
+            ) from error
+        return cls(model.to(device), processor, name=name_or_path, template=template)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Who judges and how, for manifests."""
+        return {
+            "scorer": "vqascore-local",
+            "model": self.name,
+            "commit": getattr(self.model.config, "_commit_hash", None),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "template": self.template,
+            "template_sha256": sha256(self.template),
+            "versions": {"transformers": version("transformers")},
+        }
+
+    def score(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Finding]]:
+        """Every task with its finding, one after the other."""
+        for task in tasks:
+            image = open_rgb(task.path)
+            if isinstance(image, Failure):
+                yield task, Finding(scores={VQASCORE: None}, reason=str(image))
+            else:
+                p = self.p_yes(image, self.template.replace("{}", task.prompt.text))
+                yield task, Finding(scores={VQASCORE: p}, reason="")
+
+    @torch.inference_mode()
+    def p_yes(self, image: Image.Image, question: str) -> float:
+        """Probability of Yes as the first token of the answer: the image first, then the question."""
+        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        inputs = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        ).to(self.model.device, self.model.dtype)
+        logits = self.model(**inputs, logits_to_keep=1).logits[0, -1]
+        return float(logits.double().softmax(dim=-1)[self._yes])

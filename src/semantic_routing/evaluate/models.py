@@ -1,0 +1,42 @@
+"""The model that an evaluation asks for: a run, one of its checkpoints, or an exported pipeline of diffusers."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from semantic_routing.device import use_bfloat16
+from semantic_routing.generate import Bundle, load_bundle
+
+PIPELINE = "model_index.json"
+"""The file that makes a folder a pipeline of diffusers."""
+
+
+def open_model(path: Path, device: torch.device) -> Bundle:
+    """What samples the images; ValueError where there is neither a checkpoint nor a pipeline of this program."""
+    return open_pipeline(path, device) if (path / PIPELINE).is_file() else load_bundle(path, device)
+
+
+def open_pipeline(path: Path, device: torch.device) -> Bundle:
+    """The parts of an exported pipeline, to be sampled as a run is: with the same samplers, from the same noise."""
+    if find_spec("diffusers") is None or find_spec("accelerate") is None:
+        raise ValueError('a pipeline needs diffusers: pip install "semantic-routing[diffusers]"')
+    from semantic_routing.pipeline import SemanticRoutingPipeline
+    from semantic_routing.text_encoder import quiet_transformers
+
+    try:
+        with quiet_transformers():
+            pipe = SemanticRoutingPipeline.from_pretrained(str(path)).to(device)
+    except (OSError, AttributeError) as error:
+        raise ValueError(f"{path} is no pipeline of semroute export: {str(error).splitlines()[0]}") from error
+    return Bundle(
+        model=pipe.transformer.backbone.eval().requires_grad_(False),
+        encoder=pipe._encoder(),
+        codec=pipe._codec(),
+        image_size=pipe.config.image_size,
+        null_prompt=pipe.config.null_prompt,
+        bf16=use_bfloat16(pipe.config.precision, device),
+        checkpoint=path,
+    )

@@ -1,0 +1,221 @@
+"""One OpenAI-compatible server: its address, one attempt at one question, and in words what goes wrong with it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from semantic_routing.answers import Answer, Failure, Question
+
+KEYLESS = "EMPTY"
+"""Sent where the environment holds no key: servers of one's own mostly want none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """A server, a model, and how hard to ask them. The key is in the environment alone."""
+
+    base_url: str = "http://127.0.0.1:8000/v1"
+    """The server's address; of most it ends in /v1."""
+    model: str = ""
+    """Name under which the server knows the model."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Name of the environment variable that holds the key; servers without keys need none."""
+    concurrency: int = 32
+    """Requests under way at once."""
+    timeout: float = 120.0
+    """Seconds for one request, from sending to the answer's last byte."""
+    retries: int = 6
+    """Further attempts at a request that failed by overload, timeout, a cut connection or a malformed answer."""
+    first_wait: float = 1.0
+    """Longest wait in seconds before the first retry, doubled with each; the wait itself is drawn evenly below it."""
+    longest_wait: float = 60.0
+    """No wait is longer; a request whose server asks for more by Retry-After fails."""
+    requests_per_minute: float | None = None
+    """Most requests a minute, evenly spread."""
+    give_up: int = 64
+    """Requests that fail in a row, with no answer between them, after which the run stops; 8 before any answer."""
+    extra: str = "{}"
+    """More parameters of every request as a JSON object, such as '{"seed": 1}'; null takes one out."""
+    cache: Path | None = None
+    """Folder of answers, so that no question is paid for twice."""
+    replay: bool = False
+    """Answer from the cache alone, without a server."""
+    prompt_price: float = 0.0
+    """Price of a million prompt tokens."""
+    completion_price: float = 0.0
+    """Price of a million completion tokens."""
+
+    def __post_init__(self) -> None:
+        _check_url(self.base_url)
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
+            raise ValueError(
+                "api_key_env is no variable's name; put the key into the environment and name the variable"
+            )
+        for name, least in (("concurrency", 1), ("retries", 0), ("give_up", 1), ("prompt_price", 0),
+                            ("completion_price", 0), ("first_wait", 0), ("longest_wait", 0)):  # fmt: skip
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.timeout <= 0:
+            raise ValueError(f"timeout is {self.timeout}; a request needs some seconds")
+        if self.requests_per_minute is not None and self.requests_per_minute <= 0:
+            raise ValueError(f"requests_per_minute is {self.requests_per_minute}; it must be above 0")
+        if self.replay and self.cache is None:
+            raise ValueError("replay answers from the cache alone; give the cache's folder too")
+        self.extra_parameters()
+
+    def extra_parameters(self) -> dict[str, Any]:
+        """``extra``, read."""
+        try:
+            found = json.loads(self.extra)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"extra is not JSON ({error}); write it like '{{\"seed\": 1}}'") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"extra is {self.extra}; it must be a JSON object such as '{{\"seed\": 1}}'")
+        return found
+
+
+def _check_url(url: str) -> None:
+    parts = urlsplit(url)
+    # An address is written into manifests, so nothing secret may be in it; nor is it repeated here.
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError("base_url holds credentials or a query; give the key by the variable that api_key_env names")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"base_url is {url!r}; write it like http://127.0.0.1:8000/v1")
+    if parts.path.rstrip("/").endswith("/completions"):
+        raise ValueError(f"base_url is {url!r}; leave out the end, from /chat on")
+
+
+class Pace:
+    """When the next request may leave: evenly spread, and not while the server wants a rest."""
+
+    def __init__(self, per_minute: float | None) -> None:
+        self._gap = 60 / per_minute if per_minute else 0.0
+        self._free = 0.0
+
+    async def turn(self) -> None:
+        now = time.monotonic()
+        start = max(now, self._free)
+        self._free = start + self._gap
+        await asyncio.sleep(start - now)
+
+    def pause(self, seconds: float) -> None:
+        self._free = max(self._free, time.monotonic() + seconds)
+
+
+class Server:
+    """Connections to a server, and in words what goes wrong on them."""
+
+    def __init__(self, cfg: ChatConfig) -> None:
+        try:
+            import openai
+        except ModuleNotFoundError as error:
+            raise ValueError('asking a model needs openai: pip install "semantic-routing[eval]"') from error
+        self.cfg = cfg
+        self.pace = Pace(cfg.requests_per_minute)
+        self._key = os.environ.get(cfg.api_key_env) or KEYLESS
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise ValueError(f"the key in {cfg.api_key_env} has characters that no key has; copy it again")
+        self._openai = openai
+        self._client = openai.AsyncOpenAI(base_url=cfg.base_url, api_key=self._key, max_retries=0, timeout=cfg.timeout)
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def ask(self, question: Question) -> tuple[Answer | Failure, float | None]:
+        """One attempt: the answer, or the failure with the seconds that the server wants to be left alone.
+
+        Raises ValueError for what would fail every question.
+        """
+        openai = self._openai
+        messages: list[Any] = [question.message()]
+        try:
+            async with asyncio.timeout(self.cfg.timeout):
+                response = await self._client.chat.completions.with_raw_response.create(
+                    model=self.cfg.model, messages=messages, extra_body=dict(question.parameters)
+                )
+        except (TimeoutError, openai.APITimeoutError):
+            return Failure(reason="timeout", detail=f"no answer within {self.cfg.timeout:g} seconds"), None
+        except openai.APIConnectionError as error:
+            return Failure(reason="no connection", detail=self._clean(str(error.__cause__ or error), 300)), None
+        except openai.APIStatusError as error:
+            wait = retry_after(error.response.headers.get("retry-after"))
+            return self._refusal(error.status_code, error.code, self._clean(error.message, 300)), wait
+        try:
+            return read_answer(self._clean(response.text)), None
+        except ValueError as error:
+            return Failure(reason="malformed answer", detail=str(error)), None
+
+    def _refusal(self, status: int, code: str | None, message: str) -> Failure:
+        """A failure of this question; ValueError where all would fail alike."""
+        fix = {
+            401: f"put a valid key into the environment variable {self.cfg.api_key_env}",
+            402: "the account has no credit left",
+            404: f"see that the address, which mostly ends in /v1, is right and serves {self.cfg.model!r}",
+        }.get(status)
+        if code == "insufficient_quota":
+            fix = "the account has no credit left"
+        if fix is not None:
+            raise ValueError(f"{self.cfg.base_url} refuses: {message}; {fix}") from None
+        return Failure(reason=f"HTTP {status}", detail=message, final=status < 500 and status not in (408, 409, 429))
+
+    def _clean(self, text: str, longest: int | None = None) -> str:
+        """What a server said, without the key that it may have repeated; for messages cut to one short line."""
+        if len(self._key) > len(KEYLESS):
+            text = text.replace(self._key, "[key]")
+        return text if longest is None else " ".join(text.split())[:longest]
+
+
+def read_answer(body: str) -> Answer:
+    """The answer in a server's reply; ValueError says where it departs from the protocol."""
+    try:
+        reply = json.loads(body)
+        choice, usage = reply["choices"][0], reply.get("usage") or {}
+        tokens = (choice.get("logprobs") or {}).get("content") or []
+        return Answer(
+            text=_text(choice["message"].get("content") or ""),
+            logprobs=_first_token(tokens[0]) if tokens else None,
+            model=_text(reply.get("model") or ""),
+            finish=_text(choice.get("finish_reason") or ""),
+            prompt_tokens=int(usage.get("prompt_tokens") or 0),
+            completion_tokens=int(usage.get("completion_tokens") or 0),
+        )
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from error
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a chat completion: {' '.join(body.split())[:300]}") from error
+
+
+def _first_token(found: dict[str, Any]) -> tuple[tuple[str, float], ...]:
+    """The likeliest first tokens, or at least the one that was chosen."""
+    return tuple((_text(row["token"]), float(row["logprob"])) for row in found.get("top_logprobs") or [found])
+
+
+def _text(value: Any) -> str:
+    """Text that can be written to a file: JSON may hold halves of surrogate pairs."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not text")
+    return value.encode("utf-8", "replace").decode()
+
+
+def retry_after(header: str | None) -> float | None:
+    """The seconds of a Retry-After header, which may be a date; None where there is none that can be read."""
+    if header is None:
+        return None
+    try:
+        return max(0.0, float(header))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):  # no date, or one without its zone
+        return None
