@@ -17,8 +17,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from semantic_routing.data.order import load_batch
-from semantic_routing.data.sources import open_source
+from semantic_routing.data.loader import Loader
+from semantic_routing.data.sources import DataConfig, open_data
 from semantic_routing.device import keep_freed_memory
 from semantic_routing.manifest import hardware
 from semantic_routing.recipes import toy
@@ -29,10 +29,10 @@ from semantic_routing.train import Trainer
 
 def seconds(trainer: Trainer, batches: list, steps: int) -> float:
     for batch in batches[:3]:
-        trainer.advance(batch)
+        trainer.advance(trainer.prepare(batch))
     began = time.perf_counter()
     for i in range(steps):
-        trainer.advance(batches[i % len(batches)])
+        trainer.advance(trainer.prepare(batches[i % len(batches)]))
     return (time.perf_counter() - began) / steps
 
 
@@ -51,11 +51,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
-    source = open_source("shapes", size=32, seed=0)
-    captions = [source.load(i, None).caption for i in range(2000)]
-    folder = tiny_lm(captions, steps=5)
+    data = open_data(DataConfig(), image_size=32, seed=0)
+    folder = tiny_lm(data.captions(2000), steps=5)
     cfg = replace(toy("depth"), text=TextEncoderConfig(name_or_path=str(folder), dtype="bfloat16"), compile=False)
-    batches = [load_batch(source, 0, step, cfg.batch, (3, 32, 32)) for step in range(4)]
+    loader = Loader(data, batch=cfg.batch, noise_shape=(3, 32, 32))
+    batches = [loader.load(step) for step in range(4)]
     with TemporaryDirectory() as scratch:
         out = Path(scratch)
         rows = {"eager": seconds(Trainer(cfg, out), batches, args.steps)}
@@ -63,7 +63,7 @@ def main() -> None:
         rows[f"freed memory kept ({kept})"] = seconds(Trainer(cfg, out), batches, args.steps)
         compiled = Trainer(replace(cfg, compile=True), out)
         began = time.perf_counter()
-        compiled.advance(batches[0])
+        compiled.advance(compiled.prepare(batches[0]))
         first = time.perf_counter() - began
         rows["blocks compiled"] = seconds(compiled, batches, args.steps)
     blocks = sum(p.numel() for p in compiled.bundle.model.blocks.parameters())

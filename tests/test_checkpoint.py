@@ -5,23 +5,27 @@ from __future__ import annotations
 import json
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
-import semantic_routing.checkpoint as module
+import semantic_routing.storage as storage
 from semantic_routing.checkpoint import (
     EMA,
     MODEL,
     OPTIMIZER,
+    RANDOM,
     STATE,
+    Saver,
     check_writable,
     checkpoints,
     find_checkpoint,
@@ -78,13 +82,15 @@ def test_everything_comes_back_and_training_goes_on_alike(tmp_path: Path) -> Non
     model, ema, optimizers = trained()
     folder = save_checkpoint(tmp_path, 3, model, ema, optimizers, {"config": {"a": 1}})
     assert folder == tmp_path / "checkpoints" / "step-0000003"
-    assert set(files(folder)) == {MODEL, EMA, OPTIMIZER, STATE}
-    assert json.loads((folder / STATE).read_text()) == {"step": 3, "config": {"a": 1}}
+    names = [EMA, MODEL, OPTIMIZER, RANDOM]
+    assert set(files(folder)) == {*names, STATE}
+    assert json.loads((folder / STATE).read_text()) == {"step": 3, "config": {"a": 1}, "files": names}
+    drawn = torch.rand(3)
 
     other = Net()
     others = make_optimizers(other, OptimConfig(name="muon", lr=0.1))
-    step, average = load_training_state(folder, other, others)
-    assert step == 3
+    average = load_training_state(folder, other, others)
+    assert torch.equal(torch.rand(3), drawn)  # the random generators go on, too
     assert list(average) == [name for name, _ in other.named_parameters()]
     assert all(torch.equal(average[name], ema[name]) for name in ema)
     for seed in (1, 2):
@@ -119,28 +125,63 @@ class Stopped(Exception):
     """What ends the writing in a test; no error of the program's own."""
 
 
-@pytest.mark.parametrize("failure", [Stopped(), KeyboardInterrupt()])
-def test_what_is_stopped_while_writing_leaves_what_was_there(
-    run: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+@pytest.mark.parametrize(
+    ("failure", "seen"), [(Stopped(), CheckpointException), (OSError(30, "Read-only file system"), ValueError)]
+)
+def test_what_fails_while_writing_leaves_what_was_there(
+    run: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, seen: type[Exception]
 ) -> None:
     before = files(run)
     calls: list[Path] = []
 
-    def fail_in_the_middle(tensors: dict[str, Tensor], path: Path) -> None:
+    def fail_in_the_middle(tensors: dict[str, Tensor], path: Path, header: dict[str, str] | None) -> None:
         calls.append(path)
         if len(calls) == 2:
             path.write_bytes(b"half of a f")
             raise failure
-        save_file(tensors, path)
+        save_file(tensors, path, header)
 
-    monkeypatch.setattr(module, "save_file", fail_in_the_middle)
+    monkeypatch.setattr(storage, "save_file", fail_in_the_middle)
     for step in (3, 4):  # over a checkpoint that is there, and beside it
         calls.clear()
-        with pytest.raises(type(failure)):
+        with pytest.raises(seen):
             save_checkpoint(run, step, *trained(), {})
         assert len(calls) == 2
         assert files(run) == before
         assert os.listdir(run / "checkpoints") == ["step-0000003"]
+
+
+def test_a_checkpoint_is_of_the_moment_when_it_was_begun_and_failure_waits_to_be_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, began = Event(), Event()
+
+    def slow(tensors: dict[str, Tensor], path: Path, header: dict[str, str] | None) -> None:
+        began.set()
+        assert go.wait(30)
+        if "step-0000004" in str(path):
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path, header)
+
+    monkeypatch.setattr(storage, "save_file", slow)
+    (model, ema, optimizers), saver = trained(), Saver(tmp_path)
+    folder = saver.save(3, model, ema, optimizers, {})
+    assert began.wait(30)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(model, optimizers)
+    assert not folder.exists()
+    assert not saver.failed
+    go.set()
+    saver.wait()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in load_file(folder / MODEL).items())
+
+    saver.save(4, model, ema, optimizers, {})
+    saver.close()
+    assert saver.failed
+    with pytest.raises(ValueError, match=r"cannot write .*/step-0000004: \w+\.safetensors: No space left on device"):
+        saver.save(5, model, ema, optimizers, {})
+    assert not saver.failed
+    assert os.listdir(tmp_path / "checkpoints") == ["step-0000003"]
 
 
 @contextmanager
@@ -201,6 +242,60 @@ def test_prune_keeps_the_latest(tmp_path: Path) -> None:
     assert [read_state(folder)["step"] for folder in checkpoints(tmp_path)] == [999_999, 1_000_000]
     prune(tmp_path, 2)
     assert len(checkpoints(tmp_path)) == 2
+
+
+def test_some_are_kept_for_good(tmp_path: Path) -> None:
+    state, saver = trained(), Saver(tmp_path, keep=2, keep_every=4)
+    for step in range(1, 10):
+        saver.save(step, *state, {})
+    saver.wait()
+    assert [read_state(folder)["step"] for folder in checkpoints(tmp_path)] == [4, 8, 9]
+
+
+# --- damage ---
+
+
+def lose(folder: Path) -> None:
+    (folder / MODEL).unlink()
+
+
+def cut(folder: Path) -> None:
+    (folder / EMA).write_bytes((folder / EMA).read_bytes()[:-1])
+
+
+def spoil_state(folder: Path) -> None:
+    (folder / STATE).write_text("{")
+
+
+def lose_state(folder: Path) -> None:
+    (folder / STATE).unlink()
+
+
+@pytest.mark.parametrize("damage", [lose, cut, spoil_state, lose_state])
+def test_a_damaged_checkpoint_is_passed_over_and_replaced(
+    run: Path, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    state, whole = trained(), find_checkpoint(run)
+    folder = save_checkpoint(run, 12, *state, {})
+    damage(folder)
+    assert find_checkpoint(run) == whole
+    said = capsys.readouterr().err
+    assert said.startswith("semroute: ")
+    assert said.endswith(f"; going on from {whole}\n")
+    assert str(folder) in said
+    saver = Saver(run, keep=1)
+    for step in (7, 12):  # the damaged one, of a step to come, is not counted among those kept
+        saver.save(step, *state, {})
+        saver.wait()
+        assert read_state(find_checkpoint(run))["step"] == step
+    assert capsys.readouterr().err.count("going on from") == 1
+    assert os.listdir(run / "checkpoints") == ["step-0000012"]
+
+
+def test_no_whole_checkpoint(run: Path) -> None:
+    lose(run / "checkpoints" / "step-0000003")
+    with pytest.raises(ValueError, match=r"no whole checkpoint at .*: there is no .*model\.safetensors"):
+        find_checkpoint(run)
 
 
 # --- whose it is ---

@@ -57,10 +57,11 @@ def fake_evaluation(folder: Path) -> list[Record]:
         records.append(
             Record(
                 prompt=index,
+                id=f"{index:05d}",
                 image=0,
                 caption=NASTY if index == 0 else sample.caption,
-                tag=sample.tag,
-                correct=correct,
+                tags=(sample.tag,),
+                scores={"correct": float(correct)},
                 reason=reason,
                 file=file,
             )

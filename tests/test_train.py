@@ -18,17 +18,21 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-import semantic_routing.checkpoint as checkpoint_module
+import semantic_routing.storage as storage
 import semantic_routing.train as module
 from semantic_routing.checkpoint import EMA, MODEL, OPTIMIZER, checkpoints, find_checkpoint, read_state
-from semantic_routing.data.order import Batch, draw, load_batch
-from semantic_routing.data.sources import open_source
+from semantic_routing.data.loader import Batch, Loader
+from semantic_routing.data.order import draw, locate
+from semantic_routing.data.sources import DataConfig, open_data
 from semantic_routing.errors import Interrupted, TrainingFailed
 from semantic_routing.generate import Bundle, SampleConfig, load_bundle
+from semantic_routing.meter import reproducible
 from semantic_routing.optim import OptimConfig
 from semantic_routing.pictures import grid
 from semantic_routing.tiny_lm import tiny_lm
-from semantic_routing.train import TrainConfig, Trainer, resume, start, train_step
+from semantic_routing.train import resume, start
+from semantic_routing.train_config import TrainConfig
+from semantic_routing.trainer import Inputs, Trainer, prepare
 
 Make = Callable[..., TrainConfig]
 MUON = OptimConfig(name="muon", lr=1e-2, muon_lr=0.02, warmup=3, decay="cosine")
@@ -51,9 +55,8 @@ def assert_same(a: Path, b: Path) -> None:
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl, but for the speed."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "images_per_s"} for row in rows]
+    """The lines of metrics.jsonl, but for what the machine decides."""
+    return [reproducible(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -189,13 +192,8 @@ def test_a_run_keeps_its_last_checkpoints_and_its_configuration(tiny_config: Mak
 
 
 def test_checkpoints_beyond_those_kept_are_deleted(tiny_config: Make, tmp_path: Path) -> None:
-    seen: list[list[str]] = []
-    start(
-        tiny_config(steps=5, checkpoint_every=1, keep=2),
-        tmp_path / "run",
-        lambda step: seen.append([folder.name[-1] for folder in checkpoints(tmp_path / "run")]),
-    )
-    assert seen == [[], ["1"], ["1", "2"], ["2", "3"], ["3", "4"]]
+    start(tiny_config(steps=7, checkpoint_every=1, keep=2, keep_every=3), tmp_path / "run")
+    assert [folder.name[-1] for folder in checkpoints(tmp_path / "run")] == ["3", "6", "7"]
 
 
 def test_previews_show_the_average_and_leave_the_training_alone(tiny_config: Make, tmp_path: Path) -> None:
@@ -204,7 +202,7 @@ def test_previews_show_the_average_and_leave_the_training_alone(tiny_config: Mak
     assert_same(last, start(replace(cfg, preview_every=0), tmp_path / "plain"))
     assert not (tmp_path / "plain" / "samples").exists()
     (picture,) = (tmp_path / "shown" / "samples").iterdir()
-    captions = open_source("shapes", size=32, seed=cfg.seed).captions(9)
+    captions = open_data(cfg.data, image_size=32, seed=cfg.seed).captions(9)
     bundle = load_bundle(last, torch.device("cpu"))
     images = bundle.sample(captions, [(i, 0) for i in range(9)], cfg.preview)
     expected = grid(list(images.numpy()), columns=8).repeat(3, 0).repeat(3, 1)
@@ -256,42 +254,79 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
 ) -> None:
     """In the middle, and just before a checkpoint would have been written."""
     run = tmp_path / "run"
-    cfg = tiny_config(checkpoint_every=3)
-    good: dict[str, bytes] = {}
-
-    def watch(finished: int) -> None:
-        if finished == 4:
-            good.update(files(run / "checkpoints"))
-        poison_at(poisoned, trainers)(finished)
-
+    cfg = tiny_config(checkpoint_every=3, max_bad_steps=1)
     with pytest.raises(TrainingFailed, match=f"stopped at step {step}: {what}") as failed:
-        start(cfg, run, watch)
+        start(cfg, run, poison_at(poisoned, trainers))
     assert str(failed.value).endswith(f"the last good checkpoint is {run}/checkpoints/step-0000003")
-    assert good == files(run / "checkpoints")
+    assert os.listdir(run / "checkpoints") == ["step-0000003"]
     assert_same(resume(run), start(cfg, tmp_path / "whole"))
 
 
 def test_an_exploding_loss_stops_the_run(tiny_config: Make, tmp_path: Path) -> None:
-    cfg = tiny_config(optim=OptimConfig(lr=1e30))
+    cfg = tiny_config(optim=OptimConfig(lr=1e30), max_bad_steps=1)
     with pytest.raises(TrainingFailed, match=r"at step [2-4]: the loss is (inf|nan).*no checkpoint had been written"):
         start(cfg, tmp_path / "run")
     assert checkpoints(tmp_path / "run") == []
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny_config: Make, tmp_path: Path) -> None:
+    cfg = tiny_config(max_bad_steps=3, optim=MUON, ema_every=100)
+    trainer, twin = Trainer(cfg, tmp_path), Trainer(cfg, tmp_path)
+    good = trainer.prepare(batch_of(cfg, 4))
+    bad = [replace(good[0], latents=torch.full_like(good[0].latents, float("nan")))]
+    assert trainer.advance(good)["skipped"] == twin.advance(good)["skipped"] == 0
+    for skipped in (1, 2):
+        row = trainer.advance(bad)
+        assert (row["step"], row["skipped"]) == (1 + skipped, skipped)
+        assert math.isnan(row["loss"])
+    twin.step = trainer.step  # the schedule goes on; nothing else did
+    assert trainer.advance(good) == twin.advance(good) | {"skipped": 2}
+    for ours, theirs in ((trainer, twin), (twin, trainer)):
+        for name, p in ours.bundle.model.named_parameters():
+            assert torch.equal(p, dict(theirs.bundle.model.named_parameters())[name]), name
+    trainer.advance(bad)
+    trainer.advance(bad)
+    with pytest.raises(TrainingFailed, match=r"at step 7: the loss is nan .*, for 3 steps in a row\. .*no checkpoint"):
+        trainer.advance(bad)
+
+
+def test_the_count_of_skipped_steps_outlives_a_stop(
+    tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 3 to 5 see no finite number; the run is stopped between them."""
+    make = Trainer.prepare
+
+    def poisoned(self: Trainer, batch: Batch) -> list[Inputs]:
+        parts, (_, *first) = make(self, batch), batch.samples[0]
+        bad = tuple(first) in [locate(42, 4 * step, 2**40) for step in (2, 3, 4)]
+        return [replace(part, t=part.t * float("nan")) if bad else part for part in parts]
+
+    monkeypatch.setattr(Trainer, "prepare", poisoned)
+    cfg = tiny_config(max_bad_steps=4)
+    whole = start(cfg, tmp_path / "whole")
+    assert_same(whole, stop_and_resume(cfg, tmp_path / "stopped", 4))
+    rows = metrics(tmp_path / "whole")
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 2, 3, 3, 3, 3]
+    assert [row["loss"] is None for row in rows] == [False] * 2 + [True] * 3 + [False] * 3
+    assert rows == metrics(tmp_path / "stopped")
+    with pytest.raises(TrainingFailed, match=r"at step 5: .*for 3 steps in a row"):
+        stop_and_resume(replace(cfg, max_bad_steps=3), tmp_path / "failed", 4)
 
 
 def test_a_failed_write_leaves_the_checkpoint_before(
     tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, cfg = tmp_path / "run", tiny_config(checkpoint_every=3)
-    save_file = checkpoint_module.save_file
+    save_file = storage.save_file
 
-    def full(values: dict[str, Tensor], path: Path) -> None:
+    def full(values: dict[str, Tensor], path: Path, header: dict[str, str] | None) -> None:
         if "step-0000006" in str(path) and path.name == OPTIMIZER:
             raise OSError(28, "No space left on device")
-        save_file(values, path)
+        save_file(values, path, header)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module, "save_file", full)
-        with pytest.raises(ValueError, match=r"cannot write .*step-0000006: No space left on device"):
+        patch.setattr(storage, "save_file", full)
+        with pytest.raises(ValueError, match=r"cannot write .*step-0000006.*: No space left on device"):
             start(cfg, run)
     assert os.listdir(run / "checkpoints") == ["step-0000003"]
     assert_same(resume(run), start(cfg, tmp_path / "whole"))
@@ -315,7 +350,7 @@ def test_a_folder_with_a_run_is_not_begun_again(tiny_config: Make, tiny_run: Pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": "nowhere"}, "'nowhere' does not exist"),
+        ({"data": {"paths": ("nowhere",)}}, "nowhere' does not exist"),
         ({"device": "gpu"}, "unknown device 'gpu'"),
         ({"model": {"arm": "detph"}}, "unknown arm 'detph'; did you mean 'depth'"),
         ({"model": {"channels": 4}}, "latents have 3 channels, but model.channels is 4"),
@@ -351,7 +386,7 @@ def test_an_unwritable_place_is_said_before_the_language_model_is_trained(
 
 
 def batch_of(cfg: TrainConfig, count: int) -> Batch:
-    return load_batch(open_source(cfg.data, size=32, seed=0), 0, 0, count, (3, 32, 32))
+    return Loader(open_data(cfg.data, image_size=32, seed=0), batch=count, noise_shape=(3, 32, 32)).load(0)
 
 
 @pytest.mark.parametrize("arm", ["depth", "joint", "fusedit"])
@@ -359,7 +394,7 @@ def test_the_loss_of_a_fixed_batch_falls(tiny_config: Make, tmp_path: Path, arm:
     cfg = tiny_config(arm, optim=OptimConfig(lr=3e-3), steps=60)
     trainer = Trainer(cfg, tmp_path)
     batch = batch_of(cfg, 4)
-    losses = [trainer.advance(batch)["loss"] for _ in range(cfg.steps)]
+    losses = [trainer.advance(trainer.prepare(batch))["loss"] for _ in range(cfg.steps)]
     assert losses[0] == pytest.approx(float((trainer.bundle.codec.encode(batch.images) - batch.noise).square().mean()))
     assert losses[-1] < 0.5 * losses[0]
 
@@ -389,7 +424,7 @@ def test_the_average_follows_the_weights(tiny_config: Make, tmp_path: Path) -> N
     weight = dict(trainer.bundle.model.named_parameters())[name]
     expected = weight.detach().clone()
     for step in range(1, 9):
-        trainer.advance(batch_of(cfg, 2))
+        trainer.advance(trainer.prepare(batch_of(cfg, 2)))
         if step % 2 == 0:
             decay = min(0.3, (1 + step / 2) / (10 + step / 2))  # rises over the first updates
             expected = decay * expected + (1 - decay) * weight.detach()
@@ -406,7 +441,7 @@ def test_prompts_are_dropped_where_the_draw_is_below_the_share(
     encode = Bundle.encode
     monkeypatch.setattr(Bundle, "encode", lambda self, prompts: read.append(prompts) or encode(self, prompts))
     for share, dropped in ((0.1, 2), (0.0, 0), (1.0, 4)):
-        train_step(trainer.bundle, batch, replace(cfg, prompt_dropout=share))
+        prepare(trainer.bundle, batch, replace(cfg, prompt_dropout=share))
         assert read[-1] == ["a picture"] * dropped + batch.captions[dropped:]
     draws = [draw(42, sample, 0, (1,)).drop_uniform for sample in range(4000)]
     assert np.mean(np.array(draws) < 0.1) == pytest.approx(0.1, abs=4 * (0.09 / 4000) ** 0.5)
@@ -431,7 +466,7 @@ def test_real_photographs(tiny_config: Make, tmp_path: Path) -> None:
         (photos / name).write_bytes((Path(skimage.__file__).parent / "data" / name).read_bytes())
     rows = [json.dumps({"image": name, "text": text}) for name, text in texts.items()]
     (photos / "metadata.jsonl").write_text("\n".join(rows))
-    cfg = tiny_config("uniform", data=str(photos), steps=6, preview_every=6)
+    cfg = tiny_config("uniform", data=DataConfig(paths=(str(photos),)), steps=6, preview_every=6)
     whole = start(cfg, tmp_path / "whole")
     assert_same(whole, stop_and_resume(cfg, tmp_path / "stopped", 2))
     assert all(np.isfinite(row["loss"]) for row in metrics(tmp_path / "whole"))
@@ -465,8 +500,9 @@ def test_the_tiny_encoder_is_made_once_and_kept_with_the_run(
 
 
 def test_the_corpus_holds_stories_and_the_users_own_captions(tmp_path: Path) -> None:
-    stories = module.training_corpus(open_source("shapes", size=32, seed=0), 5)
+    stories = module.training_corpus(open_data(DataConfig(), image_size=32, seed=0), 5)
     assert len(set(stories)) == 5
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"image": "a.png", "text": "my own picture"}')
-    assert module.training_corpus(open_source(str(tmp_path), size=32, seed=0), 5) == [*stories, "my own picture"]
+    own = open_data(DataConfig(paths=(str(tmp_path),)), image_size=32, seed=0)
+    assert module.training_corpus(own, 5) == [*stories, "my own picture"]

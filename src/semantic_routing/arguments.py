@@ -23,7 +23,8 @@ def parse(cls: type[T], args: list[str], *, prog: str, default: T | None = None)
     named = [arg.split("=", 1)[0].replace("_", "-") for arg in args if arg.startswith("--")]
     for i, name in enumerate(named):
         if name not in [*known, "--help"]:
-            close = get_close_matches(name, known, n=1, cutoff=0.5)
+            parts = [option for option in known if option.startswith(f"{name}.")]
+            close = parts[:1] or get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]}?" if close else f"{prog} --help lists the options"
             raise ValueError(f"unknown option {name}; {hint}")
         if name in named[:i]:

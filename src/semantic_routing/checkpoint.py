@@ -1,27 +1,37 @@
 """Checkpoints: folders of safetensors and JSON that appear whole or not at all.
 
-A run's folder holds ``checkpoints/step-0001000/`` with the weights, their moving average, the optimisers' state
-and ``state.json``. A checkpoint is written under a temporary name, flushed to disk and renamed, so whatever bears
-a checkpoint's name is complete. Nothing is ever pickled.
+A run's folder holds ``checkpoints/step-0001000/`` with the weights, their moving average, the optimisers' state, the
+random generators' and ``state.json``; several processes write their parts of each file (``storage.py``). A checkpoint
+is copied to host memory in the step and written on a thread, under a temporary name, flushed to disk and renamed when
+all processes have done so: whatever bears a checkpoint's name was complete. Nothing is ever pickled.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
-MODEL, EMA, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
+from semantic_routing.storage import SUFFIX, SafetensorsReader, SafetensorsWriter, alone, flush, open_tensors
+
+MODEL, EMA, OPTIMIZER, RANDOM = (f"{name}{SUFFIX}" for name in ("model", "ema", "optimizer", "random"))
+STATE = "state.json"
 PARTIAL = ".partial-"
 
 
@@ -37,11 +47,8 @@ def written_whole(path: Path) -> Iterator[Path]:
         _remove(scratch)
         yield scratch
         for item in [*scratch.rglob("*"), scratch] if scratch.is_dir() else [scratch]:
-            _flush(item)
-        if path.is_dir():
-            _remove(path)
-        scratch.replace(path)
-        _flush(path.parent)
+            flush(item)
+        _put(scratch, path)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         raise ValueError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     finally:
@@ -63,6 +70,93 @@ def write_text(path: Path, text: str) -> None:
         scratch.write_text(text, encoding="utf-8")
 
 
+class Saver:
+    """Writes a run's checkpoints behind the training's back, one at a time."""
+
+    def __init__(self, run: Path, *, keep: int = 1, keep_every: int = 0, group: ProcessGroup | None = None) -> None:
+        """``group`` is gloo's and nobody else's: its processes meet on threads. None where one process is alone.
+
+        The latest ``keep`` checkpoints are kept, and for good those of every ``keep_every``-th step, if above 0.
+        """
+        self.run, self.keep, self.keep_every, self.group = run, keep, keep_every, group
+        self.rank = 0 if group is None else group.rank()
+        self._writing: Future[Any] | None = None
+        self._folder = run
+
+    @property
+    def failed(self) -> bool:
+        """Whether the writing begun last has come to nothing; ``wait`` raises why."""
+        writing = self._writing
+        return writing is not None and writing.done() and writing.exception() is not None
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        ema: dict[str, Tensor],
+        optimizers: list[Optimizer],
+        state: dict[str, Any],
+    ) -> Path:
+        """Copy the state of ``step`` finished steps and begin to write it; returns the folder it will be in.
+
+        Every process must call it. Waits first for the checkpoint before, and raises its ValueError.
+        """
+        self.wait()
+        folder = self._folder = self.run / "checkpoints" / f"step-{step:07d}"
+        scratch = _scratch(folder)
+
+        def begin() -> None:
+            _remove(scratch)
+            scratch.mkdir(parents=True)
+
+        def end(files: list[str]) -> None:
+            whole = json.dumps({"step": step} | state | {"files": files}, indent=2)
+            (scratch / STATE).write_text(whole + "\n", encoding="utf-8")
+            flush(scratch / STATE)
+            flush(scratch)
+            _put(scratch, folder)
+            prune(self.run, self.keep, self.keep_every, last=step)
+
+        tensors = {
+            "model": model.state_dict(),
+            "ema": ema,
+            "optimizer": optimizer_tensors(model, optimizers),
+            "random": random_state(self.rank),
+        }
+        if self.group is None:
+            alone()
+        writing = dcp.async_save(
+            tensors,
+            storage_writer=SafetensorsWriter(scratch, begin, end),
+            process_group=self.group,
+            no_dist=self.group is None,
+        )
+        assert isinstance(writing, Future)  # the other kind comes of stagers that copy on a thread
+        self._writing = writing
+        return folder
+
+    def wait(self) -> None:
+        """Return when nothing is being written; ValueError where that failed, here or on another process."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        try:
+            writing.result()
+        except CheckpointException as error:
+            if self.rank == 0:
+                _remove(_scratch(self._folder))  # it may be what filled the disk
+            for reason, _ in error.failures.values():
+                if isinstance(reason, OSError | ValueError):
+                    what = getattr(reason, "strerror", None) or reason
+                    raise ValueError(f"cannot write {self._folder}: {what}") from error
+            raise
+
+    def close(self) -> None:
+        """Let what is being written come to its end, whatever that is: something else ends the run already."""
+        if self._writing is not None:
+            wait([self._writing])
+
+
 def save_checkpoint(
     run: Path,
     step: int,
@@ -71,66 +165,81 @@ def save_checkpoint(
     optimizers: list[Optimizer],
     state: dict[str, Any],
 ) -> Path:
-    """Write the checkpoint of ``step`` finished steps into the run's folder; returns its folder."""
-    folder = run / "checkpoints" / f"step-{step:07d}"
-    with written_whole(folder) as scratch:
-        scratch.mkdir()
-        save_file({k: v.detach().contiguous() for k, v in model.state_dict().items()}, scratch / MODEL)
-        save_file(ema, scratch / EMA)
-        save_file(_optimizer_tensors(model, optimizers), scratch / OPTIMIZER)
-        (scratch / STATE).write_text(json.dumps({"step": step} | state, indent=2) + "\n", encoding="utf-8")
+    """Write the checkpoint of ``step`` finished steps of one process; returns its folder."""
+    saver = Saver(run, keep=sys.maxsize)
+    folder = saver.save(step, model, ema, optimizers, state)
+    saver.wait()
     return folder
 
 
-def load_training_state(folder: Path, model: nn.Module, optimizers: list[Optimizer]) -> tuple[int, dict[str, Tensor]]:
-    """Fill model and optimisers from a checkpoint; returns the finished steps and the moving average.
+def load_training_state(
+    folder: Path, model: nn.Module, optimizers: list[Optimizer], group: ProcessGroup | None = None
+) -> dict[str, Tensor]:
+    """Fill model, optimisers and, where this rank wrote them, random generators; returns the moving average.
 
     The average is in the order of the model's parameters. Raises ValueError for what is missing, damaged or of
     another model.
     """
-    step = read_state(folder)["step"]
-    load_weights(folder / MODEL, model)
-    parameters = dict(model.named_parameters())
-    owners = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
-    for key, tensor in read_tensors(folder / OPTIMIZER).items():
+    read_state(folder)
+    reader = SafetensorsReader(folder, [Path(name).stem for name in (MODEL, EMA, OPTIMIZER, RANDOM)])
+    parameters, rank = dict(model.named_parameters()), 0 if group is None else group.rank()
+    weights = model.state_dict()
+    _check_same(folder / MODEL, _below(reader.shapes, "model."), {k: v.shape for k, v in weights.items()})
+    _check_same(folder / EMA, _below(reader.shapes, "ema."), {k: p.shape for k, p in parameters.items()})
+    ema = {name: torch.empty_like(p, requires_grad=False) for name, p in parameters.items()}
+    slots = {}
+    for key, shape in _below(reader.shapes, "optimizer.").items():
+        p = parameters.get(key.rpartition("/")[0])
+        if p is None or shape not in (torch.Size(), p.shape):
+            raise ValueError(f"{folder / OPTIMIZER} belongs to another model: {key} {tuple(shape)}")
+        slots[key] = torch.empty_like(p, requires_grad=False) if shape else torch.empty((), device=p.device)
+    generators = {name: x for name, x in random_state(rank).items() if f"random.{name}" in reader.shapes}
+    state = {"model": weights, "ema": ema, "optimizer": slots, "random": generators}
+    if group is None:
+        alone()
+    dcp.load(state, storage_reader=reader, process_group=group, no_dist=group is None)
+    owners = {id(p): o for o in optimizers for group_ in o.param_groups for p in group_["params"]}
+    for key, tensor in slots.items():
         name, _, slot = key.rpartition("/")
-        if name not in parameters or tensor.shape not in ((), parameters[name].shape):
-            raise ValueError(f"{folder / OPTIMIZER} belongs to another model: {key} {tuple(tensor.shape)}")
-        p = parameters[name]
-        owners[id(p)].state[p][slot] = tensor.to(p.device)
-    average = read_matching(folder / EMA, parameters)
-    return step, {name: average[name].to(p.device) for name, p in parameters.items()}
+        owners[id(parameters[name])].state[parameters[name]][slot] = tensor
+    set_random_state(generators)
+    return ema
+
+
+def random_state(rank: int) -> dict[str, Tensor]:
+    """The state of this process's random generators. Nothing here draws from them, but what a user adds may."""
+    state = {f"{rank}.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state[f"{rank}.cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: Mapping[str, Tensor]) -> None:
+    """What ``random_state`` gave."""
+    for name, tensor in state.items():
+        (torch.cuda.set_rng_state if name.endswith(".cuda") else torch.set_rng_state)(tensor)
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Fill a model strictly from a safetensors file; ValueError lists what does not match.
+    """Fill a model strictly from a file such as ``ema.safetensors`` or its parts; ValueError lists what does not match.
 
     A model on the meta device takes the file's tensors as they are, so nothing is held twice.
     """
-    tensors = read_matching(path, model.state_dict())
+    tensors = read_tensors(path)
+    _check_same(path, {k: x.shape for k, x in tensors.items()}, {k: x.shape for k, x in model.state_dict().items()})
     model.load_state_dict(tensors, assign=any(p.is_meta for p in model.parameters()))
 
 
-def read_matching(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A file's tensors, if they have the names and shapes of a model's own; ValueError lists what does not match."""
-    tensors = read_tensors(path)
-    wrong = [f"{k}: {tuple(tensors[k].shape)} in the file, {tuple(own[k].shape)} in the model"
-             for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape]  # fmt: skip
-    wrong += [f"{k}: not in the file" for k in own.keys() - tensors.keys()]
-    wrong += [f"{k}: not in the model" for k in tensors.keys() - own.keys()]
-    if wrong:
-        raise ValueError(f"{path} belongs to another model: {'; '.join(sorted(wrong)[:4])} ({len(wrong)} in all)")
-    return tensors
+def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a file such as ``model.safetensors`` or of its parts, or those whose names begin with ``prefix``.
 
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; ValueError if it is missing or damaged."""
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no {path}") from error
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+    ValueError if it is missing or damaged.
+    """
+    if path.is_file() and not prefix:
+        with open_tensors(path):
+            return load_file(path)
+    found = SafetensorsReader(path.parent, [path.stem]).tensors(f"{path.stem}.{prefix}")
+    return _below(found, f"{path.stem}.")
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -144,44 +253,99 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def check_whole(folder: Path) -> None:
+    """ValueError where a checkpoint lacks a file or has one that is damaged; reads no more than the files' headers."""
+    listed = read_state(folder).get("files", [])
+    for path in sorted({*(folder / name for name in listed), *folder.glob(f"*{SUFFIX}")}):
+        with open_tensors(path):
+            pass
+
+
 def checkpoints(run: Path) -> list[Path]:
-    """The whole checkpoints in a run's folder, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"))
+    """The checkpoints in a run's folder, oldest first; what was never finished has another name."""
+    return sorted((run / "checkpoints").glob("step-*"), key=_step)
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that ``path`` means: itself, or the latest of a run's folder. ValueError if there is none."""
+    """The checkpoint that ``path`` means: itself, or the latest whole one of a run's folder.
+
+    Damaged ones are passed over, and a line on stderr says so. ValueError if there is none.
+    """
     if (path / STATE).is_file():
         return path
-    found = checkpoints(path)
-    if not found:
-        hint = "it does not exist" if not path.exists() else "it holds no checkpoints/step-* folder"
-        raise ValueError(f"no checkpoint at {path}: {hint}; give a run's folder or one of its checkpoints")
-    return found[-1]
+    found, first = checkpoints(path), None
+    for folder in reversed(found):
+        try:
+            check_whole(folder)
+        except ValueError as error:
+            first = first or error
+            continue
+        if first is not None:
+            sys.stderr.write(f"semroute: {first}; going on from {folder}\n")
+        return folder
+    if first is not None:
+        raise ValueError(f"no whole checkpoint at {path}: {first}")
+    hint = "it does not exist" if not path.exists() else "it holds no checkpoints/step-* folder"
+    raise ValueError(f"no checkpoint at {path}: {hint}; give a run's folder or one of its checkpoints")
 
 
-def prune(run: Path, keep: int) -> None:
-    """Delete all but the latest ``keep`` checkpoints of a run, and what killed processes left half-written."""
-    for folder in [*checkpoints(run)[:-keep], *(run / "checkpoints").glob(f".step-*{PARTIAL}*")]:
+def prune(run: Path, keep: int, keep_every: int = 0, *, last: int | None = None) -> None:
+    """Delete all but the latest ``keep`` checkpoints of a run, and what killed processes left half-written.
+
+    Those of every ``keep_every``-th step stay, if it is above 0, and those after step ``last``: where a damaged one was
+    passed over, the run comes by there again and replaces it.
+    """
+    found = [folder for folder in checkpoints(run) if last is None or _step(folder) <= last]
+    old = [folder for folder in found[:-keep] if not keep_every or _step(folder) % keep_every]
+    for folder in [*old, *(run / "checkpoints").glob(f".step-*{PARTIAL}*")]:
         _remove(folder)
 
 
-def _optimizer_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
+def optimizer_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
     """Every optimiser's state under ``parameter/slot``."""
     states = {id(p): state for o in optimizers for p, state in o.state.items()}
     return {
-        f"{name}/{slot}": torch.as_tensor(value).detach().contiguous()
+        f"{name}/{slot}": torch.as_tensor(value).detach()
         for name, p in model.named_parameters()
         for slot, value in states.get(id(p), {}).items()
     }
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _check_same(path: Path, found: Mapping[str, torch.Size], own: Mapping[str, torch.Size]) -> None:
+    """ValueError lists what of a file's names and shapes are not a model's own."""
+    wrong = [f"{k}: {tuple(found[k])} in the file, {tuple(own[k])} in the model"
+             for k in own.keys() & found.keys() if own[k] != found[k]]  # fmt: skip
+    wrong += [f"{k}: not in the file" for k in own.keys() - found.keys()]
+    wrong += [f"{k}: not in the model" for k in found.keys() - own.keys()]
+    if wrong:
+        raise ValueError(f"{path} belongs to another model: {'; '.join(sorted(wrong)[:4])} ({len(wrong)} in all)")
+
+
+def _below(entries: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The entries whose names begin with ``prefix``, without it."""
+    return {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)}
+
+
+def _step(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    digits = re.search(r"\d+", folder.name)
+    return int(digits[0]) if digits else 0
+
+
+def _scratch(folder: Path) -> Path:
+    """Where a checkpoint is while it is being written: one name for all processes."""
+    return folder.with_name(f".{folder.name}{PARTIAL}0")
+
+
+def _put(scratch: Path, path: Path) -> None:
+    """Rename; a folder that is in the way goes only when the new one stands in its place."""
+    old = path.with_name(f".{path.name}{PARTIAL}old")
+    if path.is_dir():
+        _remove(old)
+        path.rename(old)
+    scratch.replace(path)
+    flush(path.parent)
+    _remove(old)
 
 
 def _remove(path: Path) -> None:

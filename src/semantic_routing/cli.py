@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from semantic_routing import __version__
 from semantic_routing.config import nearest, read_config
@@ -26,7 +26,7 @@ def train(args: list[str]) -> None:
     semroute train --resume DIR                                             go on with one
 
     Any setting of the recipe can be given, such as --batch 32, --optim.lr 3e-4 or --model.depth 8;
-    --data takes a folder of your own pictures with a manifest. --config starts from a run's config.json.
+    --data.paths takes your own pictures: shards, tables, manifests, folders. --config starts from a run's config.json.
     """
     recipe, options = (args[0], args[1:]) if args and not args[0].startswith("-") else ("", args)
     parser = argparse.ArgumentParser(prog="semroute train", add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -75,18 +75,16 @@ def sample(args: list[str]) -> None:
 
 def evaluate(args: list[str]) -> None:
     """Score a model: semroute evaluate shapes --model runs/x --out evaluations/x"""
-    from semantic_routing.arguments import parse
     from semantic_routing.evaluate.commands import BENCHMARKS
 
-    if not args:
-        raise ValueError(f"semroute evaluate needs a benchmark first; known: {', '.join(BENCHMARKS)}")
-    if args[0] in ("-h", "--help"):
-        sys.stdout.write(f"{_help(evaluate)}\n\nbenchmarks: {', '.join(BENCHMARKS)}\n")
-        return
-    if args[0] not in BENCHMARKS:
-        raise ValueError(f"unknown benchmark {args[0]!r}; {nearest(args[0], list(BENCHMARKS))}")
-    arguments, benchmark = BENCHMARKS[args[0]]
-    sys.stdout.write(benchmark(parse(arguments, args[1:], prog=f"semroute evaluate {args[0]}")) + "\n")
+    _run_one_of(BENCHMARKS, args, evaluate, "benchmark")
+
+
+def data(args: list[str]) -> None:
+    """Index, count and look at training data: semroute data index data/shards"""
+    from semantic_routing.data.commands import SUBCOMMANDS
+
+    _run_one_of(SUBCOMMANDS, args or ["--help"], data, "subcommand")
 
 
 def analyze(args: list[str]) -> None:
@@ -152,6 +150,7 @@ COMMANDS: dict[str, Command] = {
     "quickstart": quickstart,
     "train": train,
     "sample": sample,
+    "data": data,
     "evaluate": evaluate,
     "analyze": analyze,
     "overhead": overhead,
@@ -181,6 +180,26 @@ def main(argv: list[str] | None = None) -> None:
         _fail(str(error), 128 + error.number)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+
+
+def _run_one_of(
+    known: Mapping[str, tuple[type, Callable[[Any], str]]], args: list[str], command: Command, what: str
+) -> None:
+    """Run a command's benchmark or the like by its name, with its own arguments, and print its answer."""
+    name = f"semroute {command.__name__}"
+    if not args:
+        raise ValueError(f"{name} needs a {what} first; known: {', '.join(known)}")
+    if args[0] in ("-h", "--help"):
+        sys.stdout.write(f"{_help(command)}\n\n{what}s: {', '.join(known)}\n")
+        return
+    if args[0] not in known:
+        raise ValueError(f"unknown {what} {args[0]!r}; {nearest(args[0], list(known))}")
+    from semantic_routing.arguments import parse
+
+    arguments, run = known[args[0]]
+    answer = run(parse(arguments, args[1:], prog=f"{name} {args[0]}"))
+    if answer:  # of several processes the first alone has one
+        sys.stdout.write(f"{answer}\n")
 
 
 def _usage() -> str:

@@ -75,6 +75,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         if len(kinds) != len(value):
             raise ValueError(f"{where} is {value!r}; it must have {len(kinds)} entries")
         return tuple(_convert(item_kind, item, where) for item_kind, item in zip(kinds, value, strict=True))
+    elif origin is dict and isinstance(value, dict):
+        return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
     elif kind is type(None) and value is None:
         return None
     elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):

@@ -14,3 +14,10 @@ class Interrupted(RuntimeError):
         super().__init__(message)
         self.number = number
         """The signal's number."""
+
+
+def exit_code(error: BaseException) -> int:
+    """What a command ends with: 2 for what the user can mend, 128 + n after signal n, 1 for all else."""
+    if isinstance(error, Interrupted):
+        return 128 + error.number
+    return 2 if isinstance(error, ValueError) else 1

@@ -24,7 +24,7 @@ def manifest(**facts: Any) -> dict[str, Any]:
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "versions": {"semantic-routing": __version__, "python": platform.python_version()} | _versions(),
+        "versions": versions(),
         "hardware": hardware(),
     } | facts
 
@@ -41,8 +41,9 @@ def hardware() -> dict[str, Any]:
     return facts
 
 
-def _versions() -> dict[str, str]:
-    found = {}
+def versions() -> dict[str, str]:
+    """Versions of this program, of Python and of the libraries that decide numbers."""
+    found = {"semantic-routing": __version__, "python": platform.python_version()}
     for name in LIBRARIES:
         try:
             found[name] = importlib.metadata.version(name)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Muon, Optimizer
 
 
@@ -68,7 +72,7 @@ def make_optimizers(model: nn.Module, cfg: OptimConfig, blocks: str = "blocks.")
     optimizers: list[Optimizer] = [AdamW(groups, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True)]
     if matrices:
         optimizers.append(
-            Muon(
+            (ShardedMuon if isinstance(matrices[0], DTensor) else Muon)(
                 matrices,
                 lr=cfg.muon_lr,
                 momentum=cfg.momentum,
@@ -80,6 +84,53 @@ def make_optimizers(model: nn.Module, cfg: OptimConfig, blocks: str = "blocks.")
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
     return optimizers
+
+
+class ShardedMuon(Muon):
+    """Muon for sharded weights: momentum and decay stay with the shards, and every matrix is orthogonalised whole.
+
+    The processes take the matrices in turns, each one of as many as there are processes, and send what came of it.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Move all weights; every process must call it. There is no use for a ``closure``."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            steps = _orthogonal_steps([self._momentum(p, group["momentum"]) for p in params])
+            for p, step in zip(params, steps, strict=True):
+                p.to_local().mul_(1 - group["lr"] * group["weight_decay"]).sub_(step, alpha=group["lr"])
+
+    def _momentum(self, p: DTensor, momentum: float) -> DTensor:
+        """Nesterov's: the gradient moved towards its decaying average."""
+        assert isinstance(p.grad, DTensor)
+        state, grad = self.state[p], p.grad
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(grad)
+        state["momentum_buffer"].to_local().lerp_(grad.to_local(), 1 - momentum)
+        ahead = grad.to_local().lerp(state["momentum_buffer"].to_local(), momentum)
+        return DTensor.from_local(ahead, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+
+
+def _orthogonal_steps(updates: list[DTensor]) -> Iterator[Tensor]:
+    """This process's part of what Muon subtracts at a rate of 1, for each matrix."""
+    rank, count = dist.get_rank(), dist.get_world_size()
+    for first in range(0, len(updates), count):
+        turn = updates[first : first + count]
+        wholes = (update.full_tensor() for update in turn)  # one at a time: all processes gather, one keeps
+        mine = [_orthogonal_step(whole) for owner, whole in enumerate(wholes) if owner == rank]
+        for owner, update in enumerate(turn):
+            step = mine[0] if owner == rank else torch.empty(update.shape, device=update.device, dtype=update.dtype)
+            dist.broadcast(step, owner)
+            yield distribute_tensor(step, update.device_mesh, update.placements, src_data_rank=None).to_local()
+
+
+def _orthogonal_step(update: Tensor) -> Tensor:
+    """What torch's own Muon subtracts at a rate of 1, without momentum and decay."""
+    still = nn.Parameter(torch.zeros_like(update))
+    still.grad = update
+    Muon([still], lr=1.0, momentum=0.0, nesterov=False, weight_decay=0.0, adjust_lr_fn="original").step()
+    return -still.detach()
 
 
 def set_rates(optimizers: list[Optimizer], cfg: OptimConfig, step: int, steps: int) -> float:

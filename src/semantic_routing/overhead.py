@@ -1,39 +1,41 @@
 """What an arm costs: parameters, matrix products, latency and memory (the paper's Table 4).
 
-Products are counted, not estimated: the real networks run on the meta device, which knows shapes and holds no
-numbers. The paper counts products with weight matrices only, and its reference prepares the text again at
-every step from prompts padded to 512 tokens; this program prepares it once wherever routing does not depend on
-time, and does not pad.
+Products are counted on the meta device (``flops.py``). The paper counts products with weight matrices only, and its
+reference prepares the text again at every step from prompts padded to 512 tokens; this program prepares it once
+wherever routing does not depend on time, and does not pad.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from semantic_routing.checkpoint import write_text
 from semantic_routing.device import has_bfloat16, pick_device
-from semantic_routing.dit import Backbone, DiTConfig, TextContext
-from semantic_routing.features import TextFeatures
+from semantic_routing.dit import DiTConfig
+from semantic_routing.flops import (
+    META,
+    Products,
+    blank_features,
+    count_image,
+    count_language_model,
+    count_text,
+    qwen3_vl,
+)
 from semantic_routing.fusedit import make_model
 from semantic_routing.fusion import ALIASES, ARMS, parse_arm
 from semantic_routing.generate import autocast
 from semantic_routing.recipes import toy
 from semantic_routing.sampler import euler, guided, schedule
 
-META = torch.device("meta")
 GUIDED = 2
 """Every step sees the picture twice: with the prompt and with the null prompt."""
-WEIGHT_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm)
-"""Products with a weight matrix; all others (attention's, the mixing of layers) are batched."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,26 +96,6 @@ class Overhead:
     """Most bytes that were in use on the CUDA device meanwhile; None where not measured."""
 
 
-@dataclass(frozen=True)
-class Products:
-    """Floating-point operations of matrix products."""
-
-    weights: int
-    """Products with a weight matrix."""
-    batched: int
-    """All others."""
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.batched
-
-    def __add__(self, other: Products) -> Products:
-        return Products(self.weights + other.weights, self.batched + other.batched)
-
-    def __mul__(self, times: int) -> Products:
-        return Products(self.weights * times, self.batched * times)
-
-
 def measure(
     arm: str, *, text_tokens: int = 32, scale: Scale | None = None, device: torch.device | None = None
 ) -> Overhead:
@@ -127,9 +109,10 @@ def measure(
     cfg = replace(scale.model, arm=parse_arm(arm))
     with META:
         model = make_model(cfg)
-    padded, _ = _count_text(model, scale.padded_tokens)
-    text, context = _count_text(model, text_tokens)
-    image = _count_image(model, scale, context)  # its products with weights do not depend on the text's length
+    padded, _ = count_text(model, GUIDED, scale.padded_tokens)
+    text, context = count_text(model, GUIDED, text_tokens)
+    # An image's products with weights do not depend on the text's length.
+    image = count_image(model, GUIDED, scale.latent_size, scale.latent_size, context)
     reference = _count_encoder(scale, scale.padded_tokens) + (padded + image) * scale.steps
     prepared = scale.steps if model.depends_on_time else 1
     ours = _count_encoder(scale, text_tokens) + text * prepared + image * scale.steps
@@ -203,65 +186,25 @@ def table(rows: Sequence[Overhead]) -> str:
     return "\n".join(lines)
 
 
-def _count_text(model: Backbone, tokens: int) -> tuple[Products, TextContext]:
-    """Preparing both prompts once, by a model on the meta device."""
-    features = _features(model.cfg, GUIDED, tokens, META)
-    return _count(lambda: model.prepare_text(features, torch.empty(GUIDED, device=META)))
-
-
-def _count_image(model: Backbone, scale: Scale, context: TextContext) -> Products:
-    """Both velocities of one step, by a model on the meta device."""
-    x, t = _noise(model.cfg, scale, GUIDED, META), torch.empty(GUIDED, device=META)
-    return _count(lambda: model(x, t, context))[0]
-
-
 def _count_encoder(scale: Scale, tokens: int) -> Products:
     """One pass of the text encoder over prompt and null prompt; its layers are alike, so one is counted."""
-    from transformers import Qwen3VLTextConfig, Qwen3VLTextModel
-
-    config = Qwen3VLTextConfig(
-        vocab_size=1,  # looking a token up is no product
-        hidden_size=scale.model.text_width,
-        intermediate_size=scale.encoder_mlp_width,
-        num_hidden_layers=1,
-        num_attention_heads=scale.encoder_heads,
-        num_key_value_heads=scale.encoder_kv_heads,
+    layer = qwen3_vl(
+        width=scale.model.text_width,
+        layers=1,
+        heads=scale.encoder_heads,
+        kv_heads=scale.encoder_kv_heads,
         head_dim=scale.encoder_head_dim,
-        max_position_embeddings=tokens,
+        mlp_width=scale.encoder_mlp_width,
     )
-    with META:
-        model = Qwen3VLTextModel(config)
-        ids = torch.zeros(GUIDED, tokens, dtype=torch.long)
-    layer, _ = _count(lambda: model(input_ids=ids))
-    return layer * scale.model.text_layers
-
-
-def _count(run: Callable[[], Any]) -> tuple[Products, Any]:
-    """The products of a computation, and its result."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        result = run()
-    counts = counter.get_flop_counts().get("Global", {})  # absent where nothing was multiplied
-    weights = sum(count for op, count in counts.items() if op in WEIGHT_PRODUCTS)
-    return Products(weights, counter.get_total_flops() - weights), result
-
-
-def _features(cfg: DiTConfig, batch: int, tokens: int, device: torch.device) -> TextFeatures:
-    """Features of prompts without padding."""
-    with device:
-        hidden = torch.randn(cfg.text_layers, batch, tokens, cfg.text_width)
-        keys = torch.randn(cfg.text_layers, batch, cfg.kv_heads, tokens, cfg.head_dim)
-        return TextFeatures(hidden, torch.ones(batch, tokens, dtype=torch.bool), keys, keys)
-
-
-def _noise(cfg: DiTConfig, scale: Scale, batch: int, device: torch.device) -> Tensor:
-    return torch.randn(batch, cfg.channels, scale.latent_size, scale.latent_size, device=device)
+    return count_language_model(layer, GUIDED, tokens) * scale.model.text_layers
 
 
 def _time(cfg: DiTConfig, scale: Scale, tokens: int, device: torch.device) -> tuple[float, int | None]:
     """Seconds and, on CUDA, peak bytes of sampling one latent as ``semroute sample`` does, with random weights."""
     with device:
         model = make_model(cfg).eval().requires_grad_(False)
-    prompt, x = _features(cfg, 1, tokens, device), _noise(cfg, scale, 1, device)
+    prompt = blank_features(cfg, 1, tokens, device)
+    x = torch.randn(1, cfg.channels, scale.latent_size, scale.latent_size, device=device)
 
     def sample(steps: int) -> None:
         euler(guided(model, prompt, prompt, scale=6.0), x, schedule(steps))

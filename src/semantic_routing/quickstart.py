@@ -13,10 +13,10 @@ from tempfile import TemporaryDirectory
 
 from semantic_routing.checkpoint import check_writable, checkpoints, find_checkpoint, write_text
 from semantic_routing.config import from_dict
-from semantic_routing.data.order import load_batch
-from semantic_routing.data.sources import open_source
+from semantic_routing.data.loader import Loader
+from semantic_routing.data.sources import open_data
 from semantic_routing.device import keep_freed_memory, pick_device
-from semantic_routing.evaluate.scores import evaluate_shapes
+from semantic_routing.evaluate.shapes_benchmark import evaluate_shapes
 from semantic_routing.fusion import parse_arm
 from semantic_routing.generate import load_bundle, read_run_config
 from semantic_routing.recipes import TOY_SAMPLING, toy
@@ -78,15 +78,16 @@ def affordable_steps(cfg: TrainConfig) -> int:
     A short trial measures a step. The number is then fixed and stands in the run's configuration, so the run
     itself is as reproducible as any other.
     """
-    source = open_source(cfg.data, size=cfg.image_size, seed=cfg.seed)
-    text = replace(cfg.text, name_or_path=str(tiny_lm(training_corpus(source))))
+    data = open_data(cfg.data, image_size=cfg.image_size, seed=cfg.seed)
+    text = replace(cfg.text, name_or_path=str(tiny_lm(training_corpus(data))))
     keep_freed_memory()
     with TemporaryDirectory() as scratch:
         trainer = Trainer(cfg, Path(scratch), text=text)
         latent = trainer.bundle.codec.latent_shape(cfg.image_size)
+        loader = Loader(data, batch=cfg.batch, noise_shape=latent)
         marks = []
         for step in range(TRIAL_STEPS):
-            trainer.advance(load_batch(source, cfg.seed, step, cfg.batch, latent))
+            trainer.advance(trainer.prepare(loader.load(step)))
             marks.append(time.perf_counter())
     seconds = (marks[-1] - marks[WARM_UP]) / (TRIAL_STEPS - 1 - WARM_UP)
     steps = min(cfg.steps, max(100, int(TRAIN_SECONDS / seconds) // 100 * 100))

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from semantic_routing.codec import CodecConfig
+from semantic_routing.data.sources import DataConfig
 from semantic_routing.dit import DiTConfig
+from semantic_routing.flow import TimeConfig
 from semantic_routing.generate import TINY, SampleConfig
 from semantic_routing.optim import OptimConfig
+from semantic_routing.parallel import ParallelConfig
 from semantic_routing.text_encoder import TextEncoderConfig
-from semantic_routing.train import TrainConfig
+from semantic_routing.train_config import TrainConfig
 
 TOY_SAMPLING = SampleConfig(sampler="ancestral", steps=100, guidance=3.0, shift=4.0, batch=110)
 """How toy models are sampled: most steps close to the noise, where the scene is decided."""
@@ -19,7 +22,6 @@ TOY_SAMPLING = SampleConfig(sampler="ancestral", steps=100, guidance=3.0, shift=
 def toy(arm: str) -> TrainConfig:
     """Minutes on two CPU cores: 32x32 pictures of shapes in pixels, a tiny language model made on the spot."""
     return TrainConfig(
-        data="shapes",
         image_size=32,
         model=DiTConfig(
             arm=arm,
@@ -53,8 +55,7 @@ def toy(arm: str) -> TrainConfig:
         steps=3000,
         batch=128,
         # Large flat areas betray themselves early, so what a scene holds is decided close to the noise.
-        time_mean=-1.7,
-        time_std=1.15,
+        time=TimeConfig(mean=-1.7, std=1.15),
         ema_decay=0.997,
         ema_every=1,
         compile=True,
@@ -67,14 +68,16 @@ def toy(arm: str) -> TrainConfig:
 def paper(arm: str) -> TrainConfig:
     """Section 4.1: 2.24 billion parameters, Qwen3-VL-4B-Instruct, the SD3 autoencoder, 256x256, batch 512."""
     return TrainConfig(
-        data="shards",
+        data=DataConfig(paths=("shards",), workers=8),
         image_size=256,
         model=DiTConfig(arm=arm),
         text=TextEncoderConfig(name_or_path="Qwen/Qwen3-VL-4B-Instruct", dtype="bfloat16"),
         codec=CodecConfig(kind="vae", name_or_path="stabilityai/stable-diffusion-3-medium-diffusers", subfolder="vae"),
         optim=OptimConfig(),
+        parallel=ParallelConfig(activation_checkpointing="selective"),
         steps=500_000,
         batch=512,
+        keep_every=50_000,
         preview_every=5000,
         preview=SampleConfig(batch=16),
     )

@@ -183,7 +183,8 @@ def _header(r: Results, title: str) -> str:
     if "single_object" in accuracy:
         tiles["single object"] = _percent(accuracy["single_object"])
     tiles |= {"training": duration(r.timings["train"]), "in all": duration(r.total_seconds)}
-    data = "the endless toy world of shapes" if r.config["data"] == "shapes" else f"the pictures of {r.config['data']}"
+    paths = r.config["data"]["paths"]
+    data = "the endless toy world of shapes" if paths == ["shapes"] else f"the pictures of {', '.join(paths)}"
     name = r.config["text"]["name_or_path"]
     encoder = "a tiny language model, made for this run," if name == "tiny" else name
     return (

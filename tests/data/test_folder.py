@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import struct
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
 
-from semantic_routing.data.folder import MANIFESTS, ImageFolder
+from semantic_routing.data.folder import MANIFESTS, FolderRecords, ImageFolder, ManifestRecords
 from semantic_routing.data.images import centre_square, load_square
+from semantic_routing.data.index import open_records
 from semantic_routing.data.order import load_batch, sample_rng
+from semantic_routing.data.records import DamagedRecord, RecordSource
 
 RNG = np.random.default_rng(0)
 RED, GREEN, BLUE, WHITE = (200, 30, 30), (30, 200, 30), (30, 30, 200), (255, 255, 255)
@@ -115,7 +119,7 @@ def test_bad_rows_are_named(folder: Path, row: Any, message: str, suffix: str):
     picture(folder.parent / "secret.png")
     manifest = write(folder / f"list.{suffix}", [*GOOD, row])
     with pytest.raises(ValueError, match=message) as caught:
-        ImageFolder(manifest, size=4)
+        ManifestRecords(manifest)
     assert str(caught.value).startswith(f"{manifest}, {'line' if suffix == 'jsonl' else 'row'} 3: ")
     assert "\n" not in str(caught.value)
 
@@ -124,7 +128,7 @@ def test_a_sibling_with_the_roots_name_as_its_beginning_is_outside(folder: Path)
     picture(folder.parent / f"{folder.name}2" / "a.png")
     manifest = write(folder / "list.jsonl", [{"image": f"../{folder.name}2/a.png", "text": "x"}])
     with pytest.raises(ValueError, match="lies outside"):
-        ImageFolder(manifest, size=4)
+        ManifestRecords(manifest)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +146,7 @@ def test_a_sibling_with_the_roots_name_as_its_beginning_is_outside(folder: Path)
 def test_bad_jsonl_is_named(folder: Path, content: bytes, message: str):
     (folder / "list.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=f"list.jsonl.*{message}"):
-        ImageFolder(folder / "list.jsonl", size=4)
+        ManifestRecords(folder / "list.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -157,22 +161,112 @@ def test_bad_jsonl_is_named(folder: Path, content: bytes, message: str):
 def test_bad_json_is_named(folder: Path, content: bytes, message: str):
     (folder / "list.json").write_bytes(content)
     with pytest.raises(ValueError, match=f"list.json.*{message}"):
-        ImageFolder(folder / "list.json", size=4)
+        ManifestRecords(folder / "list.json")
 
 
 def test_there_must_be_exactly_one_manifest(folder: Path):
     with pytest.raises(ValueError, match="holds no manifest; write one of metadata"):
-        ImageFolder(folder, size=4)
+        ManifestRecords(folder)
     write(folder / "metadata.jsonl", GOOD)
     write(folder / "captions.json", GOOD)
     with pytest.raises(ValueError, match=r"several manifests \(metadata.jsonl, captions.json\)"):
-        ImageFolder(folder, size=4)
+        ManifestRecords(folder)
     with pytest.raises(ValueError, match="does not exist"):
-        ImageFolder(folder / "nowhere", size=4)
+        ManifestRecords(folder / "nowhere")
     with pytest.raises(ValueError, match="not a folder"):
-        ImageFolder(folder / "metadata.jsonl", root=folder / "a.png", size=4)
+        ManifestRecords(folder / "metadata.jsonl", root=folder / "a.png")
     with pytest.raises(ValueError, match="size of at least 1"):
         ImageFolder(folder / "metadata.jsonl", size=0)
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_rows_are_records(folder: Path, name: str):
+    rows = [
+        *GOOD,
+        {"image": "a.png", "text": "again", "title": "t", "n": 3},
+        {"image": "deep/b.png", "text": ["x", "y"]},
+    ]
+    source = ManifestRecords(write(folder / name, rows))
+    assert isinstance(source, RecordSource)
+    assert (len(source), list(source.shards), source.shard_name(0)) == (4, [4], name)
+    for found in (source, pickle.loads(pickle.dumps(source)), open_records(str(folder))):
+        records = [found.read(i) for i in range(4)]
+        assert [r.key for r in records] == ["a.png", "deep/b.png", "a.png#2", "deep/b.png#2"]
+        assert [r.image for r in records] == [(folder / row["image"]).read_bytes() for row in rows]
+        assert records[1].captions == {"text": ("blue", "not red")}
+        assert records[2].captions == {"text": ("again",), "title": ("t",)}
+    assert source.dimensions() is None
+    with pytest.raises(IndexError):
+        source.read(4)
+
+
+def test_rows_of_jsonl_stay_in_the_file(folder: Path):
+    rows = [{"image": "a.png", "text": "é" * 500} for _ in range(2000)]
+    source = ManifestRecords(write(folder / "list.jsonl", rows))
+    assert len(pickle.dumps(source)) < 100_000
+    assert source.read(1999).captions == {"text": ("é" * 500,)}
+    (folder / "list.jsonl").write_text("")
+    with pytest.raises(DamagedRecord, match="bad captions.*not what it was"):
+        source.read(3)
+
+
+def test_pictures_with_captions_beside_them(folder: Path):
+    (folder / "a.txt").write_text("red\n")
+    (folder / "deep" / "b.json").write_text('{"caption": "blue", "tags": ["x", "y"]}')
+    picture(folder / "deep" / "c.JPG")
+    picture(folder / ".hidden" / "d.png")
+    (folder / "deep" / "other.md").write_text("not looked at")
+    source = open_records(str(folder))
+    assert isinstance(source, FolderRecords)
+    assert list(source.shards) == [3]
+    records = [pickle.loads(pickle.dumps(source)).read(i) for i in range(3)]
+    assert [r.key for r in records] == ["a.png", "deep/b.png", "deep/c.JPG"]
+    assert [r.captions for r in records] == [{"txt": ("red",)}, {"caption": ("blue",), "tags": ("x", "y")}, {}]
+    assert records[2].image == (folder / "deep" / "c.JPG").read_bytes()
+
+
+def test_damaged_files_of_a_folder(folder: Path):
+    for name, content in (("c.txt", b"caf\xe9"), ("d.json", b"{"), ("e.txt", b"gone soon")):
+        picture(folder / f"{name[0]}.png")
+        (folder / name).write_bytes(content)
+    (folder / "z.png").write_bytes(b"")
+    source = FolderRecords(folder)
+    (folder / "a.png").unlink()
+    (folder / "e.txt").unlink()
+    reasons = {}
+    for index in range(len(source)):
+        try:
+            source.read(index)
+        except DamagedRecord as error:
+            reasons[error.key] = error.reason
+    assert reasons == {
+        "a.png": "missing file",
+        "c.png": "bad captions",
+        "d.png": "bad captions",
+        "e.png": "bad captions",
+        "z.png": "zero bytes",
+    }
+
+
+def test_manifests_and_folders_at_urls(folder: Path):
+    storage = fsspec.filesystem("memory")
+    write(folder / "metadata.jsonl", GOOD)
+    for path in (*folder.rglob("*.png"), folder / "metadata.jsonl"):
+        storage.pipe(f"/folder-test/{path.relative_to(folder)}", path.read_bytes())
+    local = open_records(str(folder))
+    found = open_records("memory://folder-test")
+    assert [found.read(i) for i in range(2)] == [local.read(i) for i in range(2)]
+    row = {"image": "no.png", "text": "x"}  # asking the storage for each would take too long
+    storage.pipe("/folder-test/metadata.jsonl", json.dumps(row).encode())
+    with pytest.raises(DamagedRecord, match="missing file"):
+        open_records("memory://folder-test").read(0)
+    for name in ("../x.png", "/etc/x.png", "memory://other/x.png", "."):
+        storage.pipe("/folder-test/metadata.jsonl", json.dumps(row | {"image": name}).encode())
+        with pytest.raises(ValueError, match="lies outside"):
+            open_records("memory://folder-test")
+    storage.rm("/folder-test/metadata.jsonl")
+    assert [open_records("memory://folder-test").read(i).key for i in range(2)] == ["a.png", "deep/b.png"]
+    storage.rm("/folder-test", recursive=True)
 
 
 def gray_png16(path: Path, values: np.ndarray) -> Path:

@@ -15,12 +15,16 @@ from scipy import stats
 
 from semantic_routing.data.order import (
     Example,
+    Mixture,
+    ShardOrder,
+    another,
     draw,
     load_batch,
     locate,
     posterior_noise,
     prefetch,
     sample_rng,
+    stream_seed,
 )
 
 LATENT = (2, 4, 4)
@@ -234,3 +238,102 @@ def test_prefetch_ends_its_thread(how: str):
 def test_prefetch_needs_room():
     with pytest.raises(ValueError, match="ahead is 0"):
         next(prefetch(lambda step: step, ahead=0))
+
+
+SIZES = [[1], [5], [3, 0, 7, 1, 1, 2], [1] * 37, [13, 29, 31, 7] * 6, [0, 0, 2], [101]]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("window", [1, 2, 3, 16])
+def test_an_epoch_has_each_record_of_each_shard_once(sizes: list[int], window: int):
+    order = ShardOrder(7, sizes, window)
+    everything = [(shard, record) for shard, size in enumerate(sizes) for record in range(size)]
+    for epoch in range(3):
+        found = [order.locate(epoch * len(order) + place) for place in range(len(order))]
+        assert {found_epoch for found_epoch, _, _ in found} == {epoch}
+        assert sorted((shard, record) for _, shard, record in found) == everything
+    assert [order.place(index) for index in range(len(order))] == everything
+
+
+@pytest.mark.parametrize("window", [1, 2, 5])
+def test_only_a_window_of_shards_is_read_from(window: int):
+    sizes = [13, 29, 31, 7] * 6
+    order = ShardOrder(0, sizes, window)
+    for epoch in range(2):
+        shards = [order.locate(epoch * len(order) + place)[1] for place in range(len(order))]
+        begun = [shards.index(shard) for shard in range(len(sizes))]
+        ended = [len(shards) - shards[::-1].index(shard) for shard in range(len(sizes))]
+        opened = [sum(a <= place < b for a, b in zip(begun, ended, strict=True)) for place in range(len(order))]
+        assert max(opened) == window
+
+
+def test_records_of_a_window_are_well_mixed():
+    order = ShardOrder(0, [200] * 4, 4)
+    shards = np.array([order.locate(place)[1] for place in range(800)])
+    assert stats.chisquare(np.bincount(shards[:400], minlength=4)).pvalue > 1e-3
+    first = np.array([order.locate(place)[1:] for place in range(800)]) @ (200, 1)
+    assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 4 / np.sqrt(800)
+
+
+def test_shards_come_in_another_order_in_every_epoch_and_for_every_seed():
+    orders = set()
+    for seed in range(3):
+        order = ShardOrder(seed, [1] * 30, 1)
+        orders |= {tuple(order.locate(epoch * 30 + i)[1] for i in range(30)) for epoch in range(3)}
+    assert len(orders) == 9
+
+
+def test_places_are_found_in_any_order_of_asking():
+    order, again = (ShardOrder(3, [13, 29, 31, 7] * 6, 5) for _ in range(2))
+    forward = [order.locate(position) for position in range(3 * len(order))]
+    assert [again.locate(position) for position in reversed(range(3 * len(order)))] == forward[::-1]
+
+
+def test_the_order_of_shards_is_the_same_on_every_machine():
+    order = ShardOrder(42, [4, 2, 5, 3], 2)
+    assert [order.locate(place)[1:] for place in range(7)] == [(2, 1), (2, 4), (2, 0), (2, 2), (2, 3), (3, 2), (3, 0)]
+
+
+@pytest.mark.parametrize(("sizes", "window"), [([], 1), ([0, 0], 1), ([1, -1, 3], 1), ([1], 0)])
+def test_orders_of_nothing_are_errors(sizes: list[int], window: int):
+    with pytest.raises(ValueError, match="no records"):
+        ShardOrder(0, sizes, window)
+
+
+WEIGHTS = [(1.0,), (0.7, 0.2, 0.1), (3.0, 1.0, 1.0), (0.001, 0.999), (5.0, 7.0, 11.0, 13.0, 1.0), (1 / 3.2, 1.0)]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_mixtures_are_exact_to_within_one_at_every_position(weights: tuple[float, ...]):
+    mixture = Mixture(weights)
+    given = [0] * len(weights)
+    for position in range(min(2 * sum(mixture.weights) + 3, 4000)):
+        source, place = mixture.locate(position)
+        assert place == given[source]
+        given[source] += 1
+        for count, weight in zip(given, weights, strict=True):
+            assert abs(count - (position + 1) * weight / sum(weights)) < 1
+    assert mixture.locate(10**15)[1] < 10**15 * max(weights) / sum(weights) + 1
+
+
+@pytest.mark.parametrize("weights", [(), (1.0, 0.0), (1.0, -1.0), (float("nan"),), (float("inf"),)])
+def test_impossible_weights(weights: tuple[float, ...]):
+    with pytest.raises(ValueError, match="must be above 0"):
+        Mixture(weights)
+
+
+def test_weights_that_never_come_out_even_say_what_to_do():
+    with pytest.raises(ValueError, match="round them"):
+        Mixture((0.1234567, 0.7654321))
+
+
+def test_sources_have_seeds_of_their_own_and_the_first_the_runs():
+    seeds = [stream_seed(5, source) for source in range(100)] + [stream_seed(6, source) for source in range(100)]
+    assert (seeds[0], seeds[100]) == (5, 6)
+    assert len(set(seeds)) == 200
+    assert max(seeds) < 2**64
+
+
+def test_stand_ins_are_spread_evenly():
+    drawn = np.bincount([another(0, sample, 1, attempt, 10) for sample in range(100) for attempt in range(1, 21)])
+    assert stats.chisquare(drawn).pvalue > 1e-3

@@ -16,10 +16,9 @@ import torch
 import tyro
 from jaxtyping import Float
 from matplotlib.figure import Figure
-from safetensors import SafetensorError, safe_open
 
 from semantic_routing.analyze.figures import INK, label_axes, new_axes, save_figure
-from semantic_routing.checkpoint import EMA, find_checkpoint, read_state
+from semantic_routing.checkpoint import EMA, find_checkpoint, read_state, read_tensors
 from semantic_routing.config import from_dict
 from semantic_routing.dit import Backbone, DiT, DiTConfig
 from semantic_routing.fusedit import make_model
@@ -46,13 +45,7 @@ def open_router(path: Path) -> Backbone:
     if not isinstance(model, DiT):
         return model
     file = folder / EMA
-    try:
-        with safe_open(file, "pt") as tensors:
-            every = tensors.keys()
-            names = [name for name in every if name.startswith("router.")]
-            found = {name.removeprefix("router."): tensors.get_tensor(name) for name in names}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} is missing, damaged or not a safetensors file: {error}") from error
+    found = {name.removeprefix("router."): tensor for name, tensor in read_tensors(file, "router.").items()}
     wanted = {name: tensor.shape for name, tensor in model.router.state_dict().items()}
     if {name: tensor.shape for name, tensor in found.items()} != wanted:
         raise ValueError(f"{file} does not hold the router of its configuration, arm {model.cfg.arm!r}")

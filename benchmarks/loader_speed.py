@@ -1,0 +1,141 @@
+"""Time to feed a picture by worker processes, against decoding and resizing alone in as many processes.
+
+    python benchmarks/loader_speed.py [--workers 2] [--pictures 512] [--batch 64] [--rounds 5] [--json FILE]
+
+Writes tar shards of JPEGs, indexes them, and feeds squares of 256 pixels with their captions and noise from them. The
+floor is a pool of processes that decode the same bytes from memory and give nothing back. All rows of a round are
+measured one after the other and the median of the rounds' ratios is told, for both the time that passed and the
+processor time of all processes, which other programs on the machine disturb less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import resource
+import sys
+import tarfile
+import time
+from contextlib import closing
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from PIL import Image
+
+from semantic_routing.checkpoint import write_text
+from semantic_routing.data.images import decode
+from semantic_routing.data.loader import Loader
+from semantic_routing.data.sources import DataConfig, open_data
+from semantic_routing.manifest import manifest
+
+SIZE, LATENT = 256, (16, 32, 32)
+WARM = 3
+Seconds = tuple[float, float]
+"""That passed, and of processors in all processes; both for one picture."""
+
+
+def write_shards(folder: Path, pictures: int, shards: int = 4) -> list[bytes]:
+    """Photograph-like JPEGs of 512 x 384 pixels with captions; returns the pictures."""
+    rng = np.random.default_rng(0)
+    made = []
+    for shard in range(shards):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for i in range(shard, pictures, shards):
+                coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+                smooth = np.asarray(coarse.resize((512, 384), Image.Resampling.BICUBIC)).astype(np.int16)
+                pixels = (smooth + rng.integers(-12, 13, smooth.shape)).clip(0, 255).astype(np.uint8)
+                file = io.BytesIO()
+                Image.fromarray(pixels).save(file, "JPEG", quality=90)
+                made.append(file.getvalue())
+                for ending, content in ((".jpg", made[-1]), (".txt", b"a picture that was made for a measurement")):
+                    member = tarfile.TarInfo(f"{i:09d}{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return made
+
+
+def decode_all(pictures: list[bytes]) -> Seconds:
+    """Decode and resize; seconds of this process."""
+    began, used = time.perf_counter(), time.process_time()
+    for picture in pictures:
+        decode(picture, SIZE, SIZE)
+    return time.perf_counter() - began, time.process_time() - used
+
+
+def floor(pictures: list[bytes], workers: int) -> Seconds:
+    """Every process decodes as many pictures, all at once."""
+    parts = [pictures] * workers
+    with get_context("spawn").Pool(workers) as pool:
+        pool.map(decode_all, [pictures[:8]] * workers, chunksize=1)
+        taken = pool.map(decode_all, parts, chunksize=1)
+    count = len(pictures) * workers
+    return max(passed for passed, _ in taken) / count, sum(used for _, used in taken) / count
+
+
+def processor_time() -> float:
+    """Of this process and those of its children that have ended."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def fed(loader: Loader, batch: int, steps: int) -> Seconds:
+    """Take batches as fast as they come; starting the processes does not count as time, nor as processor time."""
+    used = processor_time()
+    with closing(loader.batches()) as batches:
+        for _ in range(WARM):
+            next(batches)
+    start = processor_time() - used
+    used = processor_time()
+    with closing(loader.batches()) as batches:
+        for _ in range(WARM):
+            next(batches)
+        began = time.perf_counter()
+        for _ in range(steps):
+            next(batches)
+        passed = time.perf_counter() - began
+    return passed / (steps * batch), (processor_time() - used - start) / (steps * batch)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("workers", 2), ("pictures", 512), ("batch", 64), ("rounds", 5)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    steps = max(args.workers * args.pictures // args.batch, 1)
+    with TemporaryDirectory() as scratch:
+        pictures = write_shards(Path(scratch), args.pictures)
+        data = open_data(DataConfig(paths=(scratch,)), image_size=SIZE, seed=0)
+        loader = Loader(data, batch=args.batch, noise_shape=LATENT, posterior=True, workers=args.workers, ahead=2)
+        taken: dict[str, list[Seconds]] = {"floor": [], "loader": []}
+        for _ in range(args.rounds):
+            taken["floor"].append(floor(pictures, args.workers))
+            taken["loader"].append(fed(loader, args.batch, steps))
+    results: dict[str, dict[str, float]] = {}
+    for name, rounds in taken.items():
+        ratios = list(zip(rounds, taken["floor"], strict=True))
+        results[name] = {
+            "ms_passed": 1e3 * median(passed for passed, _ in rounds),
+            "ms_processor": 1e3 * median(used for _, used in rounds),
+            "ratio_passed": median(own[0] / least[0] for own, least in ratios),
+            "ratio_processor": median(own[1] / least[1] for own, least in ratios),
+        }
+    kilobytes = sum(map(len, pictures)) / len(pictures) / 1e3
+    sys.stdout.write(f"{args.workers} workers, JPEGs of 512 x 384 pixels, {kilobytes:.0f} kB; for one picture:\n")
+    for name, row in results.items():
+        sys.stdout.write(
+            f"{name:8} {row['ms_passed']:6.2f} ms passed ({row['ratio_passed']:4.2f} of the floor), "
+            f"{row['ms_processor']:6.2f} ms of processors ({row['ratio_processor']:4.2f} of the floor)\n"
+        )
+    if args.json is not None:
+        facts = manifest(results=results, rounds=taken, kilobytes=kilobytes, settings=vars(args) | {"json": ""})
+        write_text(args.json, json.dumps(facts, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Tiny training runs through the command line, as ``kill_stress.py`` and ``train_throughput.py`` start them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from semantic_routing.data.sources import open_source
+from semantic_routing.tiny_lm import tiny_lm
+
+TINY = shlex.split(
+    "--batch 8 --no-compile --precision fp32 --log-every 1 --preview-every 0 --preview.steps 2 --preview.batch 4 "
+    "--model.depth 2 --model.width 32 --model.heads 2 --model.kv-heads 1 --model.head-dim 32 --model.mlp-width 48"
+)
+"""Settings of a toy run whose steps take milliseconds."""
+
+
+def tiny_encoder(scratch: Path) -> list[str]:
+    """The option that names a language model of two layers, made in a folder."""
+    captions = open_source("shapes", size=32, seed=0).captions(300)
+    return ["--text.name-or-path", str(tiny_lm(captions, layers=2, width=64, steps=5, cache_dir=scratch))]
+
+
+def launch(args: list[str], processes: int, log: Path) -> subprocess.Popen[bytes]:
+    """Begin ``semroute train`` with one thread for each process; what it says goes to a file."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(torchrun if processes > 1 else []), "-m", "semantic_routing", "train", *args]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with log.open("ab") as output:
+        return subprocess.Popen(command, stdout=output, stderr=output, env=env)
+
+
+def finish(job: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait for a run that should go well; RuntimeError with the end of its log where it does not."""
+    if job.wait():
+        raise RuntimeError(f"the run ended with {job.returncode}: ... {log.read_text(errors='replace')[-2000:]}")
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's metrics."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]

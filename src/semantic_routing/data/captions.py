@@ -1,0 +1,43 @@
+"""Which caption a sample gets: one of several keys, and one of several texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from semantic_routing.data.images import Unusable
+
+USUAL = ("txt", "text", "caption", "prompt")
+"""Where captions are looked for unless keys are given: the first of these that a record has."""
+
+
+class CaptionChoice:
+    """Picks one caption of a record by two random numbers."""
+
+    def __init__(self, keys: Sequence[str] = (), weights: Sequence[float] = (), *, prefer: str = "") -> None:
+        """With keys, one of those that a record has, by their weights; without, ``prefer``, then those of ``USUAL``."""
+        if weights and len(weights) != len(keys):
+            raise ValueError(f"{len(weights)} caption weights for {len(keys)} caption keys; give one for each key")
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"caption keys {tuple(keys)} name one twice; give each once")
+        if not all(0 < weight < float("inf") for weight in weights):
+            raise ValueError(f"caption weights {tuple(weights)} must be above 0; leave out what is not wanted")
+        self.usual = (prefer, *USUAL) if prefer else USUAL
+        self.weights = dict(zip(keys, weights or [1.0] * len(keys), strict=True))
+
+    def choose(self, captions: Mapping[str, tuple[str, ...]], key_uniform: float, text_uniform: float) -> str:
+        """One caption; the numbers in [0, 1) decide the key and which of its texts. Unusable where there is none."""
+        texts = captions.get(self._key(captions, key_uniform), ())
+        if not texts:
+            raise Unusable("no caption", f"found {', '.join(sorted(captions)) or 'none at all'}")
+        return texts[int(text_uniform * len(texts))].strip()
+
+    def _key(self, captions: Mapping[str, tuple[str, ...]], uniform: float) -> str:
+        if not self.weights:
+            return next((key for key in self.usual if captions.get(key)), "")
+        there = [key for key in self.weights if captions.get(key)]
+        left = uniform * sum(self.weights[key] for key in there)
+        for key in there:
+            left -= self.weights[key]
+            if left < 0:
+                return key
+        return there[-1] if there else ""

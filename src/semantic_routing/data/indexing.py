@@ -1,0 +1,134 @@
+"""Writing an index: every file of data is scanned once, in several processes, and what is done stays done."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, replace
+from hashlib import blake2b
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from semantic_routing.checkpoint import check_writable, write_text, written_whole
+from semantic_routing.config import from_dict
+from semantic_routing.data.files import Stored
+from semantic_routing.data.found import Found
+from semantic_routing.data.index import FORMAT, INDEX, Entry, discover, is_whole, scan, state
+from semantic_routing.manifest import manifest
+
+REPORT = "report.json"
+Job = tuple[str, Stored]
+"""Kind and file."""
+
+
+def build(paths: Sequence[str], out: Path, *, look_inside: bool = False, workers: int = 1) -> dict[str, Any]:
+    """Write the index of all that the paths mean, and ``report.json``; returns the report.
+
+    Args:
+        paths: See ``index.discover``.
+        out: The index's folder. Files that it knows and that have not changed are not scanned again.
+        look_inside: Find the pictures' dimensions too, at the price of one read each.
+        workers: Processes; 1 scans in this one.
+
+    Raises ValueError for paths without data.
+    """
+    if workers < 1:
+        raise ValueError(f"workers is {workers}; it must be at least 1")
+    check_writable(out)
+    found = [discover(path) for path in paths]
+    jobs = list(dict.fromkeys((kind, state(kind, path)) for kind, files in found for path in files))
+    entries: dict[Job, Entry] = {}
+    for job in jobs:
+        entry = _known(out, job, look_inside)
+        if entry is not None:
+            entries[job] = entry
+    with tqdm(total=len(jobs), initial=len(entries), desc="Indexing", unit="shard") as bar:
+        for job, scanned in _scans([job for job in jobs if job not in entries], look_inside, workers):
+            entries[job] = _write(out, job, scanned, look_inside)
+            bar.update()
+    ordered = [entries[job] for job in jobs]
+    listed = [asdict(replace(entry, examples=())) for entry in ordered]
+    write_text(out / INDEX, json.dumps({"format": FORMAT, "entries": listed}, indent=1) + "\n")
+    report = _report(ordered)
+    write_text(out / REPORT, json.dumps(report | {"manifest": manifest()}, indent=2) + "\n")
+    return report
+
+
+def _scans(jobs: Sequence[Job], look_inside: bool, workers: int) -> Iterator[tuple[Job, Found]]:
+    if workers == 1 or len(jobs) < 2:
+        for job in jobs:
+            yield job, scan(job[0], job[1].path, job[1].size, look_inside)
+        return
+    # Spawned: a fork would inherit the threads of torch.
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn"))
+    try:
+        running: dict[Future[Found], Job] = {
+            pool.submit(scan, job[0], job[1].path, job[1].size, look_inside): job for job in jobs
+        }
+        for done in as_completed(running):
+            yield running.pop(done), done.result()
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a worker was killed, perhaps for want of memory; run again with fewer --workers: what is done stays"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _stem(path: str) -> str:
+    """The name of a file's part of the index."""
+    name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in path.rsplit("/", 1)[-1])
+    return f"{name[:80]}-{blake2b(os.fsencode(path), digest_size=8).hexdigest()}"
+
+
+def _known(out: Path, job: Job, look_inside: bool) -> Entry | None:
+    """The entry of an earlier scan, when it is whole, of the same bytes, and as thorough as is asked."""
+    kind, file = job
+    try:
+        entry = from_dict(Entry, json.loads((out / f"{_stem(file.path)}.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+    same = (entry.path, entry.kind, entry.size, entry.version) == (file.path, kind, file.size, file.version)
+    return entry if same and entry.dimensions >= look_inside and is_whole(out, entry) else None
+
+
+def _write(out: Path, job: Job, found: Found, look_inside: bool) -> Entry:
+    """The rows first, then the entry: where that is, all is there."""
+    kind, file = job
+    rows = out / f"{_stem(file.path)}.npy"
+    entry = Entry(
+        path=file.path,
+        kind=kind,
+        size=file.size,
+        version=file.version,
+        records=len(found.rows),
+        rows=rows.name,
+        dimensions=look_inside,
+        damaged=dict(found.damaged),
+        examples=tuple(found.examples),
+    )
+    with written_whole(rows) as scratch, scratch.open("wb") as stream:
+        np.save(stream, found.rows, allow_pickle=False)
+    write_text(rows.with_suffix(".json"), json.dumps(asdict(entry)) + "\n")
+    return entry
+
+
+def _report(entries: Sequence[Entry]) -> dict[str, Any]:
+    damaged = sum((Counter(entry.damaged) for entry in entries), Counter[str]())
+    return {
+        "files": len(entries),
+        "records": sum(entry.records for entry in entries),
+        "bytes": sum(entry.size for entry in entries),
+        "dimensions": all(entry.dimensions for entry in entries),
+        "damaged": dict(damaged.most_common()),
+        "damaged_total": damaged.total(),
+        "examples": [{"file": entry.path, **example} for entry in entries for example in entry.examples],
+    }

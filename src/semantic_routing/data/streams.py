@@ -1,0 +1,230 @@
+"""Endless streams of pictures with captions at random access: of records in shards, and of the toy world."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Integer, UInt8
+
+from semantic_routing.data.buckets import assign, bucket_shapes, turns
+from semantic_routing.data.captions import CaptionChoice
+from semantic_routing.data.damage import Skipped
+from semantic_routing.data.images import Limits, Unusable, decode
+from semantic_routing.data.order import Mixture, ShardOrder, another, locate, sample_rng
+from semantic_routing.data.records import DamagedRecord, Record, RecordSource
+from semantic_routing.data.shapes import prompts
+from semantic_routing.data.shapes import sample as draw_sample
+from semantic_routing.data.sidecar import RECAPTION, Sidecar
+from semantic_routing.errors import TrainingFailed
+
+ATTEMPTS = 32
+"""Records that are tried for one row: the first half from its own shard, then from anywhere."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a batch."""
+
+    image: UInt8[np.ndarray, "H W 3"]
+    caption: str
+    seed: int
+    """Of its stream; with the sample and the epoch it keys everything that is random about the row."""
+    epoch: int
+    sample: int
+    """Number in its stream."""
+    key: str = ""
+    """The record's key; another than the sample's own where that was skipped."""
+    skipped: tuple[Skipped, ...] = ()
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """Rows of one source of a mixture."""
+
+    turns: Mixture
+    """Which bucket a batch is from, where batches are of one bucket."""
+
+    def __len__(self) -> int:
+        """Samples in one epoch."""
+        ...
+
+    def load(self, position: int, bucket: int = 0) -> Row:
+        """The row at a position, at least 0, of a bucket's own stream."""
+        ...
+
+    def captions(self, count: int) -> list[str]:
+        """Up to ``count`` captions to watch the training by."""
+        ...
+
+
+class ShapesStream:
+    """The training split of the toy world; no run comes to the end of its first epoch."""
+
+    LENGTH = 2**40
+
+    def __init__(self, seed: int, size: int) -> None:
+        self.seed, self.size = seed, size
+        self.turns = Mixture((1.0,))
+
+    def __len__(self) -> int:
+        return self.LENGTH
+
+    def load(self, position: int, bucket: int = 0) -> Row:
+        """The row at a position; all of it follows from the sample's number."""
+        epoch, sample = locate(self.seed, position, self.LENGTH)
+        drawn = draw_sample(self.seed, sample, split="train", size=self.size)
+        return Row(drawn.image, drawn.caption, self.seed, epoch, sample)
+
+    def captions(self, count: int) -> list[str]:
+        """Captions of the evaluation split, which training never sees."""
+        return [drawn.caption for drawn in prompts(self.seed, count)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How records become rows."""
+
+    size: int
+    """Side of the square pictures in pixels; with buckets, of a square of the same area."""
+    window: int
+    """Shards read from at any time."""
+    choice: CaptionChoice
+    sidecar: Sidecar | None
+    limits: Limits
+    flip: bool
+    """Mirror every second picture."""
+    multiple: int
+    """What the sides of buckets are multiples of; 0 for squares only."""
+
+
+class RecordStream:
+    """Rows of the records of one or several sources, whose shards are taken together as if of one."""
+
+    def __init__(self, sources: Sequence[RecordSource], seed: int, how: Reading) -> None:
+        self.sources, self.seed, self.how = tuple(sources), seed, how
+        self._shards = [(source, shard) for source in sources for shard in range(len(source.shards))]
+        sizes = np.array([source.shards[shard] for source, shard in self._shards], dtype=np.int64)
+        if not sizes.sum():
+            raise ValueError(f"{', '.join(source.name for source in sources)}: there are no records")
+        self._starts = np.cumsum(sizes) - sizes
+        starts = [np.cumsum(source.shards) - np.asarray(source.shards) for source in sources]
+        self._within_source = np.concatenate(starts).astype(np.int64)
+        if how.multiple:
+            shapes = bucket_shapes(how.size, how.multiple)
+            assigned = np.concatenate([assign(_dimensions(source), shapes) for source in sources])
+            counts = np.array(
+                [np.bincount(part, minlength=len(shapes)) for part in np.split(assigned, self._starts[1:])]
+            )
+            kept = np.flatnonzero(counts.sum(axis=0))
+            self.shapes = [shapes[bucket] for bucket in kept]
+            self._assigned: np.ndarray | None = np.searchsorted(kept, assigned).astype(np.uint8)
+            counts = counts[:, kept]
+        else:
+            self.shapes, self._assigned, counts = [(how.size, how.size)], None, sizes[:, None]
+        self._orders = [ShardOrder(seed, column.tolist(), how.window) for column in counts.T]
+        self.turns = turns([len(order) for order in self._orders])
+        self._members = lru_cache(maxsize=4 * how.window)(self._find_members)
+
+    def __reduce__(self) -> tuple[type[RecordStream], tuple[tuple[RecordSource, ...], int, Reading]]:
+        return RecordStream, (self.sources, self.seed, self.how)
+
+    def __len__(self) -> int:
+        return sum(len(order) for order in self._orders)
+
+    def load(self, position: int, bucket: int = 0) -> Row:
+        """The row at a position; where its record is damaged, that of another, the same on every machine.
+
+        Raises TrainingFailed, naming the shard, where ``ATTEMPTS`` records could not be used.
+        """
+        epoch, shard, within = self._orders[bucket].locate(position)
+        sample = int(self._starts[shard]) + self._number(shard, within, bucket)
+        uniforms = sample_rng(self.seed, sample, epoch).random(3).tolist()
+        skipped: list[Skipped] = []
+        for attempt in range(ATTEMPTS):
+            where = self._stand_in(bucket, shard, sample, epoch, attempt) if attempt else (shard, within)
+            found = self._try(*where, bucket, uniforms, attempt > 0)
+            if not isinstance(found, Skipped):
+                image, caption, key = found
+                return Row(image, caption, self.seed, epoch, sample, key, tuple(skipped))
+            skipped.append(found)
+        source, number = self._shards[shard]
+        raise TrainingFailed(
+            f"{ATTEMPTS} records of {source.name} in and around the shard {source.shard_name(number)} cannot be used, "
+            f"the last because: {skipped[-1].reason} ({skipped[-1].detail}); mend the shard or leave it out"
+        )
+
+    def captions(self, count: int) -> list[str]:
+        """Captions of the records that come first in training."""
+        return list(islice(self._captions(), count))
+
+    def _captions(self) -> Iterator[str]:
+        for bucket, order in enumerate(self._orders):
+            for position in range(len(order)):
+                _, shard, within = order.locate(position)
+                try:
+                    record = self._record(shard, within, bucket)
+                    yield self._caption(record, 0.0, 0.0)
+                except (DamagedRecord, Unusable):
+                    continue
+
+    def _stand_in(self, bucket: int, shard: int, sample: int, epoch: int, attempt: int) -> tuple[int, int]:
+        """The shard, and the record of the bucket in it, to be tried next."""
+        order = self._orders[bucket]
+        if attempt < ATTEMPTS // 2:
+            return shard, another(self.seed, sample, epoch, attempt, int(order.sizes[shard]))
+        return order.place(another(self.seed, sample, epoch, attempt, len(order)))
+
+    def _try(
+        self, shard: int, within: int, bucket: int, uniforms: Sequence[float], stand_in: bool
+    ) -> tuple[UInt8[np.ndarray, "H W 3"], str, str] | Skipped:
+        """Picture, caption and key of one record, or why it cannot be used."""
+        by_key, by_text, by_flip = uniforms
+        source, number = self._shards[shard]
+        name, key = source.shard_name(number), ""
+        try:
+            record = self._record(shard, within, bucket)
+            key = record.key
+            caption = self._caption(record, by_key, by_text)
+            image = decode(record.image, *self.shapes[bucket], self.how.limits)
+        except DamagedRecord as error:
+            return Skipped(source.name, error.shard or name, error.key, error.reason, error.detail, stand_in)
+        except Unusable as error:
+            return Skipped(source.name, name, key, error.reason, error.detail, stand_in)
+        return image[:, ::-1] if self.how.flip and by_flip < 0.5 else image, caption, key
+
+    def _caption(self, record: Record, by_key: float, by_text: float) -> str:
+        captions = record.captions
+        if self.how.sidecar is not None and (found := self.how.sidecar.captions(record.key)):
+            captions = {**captions, RECAPTION: found}
+        return self.how.choice.choose(captions, by_key, by_text)
+
+    def _record(self, shard: int, within: int, bucket: int) -> Record:
+        source = self._shards[shard][0]
+        return source.read(int(self._within_source[shard]) + self._number(shard, within, bucket))
+
+    def _number(self, shard: int, within: int, bucket: int) -> int:
+        """The number in its shard of a bucket's record."""
+        return within if self._assigned is None else int(self._members(shard, bucket)[within])
+
+    def _find_members(self, shard: int, bucket: int) -> np.ndarray:
+        assert self._assigned is not None
+        start = self._starts[shard]
+        size = self._shards[shard][0].shards[self._shards[shard][1]]
+        return np.flatnonzero(self._assigned[start : start + size] == bucket)
+
+
+def _dimensions(source: RecordSource) -> Integer[np.ndarray, "N 2"]:
+    """The index's (width, height) of every record of a source."""
+    find = getattr(source, "dimensions", None)
+    found = find() if find is not None else None
+    if found is None:
+        raise ValueError(
+            f"buckets need the pictures' dimensions, which the index of {source.name} does not hold; "
+            f"run: semroute data index --dimensions {source.name}"
+        )
+    return found

@@ -1,0 +1,230 @@
+"""The members of a tar file, found from their headers alone, several times as fast as ``tarfile`` finds them.
+
+Knows ustar, GNU long names and base-256 numbers, and pax names and sizes. Nothing is written to disk and names are
+only names. A sum over each header's bytes is part of the format; it is checked for many headers at once, and nothing
+behind a header whose sum is wrong is believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool
+
+from semantic_routing.data.found import Damage
+
+BLOCK = 512
+WINDOW = 2**16
+"""Bytes read at once. Small members share a window; the content of large ones is stepped over."""
+LONGEST = 2**20
+"""Bytes of the longest extended header (a name, mostly) that is read."""
+CHECKED_AT_ONCE = 1024
+ZEROS = bytes(BLOCK)
+PAIRS = np.uint64(0x00FF00FF00FF00FF)
+
+REGULAR = b"0\0007"
+NO_CONTENT = b"123456"  # links, devices, folders, pipes: their size says nothing
+FOLDER, SPARSE, LONG_NAME, LONG_LINK, PAX, PAX_SOLARIS, PAX_GLOBAL = b"5SLKxXg"
+
+Read = Callable[[int, int], bytes]
+"""(start, size) to bytes, fewer where the file ends."""
+
+
+class Member(NamedTuple):
+    """A regular file in the archive."""
+
+    name: bytes
+    start: int
+    """Where its first header is, extended ones included."""
+    offset: int
+    """Where its content is."""
+    size: int
+
+
+class _Unreadable(Exception):
+    """Nothing more can be read."""
+
+
+_Item = tuple[bytes, int, Member | Damage | None]  # a header, where it is, and what it means
+
+
+def members(read: Read, length: int, window: int = WINDOW) -> Iterator[Member | Damage]:
+    """The regular files of an archive of ``length`` bytes in order, and in between what is damaged.
+
+    Folders are left out. Links, devices and sparse files are damage that is stepped over; a header that is none, or
+    content that is not all there, ends the archive.
+    """
+    walk = _walk(read, length, window)
+    more = True
+    while more:
+        batch: list[_Item] = []
+        end: Damage | None = None
+        try:
+            for item in islice(walk, CHECKED_AT_ONCE):
+                batch.append(item)  # one by one: what came before an error counts
+        except _Unreadable as error:
+            end = error.args[0]
+        right = _sums_are_right([header for header, _, _ in batch])
+        whole = len(batch) if right.all() else int(right.argmin())
+        yield from (found for _, _, found in batch[:whole] if found is not None)
+        if whole < len(batch):
+            end = Damage("bad header", batch[whole][1], b"", "no tar header here; what follows is not read")
+        if end is not None:
+            yield end
+        more = end is None and len(batch) == CHECKED_AT_ONCE
+
+
+def _walk(read: Read, length: int, window: int) -> Iterator[_Item]:
+    base, buffer = 0, b""
+    position = start = 0  # of this header, and of the first of those that belong together
+    name: bytes | None = None  # from an extended header, as is the size
+    size_given: int | None = None
+    skip = ""
+    while True:
+        local = position - base
+        if local + BLOCK > len(buffer):
+            rest = min(window, length - position)
+            base, local, buffer = position, 0, read(position, rest) if rest > 0 else b""
+        header = buffer[local : local + BLOCK]
+        if len(header) < BLOCK:
+            raise _Unreadable(_ending(position, header, length))
+        if not header[0] and header == ZEROS:
+            _check_tail(buffer[local:], position, length)
+            return
+        kind = header[156]
+        size = _number(header[124:136], position)
+        content = position + BLOCK
+        if kind in (PAX, PAX_SOLARIS, LONG_NAME, LONG_LINK, PAX_GLOBAL):
+            position = content + (size + BLOCK - 1) // BLOCK * BLOCK
+            if content + size > length:
+                raise _Unreadable(Damage("truncated", start, b"", f"an extended header of {size} bytes"))
+            yield header, start, None
+            if size > LONGEST:
+                skip = f"an extended header of {size} bytes"
+            elif kind not in (LONG_LINK, PAX_GLOBAL):
+                inside = content - base
+                text = buffer[inside : inside + size]
+                if len(text) < size:
+                    text = read(content, size)
+                if kind == LONG_NAME:
+                    name = text.split(b"\0", 1)[0]
+                elif b"path=" in text or b"size=" in text or b"GNU.sparse" in text:
+                    fields = _pax(text, start)
+                    name = fields.get(b"path", name)
+                    size_given = _decimal(fields[b"size"], start) if b"size" in fields else size_given
+                    skip = "a sparse file" if any(key.startswith(b"GNU.sparse") for key in fields) else skip
+            continue
+        if name is None:
+            name = _plain_name(header)
+        if kind in NO_CONTENT:
+            size = 0
+        elif size_given is not None:
+            size = size_given
+        if kind == SPARSE:
+            content = _behind_sparse_map(read, header, content)
+        position = content + (size + BLOCK - 1) // BLOCK * BLOCK
+        found: Member | Damage | None = None
+        if content + size > length:
+            end = Damage("truncated", start, name, f"{size} bytes announced, {max(length - content, 0)} there")
+            yield header, start, None
+            raise _Unreadable(end)
+        if skip:
+            found = Damage("too large" if "header" in skip else "not a file", start, name, skip)
+        elif kind in REGULAR and not name.endswith(b"/"):
+            found = Member(name, start, content, size)
+        elif kind not in (FOLDER, *REGULAR):
+            found = Damage("not a file", start, name, f"tar type {chr(kind)!r}: a link, device or sparse file")
+        yield header, start, found
+        start, name, size_given, skip = position, None, None, ""
+
+
+def _plain_name(header: bytes) -> bytes:
+    name = header[:100].split(b"\0", 1)[0]
+    if header[345] and header[257:263] == b"ustar\0":
+        return header[345:500].split(b"\0", 1)[0] + b"/" + name
+    return name
+
+
+def _number(field: bytes, position: int) -> int:
+    """A size: octal digits, or binary after a byte of 128."""
+    digits = field[:11] if field[11] in b"\0 " else field.split(b"\0", 1)[0]
+    if digits.isdigit():  # what nearly every archive holds
+        try:
+            return int(digits, 8)
+        except ValueError:
+            pass
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    digits = digits.split(b"\0", 1)[0].strip()
+    if digits.strip(b"01234567"):
+        raise _Unreadable(Damage("bad header", position, b"", "no tar header here; what follows is not read"))
+    return int(digits or b"0", 8)
+
+
+def _pax(text: bytes, position: int) -> dict[bytes, bytes]:
+    """The fields of a pax header: records ``LENGTH KEY=VALUE\\n``, the length in bytes and of all of the record."""
+    fields: dict[bytes, bytes] = {}
+    at = 0
+    while at < len(text) and text[at]:
+        digits = text[at : at + 20].split(b" ", 1)[0]
+        end = at + _decimal(digits, position)
+        key, equals, value = text[at + len(digits) + 1 : end - 1].partition(b"=")
+        if not equals or not at < end <= len(text) or text[end - 1] != 0x0A:  # also against going in circles
+            raise _Unreadable(Damage("bad header", position, b"", "a pax header that is not as pax says"))
+        fields[key] = value
+        at = end
+    return fields
+
+
+def _decimal(digits: bytes, position: int) -> int:
+    if not digits.isdigit() or len(digits) > 19:
+        raise _Unreadable(Damage("bad header", position, b"", "a pax header with a bad number"))
+    return int(digits)
+
+
+def _behind_sparse_map(read: Read, header: bytes, content: int) -> int:
+    """Where the data of an old GNU sparse file begins: behind further blocks that list its holes."""
+    more = header[482]
+    while more:
+        block = read(content, BLOCK)
+        more = block[504] if len(block) == BLOCK else 0
+        content += BLOCK
+    return content
+
+
+def _ending(position: int, rest: bytes, length: int) -> Damage:
+    """What is wrong with an archive that ends here, without its end mark."""
+    if not length:
+        return Damage("zero bytes", 0, b"", "the file is empty")
+    if rest:
+        return Damage("truncated", position, b"", "the file ends inside a header")
+    return Damage("truncated", position, b"", "no end mark; the file may have been cut between two members")
+
+
+def _check_tail(rest: bytes, position: int, length: int) -> None:
+    """Raise where something follows the end mark; only what has been read is looked at."""
+    if rest.strip(b"\0"):
+        detail = f"{length - position} bytes follow the end mark and are not read; are these several archives in one?"
+        raise _Unreadable(Damage("bad header", position, b"", detail))
+
+
+def _sums_are_right(headers: list[bytes]) -> Bool[np.ndarray, " N"]:
+    """Whether the sum that each header states is that of its bytes, its own field taken as spaces."""
+    blocks = np.frombuffer(b"".join(headers), dtype=np.uint8).reshape(-1, BLOCK)
+    # Eight bytes at a time, as four sums of 16 bits, which 512 bytes cannot overflow.
+    words = blocks.view("<u8")
+    sums = (words & PAIRS) + (words >> 8 & PAIRS)
+    whole = sums.sum(axis=1)[:, None].view("<u2").sum(axis=1, dtype=np.int64)
+    field = blocks[:, 148:156]
+    expected = whole - field.sum(axis=1, dtype=np.int64) + 8 * 32
+    stated = np.zeros(len(blocks), dtype=np.int64)
+    for column in field.T:
+        stated = np.where((column >= 0x30) & (column < 0x38), stated * 8 + (column & 7), stated)
+    right = expected == stated
+    for i in np.flatnonzero(~right):  # some old programs took bytes as signed
+        high = int((blocks[i] >= 0x80).sum() - (field[i] >= 0x80).sum())
+        right[i] = expected[i] - 256 * high == stated[i]
+    return right

@@ -1,0 +1,228 @@
+"""WebDataset tar shards: the records of a shard from its headers, and random access to them.
+
+Members belong to one record when they lie side by side and have the same key: the path up to the first dot of the
+file's name (WebDataset's rule). Picture, .txt and .json are used, others are left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Shaped, UInt32
+
+from semantic_routing.data.dimensions import look
+from semantic_routing.data.files import Arrays, Reader, is_url, shard_names
+from semantic_routing.data.found import SIZE, Damage, Found, key_text
+from semantic_routing.data.images import Unusable
+from semantic_routing.data.records import DamagedRecord, Record, Sharded, captions_of
+from semantic_routing.data.tar_members import WINDOW, Member, Read, members
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2")
+PARTS = tuple(suffix.encode() for suffix in (*IMAGE_SUFFIXES, "txt", "json"))
+IMAGE, TEXT, JSON = range(3)
+_PART = {suffix: {b"txt": TEXT, b"json": JSON}.get(suffix, IMAGE) for suffix in PARTS}
+
+ROW = np.dtype(
+    [
+        ("start", "<u8"),  # the record's first header in the shard; positions below are from here
+        ("image", "<u4"),
+        ("image_size", "<u4"),
+        ("text", "<u4"),  # 0 where there is none, as for json
+        ("text_size", "<u4"),
+        ("json", "<u4"),
+        ("json_size", "<u4"),
+        *((name, "<u4") for name in SIZE.fields or ()),
+    ]
+)
+"""What the index keeps of a record: 40 bytes. Keys are read from the headers again."""
+REMOTE_WINDOW = 2**23
+"""Bytes read at once where every request has a price."""
+LARGEST_TEXT = 2**24
+"""Bytes; more is no caption."""
+GAP = 2**20
+"""Bytes of unused members that are read along rather than around."""
+
+
+def scan_tar(path: str, length: int, *, look_inside: bool = False) -> Found:
+    """Find the records of a shard of ``length`` bytes; ``look_inside`` also finds the pictures' dimensions.
+
+    What is damaged is reported and left out, but for pictures that are empty or, seen from inside, none: these stay,
+    so that the number of records does not depend on how closely one looked.
+    """
+    found = Found(np.empty(0, ROW))
+    reader = Reader()
+
+    def read(start: int, size: int) -> bytes:
+        return reader.read(path, start, size)
+
+    chunks = []
+    try:
+        headers = members(read, length, REMOTE_WINDOW if is_url(path) else WINDOW)
+        for chunk in _chunks(_rows(headers, found), 4096):
+            rows = np.array(chunk, ROW)
+            if look_inside:
+                _look(rows, read, found)
+            chunks.append(rows)
+    except OSError as error:
+        found.report(Damage("unreadable", 0, b"", str(error)))
+    if chunks:
+        found.rows = np.concatenate(chunks)
+    return found
+
+
+def _chunks(rows: Iterator[tuple[int, ...]], size: int) -> Iterator[list[tuple[int, ...]]]:
+    chunk = []
+    for row in rows:
+        chunk.append(row)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    yield chunk
+
+
+def _rows(headers: Iterable[Member | Damage], found: Found) -> Iterator[tuple[int, ...]]:
+    """A row for each group of members with a picture."""
+    key = b""
+    start = 0
+    parts: list[Member | None] = [None, None, None]
+    seen: set[int] = set()
+    open_group = False
+    for member in headers:
+        if isinstance(member, Damage):
+            found.report(member)
+            # A member that is not all there takes its record with it.
+            if member.name and member.reason == "truncated" and open_group and _key(member.name)[0] == key:
+                open_group = False
+            continue
+        this, suffix = _key(member.name)
+        if not suffix:
+            continue  # a file that belongs to no record
+        if this != key or not open_group:
+            if open_group and (row := _row(key, start, parts, seen, found)):
+                yield row
+            key, start, parts, open_group = this, member.start, [None, None, None], True
+        part = _PART.get(suffix)
+        if part is None:
+            part = _PART.get(suffix.lower())
+        if part is None:
+            continue
+        first = parts[part]
+        if first is None:
+            parts[part] = member
+        elif part != IMAGE or _key(first.name)[1] == suffix:
+            found.report(Damage("duplicate member", member.start, member.name, "the first one is used"))
+    if open_group and (row := _row(key, start, parts, seen, found)):
+        yield row
+
+
+def _key(name: bytes) -> tuple[bytes, bytes]:
+    """A member's key and suffix; both are empty for a file that belongs to no record."""
+    dot = name.find(b".", name.rfind(b"/") + 1)
+    if dot < 1 or name[dot - 1] == 0x2F:  # no dot, or a hidden file
+        return b"", b""
+    return name[:dot], name[dot + 1 :]
+
+
+def _row(
+    key: bytes, start: int, parts: Sequence[Member | None], seen: set[int], found: Found
+) -> tuple[int, ...] | None:
+    image, text, extra = parts
+    if image is None:
+        found.report(Damage("no picture", start, key, "a record without a picture"))
+        return None
+    hashed = hash(key)  # 64 bits rather than the name: a shard may hold millions
+    if hashed in seen:
+        found.report(Damage("repeated key", start, key, "the first such record is used"))
+        return None
+    seen.add(hashed)
+    if max(part.offset + part.size for part in parts if part) - start >= 2**32:
+        found.report(Damage("too large", start, key, "the record has 4 GiB or more"))
+        return None
+    if max(part.size if part else 0 for part in (text, extra)) > LARGEST_TEXT:
+        found.report(Damage("too large", start, key, "a caption of more than 16 MiB"))
+        return None
+    if not image.size:
+        found.report(Damage("zero bytes", start, key, "the picture is empty"))
+    row = [start, image.offset - start, image.size]
+    for part in (text, extra):
+        row += [part.offset - start, part.size] if part else [0, 0]
+    return (*row, 0, 0)
+
+
+def _look(rows: Shaped[np.ndarray, " N"], read: Read, found: Found) -> None:
+    """Fill in the dimensions of the pictures."""
+    for row in rows:
+        if not row["image_size"]:
+            continue  # reported already
+        start = int(row["start"])
+
+        def head(count: int, at: int = start + int(row["image"])) -> bytes:
+            return read(at, count)
+
+        try:
+            row["width"], row["height"] = look(head, int(row["image_size"]))
+        except Unusable as error:
+            found.report(Damage(error.reason, start, b"", error.detail))
+
+
+class TarRecords(Sharded):
+    """The records of tar shards by an index; see ``index.open_records``.
+
+    ``rows`` holds for each shard its rows of dtype ``ROW``, or the .npy file that does.
+    """
+
+    def __init__(
+        self, name: str, paths: Sequence[str], shards: Sequence[int], rows: Sequence[Path | np.ndarray]
+    ) -> None:
+        super().__init__(name, shard_names(paths), shards)
+        self._paths = tuple(paths)
+        self._rows = Arrays(rows)
+        self._reader = Reader()
+
+    def read(self, index: int) -> Record:
+        """The record of that index; see ``RecordSource.read``."""
+        shard, number = self.locate(index)
+        start, *parts, _, _ = self._rows[shard][number].item()
+        where = self.shard_name(shard)
+        try:
+            head, image, text, extra = self._pieces(self._paths[shard], start, parts)
+        except OSError as error:
+            raise DamagedRecord("unreadable", where, f"{where}/{number}", str(error)) from error
+        first = next(members(lambda at, size: head[at : at + size], 2**63), None)
+        if not isinstance(first, Member):
+            detail = "the shard is not what was indexed; run semroute data index again"
+            raise DamagedRecord("bad header", where, f"{where}/{number}", detail)
+        key = f"{where}/{key_text(_key(first.name)[0])}"
+        if not parts[1]:
+            raise DamagedRecord("zero bytes", where, key, "the picture is empty")
+        if (len(image), len(text), len(extra)) != (parts[1], parts[3], parts[5]):
+            raise DamagedRecord("truncated", where, key, "the shard has become shorter since it was indexed")
+        try:
+            return Record(key, image, captions_of(text, extra))
+        except ValueError as error:
+            raise DamagedRecord("bad captions", where, key, str(error)) from error
+
+    def _pieces(self, path: str, start: int, parts: Sequence[int]) -> tuple[bytes, bytes, bytes, bytes]:
+        """The record's first headers, picture, text and JSON, in one read where they lie close together."""
+        image, image_size, text, text_size, extra, extra_size = parts
+        head = min(at for at in (image, text, extra) if at)
+        spans = [(0, head), (image, image_size), (text, text_size), (extra, extra_size)]
+        length = max(at + size for at, size in spans)
+        if length <= head + image_size + text_size + extra_size + GAP:
+            block = self._reader.read(path, start, length)
+            pieces = [block[at : at + size] for at, size in spans]
+        else:
+            pieces = [self._reader.read(path, start + at, size) for at, size in spans]
+        return pieces[0], pieces[1], pieces[2], pieces[3]
+
+    def dimensions(self) -> UInt32[np.ndarray, "N 2"] | None:
+        """Width and height of every picture, 0 where they cannot be told; None where the index does not hold them."""
+        sizes = [
+            np.stack([rows["width"], rows["height"]], axis=1)
+            for rows in (self._rows[shard] for shard, count in enumerate(self.shards) if count)
+        ]
+        if not sizes or not any(size.any() for size in sizes):
+            return None
+        return np.concatenate(sizes)

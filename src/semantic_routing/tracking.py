@@ -1,0 +1,170 @@
+"""Where a run's metrics go: ``metrics.jsonl`` always, and TensorBoard, wandb or trackio as the run asks.
+
+Only the first process of a job builds a ``Tracker``. Credentials are the services' own business (their login
+commands and environment variables): none is read here, and what looks like one in a configuration is not sent.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from jaxtyping import UInt8
+
+from semantic_routing.checkpoint import write_text
+
+Service = Literal["tensorboard", "wandb", "trackio"]
+Row = dict[str, int | float]
+"""One step's metrics, the step among them."""
+METRICS, IDENTITY = "metrics.jsonl", "wandb.json"
+PROJECT = "semantic-routing"
+_SECRET = re.compile(r"(?<=://)[^/@\s]*@|(?<=[\w/])\?\S+")
+"""In an address: user and password, and the query, where signed addresses keep their signature."""
+
+
+class Board(Protocol):
+    """One service that shows scalars and pictures by step."""
+
+    def scalars(self, step: int, values: Mapping[str, int | float]) -> None:
+        """Show a step's finite numbers."""
+
+    def picture(self, step: int, name: str, picture: UInt8[np.ndarray, "H W 3"]) -> None:
+        """Show one picture."""
+
+    def close(self) -> None:
+        """Hand over what is left."""
+
+
+class Tracker:
+    """A run's metrics by step; a context that closes what it opened."""
+
+    def __init__(self, out: Path, step: int, services: Sequence[Service] = (), config: Any = None) -> None:
+        """Go on after ``step``: later lines of the file are cut off, for they will come again.
+
+        TensorBoard's files are written wherever it is installed; the other ``services`` get ``config``, the run's
+        nested settings, too. ValueError where one is not installed or refuses.
+        """
+        self.path = out / METRICS
+        boards = {name: _load(name) for name in services}
+        rows = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]
+        write_text(self.path, "".join(row + "\n" for row in kept))
+        self.boards: list[Board] = []
+        if find_spec("tensorboard") is not None:
+            self.boards.append(TensorBoard(out, step))
+        if "wandb" in boards:
+            self.boards.append(Wandb(boards["wandb"], out, without_secrets(config)))
+        if "trackio" in boards:
+            self.boards.append(Trackio(boards["trackio"], out, step, without_secrets(config)))
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for board in self.boards:
+            board.close()
+
+    def write(self, row: Row) -> None:
+        """Append one step's metrics, ``step`` among them; a number that is not finite is null in the file."""
+        finite = {name: value for name, value in row.items() if math.isfinite(value)}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({name: finite.get(name) for name in row}) + "\n")
+        step = int(row["step"])
+        for board in self.boards:
+            board.scalars(step, {name: value for name, value in finite.items() if name != "step"})
+
+    def picture(self, step: int, name: str, picture: UInt8[np.ndarray, "H W 3"]) -> None:
+        """Show a picture, such as a grid of samples, wherever pictures can be shown."""
+        for board in self.boards:
+            board.picture(step, name, picture)
+
+
+class TensorBoard:
+    """Event files in the run's folder."""
+
+    def __init__(self, out: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+
+    def scalars(self, step: int, values: Mapping[str, int | float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, picture: UInt8[np.ndarray, "H W 3"]) -> None:
+        self.writer.add_image(name, picture, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Wandb:
+    """A run of Weights & Biases, the same one after every resumption.
+
+    Steps are a column rather than wandb's own counter, which drops steps that come again after a crash.
+    """
+
+    def __init__(self, wandb: Any, out: Path, config: Any) -> None:
+        self.wandb = wandb
+        identity = out / IDENTITY
+        known = json.loads(identity.read_text(encoding="utf-8")) if identity.is_file() else {}
+        name = os.path.basename(out.absolute())
+        try:
+            self.run = wandb.init(
+                project=PROJECT, name=name, id=known.get("id"), resume="allow", dir=str(out), config=config
+            )
+        except wandb.Error as error:
+            raise ValueError(f"wandb: {error}; log in with `wandb login` or set WANDB_MODE=offline") from error
+        write_text(identity, json.dumps({"id": self.run.id}) + "\n")
+        self.run.define_metric("*", step_metric="step")
+
+    def scalars(self, step: int, values: Mapping[str, int | float]) -> None:
+        self.run.log({"step": step, **values})
+
+    def picture(self, step: int, name: str, picture: UInt8[np.ndarray, "H W 3"]) -> None:
+        self.run.log({"step": step, name: self.wandb.Image(picture)})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Trackio:
+    """A run of trackio under the folder's name."""
+
+    def __init__(self, trackio: Any, out: Path, step: int, config: Any) -> None:
+        self.trackio = trackio
+        name, resume = os.path.basename(out.absolute()), "allow" if step else "never"
+        self.run = trackio.init(project=PROJECT, name=name, resume=resume, config=config)
+
+    def scalars(self, step: int, values: Mapping[str, int | float]) -> None:
+        self.run.log(dict(values), step=step)
+
+    def picture(self, step: int, name: str, picture: UInt8[np.ndarray, "H W 3"]) -> None:
+        self.run.log({name: self.trackio.Image(picture)}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def without_secrets(value: Any) -> Any:
+    """Nested settings without user, password and query of the addresses (``scheme://...``) among them."""
+    if isinstance(value, Mapping):
+        return {key: without_secrets(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_secrets(item) for item in value]
+    return _SECRET.sub("", value) if isinstance(value, str) and "://" in value else value
+
+
+def _load(name: str) -> Any:
+    """A service's library; ValueError where it is missing."""
+    if find_spec(name) is None:
+        raise ValueError(f'tracking with {name} needs its library: pip install "semantic-routing[track]"')
+    return None if name == "tensorboard" else import_module(name)
