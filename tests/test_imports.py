@@ -25,6 +25,7 @@ ORDER = [
     "flow",
     "layers",
     "fusion",
+    "noise_level",
     "dit",
     "fusedit",
     "optim",
@@ -32,6 +33,7 @@ ORDER = [
     "text_encoder",
     "tiny_lm",
     "codec",
+    "clock",
     "sampler",
     # what there is to learn
     "data",
