@@ -54,7 +54,7 @@ def test_clocks_by_name_and_by_file(tmp_path: Path) -> None:
 def test_what_is_no_calibration_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "calibration.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match="calibration.json is no calibration"):
+    with pytest.raises(ValueError, match=r"calibration\.json is no calibration"):
         parse_clock(str(path))
 
 

@@ -244,7 +244,14 @@ def test_a_folder_holds_images_their_prompts_and_how_they_were_made(tiny_run: Pa
     for image, there in zip(expected.numpy(), found.values(), strict=True):
         assert np.array_equal(image, there)  # in batches of four here, of three there
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["sampler"] == {"steps": 2, "guidance": 2.0, "sampler": "euler", "shift": 1.0, "clock": "nominal", "seed": 0}
+    assert manifest["sampler"] == {
+        "steps": 2,
+        "guidance": 2.0,
+        "sampler": "euler",
+        "shift": 1.0,
+        "clock": "nominal",
+        "seed": 0,
+    }
     assert manifest["checkpoint"] == str(find_checkpoint(tiny_run))
 
 

@@ -23,15 +23,13 @@ class NoiseLevel(nn.Module):
 
     def __init__(self, hidden: int = 64) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            linear(1 + 2 * len(SCALES), hidden, bias=True), nn.SiLU(), linear(hidden, 1, bias=True)
-        )
+        self.fc1 = linear(1 + 2 * len(SCALES), hidden, bias=True)
+        self.fc2 = linear(hidden, 1, bias=True)
 
     def forward(self, x: Float[Tensor, "B Ch h w"]) -> Float[Tensor, " B"]:
         with torch.autocast(x.device.type, enabled=False):
-            first, act, last = self.mlp
-            h = act(F.linear(energies(x.double()).log(), first.weight.double(), first.bias.double()))
-            return F.linear(h, last.weight.double(), last.bias.double()).sigmoid()[:, 0].float()
+            h = F.silu(F.linear(energies(x.double()).log(), self.fc1.weight.double(), self.fc1.bias.double()))
+            return F.linear(h, self.fc2.weight.double(), self.fc2.bias.double()).sigmoid()[:, 0].float()
 
 
 def energies(x: Float[Tensor, "B Ch h w"]) -> Float[Tensor, "B E"]:
