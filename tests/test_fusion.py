@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from semantic_routing.fusion import (
     ARMS,
+    EXTRA_ARMS,
     MIX_TOKENS,
+    AttentionRouter,
     GateRouter,
     LogitRouter,
     Router,
@@ -20,7 +22,7 @@ from semantic_routing.fusion import (
 
 ROUTED = [arm for arm in ARMS if arm != "fusedit"]
 TIMED = ["time", "joint"]
-LAYERS, DEPTH = 6, 3
+LAYERS, DEPTH, WIDTH = 6, 3, 8
 
 
 def naive_mix(weights: Tensor, hidden: Tensor) -> Tensor:
@@ -48,7 +50,7 @@ def convex(*shape: int) -> Tensor:
 
 def trained(arm: str) -> Router:
     """A router of an arm as if it had learned something."""
-    router = make_router(arm, LAYERS, DEPTH)
+    router = make_router(arm, LAYERS, DEPTH, WIDTH)
     for p in router.parameters():
         nn.init.normal_(p, std=0.2)
     return router
@@ -158,7 +160,7 @@ def test_weights_are_convex_in_float32_with_axes_of_size_1_where_nothing_varies(
 
 @pytest.mark.parametrize("arm", ROUTED)
 def test_every_arm_starts_as_the_average_and_b1_as_the_last_but_one(arm: str) -> None:
-    weights = make_router(arm, LAYERS, DEPTH).weights(torch.rand(4))
+    weights = make_router(arm, LAYERS, DEPTH, WIDTH).weights(torch.rand(4))
     start = torch.full((LAYERS,), 1 / LAYERS)
     if arm == "penultimate":
         start = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 0.0])
@@ -167,7 +169,7 @@ def test_every_arm_starts_as_the_average_and_b1_as_the_last_but_one(arm: str) ->
 
 @pytest.mark.parametrize("arm", ["penultimate", "uniform"])
 def test_fixed_arms_have_nothing_to_learn_or_to_save(arm: str) -> None:
-    router = make_router(arm, LAYERS, DEPTH)
+    router = make_router(arm, LAYERS, DEPTH, WIDTH)
     assert not list(router.parameters())
     assert not router.state_dict()
     assert router.weights(torch.rand(2, device="meta")).is_meta, "without a state they go where the time is"
@@ -184,7 +186,7 @@ def test_router_mixes_with_the_weights_it_reports(arm: str) -> None:
 def test_b1_reads_one_layer_only() -> None:
     hidden = states(LAYERS, 2, 5, 8)
     hidden[torch.arange(LAYERS) != LAYERS - 2] = torch.nan
-    assert make_router("penultimate", LAYERS, DEPTH)(hidden).isfinite().all()
+    assert make_router("penultimate", LAYERS, DEPTH, WIDTH)(hidden).isfinite().all()
 
 
 def test_static_and_depth_weights_are_the_softmax_of_their_logits() -> None:
@@ -251,13 +253,57 @@ def test_gates_keep_their_precision_in_autocast(arm: str) -> None:
 @pytest.mark.parametrize("arm", TIMED)
 def test_gates_without_time_say_so(arm: str) -> None:
     with pytest.raises(ValueError, match="pass t"):
-        make_router(arm, LAYERS, DEPTH).weights()
+        make_router(arm, LAYERS, DEPTH, WIDTH).weights()
+
+
+@pytest.mark.parametrize(
+    ("layers", "depth", "read"), [(6, 3, [2, 4, 6]), (36, 24, None), (4, 8, [1, 1, 2, 2, 2, 3, 4, 4]), (5, 1, [5])]
+)
+def test_a_hard_route_reads_one_layer_a_block_from_shallow_to_deep(
+    layers: int, depth: int, read: list[int] | None
+) -> None:
+    router = make_router("hard", layers, depth, WIDTH)
+    weights = router.weights()[0]
+    chosen = weights.argmax(-1) + 1
+    assert torch.equal(weights, torch.eye(layers)[chosen - 1])
+    assert (chosen.diff() >= 0).all()
+    assert chosen[-1] == layers
+    assert not list(router.parameters())
+    if read is not None:
+        assert chosen.tolist() == read
+
+
+def test_attention_over_layers_is_its_formula_and_starts_as_the_average() -> None:
+    hidden = states(LAYERS, 2, 5, WIDTH)
+    router = make_router("attention", LAYERS, DEPTH, WIDTH)
+    average = make_router("uniform", LAYERS, DEPTH, WIDTH)
+    torch.testing.assert_close(router(hidden), average(hidden))
+    router = trained("attention")
+    assert isinstance(router, AttentionRouter)
+    normed = F.layer_norm(hidden.double(), (WIDTH,))
+    scores = torch.einsum("lbnc,c->bnl", normed, router.query.double()) / WIDTH**0.5 + router.bias.double()
+    expected = torch.einsum("bnl,lbnc->bnc", scores.softmax(-1), normed)
+    fused = router(hidden)
+    assert fused.shape == (1, 2, 5, WIDTH)
+    torch.testing.assert_close(fused[0].double(), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="differ from token to token"):
+        router.weights()
+
+
+def test_the_gradient_of_attention_over_layers_is_autograds() -> None:
+    hidden, router = states(LAYERS, 2, 5, WIDTH), trained("attention")
+    out = torch.randn(1, 2, 5, WIDTH)
+    found = torch.autograd.grad((router(hidden) * out).sum(), list(router.parameters()))
+    normed = F.layer_norm(hidden, (WIDTH,))
+    plain = torch.einsum("bnl,lbnc->bnc", router.token_weights(hidden), normed)
+    expected = torch.autograd.grad((plain * out[0]).sum(), list(router.parameters()))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_arm_names_and_labels() -> None:
     labels = ["B1", "b2", "B3", "S1", "s2", "S3", "FuseDiT"]
     assert [parse_arm(label) for label in labels] == list(ARMS)
-    assert [parse_arm(arm) for arm in ARMS] == list(ARMS)
+    assert [parse_arm(arm) for arm in (*ARMS, *EXTRA_ARMS)] == [*ARMS, *EXTRA_ARMS]
     with pytest.raises(ValueError, match=r"unknown arm 'Detph'; did you mean 'depth'\?"):
         parse_arm("Detph")
     with pytest.raises(ValueError, match="unknown arm 'xyz'; known: penultimate, uniform"):
@@ -266,9 +312,9 @@ def test_arm_names_and_labels() -> None:
 
 def test_arms_without_router_and_too_few_layers_are_errors() -> None:
     with pytest.raises(ValueError, match="arm 'fusedit' has no router"):
-        make_router("fusedit", LAYERS, DEPTH)
+        make_router("fusedit", LAYERS, DEPTH, WIDTH)
     with pytest.raises(ValueError, match="at least 2 language-model layers, not 1"):
-        make_router("penultimate", 1, DEPTH)
+        make_router("penultimate", 1, DEPTH, WIDTH)
 
 
 def test_layer_norm_here_is_torchs() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from semantic_routing.checkpoint import EMA, MODEL, STATE, find_checkpoint
 from semantic_routing.codec import PixelCodec
 from semantic_routing.fusedit import make_model
-from semantic_routing.fusion import ARMS
+from semantic_routing.fusion import ARMS, EXTRA_ARMS
 from semantic_routing.generate import (
     TINY,
     Bundle,
@@ -44,7 +44,7 @@ def bundles(tiny_config: Callable, tiny_encoder: Path) -> dict[str, Bundle]:
     torch.manual_seed(0)
     encoder = TextEncoder.from_pretrained(tiny_config().text)
     found = {}
-    for arm in ARMS:
+    for arm in (*ARMS, *EXTRA_ARMS):
         model = make_model(tiny_config(arm).model).requires_grad_(False)
         for p in model.parameters():
             if p.eq(0).all():
@@ -60,7 +60,7 @@ def final(bundle: Bundle, prompts: list[str], images: list[tuple[int, int]], cfg
     return seen[-1]
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", [*ARMS, *EXTRA_ARMS])
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_an_image_depends_on_neither_its_batch_nor_other_prompts(
@@ -89,6 +89,35 @@ def test_an_image_depends_on_its_prompt_its_name_and_the_seed(bundles: dict[str,
         ("a red circle", (0, 0), replace(CFG, sampler="heun")),
     ):
         assert (final(bundle, [prompt], [name], cfg) - first).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("arm", ["time", "joint"])
+def test_a_clock_changes_what_the_gate_is_told_and_nothing_else(
+    bundles: dict[str, Bundle], arm: str, tmp_path: Path
+) -> None:
+    images = [(0, 0)]
+    nominal = final(bundles[arm], PROMPTS[:1], images)
+    told = tmp_path / "calibration.json"
+    told.write_text('{"times": [0.5], "effective": [0.5]}')
+    assert torch.equal(final(bundles[arm], PROMPTS[:1], images, replace(CFG, clock=str(told))), nominal)
+    told.write_text('{"times": [0.5], "effective": [0.9]}')
+    assert not torch.equal(final(bundles[arm], PROMPTS[:1], images, replace(CFG, clock=str(told))), nominal)
+    assert not torch.equal(final(bundles[arm], PROMPTS[:1], images, replace(CFG, clock="shifted")), nominal)
+
+
+@pytest.mark.parametrize("arm", ["depth", "joint-state", "fusedit"])
+def test_a_clock_for_routing_that_goes_by_no_given_time_is_refused(bundles: dict[str, Bundle], arm: str) -> None:
+    with pytest.raises(ValueError, match=f"the routing of arm {arm} goes by no given time"):
+        final(bundles[arm], PROMPTS[:1], [(0, 0)], replace(CFG, clock="shifted"))
+
+
+def test_a_state_aware_gate_is_told_what_the_latent_shows(bundles: dict[str, Bundle]) -> None:
+    model = bundles["time-state"].model
+    noise, image = torch.randn(1, 3, 32, 32), torch.zeros(1, 3, 32, 32)
+    t = torch.tensor([0.5])
+    assert not torch.equal(model.gate_time(noise, t), model.gate_time(image, t))
+    assert torch.equal(model.gate_time(noise, t), model.gate_time(noise, torch.tensor([0.9])))
+    assert torch.equal(bundles["time"].model.gate_time(noise, t), t)
 
 
 def test_the_callback_sees_the_trajectory_from_the_noise_on(bundles: dict[str, Bundle]) -> None:
@@ -215,7 +244,14 @@ def test_a_folder_holds_images_their_prompts_and_how_they_were_made(tiny_run: Pa
     for image, there in zip(expected.numpy(), found.values(), strict=True):
         assert np.array_equal(image, there)  # in batches of four here, of three there
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["sampler"] == {"steps": 2, "guidance": 2.0, "sampler": "euler", "shift": 1.0, "seed": 0}
+    assert manifest["sampler"] == {
+        "steps": 2,
+        "guidance": 2.0,
+        "sampler": "euler",
+        "shift": 1.0,
+        "clock": "nominal",
+        "seed": 0,
+    }
     assert manifest["checkpoint"] == str(find_checkpoint(tiny_run))
 
 

@@ -89,7 +89,7 @@ def data(args: list[str]) -> None:
 
 def analyze(args: list[str]) -> None:
     """Draw what a model's router learned: semroute analyze runs/x --out figures"""
-    from semantic_routing.analyze.weights import AnalyzeArguments, run_analysis
+    from semantic_routing.analyze.commands import AnalyzeArguments, run_analysis
     from semantic_routing.arguments import parse
 
     for path in run_analysis(parse(AnalyzeArguments, args, prog="semroute analyze")):

@@ -25,6 +25,7 @@ from semantic_routing.layers import (
     rope_2d,
     zero_,
 )
+from semantic_routing.noise_level import NoiseLevel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,11 @@ class DiTConfig:
     """Sizes of a transformer; the defaults are the paper's (Section 4.1)."""
 
     arm: str = "depth"
-    """Conditioning strategy: penultimate, uniform, static, time, depth, joint or fusedit."""
+    """Conditioning strategy: penultimate, uniform, static, time, depth, joint or fusedit.
+
+    Beyond the paper: hard (a fixed layer for each block), attention (of each token over its layers), and
+    time-state and joint-state, whose gates read the time from the noisy latent.
+    """
     depth: int = 24
     """Number of blocks, D."""
     width: int = 2048
@@ -170,6 +175,10 @@ class Backbone(nn.Module):
         """Whether the text must be prepared anew for every time; if not, once a prompt is enough."""
         return False
 
+    def gate_time(self, x: Float[Tensor, "B Ch h w"], t: Float[Tensor, " T"]) -> Float[Tensor, " T_or_B"]:
+        """The time that ``prepare_text`` is to be told: the nominal one unless routing reads it from ``x``."""
+        return t
+
     def prepare_text(self, features: TextFeatures, t: Float[Tensor, " T"] | None = None) -> TextContext:
         """Every block's keys and values of these prompts, at times ``t`` where routing depends on time."""
         raise NotImplementedError
@@ -200,15 +209,20 @@ class DiT(Backbone):
 
     def __init__(self, cfg: DiTConfig) -> None:
         super().__init__(cfg)
-        self.router = make_router(cfg.arm, cfg.text_layers, cfg.depth)
         self.text_norm = RMSNorm(cfg.text_width)
         self.text_proj = nn.Linear(cfg.text_width, cfg.text_width)
         nn.init.normal_(self.text_proj.weight, std=cfg.text_init_std)
         nn.init.zeros_(self.text_proj.bias)
+        # Last, so that with one seed all arms begin with the same backbone.
+        self.router = make_router(cfg.arm, cfg.text_layers, cfg.depth, cfg.text_width)
+        self.noise_level = NoiseLevel() if cfg.arm.endswith("-state") else None
 
     @property
     def depends_on_time(self) -> bool:
         return self.router.depends_on_time
+
+    def gate_time(self, x: Float[Tensor, "B Ch h w"], t: Float[Tensor, " T"]) -> Float[Tensor, " T_or_B"]:
+        return t if self.noise_level is None else self.noise_level(x)
 
     def prepare_text(self, features: TextFeatures, t: Float[Tensor, " T"] | None = None) -> TextContext:
         check_text(features, self.cfg)

@@ -22,6 +22,9 @@ from semantic_routing.layers import sinusoidal
 
 Arm = Literal["penultimate", "uniform", "static", "time", "depth", "joint", "fusedit"]
 ARMS: tuple[str, ...] = get_args(Arm)
+"""The paper's."""
+EXTRA_ARMS = ("hard", "attention", "time-state", "joint-state")
+"""Beyond the paper: two baselines of other models, and S1 and S3 that are told the time by the latent itself."""
 ALIASES = dict(zip(("b1", "b2", "b3", "s1", "s2", "s3"), ARMS, strict=False))
 LN_EPS = 1e-5
 MIX_TOKENS = 512
@@ -98,24 +101,53 @@ class GateRouter(Router):
     def weights(self, t: Float[Tensor, " T"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
         if t is None:
             raise ValueError("this router's weights depend on time: pass t, one value in [0, 1] per sample")
-        with _no_autocast(t.device):
-            phi = sinusoidal(t, self.time_width)
-            h = F.silu(phi @ self.w1.float() + self.b1.float())
-            logits = h @ self.w2.float() + self.b2.float()
-        return logits.softmax(-1).transpose(0, 1)
+        with _no_autocast(t.device):  # in float64, so that rounding does not tell how many times there are
+            phi = sinusoidal(t, self.time_width).double()
+            h = F.silu(phi @ self.w1.double() + self.b1.double())
+            logits = h @ self.w2.double() + self.b2.double()
+        return logits.softmax(-1).float().transpose(0, 1)
+
+
+class AttentionRouter(Router):
+    """Attention of every token over its own layers, one query for all blocks: softmax_l of q · LayerNorm(H_l).
+
+    The weights depend on the text instead of time or block. Query and layer biases start at zero, so it starts as
+    the uniform average.
+    """
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(width))
+        self.bias = nn.Parameter(torch.zeros(layers))
+
+    def weights(self, t: Float[Tensor, " T"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
+        raise ValueError("the weights of arm 'attention' differ from token to token: there are none without a text")
+
+    def forward(
+        self, hidden: Float[Tensor, "L B N C"], t: Float[Tensor, " T"] | None = None
+    ) -> Float[Tensor, "D_or_1 B N C"]:
+        weights = self.token_weights(hidden).flatten(0, 1)[:, None]  # every token is a batch of its own
+        return mix(weights, hidden.flatten(1, 2)[:, :, None]).unflatten(1, hidden.shape[1:3])[:, :, :, 0]
+
+    def token_weights(self, hidden: Float[Tensor, "L B N C"]) -> Float[Tensor, "B N L"]:
+        """How much each token reads of each layer."""
+        with _no_autocast(hidden.device):
+            scores = [F.layer_norm(h.float(), h.shape[-1:], eps=LN_EPS) @ self.query.float() for h in hidden]
+            logits = torch.stack(scores, dim=-1) / math.sqrt(hidden.shape[-1]) + self.bias.float()
+        return logits.softmax(-1)
 
 
 def parse_arm(name: str) -> str:
     """An arm's name from the name itself or the paper's label (B1 B2 B3 S1 S2 S3 FuseDiT)."""
     lowered = name.lower()
     arm = ALIASES.get(lowered, lowered)
-    if arm not in ARMS:
-        raise ValueError(f"unknown arm {name!r}; {nearest(lowered, [*ARMS, *ALIASES])}")
+    if arm not in (*ARMS, *EXTRA_ARMS):
+        raise ValueError(f"unknown arm {name!r}; {nearest(lowered, [*ARMS, *EXTRA_ARMS, *ALIASES])}")
     return arm
 
 
-def make_router(arm: str, layers: int, depth: int) -> Router:
-    """The router of a paper arm for ``layers`` language-model layers and ``depth`` blocks."""
+def make_router(arm: str, layers: int, depth: int, width: int) -> Router:
+    """The router of an arm for ``layers`` language-model layers of ``width`` and ``depth`` blocks."""
     if arm == "penultimate":
         if layers < 2:
             raise ValueError(f"the penultimate arm needs at least 2 language-model layers, not {layers}")
@@ -124,8 +156,13 @@ def make_router(arm: str, layers: int, depth: int) -> Router:
         return FixedRouter([[1 / layers] * layers])
     if arm in ("static", "depth"):
         return LogitRouter(layers, rows=depth if arm == "depth" else 1)
-    if arm in ("time", "joint"):
-        return GateRouter(layers, gates=depth if arm == "joint" else 1)
+    if arm in ("time", "joint", "time-state", "joint-state"):
+        return GateRouter(layers, gates=depth if arm.startswith("joint") else 1)
+    if arm == "hard":  # block d reads one layer, from shallow to deep
+        read = [max(0, round((block + 1) * layers / depth) - 1) for block in range(depth)]
+        return FixedRouter([[float(layer == chosen) for layer in range(layers)] for chosen in read])
+    if arm == "attention":
+        return AttentionRouter(layers, width)
     raise ValueError(f"arm {arm!r} has no router")
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from semantic_routing.checkpoint import EMA, MODEL, find_checkpoint, load_weights, read_state, write_text
+from semantic_routing.clock import NOMINAL, parse_clock
 from semantic_routing.codec import Codec, CodecConfig, make_codec
 from semantic_routing.config import from_dict
 from semantic_routing.device import keep_freed_memory, pick_device, use_bfloat16
@@ -51,6 +52,8 @@ class SampleConfig:
     """Integrator of the flow, or ancestral: the image predicted and noised anew at every step."""
     shift: float = 1.0
     """Above 1, more steps near the noise."""
+    clock: str = NOMINAL
+    """The time that time-dependent routing is told: nominal, shifted (Eq. 11), or the file of a calibration."""
     seed: int = 0
     """Run seed: with prompt index and image index it decides an image's noise."""
     batch: int = 64
@@ -133,8 +136,12 @@ class Bundle:
         sampler = SAMPLERS.get(cfg.sampler) or partial(
             ancestral, fresh=lambda step: noise_for(cfg.seed, images, shape, step).to(self.device)
         )
+        clock = parse_clock(cfg.clock)
+        if clock is not None and self.model.cfg.arm not in ("time", "joint"):
+            raise ValueError(f"--clock {cfg.clock}: the routing of arm {self.model.cfg.arm} goes by no given time")
         with torch.no_grad(), autocast(self.device, self.bf16):
-            velocity = guided(self.model, self.encode(prompts), self.encode([self.null_prompt]), cfg.guidance)
+            prompt, null = self.encode(prompts), self.encode([self.null_prompt])
+            velocity = guided(self.model, prompt, null, cfg.guidance, clock)
             return sampler(velocity, x, schedule(cfg.steps, cfg.shift), callback)
 
 

@@ -215,12 +215,15 @@ def parallelize(model: Backbone, cfg: ParallelConfig, world: World, *, bf16: boo
     if isinstance(model, DiT):
         if any(True for _ in model.router.parameters()):
             fully_shard(model.router, **exact)
+        if model.noise_level is not None:
+            fully_shard(model.noise_level, **exact)
         # prepare_text reaches into every block, before the blocks themselves run: one group of its own.
         fully_shard(text_modules(model), **options)
     for block in model.blocks:
         fully_shard(block, **options)
     fully_shard(model, **options)
     register_fsdp_forward_method(model, "prepare_text")
+    register_fsdp_forward_method(model, "gate_time")
     # prepare_text returns views, which nobody writes to.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     return model

@@ -226,7 +226,9 @@ class SemanticRoutingPipeline(DiffusionPipeline, LoraBaseMixin):
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             with self._products(device):
-                context = self.transformer.prepare_text(features, t) if once is None else once
+                context = once
+                if context is None:
+                    context = self.transformer.prepare_text(features, self.transformer.gate_time(x, t))
                 return self.transformer(x, t, context).float()
 
         return velocity if scale == 1 else extrapolated(velocity, scale)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from semantic_routing.clock import Clock
 from semantic_routing.dit import Backbone
 from semantic_routing.features import TextFeatures
 
@@ -96,26 +97,33 @@ def ancestral(
 SAMPLERS = {"euler": euler, "heun": heun}
 
 
-def text_velocity(model: Backbone, features: TextFeatures) -> Velocity:
-    """The model's velocity for these prompts; the text is prepared once unless routing depends on time."""
+def text_velocity(model: Backbone, features: TextFeatures, clock: Clock | None = None) -> Velocity:
+    """The model's velocity for these prompts; the text is prepared once unless routing depends on time.
+
+    ``clock`` turns the nominal time into the one that routing is told.
+    """
     once = None if model.depends_on_time else model.prepare_text(features)
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        context = model.prepare_text(features, t) if once is None else once
-        return model(x, t, context).float()
+        if once is not None:
+            return model(x, t, once).float()
+        told = model.gate_time(x, t if clock is None else clock(t))
+        return model(x, t, model.prepare_text(features, told)).float()
 
     return velocity
 
 
-def guided(model: Backbone, features: TextFeatures, null: TextFeatures, scale: float) -> Velocity:
+def guided(
+    model: Backbone, features: TextFeatures, null: TextFeatures, scale: float, clock: Clock | None = None
+) -> Velocity:
     """Classifier-free guidance (Ho & Salimans, 2022): null + scale * (prompt - null), both in one batch.
 
     ``null`` holds the features of the null prompt, for each prompt or once for all. At scale 1 the null half
     is not computed.
     """
     if scale == 1:
-        return text_velocity(model, features)
-    return extrapolated(text_velocity(model, join(features, null)), scale)
+        return text_velocity(model, features, clock)
+    return extrapolated(text_velocity(model, join(features, null), clock), scale)
 
 
 def extrapolated(both: Velocity, scale: float) -> Velocity:

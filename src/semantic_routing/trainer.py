@@ -65,13 +65,19 @@ def prepare(bundle: Bundle, batch: Batch, cfg: TrainConfig) -> Inputs:
 
 
 def flow_loss(bundle: Bundle, inputs: Inputs, cfg: TrainConfig) -> Float[Tensor, ""]:
-    """The velocity loss of a microbatch: noise the latents, predict, compare."""
+    """The velocity loss of a microbatch: noise the latents, predict, compare.
+
+    Where routing reads the time from the noisy latents, the estimator learns beside it, from its own error alone.
+    """
     t, latents, noise = inputs.t, inputs.latents, inputs.noise
+    noisy = path(latents, noise, t)
     with autocast(bundle.device, bundle.bf16):
-        context = bundle.model.prepare_text(inputs.features, t)
-        predicted = bundle.model(path(latents, noise, t), t, context)
+        told = bundle.model.gate_time(noisy, t)
+        context = bundle.model.prepare_text(inputs.features, told.detach())
+        predicted = bundle.model(noisy, t, context)
     weights = None if cfg.time.weighting == "uniform" else time_weights(t, cfg.time)
-    return velocity_loss(predicted, velocity(latents, noise), weights)
+    loss = velocity_loss(predicted, velocity(latents, noise), weights)
+    return loss if told is t else loss + (told - t).square().mean()
 
 
 def microbatches(batch: Batch, parts: int) -> list[Batch]:

@@ -59,6 +59,11 @@ class SemanticRoutingTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return self.backbone.depends_on_time
 
     @apply_forward_hook
+    def gate_time(self, x: Float[Tensor, "B Ch h w"], t: Float[Tensor, " T"]) -> Float[Tensor, " T_or_B"]:
+        """The time that ``prepare_text`` is to be told: the nominal one unless routing reads it from ``x``."""
+        return self.backbone.gate_time(x, t)
+
+    @apply_forward_hook
     def prepare_text(self, features: TextFeatures, t: Float[Tensor, " T"] | None = None) -> TextContext:
         """Every block's keys and values of these prompts, at times ``t`` where routing depends on time."""
         return self.backbone.prepare_text(features, t)

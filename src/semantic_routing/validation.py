@@ -119,8 +119,9 @@ def batch_errors(bundle: Bundle, rows: Sequence[Row], times: Sequence[float]) ->
     for time in times:
         t = torch.full((len(rows),), time, device=device)
         with autocast(device, bundle.bf16):
+            noisy = path(latents, noise, t)
             if context is None or model.depends_on_time:
-                context = model.prepare_text(features, t)
-            predicted = model(path(latents, noise, t), t, context)
+                context = model.prepare_text(features, model.gate_time(noisy, t))
+            predicted = model(noisy, t, context)
         errors.append((predicted.float() - target).square().flatten(1).double().mean(1))
     return torch.stack(errors)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from scipy.spatial.distance import jensenshannon
@@ -95,7 +97,7 @@ def test_wasserstein_of_a_shift_is_the_shift() -> None:
 
 def test_wasserstein_equals_scipys() -> None:
     x = support(36)
-    for p, q in zip(RANDOM, RANDOM[1:], strict=False):
+    for p, q in pairwise(RANDOM):
         assert wasserstein(p, q) == pytest.approx(wasserstein_distance(x, x, p, q), abs=1e-12)
 
 

@@ -11,7 +11,7 @@ from matplotlib import rcParams
 from PIL import Image
 
 from semantic_routing.analyze.figures import INK, new_axes, to_svg
-from semantic_routing.analyze.weights import analyze, open_router, plot_heatmap, plot_lines, routing_weights
+from semantic_routing.analyze.weights import open_router, plot_heatmap, plot_lines, routing_weights, weight_figures
 from semantic_routing.checkpoint import save_checkpoint
 from semantic_routing.config import to_dict
 from semantic_routing.dit import Backbone, DiTConfig
@@ -77,7 +77,7 @@ def test_only_the_router_is_read(tmp_path):
 
 def test_fusedit_has_no_router(tmp_path):
     with pytest.raises(ValueError, match="FuseDiT has no router"):
-        analyze(write_run(tmp_path / "run", trained("fusedit")), tmp_path / "out")
+        list(weight_figures(open_router(write_run(tmp_path / "run", trained("fusedit")))))
     assert not (tmp_path / "out").exists()
 
 
@@ -108,7 +108,7 @@ def test_bad_checkpoints_are_named(tmp_path):
 def test_every_figure_has_its_numbers_beside_it(tmp_path, arm, names):
     model = trained(arm)
     before = dict(rcParams)
-    figures = analyze(write_run(tmp_path / "run", model), tmp_path / "out")
+    figures = [drawn.save(tmp_path / "out") for drawn in weight_figures(model)]
     assert {path.stem if path.suffix == ".png" else path.name for path in figures} == names
     kinds = (".png", ".pdf", ".csv", ".npz")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {name + kind for name in names for kind in kinds}
@@ -126,7 +126,8 @@ def test_every_figure_has_its_numbers_beside_it(tmp_path, arm, names):
 
 def test_what_the_figures_show(tmp_path):
     model = trained("joint")
-    analyze(write_run(tmp_path / "run", model), tmp_path / "out")
+    for drawn in weight_figures(model):
+        drawn.save(tmp_path / "out")
     heatmap, lines = (np.load(tmp_path / "out" / f"{name}.npz") for name in ("heatmap-t0.25", "lines-block3"))
     assert heatmap["values"] == pytest.approx(routing_weights(model, [0.25])[0], abs=1e-6)
     assert list(heatmap["rows"]) == [f"block {block}" for block in range(DEPTH)]

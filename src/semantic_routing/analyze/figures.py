@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
@@ -39,6 +40,27 @@ def label_axes(axes: Axes, x: str, y: str) -> None:
     """Name both axes."""
     axes.set_xlabel(x, fontsize=10.5, color=INK)
     axes.set_ylabel(y, fontsize=10.5, color=INK)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A figure with the numbers in it."""
+
+    name: str
+    """Of its files."""
+    title: str
+    """What it shows, for a page."""
+    figure: Figure
+    rows: Sequence[str]
+    """Names of the rows of numbers ..."""
+    columns: Sequence[str]
+    """... and of the columns."""
+    values: Float[np.ndarray, "R C"]
+
+    def save(self, folder: Path) -> Path:
+        """Write the figure as .png and .pdf, its numbers as .csv and .npz; returns the .png."""
+        save_figure(self.figure, folder / self.name, self.rows, self.columns, self.values)
+        return folder / f"{self.name}.png"
 
 
 def save_figure(

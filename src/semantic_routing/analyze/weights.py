@@ -6,18 +6,15 @@ The numbers come from the very ``router.weights(t)`` that training and sampling 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import matplotlib
 import numpy as np
 import torch
-import tyro
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from semantic_routing.analyze.figures import INK, label_axes, new_axes, save_figure
+from semantic_routing.analyze.figures import INK, Drawn, label_axes, new_axes
 from semantic_routing.checkpoint import EMA, find_checkpoint, read_state, read_tensors
 from semantic_routing.config import from_dict
 from semantic_routing.dit import Backbone, DiT, DiTConfig
@@ -120,60 +117,43 @@ def heatmaps(model: Backbone) -> Iterator[tuple[float | None, Float[np.ndarray, 
         yield (time if model.depends_on_time else None), weights
 
 
-@dataclass(frozen=True, kw_only=True)
-class AnalyzeArguments:
-    """Draw how much each block reads of each language-model layer."""
+def weight_figures(model: Backbone) -> Iterator[Drawn]:
+    """Figures 1, 2, 6 and 7: heat maps of all blocks, lines of the first, middle and last.
 
-    model: Annotated[Path, tyro.conf.Positional]
-    """A run's folder, or one of its checkpoints."""
-    out: Path
-    """Folder for the figures (.png, .pdf) and their numbers (.csv, .npz)."""
-
-
-def run_analysis(args: AnalyzeArguments) -> list[Path]:
-    """The command ``semroute analyze``; returns the figures' PNG files."""
-    return analyze(args.model, args.out)
-
-
-def analyze(run: Path, out: Path) -> list[Path]:
-    """Draw the routing weights of a run or checkpoint into ``out``; returns the figures' PNG files.
-
-    Each figure is .png and .pdf, its numbers .csv and .npz. Heat maps show all blocks; lines show the first,
-    middle and last block, and all of ``LINE_TIMES`` where the weights change with time.
+    Where the weights change with time there are maps at ``HEATMAP_TIMES`` and lines at ``LINE_TIMES``.
     """
-    model = open_router(run)
-    figures = [*_heatmap_figures(model), *_line_figures(model)]
-    for name, figure, rows, weights in figures:
-        columns = [f"layer {layer}" for layer in range(1, weights.shape[1] + 1)]
-        save_figure(figure, out / name, rows, columns, weights)
-    return [out / f"{name}.png" for name, *_ in figures]
+    columns = [f"layer {layer}" for layer in range(1, model.cfg.text_layers + 1)]
+    for name, title, figure, rows, weights in [*_heatmap_figures(model), *_line_figures(model)]:
+        yield Drawn(name=name, title=title, figure=figure, rows=rows, columns=columns, values=weights)
 
 
-Drawn = tuple[str, Figure, list[str], Float[np.ndarray, "K L"]]
-"""Name of a figure, the figure, the names of the rows of numbers in it, and these."""
+Part = tuple[str, str, Figure, list[str], Float[np.ndarray, "K L"]]
+"""Name and title of a figure, the figure, the names of the rows of numbers in it, and these."""
 
 
-def _heatmap_figures(model: Backbone) -> Iterator[Drawn]:
+def _heatmap_figures(model: Backbone) -> Iterator[Part]:
     rows = [f"block {block}" for block in range(model.cfg.depth)]
     drawn = list(heatmaps(model))
     top = max(float(weights.max()) for _, weights in drawn)
     for time, weights in drawn:
-        name, title = ("heatmap", "") if time is None else (f"heatmap-t{time:.2f}", f"t = {time:g}")
-        yield name, plot_heatmap(weights, title, top), rows, weights
+        name, at = ("heatmap", "") if time is None else (f"heatmap-t{time:.2f}", f"t = {time:g}")
+        title = f"Weight of each layer in each block{at and f', {at}'}"
+        yield name, title, plot_heatmap(weights, at, top), rows, weights
 
 
-def _line_figures(model: Backbone) -> Iterator[Drawn]:
+def _line_figures(model: Backbone) -> Iterator[Part]:
     weights = routing_weights(model, LINE_TIMES)
     last = model.cfg.depth - 1
-    blocks = sorted({0, last // 2, last}) if model.cfg.arm in ("depth", "joint") else [0]
+    blocks = sorted({0, last // 2, last}) if np.ptp(weights, axis=1).max() > 0 else [0]
     if not model.depends_on_time:
         rows = [f"block {block}" for block in blocks] if len(blocks) > 1 else ["all blocks"]
-        yield "lines", plot_lines(weights[0, blocks], rows), rows, weights[0, blocks]
+        yield "lines", "Weight of each layer", plot_lines(weights[0, blocks], rows), rows, weights[0, blocks]
         return
     rows = [f"t = {time:g}" for time in LINE_TIMES]
     for block in blocks:
         name, title = (f"lines-block{block}", f"block {block}") if len(blocks) > 1 else ("lines", "")
-        yield name, plot_lines(weights[:, block], rows, title), rows, weights[:, block]
+        about = f"Weight of each layer at six times{title and f', {title}'}"
+        yield name, about, plot_lines(weights[:, block], rows, title), rows, weights[:, block]
 
 
 def _ticks(first: int, last: int, most: int = 12) -> range:

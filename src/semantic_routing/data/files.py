@@ -114,13 +114,15 @@ def expand(pattern: str) -> list[str]:
     if not is_url(pattern):
         return sorted(glob(pattern, recursive=True))
     storage, inner = filesystem(pattern)
-    fixed = re.split(r"[*?[]", pattern, maxsplit=1)[0].rpartition("/")[0]
+    fixed = re.split(r"[*?[]", pattern, maxsplit=1)[0]
+    fixed = fixed[: fixed.rfind("/") + 1]
     return sorted(_urls(fixed, filesystem(fixed)[1], storage.glob(inner)))
 
 
 def _urls(base: str, inner: str, paths: Sequence[str]) -> list[str]:
     """The URLs of what a file system lists below ``inner``, beginning as ``base`` was written."""
-    return [f"{base.rstrip('/')}/{path[len(inner.rstrip('/')) :].lstrip('/')}" for path in paths]
+    base = base if base.endswith("://") else f"{base.rstrip('/')}/"
+    return [base + path[len(inner.rstrip("/")) :].lstrip("/") for path in paths]
 
 
 def shard_names(paths: Sequence[str]) -> list[str]:

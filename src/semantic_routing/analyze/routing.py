@@ -1,0 +1,151 @@
+"""How routing changes from block to block and over time: Figures 3, 8 and 9 of the paper, and statistics beyond it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float
+from matplotlib.figure import Figure
+
+from semantic_routing.analyze.figures import INK, Drawn, label_axes, new_axes
+from semantic_routing.analyze.statistics import (
+    center,
+    dispersion,
+    effective_layers,
+    entropy,
+    js_similarity,
+    marginals,
+    wasserstein_steps,
+)
+from semantic_routing.analyze.weights import routing_weights
+from semantic_routing.dit import Backbone
+
+TIMES = tuple(float(t) for t in np.linspace(0, 1, 21).round(2))
+"""The 21 times of Figures 3, 8 and 9 (0 noise, 1 data)."""
+
+
+@dataclass(frozen=True)
+class Profiles:
+    """A model's weights along the axes that its routing knows; None where it ignores one.
+
+    For routing by both, these are the marginals: the mean over blocks at each time, over times in each block.
+    """
+
+    by_time: Float[np.ndarray, "T L"] | None
+    by_block: Float[np.ndarray, "D L"] | None
+
+
+def profiles(model: Backbone) -> Profiles:
+    """The weights of a model by time (at ``TIMES``) and by block."""
+    by_time, by_block = marginals(routing_weights(model, TIMES))
+    varies = np.ptp(by_block, axis=0).max() > 0
+    return Profiles(by_time if model.depends_on_time else None, by_block if varies else None)
+
+
+def routing_figures(model: Backbone) -> Iterator[Drawn]:
+    """Figures 3, 8 and 9 as far as the model's routing has the axis."""
+    found = profiles(model)
+    if found.by_block is not None:
+        names = [str(block) for block in range(len(found.by_block))]
+        yield from _axis_figures("blocks", "block", names, np.arange(len(names), dtype=float), found.by_block)
+    if found.by_time is not None:
+        names = [f"{t:g}" for t in TIMES]
+        yield from _axis_figures("times", "time t (0 noise, 1 data)", names, np.array(TIMES), found.by_time)
+        yield _wasserstein_figure(found.by_time)
+
+
+def _axis_figures(
+    axis: str, label: str, names: list[str], places: Float[np.ndarray, " K"], weights: Float[np.ndarray, "K L"]
+) -> Iterator[Drawn]:
+    similarity = js_similarity(weights)
+    yield Drawn(
+        name=f"similarity-{axis}",
+        title=f"Jensen-Shannon similarity of {axis} (1 - divergence to base 2)",
+        figure=plot_similarity(similarity, places, label),
+        rows=names,
+        columns=names,
+        values=similarity,
+    )
+    mean, variance = center(weights), dispersion(weights)
+    yield Drawn(
+        name=f"trend-{axis}",
+        title=f"Semantic centre (line) and dispersion (band of one deviation) by {axis[:-1]}",
+        figure=plot_trend(places, mean, variance, label),
+        rows=names,
+        columns=["centre", "dispersion", "entropy (nats)", "effective layers"],
+        values=np.stack([mean, variance, entropy(weights), effective_layers(weights)], axis=1),
+    )
+
+
+def _wasserstein_figure(weights: Float[np.ndarray, "T L"]) -> Drawn:
+    steps = wasserstein_steps(weights)
+    figure, axes = new_axes(5.6, 3.0)
+    axes.bar(TIMES[1:], steps, width=0.035, color="#4477aa")
+    label_axes(axes, "time t (0 noise, 1 data)", "1-Wasserstein distance\nto the time before")
+    return Drawn(
+        name="wasserstein-times",
+        title="1-Wasserstein distance between consecutive times",
+        figure=figure,
+        rows=[f"{t:g}" for t in TIMES[1:]],
+        columns=["distance"],
+        values=steps[:, None],
+    )
+
+
+def plot_similarity(similarity: Float[np.ndarray, "K K"], places: Float[np.ndarray, " K"], label: str) -> Figure:
+    """A square of similarities, from the smallest that occurs to 1; the first row on top."""
+    figure, axes = new_axes(4.6, 3.9)
+    step = places[1] - places[0] if len(places) > 1 else 1.0
+    edges = np.append(places - step / 2, places[-1] + step / 2)
+    mesh = axes.pcolormesh(edges, edges, similarity, cmap="viridis", vmin=similarity.min(), vmax=1, edgecolors="face")
+    axes.invert_yaxis()
+    axes.set_box_aspect(1)
+    axes.spines[:].set_visible(False)
+    label_axes(axes, label, label)
+    bar = figure.colorbar(mesh, ax=axes, pad=0.02, fraction=0.05)
+    bar.set_label("similarity", fontsize=10, color=INK)
+    bar.ax.tick_params(labelsize=9, color=INK, labelcolor=INK)
+    bar.outline.set_visible(False)
+    return figure
+
+
+def plot_trend(
+    places: Float[np.ndarray, " K"],
+    mean: Float[np.ndarray, " K"],
+    variance: Float[np.ndarray, " K"],
+    label: str,
+) -> Figure:
+    """The centre with a band of one standard deviation to both sides; 0 is the first layer, 1 the last."""
+    figure, axes = new_axes(5.6, 3.0)
+    deviation = np.sqrt(variance)
+    axes.fill_between(places, mean - deviation, mean + deviation, color="#4477aa", alpha=0.2, linewidth=0)
+    axes.plot(places, mean, "o-", color="#4477aa", markersize=3, linewidth=1.5)
+    axes.axhline(0.5, color=INK, linewidth=0.8, linestyle=":")
+    axes.set_ylim(0, 1)
+    label_axes(axes, label, "layer (0 first, 1 last)")
+    return figure
+
+
+def plot_curves(
+    x: Float[np.ndarray, " S"],
+    curves: Sequence[tuple[str, Float[np.ndarray, " S"], str]],
+    x_label: str,
+    y_label: str,
+    *,
+    log: bool = False,
+) -> Figure:
+    """Named lines over one axis; a curve is (name, values, line style)."""
+    figure, axes = new_axes(5.6, 3.4)
+    solid = [style for _, _, style in curves].count("-")
+    colors = iter(matplotlib.colormaps["viridis"](np.linspace(0, 0.8, max(solid, 1))))
+    for name, values, style in curves:
+        color = next(colors) if style == "-" else INK
+        axes.plot(x, values, style, color=color, linewidth=1.5 if style == "-" else 1, label=name)
+    if log:
+        axes.set_yscale("log")
+    label_axes(axes, x_label, y_label)
+    axes.legend(fontsize=9, frameon=False, labelcolor=INK)
+    return figure

@@ -1,0 +1,79 @@
+"""The command on a tiny run: its files, its page, and a calibration that sampling accepts."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from semantic_routing.analyze.commands import AnalyzeArguments, run_analysis
+from semantic_routing.clock import parse_clock
+from semantic_routing.train import start
+
+
+@pytest.fixture(scope="module")
+def joint_run(tiny_config, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "joint"
+    start(tiny_config("joint"), out)
+    return out
+
+
+def test_a_run_is_drawn_with_its_trajectory_and_its_page(joint_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "figures"
+    settings = {"trajectory": True, "n": 3, "guidance": (1.0, 4.0), "steps": (4,), "html": True, "device": "cpu"}
+    written = run_analysis(AnalyzeArguments(models=(joint_run,), out=out, **settings))
+    names = {path.name for path in written}
+    assert {"heatmap-t0.50.png", "similarity-times.png", "trajectory-mse-4.png", "lead-4.png", "index.html"} <= names
+    for path in written:
+        if path.suffix == ".png":
+            assert all(path.with_suffix(kind).is_file() for kind in (".pdf", ".csv", ".npz"))
+    leads = json.loads((out / "lead.json").read_text())
+    assert [row["guidance"] for row in leads] == [1, 4]
+    assert all(row["interval"][0] <= row["lead"] <= row["interval"][1] for row in leads)
+    lead = np.load(out / "lead-4.npz")
+    assert list(lead["columns"]) == ["guidance 1", "guidance 4", "nominal"]
+    clock = parse_clock(str(out / "calibration-g4-s4.json"))
+    assert clock is not None
+    told = clock(torch.tensor([0.0, 0.25, 0.5, 0.75]))
+    nominal = torch.tensor([0.0, 0.25, 0.5, 0.75])
+    assert (told - nominal).tolist() == pytest.approx(lead["values"][:, 1].tolist(), abs=1e-5)
+    assert json.loads((out / "manifest.json").read_text())["guidance"] == [1, 4]
+
+
+def test_the_page_needs_nothing_beside_it(joint_run: Path, tmp_path: Path) -> None:
+    settings = {"trajectory": True, "n": 2, "guidance": (2.0,), "steps": (9,), "html": True, "device": "cpu"}
+    run_analysis(AnalyzeArguments(models=(joint_run,), out=tmp_path, **settings))
+    page = (tmp_path / "index.html").read_text()
+    links: list[str] = []
+
+    class Links(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            links.extend(value or "" for name, value in attrs if name in ("src", "href") and not tag.startswith("use"))
+
+    Links().feed(page)
+    pictures = [link for link in links if link.startswith("data:image/png;base64,")]
+    assert len(pictures) == 2 * 8
+    assert all(link.startswith(("data:", "#")) for link in links)
+    data = json.loads(page.split('id="weights">')[1].split("</script>")[0])
+    assert np.shape(data["weights"])[0] == 21
+    assert np.sum(data["weights"], -1) == pytest.approx(1, abs=1e-3)
+
+
+def test_several_models_have_a_folder_each_and_are_compared(tiny_run: Path, joint_run: Path, tmp_path: Path) -> None:
+    written = run_analysis(AnalyzeArguments(models=(tiny_run, joint_run), out=tmp_path))
+    assert tmp_path / "tiny" / "heatmap.png" in written
+    assert tmp_path / "joint" / "heatmap-t0.00.png" in written
+    assert list(np.load(tmp_path / "models-jensen-shannon.npz")["rows"]) == ["tiny", "joint"]
+
+
+def test_what_cannot_be_analysed_is_said(tiny_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to analyse"):
+        AnalyzeArguments(models=(), out=tmp_path)
+    with pytest.raises(ValueError, match="at least 2 steps"):
+        AnalyzeArguments(models=(tiny_run,), out=tmp_path, steps=(1,))
+    with pytest.raises(ValueError, match="a model is given twice"):
+        run_analysis(AnalyzeArguments(models=(tiny_run, tiny_run), out=tmp_path))
