@@ -367,3 +367,14 @@ def test_features_of_another_language_model_are_refused(change: dict) -> None:
 def test_time_routed_text_needs_the_time() -> None:
     with pytest.raises(ValueError, match="pass t"):
         make_model(replace(CFG, arm="time")).prepare_text(some_text())
+
+
+def test_with_one_seed_all_arms_begin_with_the_same_backbone() -> None:
+    found = []
+    for arm in ("penultimate", "static", "depth", "time", "joint", "joint-state", "attention"):
+        torch.manual_seed(3)
+        model = DiT(replace(CFG, arm=arm))
+        found.append({k: v for k, v in model.state_dict().items() if not k.startswith(("router.", "noise_level."))})
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        assert all(torch.equal(other[name], found[0][name]) for name in other)

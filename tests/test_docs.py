@@ -15,10 +15,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from semantic_routing.checkpoint import find_checkpoint
 from semantic_routing.cli import main
 from semantic_routing.convert import SIZES, from_upstream, to_upstream, upstream_config
 from semantic_routing.dit import DiTConfig
 from semantic_routing.fusedit import make_model
+from tests.chat_server import KEY, MODEL, ChatServer
+from tests.damaged import write_shards
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -98,6 +101,29 @@ def test_sampling(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     once, shared = (sorted(Path("images", name).glob("*.png")) for name in "bc")
     assert [path.read_bytes() for path in shared] == [path.read_bytes() for path in once]
     assert len(once) == 8
+
+
+def test_prepare_data(
+    tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    write_shards(Path("shards"))
+    small = ["--steps", "1", "--batch", "4", "--preview-every", "0", "--no-compile"]
+    small += ["--text.name-or-path", str(tiny_encoder), "--data.max-damaged", "0.5"]
+    with ChatServer() as server:
+        for command in commands("prepare-data.md"):
+            command = [word.replace("http://127.0.0.1:8000/v1", server.url) for word in command]
+            if command[0] == "train":
+                steps = command.index("--steps")
+                command = command[:steps] + command[steps + 2 :] + small
+            if command[1] == "recaption":
+                command[command.index("--model") + 1] = MODEL
+            main(command)
+    assert Path("contact.png").is_file()
+    assert Path("shards/.semroute-index").is_dir()
+    assert "not an image" in capsys.readouterr().out
+    assert find_checkpoint(Path("runs/recaptioned")).name == "step-0000001"
 
 
 def test_the_papers_sizes() -> None:

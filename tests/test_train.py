@@ -21,10 +21,12 @@ from torch import Tensor
 import semantic_routing.storage as storage
 import semantic_routing.train as module
 from semantic_routing.checkpoint import EMA, MODEL, OPTIMIZER, checkpoints, find_checkpoint, read_state
+from semantic_routing.data.damage import FILE as DAMAGED
 from semantic_routing.data.loader import Batch, Loader
 from semantic_routing.data.order import draw, locate
 from semantic_routing.data.sources import DataConfig, open_data
 from semantic_routing.errors import Interrupted, TrainingFailed
+from semantic_routing.flow import path
 from semantic_routing.generate import Bundle, SampleConfig, load_bundle
 from semantic_routing.meter import reproducible
 from semantic_routing.optim import OptimConfig
@@ -33,6 +35,7 @@ from semantic_routing.tiny_lm import tiny_lm
 from semantic_routing.train import resume, start
 from semantic_routing.train_config import TrainConfig
 from semantic_routing.trainer import Inputs, Trainer, prepare
+from tests.damaged import RECORDS, TEN, write_shards
 
 Make = Callable[..., TrainConfig]
 MUON = OptimConfig(name="muon", lr=1e-2, muon_lr=0.02, warmup=3, decay="cosine")
@@ -471,6 +474,41 @@ def test_real_photographs(tiny_config: Make, tmp_path: Path) -> None:
     assert_same(whole, stop_and_resume(cfg, tmp_path / "stopped", 2))
     assert all(np.isfinite(row["loss"]) for row in metrics(tmp_path / "whole"))
     assert (tmp_path / "whole" / "samples" / "step-0000006.png").is_file()
+
+
+def test_damaged_records_are_trained_past_and_every_one_is_counted(tiny_config: Make, tmp_path: Path) -> None:
+    shards = str(write_shards(tmp_path / "shards"))
+    cfg = tiny_config(data=DataConfig(paths=(shards,)), steps=RECORDS // 4, checkpoint_every=20)
+    whole = start(cfg, tmp_path / "whole")
+    state = read_state(whole)
+    assert state["damaged"] == {"rows": RECORDS} | dict.fromkeys(TEN, 1)
+    assert metrics(tmp_path / "whole")[-1]["damaged"] == len(TEN)
+    assert len((tmp_path / "whole" / DAMAGED).read_text().splitlines()) == len(TEN)
+    again = stop_and_resume(cfg, tmp_path / "stopped", 30)
+    assert_same(whole, again)
+    assert read_state(again)["damaged"] == state["damaged"]
+    strict = replace(cfg, data=replace(cfg.data, max_damaged=0.01), steps=300, log_every=10, checkpoint_every=300)
+    with pytest.raises(TrainingFailed, match=r"50 of 10\d\d records could not be used .* more than the 1% allowed"):
+        start(strict, tmp_path / "strict")
+
+
+@pytest.mark.parametrize("arm", ["time-state", "joint-state"])
+def test_a_state_aware_gate_learns_to_tell_the_time_and_resumes(tiny_config: Make, tmp_path: Path, arm: str) -> None:
+    cfg = tiny_config(arm, steps=6)
+    whole = start(cfg, tmp_path / "whole")
+    assert_same(whole, stop_and_resume(cfg, tmp_path / "stopped", 3))
+    trainer = Trainer(tiny_config(arm, steps=80, optim=OptimConfig(lr=1e-2)), tmp_path / "x")
+    inputs = trainer.prepare(batch_of(trainer.cfg, 32))
+    (part,) = inputs
+    noisy = path(part.latents, part.noise, part.t)
+
+    def error() -> float:
+        return float((trainer.bundle.model.gate_time(noisy, part.t) - part.t).detach().abs().mean())
+
+    before = error()
+    for _ in range(80):
+        trainer.advance(inputs)
+    assert error() < 0.3 * before
 
 
 def test_the_tiny_encoder_is_made_once_and_kept_with_the_run(

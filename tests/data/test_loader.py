@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import multiprocessing
-import struct
-import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
@@ -24,58 +20,14 @@ from semantic_routing.data.loader import Batch, Loader
 from semantic_routing.data.order import draw, posterior_noise
 from semantic_routing.data.sources import DataConfig, Dataset, open_data
 from semantic_routing.errors import TrainingFailed
+from tests.damaged import EVERY, RECORDS, TEN, write_shards
 
 LATENT = (2, 4, 4)
 
 
-def encoded(pixels: np.ndarray, form: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, form)
-    return file.getvalue()
-
-
-def bomb() -> bytes:
-    """The beginning of a PNG of 50,000 x 50,000 pixels."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
-    start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    return start + struct.pack(">I", 10**6) + b"IDAT"
-
-
-NOISE = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-PNG = encoded(NOISE)
-TEN = {
-    "zero bytes": (b"", b"a caption"),
-    "not an image": (b"<html>404</html>", b"a caption"),
-    "unsupported format": (encoded(NOISE, "EPS"), b"a caption"),
-    "truncated": (encoded(NOISE, "JPEG")[:-100], b"a caption"),
-    "damaged": (PNG[:60] + bytes(80) + PNG[140:], b"a caption"),
-    "decompression bomb": (bomb(), b"a caption"),
-    "floating point": (encoded(np.ones((8, 8), np.float32), "TIFF"), b"a caption"),
-    "extreme aspect": (encoded(np.zeros((2, 64, 3), np.uint8)), b"a caption"),
-    "no caption": (PNG, b" \n"),
-    "bad captions": (PNG, b"\xff\xfe not UTF-8"),
-}
-"""A picture and a caption for each reason."""
-RECORDS, EVERY = 200, 20
-
-
 @pytest.fixture(scope="module")
 def rotten(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Four shards of 50 records, of which one in twenty is damaged, each in another way."""
-    folder = tmp_path_factory.mktemp("rotten")
-    reasons = list(TEN.values())
-    for shard in range(4):
-        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
-            for number in range(shard, RECORDS, 4):
-                color = np.full((16, 16, 3), number, np.uint8)
-                image, caption = encoded(color), f"number {number}".encode()
-                if number % EVERY == EVERY // 2 + number // EVERY:  # all shards have some
-                    image, caption = reasons[number // EVERY]
-                for ending, content in ((".png", image), (".txt", caption)):
-                    member = tarfile.TarInfo(f"{number:09d}{ending}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-    return str(folder)
+    return str(write_shards(tmp_path_factory.mktemp("rotten")))
 
 
 @pytest.fixture(scope="module")
