@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
@@ -16,7 +19,7 @@ import torch
 from PIL import Image
 
 from semantic_routing.data.damage import FILE, DamageLog
-from semantic_routing.data.loader import Batch, Loader
+from semantic_routing.data.loader import Batch, Loader, prefetch
 from semantic_routing.data.order import draw, posterior_noise
 from semantic_routing.data.sources import DataConfig, Dataset, open_data
 from semantic_routing.errors import TrainingFailed
@@ -154,3 +157,56 @@ def test_buckets_give_latents_of_their_shape(tmp_path: Path):
 def test_impossible_loaders(data: Dataset, how: dict[str, int]):
     with pytest.raises(ValueError, match=r"does not divide|must be at least 0"):
         Loader(data, batch=8, noise_shape=LATENT, **how)
+
+
+def prefetch_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def test_prefetch_works_ahead_but_not_further():
+    made: list[int] = []
+    third = threading.Event()
+
+    def load(step: int) -> int:
+        made.append(step)
+        if step == 2:
+            third.set()
+        return step
+
+    numbers = prefetch(load, ahead=2)
+    assert next(numbers) == 0
+    assert third.wait(10)  # 0 was asked for; 1 and 2 follow on the thread
+    time.sleep(0.02)
+    assert made == [0, 1, 2]
+    numbers.close()
+
+
+def test_prefetch_raises_what_load_raised_in_its_turn():
+    def load(step: int) -> int:
+        if step == 4:
+            raise ValueError("picture 4 is broken")
+        return step
+
+    numbers = prefetch(load, start=2)
+    assert list(islice(numbers, 2)) == [2, 3]
+    with pytest.raises(ValueError, match="picture 4 is broken"):
+        next(numbers)
+    assert prefetch_threads() == []
+
+
+@pytest.mark.parametrize("how", ["closed", "dropped"])
+def test_prefetch_ends_its_thread(how: str):
+    numbers = prefetch(lambda step: step)
+    next(numbers)
+    assert len(prefetch_threads()) == 1
+    if how == "closed":
+        numbers.close()
+    else:
+        del numbers
+        gc.collect()
+    assert prefetch_threads() == []
+
+
+def test_prefetch_needs_room():
+    with pytest.raises(ValueError, match="ahead is 0"):
+        next(prefetch(lambda step: step, ahead=0))

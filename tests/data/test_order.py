@@ -2,48 +2,24 @@
 
 from __future__ import annotations
 
-import gc
-import threading
-import time
 from collections import Counter
-from itertools import islice
 
 import numpy as np
 import pytest
-import torch
 from scipy import stats
 
 from semantic_routing.data.order import (
-    Example,
     Mixture,
     ShardOrder,
     another,
     draw,
-    load_batch,
     locate,
     posterior_noise,
-    prefetch,
     sample_rng,
     stream_seed,
 )
 
 LATENT = (2, 4, 4)
-
-
-class Numbered:
-    """Pictures of their own number, with a caption that the given generator chooses."""
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def load(self, sample: int, rng: np.random.Generator) -> Example:
-        return Example(np.full((4, 4, 3), sample, dtype=np.uint8), f"{sample} {rng.integers(2**60)}")
-
-    def captions(self, count: int) -> list[str]:
-        return [str(sample) for sample in range(min(count, self.length))]
 
 
 def epoch_order(seed: int, epoch: int, length: int) -> list[int]:
@@ -136,108 +112,10 @@ def test_draws_are_distributed_as_they_say():
     assert abs(np.corrcoef(noise.ravel(), posterior.ravel())[0, 1]) < 4 / np.sqrt(16000)
 
 
-def test_a_batch_is_its_positions_of_the_stream():
-    source = Numbered(10)
-    batch = load_batch(source, 5, 2, 4, LATENT)  # positions 8..11: the last two of one epoch, two of the next
-    assert batch.samples == [locate(5, position, 10) for position in (8, 9, 10, 11)]
-    assert [epoch for epoch, _ in batch.samples] == [0, 0, 1, 1]
-    assert batch.images.shape == (4, 4, 4, 3)
-    assert batch.images.dtype == torch.uint8
-    assert batch.images[:, 0, 0, 0].tolist() == [sample for _, sample in batch.samples]
-    for row, (epoch, sample) in enumerate(batch.samples):
-        d = draw(5, sample, epoch, LATENT)
-        np.testing.assert_array_equal(batch.noise[row].numpy(), d.noise)
-        assert batch.time_uniform[row].item() == d.time_uniform
-        assert batch.drop_uniform[row].item() == d.drop_uniform
-        assert batch.captions[row] == source.load(sample, sample_rng(5, sample, epoch)).caption
-    assert batch.posterior_noise is None
-
-
-def test_batch_size_does_not_change_the_stream():
-    source = Numbered(7)
-    large = load_batch(source, 0, 0, 12, LATENT, posterior=True)
-    small = [load_batch(source, 0, step, 3, LATENT, posterior=True) for step in range(4)]
-    assert large.captions == [caption for batch in small for caption in batch.captions]
-    assert torch.equal(large.noise, torch.cat([batch.noise for batch in small]))
-    assert large.posterior_noise is not None
-    assert torch.equal(large.posterior_noise, torch.cat([batch.posterior_noise for batch in small]))
-
-
-def test_captions_change_between_epochs():
-    source = Numbered(1)
-    assert len(set(load_batch(source, 0, 0, 5, LATENT).captions)) == 5
-
-
 @pytest.mark.parametrize("arguments", [(0, -1, 10), (0, 0, 0), (-1, 0, 10), (2**64, 0, 10)])
 def test_places_outside_the_stream_are_errors(arguments: tuple[int, int, int]):
     with pytest.raises(ValueError, match=r"expected at least 0|must be from 0"):
         locate(*arguments)
-
-
-@pytest.mark.parametrize(("step", "batch_size"), [(-1, 4), (0, 0)])
-def test_impossible_batches_are_errors(step: int, batch_size: int):
-    with pytest.raises(ValueError, match="batch_size"):
-        load_batch(Numbered(10), 0, step, batch_size, LATENT)
-
-
-def prefetch_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
-
-
-def test_prefetch_keeps_the_order_and_starts_anywhere():
-    batches = prefetch(lambda step: load_batch(Numbered(10), 0, step, 4, LATENT), start=3)
-    for step, batch in zip(range(3, 8), batches, strict=False):
-        assert batch.samples == load_batch(Numbered(10), 0, step, 4, LATENT).samples
-    batches.close()
-
-
-def test_prefetch_works_ahead_but_not_further():
-    made: list[int] = []
-    third = threading.Event()
-
-    def load(step: int) -> int:
-        made.append(step)
-        if step == 2:
-            third.set()
-        return step
-
-    numbers = prefetch(load, ahead=2)
-    assert next(numbers) == 0
-    assert third.wait(10)  # 0 was asked for; 1 and 2 follow on the thread
-    time.sleep(0.02)
-    assert made == [0, 1, 2]
-    numbers.close()
-
-
-def test_prefetch_raises_what_load_raised_in_its_turn():
-    def load(step: int) -> int:
-        if step == 4:
-            raise ValueError("picture 4 is broken")
-        return step
-
-    numbers = prefetch(load, start=2)
-    assert list(islice(numbers, 2)) == [2, 3]
-    with pytest.raises(ValueError, match="picture 4 is broken"):
-        next(numbers)
-    assert prefetch_threads() == []
-
-
-@pytest.mark.parametrize("how", ["closed", "dropped"])
-def test_prefetch_ends_its_thread(how: str):
-    numbers = prefetch(lambda step: step)
-    next(numbers)
-    assert len(prefetch_threads()) == 1
-    if how == "closed":
-        numbers.close()
-    else:
-        del numbers
-        gc.collect()
-    assert prefetch_threads() == []
-
-
-def test_prefetch_needs_room():
-    with pytest.raises(ValueError, match="ahead is 0"):
-        next(prefetch(lambda step: step, ahead=0))
 
 
 SIZES = [[1], [5], [3, 0, 7, 1, 1, 2], [1] * 37, [13, 29, 31, 7] * 6, [0, 0, 2], [101]]

@@ -26,8 +26,7 @@ from semantic_routing.data.files import (
     stat,
 )
 from semantic_routing.data.found import SIZE, Damage, Found
-from semantic_routing.data.images import Unusable, load_square
-from semantic_routing.data.order import Example
+from semantic_routing.data.images import Unusable
 from semantic_routing.data.records import DamagedRecord, Record, Sharded, caption_fields, captions_of, parse_json, texts
 
 MANIFESTS = (
@@ -172,27 +171,6 @@ class FolderRecords(PictureFiles):
             return Record(key, image, captions_of(text, extra))
         except (OSError, ValueError) as error:
             raise DamagedRecord("bad captions", self.shard_name(0), key, str(error)) from error
-
-
-class ImageFolder(ManifestRecords):
-    """A manifest's pictures as squares of ``size`` pixels, with one of their ``text`` captions chosen at random."""
-
-    def __init__(self, manifest: str | Path, root: str | Path | None = None, *, size: int) -> None:
-        if size < 1:
-            raise ValueError(f"pictures of {size} pixels cannot be made; ask for a size of at least 1")
-        super().__init__(manifest, root)
-        self.size = size
-
-    def load(self, sample: int, rng: np.random.Generator) -> Example:
-        """The picture of one row, and one of its captions."""
-        row = self.row(sample)
-        captions = texts(row["text"])
-        caption = captions[int(rng.random() * len(captions))]
-        return Example(load_square(_path(row["image"], self.root), self.size), caption)
-
-    def captions(self, count: int) -> list[str]:
-        """The first caption of the first ``count`` pictures."""
-        return [texts(self.row(index)["text"])[0] for index in range(min(count, len(self)))]
 
 
 def find_manifest(path: str) -> str:

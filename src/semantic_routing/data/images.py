@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
@@ -73,19 +72,6 @@ class Limits:
             raise Unusable("extreme aspect", f"{size}, at most {self.max_aspect:g} times as long as wide is wanted")
 
 
-def load_square(path: str | Path, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
-    """The centre square of a picture as ``size`` x ``size`` RGB pixels.
-
-    Raises ValueError that names the file where it cannot be read.
-    """
-    try:
-        return decode(Path(path).read_bytes(), size, size, Limits(max_aspect=float("inf")))
-    except (OSError, Unusable) as error:
-        raise ValueError(
-            f"{str(path)!r} cannot be read as a picture ({error}); replace it or take it out of the data"
-        ) from error
-
-
 def decode(
     data: bytes, height: int, width: int, limits: Limits | None = None
 ) -> UInt8[np.ndarray, "{height} {width} 3"]:
@@ -141,11 +127,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
-
-
-def centre_square(image: Image.Image, size: int) -> Image.Image:
-    """The shorter side resized to ``size``, and the middle of the longer one."""
-    return centre_crop(image, size, size)
 
 
 def centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:

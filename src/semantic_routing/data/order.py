@@ -11,53 +11,21 @@ generators are keyed by the position in the stream instead of (seed, sample, epo
 from __future__ import annotations
 
 import struct
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import blake2b
-from itertools import count
 from math import gcd, isqrt, lcm
-from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from jaxtyping import Float, Float32, UInt8
-from torch import Tensor
+from jaxtyping import Float32
 
-T = TypeVar("T")
 IntArray = npt.NDArray[np.int64]
 
 ROUNDS = 8
 """Rounds of the Feistel network; each half of an index is changed in every second one."""
 _WORD = 2**64 - 1
-
-
-@dataclass(frozen=True)
-class Example:
-    """A picture and one caption of it."""
-
-    image: UInt8[np.ndarray, "H W 3"]
-    caption: str
-
-
-@runtime_checkable
-class Source(Protocol):
-    """Pictures with captions, at random access."""
-
-    def __len__(self) -> int:
-        """Number of samples in one epoch."""
-        ...
-
-    def load(self, sample: int, rng: np.random.Generator) -> Example:
-        """The sample 0..len - 1; ``rng`` decides augmentation and which of several captions is taken."""
-        ...
-
-    def captions(self, count: int) -> list[str]:
-        """Up to ``count`` captions to watch the training by."""
-        ...
 
 
 def locate(seed: int, position: int, length: int) -> tuple[int, int]:
@@ -241,68 +209,3 @@ def draw(seed: int, sample: int, epoch: int, shape: tuple[int, ...]) -> Draw:
 def posterior_noise(seed: int, sample: int, epoch: int, shape: tuple[int, ...]) -> Float32[np.ndarray, "*latent"]:
     """Standard normal noise that picks a codec's latents from their posterior; independent of ``draw``."""
     return _generator(b"posterior", seed, sample, epoch).standard_normal(shape, dtype=np.float32)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """All that one training step reads."""
-
-    images: UInt8[Tensor, "B H W 3"]
-    captions: list[str]
-    noise: Float[Tensor, "B *latent"]
-    posterior_noise: Float[Tensor, "B *latent"] | None
-    """For the codec's ``encode``; None where it needs none."""
-    time_uniform: Float[Tensor, " B"]
-    drop_uniform: Float[Tensor, " B"]
-    samples: list[tuple[int, int]]
-    """(epoch, sample) of each row."""
-
-
-def load_batch(
-    source: Source,
-    seed: int,
-    step: int,
-    batch_size: int,
-    noise_shape: tuple[int, ...],
-    *,
-    posterior: bool = False,
-) -> Batch:
-    """The batch of one step: positions ``step * batch_size`` up to ``(step + 1) * batch_size`` of the stream.
-
-    ``noise_shape`` is the latents' (``Codec.latent_shape``); ``posterior`` is ``Codec.has_posterior``.
-    """
-    if batch_size < 1 or step < 0:
-        raise ValueError(f"batch_size {batch_size} at step {step}; expected at least 1 at a step from 0")
-    first = step * batch_size
-    samples = [locate(seed, position, len(source)) for position in range(first, first + batch_size)]
-    examples = [source.load(sample, sample_rng(seed, sample, epoch)) for epoch, sample in samples]
-    draws = [draw(seed, sample, epoch, noise_shape) for epoch, sample in samples]
-    extra = [posterior_noise(seed, sample, epoch, noise_shape) for epoch, sample in samples if posterior]
-    return Batch(
-        images=torch.from_numpy(np.stack([example.image for example in examples])),
-        captions=[example.caption for example in examples],
-        noise=torch.from_numpy(np.stack([d.noise for d in draws])),
-        posterior_noise=torch.from_numpy(np.stack(extra)) if posterior else None,
-        time_uniform=torch.tensor([d.time_uniform for d in draws], dtype=torch.float32),
-        drop_uniform=torch.tensor([d.drop_uniform for d in draws], dtype=torch.float32),
-        samples=samples,
-    )
-
-
-def prefetch(load: Callable[[int], T], start: int = 0, *, ahead: int = 2) -> Generator[T, None, None]:
-    """Yield ``load(start)``, ``load(start + 1)`` ... without end, ``ahead`` of them made early on a thread.
-
-    An exception of ``load`` is raised here, in its turn. The thread ends when the iterator is closed or
-    dropped, after the ``load`` that it is at.
-    """
-    if ahead < 1:
-        raise ValueError(f"ahead is {ahead}; expected at least 1")
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
-    waiting: deque[Future[T]] = deque()
-    try:
-        for step in count(start):
-            waiting.append(pool.submit(load, step))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -7,15 +7,10 @@ from dataclasses import dataclass
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 
-import numpy as np
-
 from semantic_routing.data.captions import CaptionChoice
 from semantic_routing.data.images import Limits
 from semantic_routing.data.index import open_records
-from semantic_routing.data.order import Example, Mixture, Source, stream_seed
-from semantic_routing.data.scenes import CANVAS
-from semantic_routing.data.shapes import prompts
-from semantic_routing.data.shapes import sample as draw_sample
+from semantic_routing.data.order import Mixture, stream_seed
 from semantic_routing.data.sidecar import RECAPTION, Sidecar
 from semantic_routing.data.streams import Reading, RecordStream, Row, ShapesStream, Stream
 
@@ -151,38 +146,3 @@ def open_data(cfg: DataConfig, *, image_size: int, seed: int) -> Dataset:
         else:
             streams.append(RecordStream([open_records(path, index) for path in paths], own, how))
     return Dataset(cfg, streams, image_size=image_size)
-
-
-class ShapesSource:
-    """The training split of the toy world; no run comes to the end of its first epoch."""
-
-    def __init__(self, seed: int, size: int = CANVAS) -> None:
-        self.seed = seed
-        self.size = size
-
-    def __len__(self) -> int:
-        return 2**40
-
-    def load(self, sample: int, rng: np.random.Generator) -> Example:
-        """The toy world's sample of that index; all of it follows from the index, so ``rng`` is not used."""
-        drawn = draw_sample(self.seed, sample, split="train", size=self.size)
-        return Example(drawn.image, drawn.caption)
-
-    def captions(self, count: int) -> list[str]:
-        """Captions of the evaluation split, which training never sees."""
-        return [drawn.caption for drawn in prompts(self.seed, count)]
-
-
-def open_source(data: str | None, *, size: int, seed: int) -> Source:
-    """The toy world for "shapes" or None; otherwise the pictures of a manifest or of a folder with one.
-
-    Args:
-        data: Name or path.
-        size: Side of the pictures in pixels.
-        seed: Seed of the toy world.
-    """
-    if data is None or data == SHAPES:
-        return ShapesSource(seed, size)
-    from semantic_routing.data.folder import ImageFolder
-
-    return ImageFolder(data, size=size)

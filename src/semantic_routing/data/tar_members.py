@@ -7,6 +7,7 @@ behind a header whose sum is wrong is believed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import NamedTuple
@@ -23,11 +24,13 @@ LONGEST = 2**20
 """Bytes of the longest extended header (a name, mostly) that is read."""
 CHECKED_AT_ONCE = 1024
 ZEROS = bytes(BLOCK)
+_SAYS_MORE = re.compile(rb"path=|size=|GNU\.sparse").search
 PAIRS = np.uint64(0x00FF00FF00FF00FF)
 
 REGULAR = b"0\0007"
 NO_CONTENT = b"123456"  # links, devices, folders, pipes: their size says nothing
-FOLDER, SPARSE, LONG_NAME, LONG_LINK, PAX, PAX_SOLARIS, PAX_GLOBAL = b"5SLKxXg"
+EXTENDED = b"xLKXg"
+FOLDER, SPARSE, LONG_NAME, LONG_LINK, PAX_GLOBAL = b"5SLKg"
 
 Read = Callable[[int, int], bytes]
 """(start, size) to bytes, fewer where the file ends."""
@@ -48,7 +51,8 @@ class _Unreadable(Exception):
     """Nothing more can be read."""
 
 
-_Item = tuple[bytes, int, Member | Damage | None]  # a header, where it is, and what it means
+_Item = tuple[bytes, int, Member | Damage | None]
+"""A header, where its member begins, and what it means; without a header, why nothing more can be read."""
 
 
 def members(read: Read, length: int, window: int = WINDOW) -> Iterator[Member | Damage]:
@@ -58,87 +62,88 @@ def members(read: Read, length: int, window: int = WINDOW) -> Iterator[Member | 
     content that is not all there, ends the archive.
     """
     walk = _walk(read, length, window)
-    more = True
-    while more:
-        batch: list[_Item] = []
-        end: Damage | None = None
-        try:
-            for item in islice(walk, CHECKED_AT_ONCE):
-                batch.append(item)  # one by one: what came before an error counts
-        except _Unreadable as error:
-            end = error.args[0]
+    while batch := list(islice(walk, CHECKED_AT_ONCE)):
+        end = batch.pop()[2] if not batch[-1][0] else None
         right = _sums_are_right([header for header, _, _ in batch])
         whole = len(batch) if right.all() else int(right.argmin())
         yield from (found for _, _, found in batch[:whole] if found is not None)
         if whole < len(batch):
-            end = Damage("bad header", batch[whole][1], b"", "no tar header here; what follows is not read")
+            end = _no_header(batch[whole][1])
         if end is not None:
             yield end
-        more = end is None and len(batch) == CHECKED_AT_ONCE
+            return
+
+
+def first_member(head: bytes) -> Member | None:
+    """The first regular file of an archive by its beginning, up to its content; None where another thing is there."""
+    for header, _, found in _walk(lambda start, size: head[start : start + size], 2**63, len(head)):
+        if not header or not _sum_is_right(header):
+            return None
+        if found is not None:
+            return found if isinstance(found, Member) else None
+    return None
 
 
 def _walk(read: Read, length: int, window: int) -> Iterator[_Item]:
+    """Every header, and what it means if its sum turns out to be right."""
     base, buffer = 0, b""
     position = start = 0  # of this header, and of the first of those that belong together
-    name: bytes | None = None  # from an extended header, as is the size
-    size_given: int | None = None
-    skip = ""
-    while True:
-        local = position - base
-        if local + BLOCK > len(buffer):
-            rest = min(window, length - position)
-            base, local, buffer = position, 0, read(position, rest) if rest > 0 else b""
-        header = buffer[local : local + BLOCK]
-        if len(header) < BLOCK:
-            raise _Unreadable(_ending(position, header, length))
-        if not header[0] and header == ZEROS:
-            _check_tail(buffer[local:], position, length)
-            return
-        kind = header[156]
-        size = _number(header[124:136], position)
-        content = position + BLOCK
-        if kind in (PAX, PAX_SOLARIS, LONG_NAME, LONG_LINK, PAX_GLOBAL):
-            position = content + (size + BLOCK - 1) // BLOCK * BLOCK
+    extended = _Extended()
+    try:
+        while True:
+            local = position - base
+            if local + BLOCK > len(buffer):
+                rest = min(window, length - position)
+                base, local, buffer = position, 0, read(position, rest) if rest > 0 else b""
+            header = buffer[local : local + BLOCK]
+            if len(header) < BLOCK:
+                raise _Unreadable(_ending(position, header, length))
+            if not header[0] and header == ZEROS:
+                _check_tail(buffer[local:], position, length)
+                return
+            kind, content = header[156], position + BLOCK
+            try:
+                size = int(header[124:135], 8)  # what nearly every archive holds
+            except ValueError:
+                size = -1
+            if size < 0 or header[135] not in b"\0 ":
+                size = _number(header[124:136], position)
+            if kind in EXTENDED:
+                position = content + (size + BLOCK - 1) // BLOCK * BLOCK
+                yield header, start, None
+                if content + size > length:
+                    raise _Unreadable(Damage("truncated", start, b"", f"an extended header of {size} bytes"))
+                if size <= LONGEST:
+                    text = buffer[content - base : content - base + size]
+                    extended.note(kind, text if len(text) == size else read(content, size), start)
+                else:
+                    extended.skip = f"an extended header of {size} bytes"
+                continue
+            name = extended.name if extended.name is not None else _plain_name(header)
+            if kind in NO_CONTENT:
+                size = 0
+            elif extended.size is not None:
+                size = extended.size
+            if kind == SPARSE:
+                content = _behind_sparse_map(read, header, content)
             if content + size > length:
-                raise _Unreadable(Damage("truncated", start, b"", f"an extended header of {size} bytes"))
-            yield header, start, None
-            if size > LONGEST:
-                skip = f"an extended header of {size} bytes"
-            elif kind not in (LONG_LINK, PAX_GLOBAL):
-                inside = content - base
-                text = buffer[inside : inside + size]
-                if len(text) < size:
-                    text = read(content, size)
-                if kind == LONG_NAME:
-                    name = text.split(b"\0", 1)[0]
-                elif b"path=" in text or b"size=" in text or b"GNU.sparse" in text:
-                    fields = _pax(text, start)
-                    name = fields.get(b"path", name)
-                    size_given = _decimal(fields[b"size"], start) if b"size" in fields else size_given
-                    skip = "a sparse file" if any(key.startswith(b"GNU.sparse") for key in fields) else skip
-            continue
-        if name is None:
-            name = _plain_name(header)
-        if kind in NO_CONTENT:
-            size = 0
-        elif size_given is not None:
-            size = size_given
-        if kind == SPARSE:
-            content = _behind_sparse_map(read, header, content)
-        position = content + (size + BLOCK - 1) // BLOCK * BLOCK
-        found: Member | Damage | None = None
-        if content + size > length:
-            end = Damage("truncated", start, name, f"{size} bytes announced, {max(length - content, 0)} there")
-            yield header, start, None
-            raise _Unreadable(end)
-        if skip:
-            found = Damage("too large" if "header" in skip else "not a file", start, name, skip)
-        elif kind in REGULAR and not name.endswith(b"/"):
-            found = Member(name, start, content, size)
-        elif kind not in (FOLDER, *REGULAR):
-            found = Damage("not a file", start, name, f"tar type {chr(kind)!r}: a link, device or sparse file")
-        yield header, start, found
-        start, name, size_given, skip = position, None, None, ""
+                yield header, start, None
+                detail = f"{size} bytes announced, {max(length - content, 0)} there"
+                raise _Unreadable(Damage("truncated", start, name, detail))
+            position = content + (size + BLOCK - 1) // BLOCK * BLOCK
+            found: Member | Damage | None = None
+            if extended.skip:
+                found = Damage("too large" if "header" in extended.skip else "not a file", start, name, extended.skip)
+            elif kind in REGULAR and not name.endswith(b"/"):
+                found = Member(name, start, content, size)
+            elif kind not in (FOLDER, *REGULAR):
+                found = Damage("not a file", start, name, f"tar type {chr(kind)!r}: a link, device or sparse file")
+            yield header, start, found
+            if start != position - BLOCK:
+                extended = _Extended()
+            start = position
+    except _Unreadable as error:
+        yield b"", position, error.args[0]
 
 
 def _plain_name(header: bytes) -> bytes:
@@ -150,18 +155,40 @@ def _plain_name(header: bytes) -> bytes:
 
 def _number(field: bytes, position: int) -> int:
     """A size: octal digits, or binary after a byte of 128."""
-    digits = field[:11] if field[11] in b"\0 " else field.split(b"\0", 1)[0]
-    if digits.isdigit():  # what nearly every archive holds
-        try:
-            return int(digits, 8)
-        except ValueError:
-            pass
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
-    digits = digits.split(b"\0", 1)[0].strip()
+    digits = field.split(b"\0", 1)[0].strip()
     if digits.strip(b"01234567"):
-        raise _Unreadable(Damage("bad header", position, b"", "no tar header here; what follows is not read"))
+        raise _Unreadable(_no_header(position))
     return int(digits or b"0", 8)
+
+
+def _no_header(position: int) -> Damage:
+    return Damage("bad header", position, b"", "no tar header here; what follows is not read")
+
+
+class _Extended:
+    """What extended headers say of the member behind them."""
+
+    __slots__ = ("name", "size", "skip")
+
+    def __init__(self) -> None:
+        self.name: bytes | None = None
+        self.size: int | None = None
+        self.skip = ""
+        """Why the member cannot be used."""
+
+    def note(self, kind: int, text: bytes, position: int) -> None:
+        """Take in the content of one such header."""
+        if kind == LONG_NAME:
+            self.name = text.split(b"\0", 1)[0]
+        elif kind not in (LONG_LINK, PAX_GLOBAL) and _SAYS_MORE(text):
+            fields = _pax(text, position)
+            self.name = fields.get(b"path", self.name)
+            if b"size" in fields:
+                self.size = _decimal(fields[b"size"], position)
+            if any(key.startswith(b"GNU.sparse") for key in fields):
+                self.skip = "a sparse file"
 
 
 def _pax(text: bytes, position: int) -> dict[bytes, bytes]:
@@ -224,7 +251,15 @@ def _sums_are_right(headers: list[bytes]) -> Bool[np.ndarray, " N"]:
     for column in field.T:
         stated = np.where((column >= 0x30) & (column < 0x38), stated * 8 + (column & 7), stated)
     right = expected == stated
-    for i in np.flatnonzero(~right):  # some old programs took bytes as signed
-        high = int((blocks[i] >= 0x80).sum() - (field[i] >= 0x80).sum())
-        right[i] = expected[i] - 256 * high == stated[i]
+    for i in np.flatnonzero(~right):
+        right[i] = _sum_is_right(headers[i])
     return right
+
+
+def _sum_is_right(header: bytes) -> bool:
+    field = header[148:156]
+    rest = header[:148] + header[156:]
+    total = sum(rest) + 8 * 32
+    stated = int(bytes(digit for digit in field if 0x30 <= digit < 0x38) or b"0", 8)
+    # Some old programs took bytes as signed.
+    return stated in (total, total - 256 * sum(byte >= 0x80 for byte in rest))

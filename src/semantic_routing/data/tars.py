@@ -17,7 +17,7 @@ from semantic_routing.data.files import Arrays, Reader, is_url, shard_names
 from semantic_routing.data.found import SIZE, Damage, Found, key_text
 from semantic_routing.data.images import Unusable
 from semantic_routing.data.records import DamagedRecord, Record, Sharded, captions_of
-from semantic_routing.data.tar_members import WINDOW, Member, Read, members
+from semantic_routing.data.tar_members import WINDOW, Member, Read, first_member, members
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2")
 PARTS = tuple(suffix.encode() for suffix in (*IMAGE_SUFFIXES, "txt", "json"))
@@ -190,8 +190,8 @@ class TarRecords(Sharded):
             head, image, text, extra = self._pieces(self._paths[shard], start, parts)
         except OSError as error:
             raise DamagedRecord("unreadable", where, f"{where}/{number}", str(error)) from error
-        first = next(members(lambda at, size: head[at : at + size], 2**63), None)
-        if not isinstance(first, Member):
+        first = first_member(head)
+        if first is None:
             detail = "the shard is not what was indexed; run semroute data index again"
             raise DamagedRecord("bad header", where, f"{where}/{number}", detail)
         key = f"{where}/{key_text(_key(first.name)[0])}"
