@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from semantic_routing.cli import main
 from semantic_routing.convert import SIZES, from_upstream, to_upstream, upstream_config
 from semantic_routing.dit import DiTConfig
 from semantic_routing.fusedit import make_model
+from semantic_routing.train import start
+from semantic_routing.train_config import TrainConfig
 from tests.chat_server import KEY, MODEL, ChatServer
 from tests.damaged import write_shards
 
@@ -124,6 +128,28 @@ def test_prepare_data(
     assert Path("shards/.semroute-index").is_dir()
     assert "not an image" in capsys.readouterr().out
     assert find_checkpoint(Path("runs/recaptioned")).name == "step-0000001"
+
+
+def test_analysis(
+    tiny_run: Path, tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    for name in ("depth", "other"):
+        shutil.copytree(tiny_run, Path("runs", name))
+    start(tiny_config("joint"), Path("runs/joint"))
+    for command in commands("analysis.md"):
+        main([{"64": "2"}.get(word, word) for word in command])
+    page = (DOCS / "analysis.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| `.*", page, re.MULTILINE)
+    stems = {path.stem.split("-t")[0] for path in Path("figures").rglob("*.png")}
+    assert len(named) == 4
+    assert {"heatmap", "similarity-blocks", "trend-blocks", "models-jensen-shannon", "lead-50"} <= stems
+    told = [json.loads(Path("images", name, "manifest.json").read_text()) for name in ("shifted", "calibrated")]
+    assert [manifest["sampler"]["clock"] for manifest in told] == [
+        "shifted",
+        "figures/joint/calibration-g6-s50.json",
+    ]
 
 
 def test_the_papers_sizes() -> None:

@@ -12,6 +12,7 @@ import torch
 
 from semantic_routing.analyze.commands import AnalyzeArguments, run_analysis
 from semantic_routing.clock import parse_clock
+from semantic_routing.export import ExportArguments, export
 from semantic_routing.train import start
 
 
@@ -68,6 +69,22 @@ def test_several_models_have_a_folder_each_and_are_compared(tiny_run: Path, join
     assert tmp_path / "tiny" / "heatmap.png" in written
     assert tmp_path / "joint" / "heatmap-t0.00.png" in written
     assert list(np.load(tmp_path / "models-jensen-shannon.npz")["rows"]) == ["tiny", "joint"]
+
+
+def test_an_exported_pipeline_is_drawn_as_its_run_is(joint_run: Path, tmp_path: Path) -> None:
+    pipeline = export(ExportArguments(model=joint_run, out=tmp_path / "pipeline"))
+    settings = {"trajectory": True, "n": 2, "guidance": (2.0,), "steps": (3,), "device": "cpu"}
+    for name, model in (("run", joint_run), ("pipeline", pipeline)):
+        run_analysis(AnalyzeArguments(models=(model,), out=tmp_path / "out" / name, **settings))
+    one, other = (
+        {path.name: path.read_bytes() for path in (tmp_path / "out" / name).glob("*.csv")}
+        for name in ("run", "pipeline")
+    )
+    assert "lead-3.csv" in one
+    assert one == other
+    (pipeline / "transformer" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is no transformer of semroute export"):
+        run_analysis(AnalyzeArguments(models=(pipeline,), out=tmp_path / "again"))
 
 
 def test_what_cannot_be_analysed_is_said(tiny_run: Path, tmp_path: Path) -> None:

@@ -245,6 +245,25 @@ def test_what_follows_the_end_mark_is_reported():
     assert [(d.reason, "several archives" in d.detail) for d in damage] == [("bad header", True)]
 
 
+def test_no_damage_is_believed_and_none_stops_the_reader():
+    rng = np.random.default_rng(3)
+    whole = archive([(f"{i}.jpg", b"x" * 700) for i in range(6)], "pax", 1.5)
+    expected, _ = found_in(whole)
+    for _ in range(300):
+        data = bytearray(whole[: int(rng.integers(len(whole)))] if rng.random() < 0.3 else whole)
+        hurt = len(data)
+        for _ in range(int(rng.integers(1, 4))):
+            at = int(rng.integers(len(data) or 1))
+            data[at : at + 1] = rng.bytes(1)
+            hurt = min(hurt, at)
+        found, damage = found_in(bytes(data))
+        before = [member for member in expected if member.offset + member.size <= hurt]
+        assert found[: len(before)] == before
+        assert all(member.offset + member.size <= len(data) for member in found)
+        known = {member.name for member in expected}
+        assert damage or {member.name for member in found} == known  # a content or a padding was hit
+
+
 # -- records ---------------------------------------------------------------------------------------------------
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -22,7 +22,8 @@ from semantic_routing.checkpoint import check_writable, write_text
 from semantic_routing.data.shapes import prompts as toy_prompts
 from semantic_routing.device import keep_freed_memory, pick_device
 from semantic_routing.dit import Backbone
-from semantic_routing.generate import Bundle, SampleConfig, load_bundle
+from semantic_routing.evaluate.models import open_model
+from semantic_routing.generate import Bundle, SampleConfig
 from semantic_routing.manifest import manifest
 from semantic_routing.prompts import read_prompts
 
@@ -44,7 +45,11 @@ class AnalyzeArguments:
     guidance: tuple[float, ...] = (1.0, 3.0, 6.0)
     """Scales of classifier-free guidance, each measured."""
     steps: tuple[int, ...] = (50,)
-    """Numbers of Euler steps, each measured."""
+    """Numbers of steps, each measured."""
+    sampler: Literal["euler", "heun", "ancestral"] = "euler"
+    """Integrator of the flow, or ancestral: the image predicted and noised anew at every step."""
+    shift: float = 1.0
+    """Above 1, more steps near the noise."""
     seed: int = 0
     """Run seed of the trajectories' noise."""
     batch: int = 64
@@ -95,7 +100,7 @@ def _analyze(path: Path, model: Backbone, out: Path, args: AnalyzeArguments) -> 
     leads: list[dict[str, Any]] = []
     if args.trajectory:
         keep_freed_memory()
-        bundle = load_bundle(path, pick_device(args.device))
+        bundle = open_model(path, pick_device(args.device))
         runs = _trajectories(bundle, args, out)
         drawn += trajectory_figures(runs)
         leads = lead_table(runs)
@@ -121,13 +126,17 @@ def _captions(args: AnalyzeArguments) -> list[str]:
     return read_prompts(args.prompts)[: args.n]
 
 
+def _sampling(args: AnalyzeArguments) -> SampleConfig:
+    return SampleConfig(sampler=args.sampler, shift=args.shift, seed=args.seed, batch=args.batch)
+
+
 def _trajectories(bundle: Bundle, args: AnalyzeArguments, out: Path) -> list[tuple[SampleConfig, Trajectory]]:
     """A trajectory for each setting; each one's calibration is written as it is measured."""
-    captions = _captions(args)
+    captions, how = _captions(args), _sampling(args)
     runs = []
     for steps in args.steps:
         for guidance in args.guidance:
-            cfg = SampleConfig(steps=steps, guidance=guidance, seed=args.seed, batch=args.batch)
+            cfg = replace(how, steps=steps, guidance=guidance)
             measured = sample_trajectory(bundle, captions, cfg)
             write_calibration(out / f"calibration-g{guidance:g}-s{steps}.json", cfg, measured)
             runs.append((cfg, measured))
@@ -152,7 +161,7 @@ def _strips(bundle: Bundle, args: AnalyzeArguments) -> list[Strip]:
             if step in shown:
                 seen.append((float(t), bundle.codec.decode(x + (1 - t).to(x.device) * v)))
 
-        bundle.sample(captions, names, SampleConfig(steps=steps, guidance=guidance, seed=args.seed), keep)
+        bundle.sample(captions, names, replace(_sampling(args), steps=steps, guidance=guidance), keep)
         for index, caption in enumerate(captions):
             images = [image[index].numpy(force=True) for _, image in seen]
             strips.append(Strip(caption, f"guidance {guidance:g}", [t for t, _ in seen], images))

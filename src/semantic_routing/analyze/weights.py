@@ -5,7 +5,9 @@ The numbers come from the very ``router.weights(t)`` that training and sampling 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import matplotlib
@@ -13,13 +15,17 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
+from safetensors import safe_open
+from torch import Tensor
 
 from semantic_routing.analyze.figures import INK, Drawn, label_axes, new_axes
-from semantic_routing.checkpoint import EMA, find_checkpoint, read_state, read_tensors
+from semantic_routing.checkpoint import EMA, find_checkpoint, open_tensors, read_state, read_tensors
 from semantic_routing.config import from_dict
 from semantic_routing.dit import Backbone, DiT, DiTConfig
 from semantic_routing.fusedit import make_model
 
+PIPELINE = "model_index.json"
+"""The file that makes a folder a pipeline of diffusers."""
 HEATMAP_TIMES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Times of the heat maps (0 noise, 1 data) ..."""
 LINE_TIMES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -29,25 +35,57 @@ MOST_NUMBERS = 120
 
 
 def open_router(path: Path) -> Backbone:
-    """The model of a run or checkpoint, on the meta device but for its router's averaged weights.
+    """The model of a run, checkpoint or exported pipeline, on the meta device but for its router's averaged weights.
 
-    Nothing else is read, so this is quick and small for any backbone. ValueError for what is no checkpoint.
+    Nothing else is read, so this is quick and small for any backbone. ValueError for what is none of them.
     """
+    sizes, tensors, source = _of_pipeline(path) if (path / PIPELINE).is_file() else _of_checkpoint(path)
+    with torch.device("meta"):
+        model = make_model(sizes)
+    if not isinstance(model, DiT):
+        return model
+    found = tensors()
+    wanted = {name: tensor.shape for name, tensor in model.router.state_dict().items()}
+    if {name: tensor.shape for name, tensor in found.items()} != wanted:
+        raise ValueError(f"{source} does not hold the router of its configuration, arm {sizes.arm!r}")
+    model.router.load_state_dict(found, assign=True)
+    return model
+
+
+Opened = tuple[DiTConfig, Callable[[], dict[str, Tensor]], Path]
+"""Sizes of a model, what reads its router's tensors, and where from."""
+
+
+def _of_checkpoint(path: Path) -> Opened:
     folder = find_checkpoint(path)
     config = read_state(folder).get("config")
     if not isinstance(config, dict) or "model" not in config:
         raise ValueError(f"{folder} was not written by semroute train: its state.json has no configuration")
-    with torch.device("meta"):
-        model = make_model(from_dict(DiTConfig, config["model"], "model."))
-    if not isinstance(model, DiT):
-        return model
     file = folder / EMA
-    found = {name.removeprefix("router."): tensor for name, tensor in read_tensors(file, "router.").items()}
-    wanted = {name: tensor.shape for name, tensor in model.router.state_dict().items()}
-    if {name: tensor.shape for name, tensor in found.items()} != wanted:
-        raise ValueError(f"{file} does not hold the router of its configuration, arm {model.cfg.arm!r}")
-    model.router.load_state_dict(found, assign=True)
-    return model
+
+    def tensors() -> dict[str, Tensor]:
+        return {name.removeprefix("router."): tensor for name, tensor in read_tensors(file, "router.").items()}
+
+    return from_dict(DiTConfig, config["model"], "model."), tensors, file
+
+
+def _of_pipeline(path: Path) -> Opened:
+    folder, prefix = path / "transformer", "backbone.router."
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        sizes = DiTConfig(**{field.name: config[field.name] for field in fields(DiTConfig)})
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} is no transformer of semroute export: its config.json lacks {error}") from error
+
+    def tensors() -> dict[str, Tensor]:
+        found = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            with open_tensors(file), safe_open(file, "pt") as content:
+                names = [name for name in content.keys() if name.startswith(prefix)]  # noqa: SIM118
+                found |= {name.removeprefix(prefix): content.get_tensor(name) for name in names}
+        return found
+
+    return sizes, tensors, folder
 
 
 @torch.no_grad()

@@ -117,7 +117,7 @@ def _walk(read: Read, length: int, window: int) -> Iterator[_Item]:
                     text = buffer[content - base : content - base + size]
                     extended.note(kind, text if len(text) == size else read(content, size), start)
                 else:
-                    extended.skip = f"an extended header of {size} bytes"
+                    extended.leave_out("too large", f"an extended header of {size} bytes")
                 continue
             name = extended.name if extended.name is not None else _plain_name(header)
             if kind in NO_CONTENT:
@@ -131,15 +131,8 @@ def _walk(read: Read, length: int, window: int) -> Iterator[_Item]:
                 detail = f"{size} bytes announced, {max(length - content, 0)} there"
                 raise _Unreadable(Damage("truncated", start, name, detail))
             position = content + (size + BLOCK - 1) // BLOCK * BLOCK
-            found: Member | Damage | None = None
-            if extended.skip:
-                found = Damage("too large" if "header" in extended.skip else "not a file", start, name, extended.skip)
-            elif kind in REGULAR and not name.endswith(b"/"):
-                found = Member(name, start, content, size)
-            elif kind not in (FOLDER, *REGULAR):
-                found = Damage("not a file", start, name, f"tar type {chr(kind)!r}: a link, device or sparse file")
-            yield header, start, found
-            if start != position - BLOCK:
+            yield header, start, extended.meaning(kind, Member(name, start, content, size))
+            if extended.said:
                 extended = _Extended()
             start = position
     except _Unreadable as error:
@@ -170,25 +163,39 @@ def _no_header(position: int) -> Damage:
 class _Extended:
     """What extended headers say of the member behind them."""
 
-    __slots__ = ("name", "size", "skip")
+    __slots__ = ("name", "reason", "said", "size", "why")
 
     def __init__(self) -> None:
+        self.said = False
         self.name: bytes | None = None
         self.size: int | None = None
-        self.skip = ""
-        """Why the member cannot be used."""
+        self.reason = self.why = ""
 
     def note(self, kind: int, text: bytes, position: int) -> None:
         """Take in the content of one such header."""
         if kind == LONG_NAME:
-            self.name = text.split(b"\0", 1)[0]
+            self.said, self.name = True, text.split(b"\0", 1)[0]
         elif kind not in (LONG_LINK, PAX_GLOBAL) and _SAYS_MORE(text):
             fields = _pax(text, position)
-            self.name = fields.get(b"path", self.name)
+            self.said, self.name = True, fields.get(b"path", self.name)
             if b"size" in fields:
                 self.size = _decimal(fields[b"size"], position)
             if any(key.startswith(b"GNU.sparse") for key in fields):
-                self.skip = "a sparse file"
+                self.leave_out("not a file", "a sparse file")
+
+    def leave_out(self, reason: str, why: str) -> None:
+        """The member cannot be used."""
+        self.said, self.reason, self.why = True, reason, why
+
+    def meaning(self, kind: int, member: Member) -> Member | Damage | None:
+        """What a member of a kind is: a file, none, or something that is left out."""
+        if self.reason:
+            return Damage(self.reason, member.start, member.name, self.why)
+        if kind in REGULAR:
+            return member if not member.name.endswith(b"/") else None
+        if kind == FOLDER:
+            return None
+        return Damage("not a file", member.start, member.name, f"tar type {chr(kind)!r}: a link, device or sparse file")
 
 
 def _pax(text: bytes, position: int) -> dict[bytes, bytes]:
