@@ -146,6 +146,18 @@ def export(args: list[str]) -> None:
     _done(run_export(parse(ExportArguments, args, prog="semroute export")))
 
 
+def study(args: list[str]) -> None:
+    """Train and score several arms alike, set them side by side: semroute study toy --arms B1 B2 S2 --out studies/x"""
+    from semantic_routing.arguments import parse
+    from semantic_routing.study.plan import StudyArguments
+    from semantic_routing.study.runner import run_study
+    from semantic_routing.study.tables import write_results
+
+    given = parse(StudyArguments, args, prog="semroute study")
+    run_study(given)
+    _done(write_results(given))
+
+
 COMMANDS: dict[str, Command] = {
     "quickstart": quickstart,
     "train": train,
@@ -153,6 +165,7 @@ COMMANDS: dict[str, Command] = {
     "data": data,
     "evaluate": evaluate,
     "analyze": analyze,
+    "study": study,
     "overhead": overhead,
     "convert": convert,
     "export": export,

@@ -137,7 +137,14 @@ def test_sampling_and_scoring_are_separate(
     assert [r.correct for r in read_records(out / "records.jsonl")] == [True, True, False, False]
     told = manifest(out)
     assert told["scorer"]["label"] == "mine, detector variant: dogs, colours variant: dogs"
-    assert told["sampler"] == {"steps": 2, "guidance": 6.0, "sampler": "euler", "shift": 1.0, "seed": 0}
+    assert told["sampler"] == {
+        "steps": 2,
+        "guidance": 6.0,
+        "sampler": "euler",
+        "shift": 1.0,
+        "clock": "nominal",
+        "seed": 0,
+    }
     assert told["resolution"] == 32
     assert call(*command, "--out", out) == 2  # another label, another scorer
     assert "they differ in label" in capsys.readouterr().err

@@ -83,7 +83,14 @@ def test_an_evaluation_from_prompts_to_table(painter, tmp_path):
     assert benchmark.prompt_set["sha256"] in table
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["weights_sha256"] == weights_sha256(painter.model)
-    assert manifest["sampler"] == {"steps": 2, "guidance": 1.0, "sampler": "euler", "shift": 1.0, "seed": 0}
+    assert manifest["sampler"] == {
+        "steps": 2,
+        "guidance": 1.0,
+        "sampler": "euler",
+        "shift": 1.0,
+        "clock": "nominal",
+        "seed": 0,
+    }
     assert (manifest["prompts"]["n"], manifest["prompt_seed"]) == (N, SEED)
     assert manifest["prompt_set"] == benchmark.prompt_set
     assert manifest["scorer"] == checker.identity

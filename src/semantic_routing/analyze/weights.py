@@ -78,7 +78,7 @@ def _of_pipeline(path: Path) -> Opened:
         raise ValueError(f"{folder} is no transformer of semroute export: its config.json lacks {error}") from error
 
     def tensors() -> dict[str, Tensor]:
-        found = {}
+        found: dict[str, Tensor] = {}
         for file in sorted(folder.glob("*.safetensors")):
             with open_tensors(file), safe_open(file, "pt") as content:
                 names = [name for name in content.keys() if name.startswith(prefix)]  # noqa: SIM118

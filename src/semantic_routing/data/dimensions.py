@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from semantic_routing.data.images import BROKEN, Unusable, _open
+from semantic_routing.data.images import BROKEN, Unusable, open_picture
 
 HEAD = 2**16
 """Bytes that nearly always hold the header; those of large profiles and previews are longer."""
@@ -16,7 +16,7 @@ def dimensions(image: bytes) -> tuple[int, int]:
 
     Raises Unusable where it is no picture.
     """
-    with _open(image) as opened:
+    with open_picture(image) as opened:
         width, height = opened.size
         try:
             turned = "exif" in opened.info and opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)

@@ -76,7 +76,7 @@ def decode(
     data: bytes, height: int, width: int, limits: Limits | None = None
 ) -> UInt8[np.ndarray, "{height} {width} 3"]:
     """The middle of an encoded picture as ``height`` x ``width`` RGB pixels; Unusable tells why there is none."""
-    with _open(data) as image:
+    with open_picture(data) as image:
         (limits or Limits()).check(image.width, image.height)
         if image.mode == "F":
             raise Unusable("floating point", "pixels have no known range")
@@ -91,7 +91,7 @@ def decode(
             raise Unusable("truncated" if cut else "damaged", str(error)) from error
 
 
-def _open(data: bytes) -> Image.Image:
+def open_picture(data: bytes) -> Image.Image:
     """The picture with only its header read; Unusable where that fails."""
     if not data:
         raise Unusable("zero bytes", "the file is empty")

@@ -166,7 +166,7 @@ def read_json(path: Path, what: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{path} is not {what}: it is not JSON ({error})") from error
 
 
 def read_json_lines(path: Path, what: str) -> list[Any]:
@@ -177,7 +177,7 @@ def read_json_lines(path: Path, what: str) -> list[Any]:
             try:
                 values.append(json.loads(line))
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number} is not JSON: {error.msg}") from error
+                raise ValueError(f"{path} is not {what}: line {number} is not JSON ({error.msg})") from error
     return values
 
 

@@ -9,7 +9,7 @@ Boxes are ``[x1, y1, x2, y2]`` in pixels, y downwards; where a score is known it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -236,33 +236,3 @@ def check_metadata(metadata: object) -> None:
         relation, target = clause.get("position", (RELATIONS[0], 0))
         if relation not in RELATIONS or not ("position" not in clause or 0 <= target < number):
             raise ValueError(f"position {clause['position']} of {clause['class']} is relative to no object before it")
-
-
-def aggregate(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """GenEval's scores of records with ``tag``, ``prompt`` (anything that tells prompts apart) and ``correct``.
-
-    ``overall`` is the unweighted mean of the six tags' accuracies over images, and None where a tag has no
-    images; ``images`` counts images and ``prompts`` those prompts of which any image is correct. Each but the
-    first is ``{"accuracy", "correct", "n"}``. ValueError where there are no records.
-    """
-    by_tag: dict[str, list[bool]] = {}
-    by_prompt: dict[Any, bool] = {}
-    for record in records:
-        by_tag.setdefault(record["tag"], []).append(record["correct"])
-        by_prompt[record["prompt"]] = by_prompt.get(record["prompt"], False) or record["correct"]
-    if not by_tag:
-        raise ValueError("there are no records to summarize")
-    if unknown := sorted(by_tag.keys() - set(GENEVAL_TAGS)):
-        raise ValueError(f"{', '.join(unknown)} is no tag of GenEval's ({', '.join(GENEVAL_TAGS)})")
-    tags = {tag: _share(by_tag[tag]) for tag in GENEVAL_TAGS if tag in by_tag}
-    accuracies = [share["accuracy"] for share in tags.values()]
-    return {
-        "overall": sum(accuracies) / len(accuracies) if len(tags) == len(GENEVAL_TAGS) else None,
-        "tags": tags,
-        "images": _share([verdict for verdicts in by_tag.values() for verdict in verdicts]),
-        "prompts": _share(list(by_prompt.values())),
-    }
-
-
-def _share(verdicts: Sequence[bool]) -> dict[str, float | int]:
-    return {"accuracy": sum(verdicts) / len(verdicts), "correct": sum(verdicts), "n": len(verdicts)}

@@ -7,7 +7,7 @@ generator writes five digits, its documentation four, and any number of them is 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from semantic_routing.checkpoint import write_text
+from semantic_routing.data.images import Unusable
 from semantic_routing.evaluate.benchmark import (
     Benchmark,
     Finding,
@@ -55,29 +56,43 @@ class GenEval(Benchmark):
             write_text(out / "images" / f"{index:05d}" / METADATA, json.dumps(prompt.metadata) + "\n")
 
     def find(self, folder: Path) -> dict[tuple[int, int], Path]:
-        """All images in the folders of prompts, whatever their number; ValueError if a folder is of another prompt."""
+        """All images in the folders of prompts, whatever their number; ValueError if a folder is of no such prompt.
+
+        As for the official scorer, a folder's prompt is what its metadata says; without them, it is the one with the
+        folder's number.
+        """
         if not folder.is_dir():
             raise ValueError(f"there is no folder of images {folder}")
-        found = {}
+        by_text = {prompt.text: index for index, prompt in enumerate(self.prompts)}
+        found: dict[tuple[int, int], Path] = {}
         for place in sorted(path for path in folder.iterdir() if path.is_dir() and path.name.isdecimal()):
-            index = int(place.name)
-            self._check(place, index)
-            if (place / "samples").is_dir():
-                images = [path for path in pictures_in(place / "samples") if path.stem.isdecimal()]
-                found.update({(index, int(path.stem)): path for path in images})
+            index = self._index(place, by_text)
+            for path in pictures_in(place / "samples") if (place / "samples").is_dir() else ():
+                if not path.stem.isdecimal():
+                    continue
+                image = index, int(path.stem)
+                if image in found:
+                    raise ValueError(f"{found[image]} and {path} are both image {image[1]} of a prompt; delete one")
+                found[image] = path
         return found
 
-    def _check(self, place: Path, index: int) -> None:
-        """Raise where the folder is not of the prompt with this index."""
+    def _index(self, place: Path, by_text: Mapping[str, int]) -> int:
+        """The prompt of a folder; ValueError where this benchmark has none such."""
+        index, metadata = int(place.name), place / METADATA
+        asked = read_json(metadata, "the metadata of a prompt") if metadata.is_file() else None
+        if isinstance(asked, dict):
+            text = asked.get("prompt")
+            if index < len(self.prompts) and text == self.prompts[index].text:
+                return index
+            if text not in by_text:
+                raise ValueError(
+                    f"{metadata} asks for {text!r}, which is no prompt of this benchmark: these images are of another "
+                    "set of prompts"
+                )
+            return by_text[text]
         if index >= len(self.prompts):
             raise ValueError(f"{place} belongs to no prompt: there are {len(self.prompts)}, counted from 0")
-        metadata = place / METADATA
-        asked = read_json(metadata, "metadata") if metadata.is_file() else None
-        if isinstance(asked, dict) and asked.get("prompt") != self.prompts[index].text:
-            raise ValueError(
-                f"{metadata} asks for {asked.get('prompt')!r}, but prompt {index} of this benchmark is "
-                f"{self.prompts[index].text!r}: these images are of another set of prompts"
-            )
+        return index
 
     def summarize(self, records: Sequence[Record]) -> dict[str, Any]:
         """Accuracies, and under ``correct_prompts`` the share of prompts with at least one correct image."""
@@ -133,13 +148,16 @@ class GenEvalScorer:
 
     def score(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Finding]]:
         for task in tasks:
+            yield task, self._find(task)
+
+    def _find(self, task: Task) -> Finding:
+        try:
             with Image.open(task.path) as image:
                 found = score_image(image, task.prompt.metadata, self.detector, self.colors)
-            yield (
-                task,
-                Finding(
-                    scores={CORRECT: float(found["correct"])},
-                    reason=found["reason"] or "everything asked for was found",
-                    answer=json.dumps(found["detections"]),
-                ),
-            )
+        except Unusable as error:
+            return Finding(scores={CORRECT: None}, reason=str(error))
+        return Finding(
+            scores={CORRECT: float(found["correct"])},
+            reason=found["reason"] or "everything asked for was found",
+            answer=json.dumps(found["detections"]),
+        )

@@ -93,9 +93,11 @@ def score_folder(
     kept = _kept(benchmark, [_part(out, 0)])
     job.wait()  # until all have read it
     share = job.share(list(files))
-    with _part(out, job.rank).open("a", encoding="utf-8") as file:
-        # The bar shows one process's share.
-        bar = tqdm(total=len(share), desc="Scoring", unit="image", disable=not job.first)
+    with (
+        _part(out, job.rank).open("a", encoding="utf-8") as file,
+        # One process's share.
+        tqdm(total=len(share), desc="Scoring", unit="image", disable=not job.first) as bar,
+    ):
         tasks = []
         for place in share:
             opened = _open(benchmark, place, found.get(place))
@@ -111,7 +113,6 @@ def score_folder(
             file.write(record_line(_record(benchmark, place, files[place], finding, task.sha256)))
             file.flush()
             bar.update()
-        bar.close()
     job.wait()
     return _finish(benchmark, out, facts, files) if job.first else {}
 

@@ -1,0 +1,147 @@
+"""A study's numbers: accuracy of every arm, its difference to the baseline, and how sure both are.
+
+Two kinds of intervals answer two questions. Over prompts (bootstrap, the same prompts and noise on both sides,
+seeds averaged): would other prompts say the same of these runs? Over seeds (Student's t): would other runs?
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+import numpy as np
+from scipy.stats import t as student
+
+from semantic_routing.evaluate.resampling import PromptSums, bootstrap, permutation_test, prompt_sums
+from semantic_routing.evaluate.scores import CORRECT, RECORDS, Record, read_records, tag_columns
+from semantic_routing.study.plan import Job, StudyArguments, evaluation_folder, jobs
+
+RESAMPLES = 10_000
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Number:
+    """An accuracy, or a difference of two, from 0 to 1."""
+
+    mean: float
+    """Over the seeds."""
+    seeds: tuple[float, ...]
+    """Of each seed."""
+    over_prompts: Interval
+    """95 % interval over prompts."""
+    over_seeds: Interval | None
+    """95 % interval over seeds; None of one seed."""
+    p: float | None = None
+    """Of a difference: two-sided paired permutation test over prompts."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "mean": self.mean,
+            "seeds": list(self.seeds),
+            "interval_over_prompts": list(self.over_prompts),
+            "interval_over_seeds": None if self.over_seeds is None else list(self.over_seeds),
+        } | ({} if self.p is None else {"p": self.p})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One variant of an arm, perhaps under another clock, with its numbers by column."""
+
+    variant: str
+    arm: str
+    clock: str
+    """"" is the nominal one."""
+    accuracy: dict[str, Number]
+    difference: dict[str, Number]
+    """To the baseline; of another clock, to the same runs under the nominal one. Empty of the baseline itself."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}, {self.clock} clock" if self.clock else self.variant
+
+
+def over_seeds(values: Sequence[float], level: float = 0.95) -> Interval | None:
+    """Student's interval of the mean of independent runs."""
+    if len(values) < 2:
+        return None
+    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / sqrt(len(values))
+    half = float(student.ppf((1 + level) / 2, len(values) - 1)) * error
+    return mean - half, mean + half
+
+
+def read_rows(args: StudyArguments) -> list[Row]:
+    """The rows of a finished study, baseline first. ValueError where an evaluation is missing."""
+    variants: dict[str, list[Job]] = {}
+    for job in jobs(args):
+        variants.setdefault(job.variant, []).append(job)
+    records = {
+        (variant, clock): [read_records(evaluation_folder(args, job, clock) / RECORDS) for job in runs]
+        for variant, runs in variants.items()
+        for clock in ("", *runs[0].clocks)
+    }
+    first = next(iter(variants))
+    rows = []
+    for (variant, clock), mine in records.items():
+        base = records[variant, ""] if clock else records[first, ""]
+        rows.append(
+            Row(
+                variant=variant,
+                arm=variants[variant][0].arm,
+                clock=clock,
+                accuracy=_numbers(mine),
+                difference={} if (variant, clock) == (first, "") else _numbers(mine, base),
+            )
+        )
+    return rows
+
+
+def _numbers(mine: Sequence[Sequence[Record]], base: Sequence[Sequence[Record]] | None = None) -> dict[str, Number]:
+    """The numbers of every column, of one side or of the difference of two, from the records of each seed."""
+    ids = [record.id for record in mine[0]]
+    if any([record.id for record in records] != ids for side in (mine, base or mine) for records in side):
+        raise ValueError("the runs of this study were scored on other prompts: score them all with the same --n")
+    columns = tag_columns(dict.fromkeys(tag for record in mine[0] for tag in record.tags))
+    found = {}
+    for name, column in columns.items():
+
+        def sums(side: Sequence[Sequence[Record]], column: Any = column) -> list[PromptSums]:
+            return [prompt_sums(records, ids, CORRECT, column) for records in side]
+
+        left = sums(mine)
+        right = sums(base) if base is not None else None
+        values = [s.value for s in left]
+        if right is not None:
+            values = [value - s.value for value, s in zip(values, right, strict=True)]
+        one, other = _pooled(left), None if right is None else _pooled(right)
+        found[name] = Number(
+            mean=float(np.mean(values)),
+            seeds=tuple(values),
+            over_prompts=bootstrap(one, other, resamples=RESAMPLES, seed=0),
+            over_seeds=over_seeds(values),
+            p=None if other is None else permutation_test(one, other, resamples=RESAMPLES, seed=0),
+        )
+    return found
+
+
+def _pooled(sums: Sequence[PromptSums]) -> PromptSums:
+    """The seeds' images of a prompt together, as they are alike."""
+    return PromptSums(np.sum([s.totals for s in sums], axis=0), np.sum([s.counts for s in sums], axis=0))
+
+
+def results_json(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
+    """All numbers, for machines."""
+    table = [
+        {
+            "variant": row.variant,
+            "arm": row.arm,
+            "clock": row.clock or "nominal",
+            "accuracy": {name: number.to_json() for name, number in row.accuracy.items()},
+            "difference": {name: number.to_json() for name, number in row.difference.items()},
+        }
+        for row in rows
+    ]
+    return json.dumps({**facts, "rows": table}, indent=2) + "\n"

@@ -1,0 +1,228 @@
+"""Runs a study's commands, one run a device at a time, under a live table; stopped and started as one likes."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from semantic_routing.checkpoint import check_writable, write_text
+from semantic_routing.config import to_dict
+from semantic_routing.errors import Interrupted, TrainingFailed
+from semantic_routing.study.plan import Job, Stage, StudyArguments, config_text, evaluation_folder, jobs, stages
+
+POLL_SECONDS = 1.0
+WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
+
+
+@dataclass
+class Progress:
+    """Where a run is."""
+
+    job: Job
+    state: str = WAITING
+    stage: str = ""
+    began: float = 0.0
+    seconds: float = 0.0
+    """In this session."""
+    process: subprocess.Popen[bytes] | None = None
+    device: str = ""
+    error: str = ""
+    todo: list[Stage] = field(default_factory=list)
+
+
+def run_study(args: StudyArguments) -> None:
+    """Run what is missing. Raises Interrupted after a signal, TrainingFailed where runs failed; all else is kept.
+
+    ValueError where the folder holds a study of other settings, or another process is at it.
+    """
+    check_writable(args.out)
+    every = [Progress(job) for job in jobs(args)]
+    with _claimed(args.out), _signals() as stop:
+        _check_same(every, args)
+        for progress in every:
+            progress.todo = [stage for stage in stages(progress.job, args) if not stage.done.exists()]
+            progress.state = WAITING if progress.todo else DONE
+        _schedule(every, args, stop)
+    failed = [progress for progress in every if progress.state == FAILED]
+    if stop:
+        raise Interrupted(f"stopped; go on with the same command: {args.out} keeps what was done", stop[0])
+    if failed:
+        one = failed[0]
+        raise TrainingFailed(
+            f"{len(failed)} of {len(every)} runs failed, the first {one.job.name} while {one.stage}: {one.error} "
+            f"(its log is {_log(args, one.job)}); the same command tries them again"
+        )
+
+
+def _schedule(every: list[Progress], args: StudyArguments, stop: list[int]) -> None:
+    """Keep every device busy until all is done or a signal came."""
+    free = list(args.devices or default_devices())
+    console = Console(stderr=True)
+    try:
+        with Live(console=console, refresh_per_second=2, auto_refresh=console.is_terminal) as live:
+            while not stop and any(p.state in (WAITING, RUNNING) for p in every):
+                for progress in every:
+                    if progress.state == WAITING and free:
+                        _start(progress, args, free.pop(0))
+                    elif progress.state == RUNNING and _advance(progress, args):
+                        free.append(progress.device)
+                        if not console.is_terminal:
+                            console.print(_line(progress, args), highlight=False)
+                live.update(table(every, args))
+                time.sleep(POLL_SECONDS)
+            live.update(table(every, args), refresh=True)
+    finally:
+        _end(every)
+
+
+def default_devices() -> list[str]:
+    """Every GPU, or the CPU."""
+    return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+
+
+def _start(progress: Progress, args: StudyArguments, device: str) -> None:
+    progress.state, progress.device, progress.began = RUNNING, device, time.monotonic()
+    _launch(progress, args)
+
+
+def _launch(progress: Progress, args: StudyArguments) -> None:
+    """Begin the run's next stage as a process of its own, which sees one device alone."""
+    stage = progress.todo[0]
+    progress.stage = stage.what
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    kind, _, index = progress.device.partition(":")
+    environment["CUDA_VISIBLE_DEVICES"] = index if kind == "cuda" else ""
+    log = _log(args, progress.job)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        command = [sys.executable, "-m", "semantic_routing", *stage.command]
+        # A session of its own: signals of the terminal reach this process alone, which passes them on.
+        progress.process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, start_new_session=True
+        )
+
+
+def _advance(progress: Progress, args: StudyArguments) -> bool:
+    """Go on to the next stage where one has ended; whether the run has ended."""
+    assert progress.process is not None
+    progress.seconds = time.monotonic() - progress.began
+    code = progress.process.poll()
+    if code is None:
+        return False
+    stage = progress.todo[0]
+    if code or not stage.done.exists():
+        progress.state, progress.error = FAILED, _last_line(_log(args, progress.job), code)
+        return True
+    progress.todo.pop(0)
+    if progress.todo:
+        _launch(progress, args)
+        return False
+    progress.state = DONE
+    return True
+
+
+def _end(every: list[Progress]) -> None:
+    """Ask what still runs to save and end."""
+    running = [p.process for p in every if p.process is not None and p.process.poll() is None]
+    for process in running:
+        process.send_signal(signal.SIGTERM)
+    for process in running:
+        process.wait()
+
+
+def _last_line(log: Path, code: int) -> str:
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else f"exit code {code}"
+
+
+def table(every: list[Progress], args: StudyArguments) -> Table:
+    """All runs with what they are at."""
+    found = Table("run", "state", "steps", "loss", "accuracy", "minutes", title=f"Study in {args.out}")
+    for progress in every:
+        step, loss = _training(args, progress.job)
+        found.add_row(
+            progress.job.name,
+            f"{progress.stage} on {progress.device}" if progress.state == RUNNING else progress.state,
+            f"{step} of {progress.job.config.steps}",
+            loss,
+            _accuracy(args, progress.job),
+            f"{progress.seconds / 60:.1f}" if progress.seconds else "",
+        )
+    return found
+
+
+def _line(progress: Progress, args: StudyArguments) -> str:
+    end = progress.error if progress.state == FAILED else f"accuracy {_accuracy(args, progress.job)}"
+    return f"{progress.job.name}: {progress.state} after {progress.seconds / 60:.1f} minutes, {end}"
+
+
+def _training(args: StudyArguments, job: Job) -> tuple[int, str]:
+    """Step and loss of the last line of a run's metrics."""
+    path = args.out / "runs" / job.name / "metrics.jsonl"
+    if not path.is_file():
+        return 0, ""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 4096))
+        lines = [line for line in file.read().splitlines() if line.startswith(b"{") and line.endswith(b"}")]
+    if not lines:
+        return 0, ""
+    row = json.loads(lines[-1])
+    return int(row["step"]), f"{row['loss']:.4f}" if "loss" in row else ""
+
+
+def _accuracy(args: StudyArguments, job: Job) -> str:
+    path = evaluation_folder(args, job) / "summary.json"
+    if not path.is_file():
+        return ""
+    return f"{json.loads(path.read_text(encoding='utf-8'))['accuracy']['overall']:.3f}"
+
+
+def _log(args: StudyArguments, job: Job) -> Path:
+    return args.out / "logs" / f"{job.name}.log"
+
+
+def _check_same(every: list[Progress], args: StudyArguments) -> None:
+    """Write every run's configuration; ValueError where the folder's run of that name has another."""
+    for progress in every:
+        path = args.out / "configs" / f"{progress.job.name}.json"
+        if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != to_dict(progress.job.config):
+            raise ValueError(f"{path} is of other settings than these; choose another --out")
+        write_text(path, config_text(progress.job))
+
+
+@contextmanager
+def _claimed(out: Path) -> Iterator[None]:
+    """Hold the study's lock, which the system frees however this process ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is at the study in {out}") from error
+        yield
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that receives SIGINT and SIGTERM."""
+    received: list[int] = []
+    before = {n: signal.signal(n, lambda number, _: received.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

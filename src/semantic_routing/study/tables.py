@@ -1,0 +1,215 @@
+"""A study's results as Markdown tables and as one page: its own Tables 1, 2 and 3."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from semantic_routing.analyze.distances import mean_similarity
+from semantic_routing.analyze.figures import INK, Drawn, label_axes, new_axes, to_svg
+from semantic_routing.analyze.routing import TIMES
+from semantic_routing.analyze.statistics import js_similarity
+from semantic_routing.analyze.weights import open_router, plot_heatmap, routing_weights
+from semantic_routing.checkpoint import write_text
+from semantic_routing.dit import DiT
+from semantic_routing.manifest import manifest
+from semantic_routing.report import LABELS, STYLE
+from semantic_routing.study.plan import Job, StudyArguments, jobs
+from semantic_routing.study.results import Number, Row, read_rows, results_json
+
+METHOD = (
+    "Accuracies in percent, the mean over seeds; every run has the same budget, and for one seed the same backbone, "
+    "data order and noise; prompts and sampling noise are the same for all. Brackets are 95 % intervals: first over "
+    "prompts (paired bootstrap, seeds averaged: would other prompts say the same of these runs?), then over seeds "
+    "(Student's t: would other runs?). p: paired permutation test over prompts."
+)
+
+
+def write_results(args: StudyArguments) -> Path:
+    """Write ``results.json``, ``tables.md``, ``report.html`` and figures from finished runs; returns the page."""
+    rows = read_rows(args)
+    every = jobs(args)
+    facts = manifest(
+        scale=args.scale, arms=list(args.arms), steps=every[0].config.steps, prompts=args.n,
+        seeds={"runs": list(range(args.seeds)), "prompts": 0, "sampling": 0},
+    )  # fmt: skip
+    figures = [accuracy_figure(rows), *_routing_figures(args, every)]
+    for drawn in figures:
+        drawn.save(args.out / "figures")
+    stability = seed_stability(args, every)
+    write_text(args.out / "manifest.json", json.dumps(facts, indent=2) + "\n")
+    write_text(args.out / "results.json", results_json(rows, {"seed_similarity": stability}))
+    text = tables(rows, stability)
+    write_text(args.out / "tables.md", text)
+    write_text(args.out / "report.html", page(args, text, figures, facts))
+    return args.out / "report.html"
+
+
+def tables(rows: Sequence[Row], stability: dict[str, float]) -> str:
+    """All tables in Markdown."""
+    nominal, clocked = [r for r in rows if not r.clock], [r for r in rows if r.clock]
+    parts = ["## Table 1: strategies\n", _strategies(nominal), "\n## Table 2: by skill\n", _skills(nominal)]
+    if clocked:
+        parts += ["\n## Table 3: gates told another time\n", _clocks(clocked)]
+    if stability:
+        lines = ["| arm | similarity |", "| --- | ---: |"] + [f"| {k} | {v:.4f} |" for k, v in stability.items()]
+        parts += ["\n## Stability of routing across seeds (Jensen-Shannon similarity)\n", "\n".join(lines) + "\n"]
+    return "\n".join(parts) + f"\n{METHOD}\n"
+
+
+def _strategies(rows: Sequence[Row]) -> str:
+    base = rows[0].name
+    lines = [
+        f"| | overall | GenEval's six tags | overall minus {base} | p |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        own = [_number(row.accuracy[name]) if name in row.accuracy else "" for name in ("overall", "geneval")]
+        other = row.difference.get("overall")
+        lines.append(f"| {_label(row)} | {own[0]} | {own[1]} | {_number(other, sign=True)} | {_p(other)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _skills(rows: Sequence[Row]) -> str:
+    names = [name for name in rows[0].accuracy if name not in ("overall", "geneval")]
+    lines = [f"| | {' | '.join(_label(row) for row in rows)} |", f"| --- |{' ---: |' * len(rows)}"]
+    for name in names:
+        cells = [_number(row.accuracy[name]) for row in rows]
+        lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _clocks(rows: Sequence[Row]) -> str:
+    lines = ["| | overall | minus the nominal clock | p |", "| --- | ---: | ---: | ---: |"]
+    for row in rows:
+        other = row.difference["overall"]
+        lines.append(
+            f"| {_label(row)} | {_number(row.accuracy['overall'])} | {_number(other, sign=True)} | {_p(other)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _label(row: Row) -> str:
+    label = LABELS.get(row.arm)
+    return f"{label} {row.name}" if label else row.name
+
+
+def _number(number: Number | None, *, sign: bool = False) -> str:
+    if number is None:
+        return ""
+    form = "+.1f" if sign else ".1f"
+    spans = [f"{100 * low:{form}} to {100 * high:{form}}" for low, high in _intervals(number)]
+    return f"{100 * number.mean:{form}} [{'; '.join(spans)}]"
+
+
+def _intervals(number: Number) -> list[tuple[float, float]]:
+    return [number.over_prompts] + ([] if number.over_seeds is None else [number.over_seeds])
+
+
+def _p(number: Number | None) -> str:
+    return "" if number is None or number.p is None else f"{number.p:.4f}"
+
+
+def accuracy_figure(rows: Sequence[Row]) -> Drawn:
+    """Overall accuracy of every row with its interval over prompts, and a point for each seed."""
+    numbers = [row.accuracy["overall"] for row in rows]
+    figure, axes = new_axes(6.4, 0.9 + 0.42 * len(rows))
+    places = np.arange(len(rows))
+    means = np.array([number.mean for number in numbers])
+    spans = np.array([number.over_prompts for number in numbers])
+    axes.barh(places, 100 * means, color="#4477aa", height=0.6, alpha=0.75)
+    axes.errorbar(
+        100 * means, places, xerr=100 * np.abs(spans - means[:, None]).T, fmt="none", ecolor=INK, elinewidth=1.2
+    )
+    for place, number in zip(places, numbers, strict=True):
+        axes.plot(100 * np.array(number.seeds), np.full(len(number.seeds), place), "o", color=INK, markersize=3)
+    axes.set_yticks(places, [_label(row) for row in rows])
+    axes.invert_yaxis()
+    label_axes(axes, "accuracy (%): interval over prompts, a point for each seed", "")
+    values = np.array([[n.mean, *n.over_prompts] for n in numbers])
+    return Drawn(
+        name="accuracy", title="Overall accuracy", figure=figure, rows=[row.name for row in rows],
+        columns=["mean", "low", "high"], values=values,
+    )  # fmt: skip
+
+
+def _routing_figures(args: StudyArguments, every: Sequence[Job]) -> list[Drawn]:
+    """The weights that each learned arm's first seed ended with, averaged over time."""
+    found = []
+    for job in (job for job in every if job.seed == 0):
+        weights = _weights(args, job)
+        if weights is not None and np.ptp(weights) > 0 and job.arm not in ("penultimate", "hard"):
+            average = weights.mean(0)
+            found.append(
+                Drawn(
+                    name=f"weights-{job.variant}", title=f"Weights of {job.variant}, seed 0",
+                    figure=plot_heatmap(average), rows=[f"block {d}" for d in range(len(average))],
+                    columns=[f"layer {i + 1}" for i in range(average.shape[1])], values=average,
+                )
+            )  # fmt: skip
+    return found
+
+
+def seed_stability(args: StudyArguments, every: Sequence[Job]) -> dict[str, float]:
+    """Mean Jensen-Shannon similarity of the routing of every two seeds, for each variant with learned weights."""
+    by_variant: dict[str, list[Any]] = {}
+    for job in every:
+        weights = _weights(args, job)
+        if weights is not None and job.arm not in ("penultimate", "uniform", "hard"):
+            by_variant.setdefault(job.variant, []).append(weights)
+    found = {}
+    for variant, weights in by_variant.items():
+        if len(weights) > 1:
+            stack = np.stack(weights).astype(float)  # seeds, times, blocks, layers
+            pairs = [[js_similarity(np.stack([a[t, d], b[t, d]]))[0, 1] for t in range(0, len(TIMES), 5)
+                      for d in range(a.shape[1])] for a in stack for b in stack]  # fmt: skip
+            found[variant] = mean_similarity(np.mean(pairs, axis=1).reshape(len(stack), len(stack)))
+    return found
+
+
+def _weights(args: StudyArguments, job: Job) -> Any:
+    """The routing weights of a finished run, [T, D, L]; None where there are none."""
+    model = open_router(args.out / "runs" / job.name)
+    if not isinstance(model, DiT) or job.arm == "attention":
+        return None
+    return routing_weights(model, TIMES)
+
+
+def page(args: StudyArguments, text: str, figures: Sequence[Drawn], facts: dict[str, Any]) -> str:
+    """The whole as one page that needs nothing beside it."""
+    title = f"Study: {', '.join(args.arms)} at scale {args.scale}"
+    cards = "".join(
+        f'<div class="card plot"><h3>{escape(d.title)}</h3><div>{to_svg(d.figure, d.title)}</div></div>'
+        for d in figures
+    )
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n<title>{escape(title)}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<style>\n{STYLE.read_text(encoding='utf-8')}</style></head>\n<body><main>\n<h1>{escape(title)}</h1>\n"
+        f'<p class="soft">{args.seeds} seeds, {facts["steps"]} steps a run, {args.n} prompts. '
+        f"{escape(str(facts['hardware']['processor']))}, commit {escape(str(facts['commit']))}.</p>\n"
+        f'{_html(text)}\n<h2>Figures</h2>\n<div class="maps">{cards}</div>\n</main></body></html>\n'
+    )
+
+
+def _html(text: str) -> str:
+    """The Markdown of ``tables`` as HTML: headings, tables, paragraphs."""
+    parts = []
+    for block in re.split(r"\n\s*\n", text.strip()):
+        lines = block.strip().splitlines()
+        if lines[0].startswith("## "):
+            parts.append(f"<h2>{escape(lines[0][3:])}</h2>")
+        elif lines[0].startswith("|"):
+            cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "---" not in line]
+            head = "".join(f"<th>{escape(cell)}</th>" for cell in cells[0])
+            body = "".join(f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in row)}</tr>" for row in cells[1:])
+            parts.append(f'<div class="card"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+        else:
+            parts.append(f'<p class="soft">{escape(" ".join(lines))}</p>')
+    return "\n".join(parts)

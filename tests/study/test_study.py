@@ -1,0 +1,141 @@
+"""A study's plan, its numbers in closed form, and a tiny one run from start to end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_1samp
+
+from semantic_routing.errors import TrainingFailed
+from semantic_routing.evaluate.scores import CORRECT, Record
+from semantic_routing.study import plan, results
+from semantic_routing.study.plan import StudyArguments, jobs, stages
+from semantic_routing.study.results import over_seeds
+from semantic_routing.study.runner import run_study
+from semantic_routing.study.tables import write_results
+from semantic_routing.train_config import TrainConfig
+
+
+def test_every_arm_runs_with_every_seed_and_only_learned_ones_with_every_rate(tmp_path: Path) -> None:
+    args = StudyArguments(
+        scale="toy", out=tmp_path, arms=("B1", "S2", "S3"), seeds=2, router_rates=(1.0, 10.0), steps=70
+    )
+    found = jobs(args)
+    names = ["penultimate", "depth", "depth-rate10", "joint", "joint-rate10"]
+    assert [job.name for job in found] == [f"{name}-seed{seed}" for seed in (0, 1) for name in names]
+    by_name = {job.name: job for job in found}
+    plain, fast = by_name["depth-seed1"].config, by_name["depth-rate10-seed1"].config
+    assert (plain.seed, plain.steps, plain.optim.router_lr) == (1, 70, None)
+    assert fast.optim.router_lr == pytest.approx(10 * plain.optim.lr)
+    assert {(job.config.model.width, job.config.batch) for job in found} == {(192, 128)}
+    assert by_name["joint-seed0"].clocks == ("shifted", "calibrated")
+    assert by_name["depth-seed0"].clocks == ()
+
+
+def test_the_stages_of_a_run_are_commands_of_the_program(tmp_path: Path) -> None:
+    args = StudyArguments(scale="toy", out=tmp_path, arms=("joint",))
+    (job,) = jobs(args)
+    what = [(stage.what, stage.command[0]) for stage in stages(job, args)]
+    assert what == [
+        ("training", "train"),
+        ("scoring", "evaluate"),
+        ("calibrating", "analyze"),
+        ("scoring, shifted clock", "evaluate"),
+        ("scoring, calibrated clock", "evaluate"),
+    ]
+    (tmp_path / "runs" / job.name / "checkpoints" / "step-0000010").mkdir(parents=True)
+    (tmp_path / "runs" / job.name / "config.json").write_text("{}")
+    first = next(stages(job, args))
+    assert first.command == ("train", "--resume", str(tmp_path / "runs" / job.name))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"arms": ("B1", "penultimate")}, "each named once"),
+        ({"arms": ()}, "each named once"),
+        ({"seeds": 0}, "at least 1"),
+        ({"router_rates": (0.0,)}, "above 0"),
+    ],
+)
+def test_impossible_studies(tmp_path: Path, wrong: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StudyArguments(scale="toy", out=tmp_path, **wrong)
+
+
+def test_the_interval_over_seeds_is_students() -> None:
+    values = [0.31, 0.35, 0.28, 0.4]
+    low, high = ttest_1samp(values, 0).confidence_interval(0.95)
+    assert over_seeds(values) == pytest.approx((low, high))
+    assert over_seeds([0.3]) is None
+
+
+def records(correct: list[int]) -> list[Record]:
+    return [
+        Record(prompt=i, id=f"{i:05d}", image=0, caption="", tags=(("colors", "scene")[i % 2],), file="",
+               scores={CORRECT: float(right)}, reason="")
+        for i, right in enumerate(correct)
+    ]  # fmt: skip
+
+
+def test_differences_are_paired_by_prompt_and_seed() -> None:
+    rng = np.random.default_rng(0)
+    base = [rng.integers(0, 2, 400).tolist() for _ in range(2)]
+    better = [[max(value, int(i % 10 == 0)) for i, value in enumerate(seed)] for seed in base]
+    found = results._numbers([records(seed) for seed in better], [records(seed) for seed in base])["overall"]
+    gains = [np.mean(b) - np.mean(a) for a, b in zip(base, better, strict=True)]
+    assert found.seeds == pytest.approx(gains)
+    assert found.mean == pytest.approx(np.mean(gains))
+    # Only a tenth of the prompts ever differ, so pairing makes the interval far narrower than two shares' would be.
+    deviation = np.std([np.mean([b[i] - a[i] for a, b in zip(base, better, strict=True)]) for i in range(400)])
+    width = found.over_prompts[1] - found.over_prompts[0]
+    assert width == pytest.approx(2 * 1.96 * deviation / 20, rel=0.1)
+    assert found.p is not None
+    assert found.p < 0.001
+    same = results._numbers([records(base[0])], [records(base[0])])["overall"]
+    assert (same.mean, same.over_prompts, same.p) == (0, (0, 0), 1)
+
+
+@pytest.fixture
+def tiny_study(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> StudyArguments:
+    monkeypatch.setitem(plan.RECIPES, "toy", lambda arm: tiny_config(arm, steps=2, checkpoint_every=2))
+    arms = ("uniform", "depth")
+    return StudyArguments(scale="toy", out=tmp_path / "study", arms=arms, n=11, devices=("cpu",))
+
+
+def test_a_study_runs_to_its_page_and_then_has_nothing_left_to_do(
+    tiny_study: StudyArguments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tiny_study.out
+    run_study(tiny_study)
+    page = write_results(tiny_study)
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == ["uniform", "depth"]
+    shares = [
+        json.loads((out / "evaluations" / f"{arm}-seed0" / "summary.json").read_text()) for arm in tiny_study.arms
+    ]
+    for row, summary in zip(rows, shares, strict=True):
+        assert row["accuracy"]["overall"]["mean"] == pytest.approx(summary["accuracy"]["overall"])
+    gain = shares[1]["accuracy"]["overall"] - shares[0]["accuracy"]["overall"]
+    assert rows[1]["difference"]["overall"]["mean"] == pytest.approx(gain)
+    text = (out / "tables.md").read_text()
+    assert "B2 uniform" in text
+    assert "S2 depth" in text
+    assert page.read_text().count("<table>") == 2
+    assert (out / "figures" / "accuracy.png").is_file()
+    monkeypatch.setattr("semantic_routing.study.runner._start", None)  # nothing is started again
+    run_study(tiny_study)
+
+
+def test_a_run_that_fails_is_named_with_its_log(tiny_study: StudyArguments, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = {**plan.RECIPES}["toy"]
+    monkeypatch.setitem(plan.RECIPES, "toy", lambda arm: replace(broken(arm), image_size=33))
+    with pytest.raises(TrainingFailed, match=r"2 of 2 runs failed, the first uniform-seed0 while training: .*33 x 33"):
+        run_study(tiny_study)
