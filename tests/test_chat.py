@@ -228,8 +228,8 @@ def test_the_key_is_told_to_the_server_alone(
 ) -> None:
     caplog.set_level("DEBUG")
     with ChatServer(key=KEY) as locked:
-        client = ChatClient(config(locked, cache=tmp_path, api_key_env="JUDGE_KEY"))
         monkeypatch.setenv("JUDGE_KEY", KEY)
+        client = ChatClient(config(locked, cache=tmp_path, api_key_env="JUDGE_KEY"))
         answer = one(client, "what did I send? [[echo]]")
         assert isinstance(answer, Answer)
         assert answer.text == "You sent Bearer [key]."
@@ -340,11 +340,12 @@ def test_a_cache_that_cannot_be_written_stops_the_run(server: ChatServer, tmp_pa
 
 def test_what_was_paid_for_outlives_an_interrupt(tmp_path: Path) -> None:
     code = """
-import sys
+import signal, sys
 from pathlib import Path
 from semantic_routing.answers import Question
 from semantic_routing.chat import ChatClient
 from semantic_routing.servers import ChatConfig
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts jobs in the background deaf to it
 cfg = ChatConfig(base_url=sys.argv[1], model=sys.argv[2], cache=Path(sys.argv[3]), concurrency=4)
 for item, _ in ChatClient(cfg).run(range(300), lambda i: Question(parts=(f"item {i}",), parameters={})):
     print(item, flush=True)
@@ -403,17 +404,25 @@ def test_a_model_is_needed() -> None:
         ChatClient(ChatConfig())
 
 
-def test_a_key_with_odd_characters(server: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_told_before_any_question(server: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-\u2026secret")
     with pytest.raises(ValueError, match="OPENAI_API_KEY") as refused:
-        one(ChatClient(config(server)), "hello")
+        ChatClient(config(server))
     assert "secret" not in str(refused.value)
+    with pytest.raises(ValueError, match="no variable of the name that api_key_env gives") as refused:
+        ChatClient(config(server, api_key_env="hf_secret"))  # the key in the name's place
+    assert "secret" not in str(refused.value)
+    monkeypatch.delenv("OPENAI_API_KEY")
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ValueError, match=r'needs openai: pip install "semantic-routing\[eval\]"'):
+        ChatClient(config(server))
 
 
 @pytest.mark.parametrize(
     "body",
     ["", "null", "[]", "{}", '{"choices": []}', '{"choices": [{}]}', '{"choices": [{"message": {"content": 3}}]}',
-     '{"choices": [{"message": {}, "logprobs": {"content": [{"token": "Yes", "logprob": "high"}]}}]}', "[" * 5000],
+     '{"choices": [{"message": {}, "logprobs": {"content": [{"token": "Yes", "logprob": "high"}]}}]}', "[" * 5000,
+     '{"choices": [{"message": {}}], "usage": {"prompt_tokens": Infinity}}'],
 )  # fmt: skip
 def test_replies_that_are_no_completion(body: str) -> None:
     with pytest.raises(ValueError, match=r"not JSON|not a chat completion|could not convert"):

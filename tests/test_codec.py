@@ -242,7 +242,7 @@ def test_other_kinds_of_vae_are_refused(copy: Path, change: dict[str, Any], mess
 
 
 def test_a_vae_of_other_channels_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="RGB"):
+    with pytest.raises(ValueError, match="reads 4 channels and draws 3; expected 3 and 3, RGB"):
         VAECodec(tiny_vae(in_channels=4))
 
 

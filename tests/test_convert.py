@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -226,7 +227,8 @@ def cross(w: Weights, config: dict[str, Any], p: str, x: Tensor, text: Tensor, m
 
 
 def naive_forward(w: Weights, config: dict[str, Any], arm: str, inputs: Weights) -> Tensor:
-    rows = [{name: x[b] for name, x in inputs.items() if name != "text_hidden_states"} for b in range(2)]
+    batch = len(inputs["timestep"])
+    rows = [{name: x[b] for name, x in inputs.items() if name != "text_hidden_states"} for b in range(batch)]
     if arm != "fusedit":
         for b, row in enumerate(rows):
             row["text"] = inputs["text_hidden_states"][:, b]
@@ -286,11 +288,12 @@ def test_golden_case(shared: Path, arm: str) -> None:
         ({}, 6, 10),
         ({"depth": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "patch_size": 1}, 5, 2),
         ({"num_text_layers": 7, "fusedit_first_llm_layer": 4, "in_channels": 1, "patch_size": 3}, 6, 12),
+        ({"num_heads": 4, "num_kv_heads": 4, "head_dim": 12, "depth": 4, "mrope_section": [2, 2, 2]}, 32, 24),
     ],
 )
 def test_equals_a_naive_copy(arm: str, sizes: dict[str, int], height: int, width: int) -> None:
     config = CONFIG | sizes
-    weights, inputs = random_weights(config, arm), random_inputs(config, arm, height, width)
+    weights, inputs = random_weights(config, arm), random_inputs(config, arm, height, width, batch=3)
     model = from_upstream(weights, config, arm)
     expected = naive_forward(weights, config, arm, inputs)
     torch.testing.assert_close(upstream_forward(model, **inputs), expected, atol=2e-5, rtol=2e-5)
@@ -385,6 +388,21 @@ def as_deepspeed(weights: Weights, folder: Path) -> Path:
     return folder
 
 
+def as_deepspeed_itself(weights: Weights, folder: Path) -> Path:
+    """Its own layout, with all that its states hold beside the weights."""
+    state = {
+        "module": OrderedDict((f"module.{name}", x) for name, x in weights.items()),
+        "optimizer": None,
+        "param_shapes": [OrderedDict((name, x.shape) for name, x in weights.items())],
+        "sparse_tensor_module_names": set(),
+        "lr_scheduler": {"base_lrs": [1e-4], "last_epoch": 5},
+    }
+    (folder / "global_step5").mkdir()
+    torch.save(state, folder / "global_step5" / "mp_rank_00_model_states.pt")
+    (folder / "latest").write_text("global_step5")
+    return folder
+
+
 def as_accelerate(weights: Weights, folder: Path) -> Path:
     save_file(weights, folder / "model.safetensors")
     save_file({"x": torch.zeros(1)}, folder / "other.safetensors")
@@ -395,7 +413,15 @@ def as_accelerate(weights: Weights, folder: Path) -> Path:
 @pytest.mark.parametrize("arm", ["joint", "fusedit"])
 @pytest.mark.parametrize(
     "write",
-    [as_safetensors, as_safetensors_shards, as_torch_shards, as_torch_file, as_deepspeed, as_accelerate],
+    [
+        as_safetensors,
+        as_safetensors_shards,
+        as_torch_shards,
+        as_torch_file,
+        as_deepspeed,
+        as_deepspeed_itself,
+        as_accelerate,
+    ],
 )
 def test_every_layout_loads(tmp_path: Path, write: Callable[[Weights, Path], Path], arm: str) -> None:
     weights = random_weights(CONFIG, arm)
@@ -403,6 +429,17 @@ def test_every_layout_loads(tmp_path: Path, write: Callable[[Weights, Path], Pat
     loaded = load_upstream(write(weights, tmp_path), CONFIG, arm).state_dict()
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], x) for name, x in expected.items())
+
+
+@pytest.mark.parametrize("prefix", ["module.", "transformer.", "dit.", "module._orig_mod.", "model.module."])
+def test_a_prefix_that_all_names_share(prefix: str) -> None:
+    weights = random_weights(CONFIG, "static")
+    model = from_upstream({f"{prefix}{name}": x for name, x in weights.items()}, CONFIG, "static")
+    expected = from_upstream(weights, CONFIG, "static").state_dict()
+    assert all(torch.equal(x, expected[name]) for name, x in model.state_dict().items())
+    some = {f"{prefix}{name}" if name == "norm_out.weight" else name: x for name, x in weights.items()}
+    with pytest.raises(ValueError, match=rf"not in the checkpoint \(norm_out.weight\).*\({prefix}norm_out.weight\)"):
+        from_upstream(some, CONFIG, "static")
 
 
 def test_written_weights_load_again(tmp_path: Path) -> None:
@@ -484,12 +521,26 @@ def test_other_sizes_are_named() -> None:
     [
         ({"hidden_act": "relu"}, "hidden_act='relu' is not known"),
         ({"timestep_conditioning": "adaln-zero"}, "timestep_conditioning='adaln-zero' cannot be converted"),
+        ({"hidden_act": ["silu"]}, r"hidden_act=.* is not known"),
         ({"rope_theta": {"time": 1e4}}, "knows time, but not arm 'depth'"),
+        ({"rope_theta": None}, "rope_theta of the configuration is None; expected a number above 0"),
+        ({"rope_theta": {"depth": "1e4"}}, "rope_theta of the configuration is '1e4'"),
+        ({"depth": "3"}, "depth of the configuration is '3'; expected a whole number from 1 on"),
+        ({"num_kv_heads": 0}, "num_kv_heads of the configuration is 0"),
+        ({"hidden_size": 28.0}, r"hidden_size of the configuration is 28\.0"),
+        ({"head_dim": None}, "head_dim of the configuration is None"),
     ],
 )
 def test_configurations_that_cannot_be(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         from_upstream(random_weights(CONFIG, "depth"), CONFIG | change, "depth")
+
+
+def test_weights_that_are_no_numbers_with_a_point() -> None:
+    weights = random_weights(CONFIG, "depth")
+    weights["norm_out.weight"] = weights["norm_out.weight"].long()
+    with pytest.raises(ValueError, match=r"1 tensors not of floating point \(norm_out.weight: torch.int64\)"):
+        from_upstream(weights, CONFIG, "depth")
 
 
 def test_missing_setting_is_named() -> None:
@@ -517,6 +568,12 @@ def test_pickle_that_runs_code_is_refused(tmp_path: Path, zipped: bool) -> None:
     assert not marker.exists()
 
 
+def with_changed_pickle(folder: Path) -> bytes:
+    """A torch file whose pickle asks for more than it has put on its stack."""
+    torch.save({"w": torch.zeros(2)}, folder / "good.pt")
+    return (folder / "good.pt").read_bytes().replace(b"_rebuild_tensor_v2", b"_rebuild_tensor_v2"[::-1])
+
+
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     whole = as_safetensors(random_weights(CONFIG, "static"), tmp_path)
     data = whole.read_bytes()
@@ -527,6 +584,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         "short.pt": b"PK\x03\x04" + data[:50],
         "empty.pt": b"",
         "model.safetensors.index.json": b"{]",
+        "pickle.pt": with_changed_pickle(tmp_path),
     }.items():
         path = tmp_path / name
         path.write_bytes(content)
@@ -544,6 +602,23 @@ def test_index_and_shards_must_agree(tmp_path: Path) -> None:
         load_upstream(tmp_path, CONFIG, "static")
     (tmp_path / "model-0.safetensors").unlink()
     with pytest.raises(ValueError, match=r"there is no checkpoint .*model-0.safetensors"):
+        load_upstream(tmp_path, CONFIG, "static")
+
+
+@pytest.mark.parametrize("file", ["../model.safetensors", "/model.safetensors", ".", "a/b.safetensors"])
+def test_an_index_names_files_beside_it_alone(tmp_path: Path, file: str) -> None:
+    index = tmp_path / "inner" / "model.safetensors.index.json"
+    index.parent.mkdir()
+    as_safetensors(random_weights(CONFIG, "static"), tmp_path)
+    index.write_text(json.dumps({"weight_map": {"norm_out.weight": file}}))
+    with pytest.raises(ValueError, match=re.escape(f"names {file!r}, which is not a file beside it")):
+        load_upstream(tmp_path / "inner", CONFIG, "static")
+
+
+def test_an_index_that_names_itself(tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"norm_out.weight": index.name}}))
+    with pytest.raises(ValueError, match=re.escape(index.name)):
         load_upstream(tmp_path, CONFIG, "static")
 
 

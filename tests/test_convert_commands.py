@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +107,26 @@ def test_text_encoder_must_fit(reference: Callable[..., Backbone], tiny_encoder:
         out=tmp_path / "run",
         text=TextEncoderConfig(name_or_path=str(tiny_encoder)),
     )
-    with pytest.raises(ValueError, match="gives 2 layers of width 64, but the checkpoint reads 3 layers of width 64"):
+    with pytest.raises(
+        ValueError, match=r"gives layers 2, width 64, but .* reads layers 3, width 64.*--text.name-or-path"
+    ):
         convert_upstream(arguments)
+    with pytest.raises(ValueError, match="no text encoder at '/nowhere'"):
+        convert_upstream(replace(arguments, text=TextEncoderConfig(name_or_path="/nowhere")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_sizes_that_patches_do_not_divide(
+    reference: Callable[..., Backbone], tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference("depth")
+    with pytest.raises(SystemExit, match="2"):
+        main([*command(tmp_path, tiny_encoder, "depth")[:-1], "17"])
+    assert "17 x 17 pixels does not divide into this transformer's patches of 2 x 2" in capsys.readouterr().err
+    reference("depth", channels=4)
+    with pytest.raises(SystemExit, match="2"):
+        main(command(tmp_path, tiny_encoder, "depth"))
+    assert "pixels have 3 channels, but this transformer draws 4" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

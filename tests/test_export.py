@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -55,6 +56,16 @@ def test_round_trip(tiny_config: Callable[..., TrainConfig], tmp_path: Path, arm
         expected = pixels(tmp_path / "sampled" / name)
         assert expected.std() > 10
         assert np.array_equal(pixels(tmp_path / "drawn" / name), expected)
+
+
+def test_diffusers_alone_opens_the_folder(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing of this program is imported, as long as it is installed."""
+    export(ExportArguments(model=tiny_run, out=tmp_path / "pipe"))
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", list(sys.path))
+    folder = str(tmp_path / "pipe")
+    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+    assert type(pipe) is SemanticRoutingPipeline
 
 
 @pytest.mark.parametrize(("averaged", "file"), [(True, EMA), (False, MODEL)])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from copy import deepcopy as copy_of
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from semantic_routing.generate import (
     load_bundle,
     locate_encoder,
     sample_to_folder,
+    weights_sha256,
 )
 from semantic_routing.sampler import noise_for
 from semantic_routing.text_encoder import TextEncoder, TextEncoderConfig
@@ -186,6 +189,7 @@ def edit_state(run: Path, edit: Callable[[dict], object]) -> None:
     path.write_text(json.dumps(state))
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -197,12 +201,34 @@ def edit_state(run: Path, edit: Callable[[dict], object]) -> None:
         (lambda s: s["config"]["model"].update(depth=3), r"blocks\.2\..*: not in the file"),
         (lambda s: s["config"]["text"].update(name_or_path="/nowhere"), "no text encoder at '/nowhere'"),
         (lambda s: s["config"]["text"].update(name_or_path=TINY), "lacks its folder text_encoder"),
+        (
+            lambda s: s["config"]["text"].update(layers="1"),
+            "gives layers 1, width 64, but this transformer reads layers 2, width 64",
+        ),
+        (lambda s: s["config"].update(image_size=36), "36 x 36 pixels does not divide into .* patches of 8 x 8"),
+        (lambda s: s["config"].update(image_size="32"), "'32' x '32' pixels does not divide"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_its_configuration(copy: Path, edit: Callable, message: str) -> None:
     edit_state(copy, edit)
     with pytest.raises(ValueError, match=message):
         load_bundle(copy, CPU)
+
+
+def test_nothing_is_written_for_a_run_that_does_not_fit(copy: Path, tmp_path: Path) -> None:
+    edit_state(copy, lambda s: s["config"]["text"].update(layers="2"))
+    with pytest.raises(ValueError, match="gives layers 1"):
+        sample_to_folder(arguments(copy, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hash_of_weights_of_several_types(bundles: dict[str, Bundle], tmp_path: Path, dtype: torch.dtype) -> None:
+    """Equal to that of the file that holds them."""
+    model = copy_of(bundles["joint"].model).to(dtype)
+    model.router.double()
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    assert weights_sha256(model) == hashlib.sha256((tmp_path / "weights.safetensors").read_bytes()).hexdigest()
 
 
 def test_foreign_weights(copy: Path) -> None:

@@ -12,7 +12,7 @@ from semantic_routing import recipes
 from semantic_routing.cli import main
 from semantic_routing.dit import DiTConfig
 from semantic_routing.fusedit import make_model
-from semantic_routing.overhead import Overhead, Scale, measure, table, to_json
+from semantic_routing.overhead import Overhead, OverheadArguments, Scale, measure, run_overhead, table, to_json
 
 PARAMS = {
     "penultimate": 2_246_693_952,
@@ -152,6 +152,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["overhead", "--arms", "deph"])
     assert "unknown arm 'deph'" in capsys.readouterr().err
+
+
+def test_no_arms_are_an_error() -> None:
+    with pytest.raises(ValueError, match="nothing to measure: name some of the arms penultimate, uniform"):
+        run_overhead(OverheadArguments(arms=()))
 
 
 def test_text_without_tokens_is_an_error() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import diffusers
 import numpy as np
 import pytest
@@ -316,6 +318,8 @@ def test_callback_can_stop(pipe: SemanticRoutingPipeline) -> None:
         ({"latents": torch.zeros(2, 3, 8, 8)}, r"\(2, 3, 8, 8\), but these images need \(2, 3, 16, 16\)"),
         ({"negative_prompt": ["a", "b", "c"]}, "3 negative prompts for 2 prompts"),
         ({"num_images_per_prompt": 0}, "2 prompts, 0 images"),
+        ({"generator": [torch.Generator()] * 3}, "3 generators for 2 images"),
+        ({"height": 16.0}, r"16\.0 x 16 pixels"),
         ({"output_type": "jpeg"}, "unknown output_type 'jpeg'"),
         ({"num_inference_steps": 0}, "at least 1 step"),
         ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, r"not \['prompt_embeds'\]"),
@@ -324,6 +328,25 @@ def test_callback_can_stop(pipe: SemanticRoutingPipeline) -> None:
 def test_bad_calls(pipe: SemanticRoutingPipeline, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         draw(pipe, **options)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("prompt", [None, 3, ["a", None]])
+def test_prompts_that_are_no_texts(pipe: SemanticRoutingPipeline, prompt: Any) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"prompt is {prompt!r}; expected a text or a list of texts")):
+        pipe(prompt)
+
+
+def test_generators_of_every_image(pipe: SemanticRoutingPipeline) -> None:
+    both = draw(exact(pipe), latents=None, generator=[torch.Generator().manual_seed(i) for i in (3, 4)])
+    one = pipe(
+        PROMPTS[1],
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        generator=torch.Generator().manual_seed(4),
+        output_type="latent",
+    ).images
+    torch.testing.assert_close(both[1:], one, atol=1e-4, rtol=1e-4)
 
 
 def test_components_that_do_not_fit(pipe: SemanticRoutingPipeline, make_bundle: MakeBundle) -> None:
@@ -343,6 +366,8 @@ def test_components_that_do_not_fit(pipe: SemanticRoutingPipeline, make_bundle: 
         around("fusedit", head_dim=16)
     with pytest.raises(ValueError, match="pixels have 3 channels, but this transformer draws 4"):
         around(channels=4)
+    with pytest.raises(ValueError, match="unknown precision 'fp8'; use one of auto, bf16, fp32"):
+        SemanticRoutingPipeline(**parts, transformer=pipe.transformer, precision="fp8")
     with pytest.raises(ValueError, match=r"layer 3 of .* is asked for, but the text encoder holds 2 layers"):
         SemanticRoutingPipeline(**parts, transformer=pipe.transformer, text={"layers": [2, 3], "total_layers": 8})
     pipe.text_encoder = make_bundle(layers="1").encoder.model  # exchanged later
@@ -353,12 +378,16 @@ def test_components_that_do_not_fit(pipe: SemanticRoutingPipeline, make_bundle: 
 # --- files ------------------------------------------------------------------------------------------------
 
 
-def test_saved_pipeline_draws_the_same(make_bundle: MakeBundle, tmp_path: Path) -> None:
+def test_saved_pipeline_draws_the_same(
+    make_bundle: MakeBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pipe = quiet(make_pipeline(make_bundle(latent=True, layers="1", patch=2)))
     pipe.save_pretrained(str(tmp_path))
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"model_index.json", "text_encoder", "tokenizer", "transformer", "scheduler", "vae"}
+    capsys.readouterr()
     again = quiet(SemanticRoutingPipeline.from_pretrained(str(tmp_path)))
+    assert "annotation" not in capsys.readouterr().err  # diffusers warns of types that it does not understand
     assert again.config.text["total_layers"] == 2
     assert torch.equal(draw(again), draw(pipe))
 
@@ -429,6 +458,18 @@ def test_lora_trains_saves_and_loads(make_bundle: MakeBundle, tmp_path: Path) ->
     torch.testing.assert_close(draw(fresh), before, atol=1e-3, rtol=1e-3)
 
 
+def test_lora_of_modules_named_by_a_pattern(pipe: SemanticRoutingPipeline, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=r".*\.(qkv|out)", init_lora_weights=False))
+    changed = draw(pipe)
+    pipe.save_lora_weights(tmp_path)
+    pipe.unload_lora_weights()
+    assert not torch.equal(draw(pipe), changed)
+    pipe.load_lora_weights(tmp_path)
+    assert torch.equal(draw(pipe), changed)
+
+
 COMPILE = """
 import torch
 from semantic_routing.features import TextFeatures
@@ -486,6 +527,17 @@ def test_model_offload_hooks_move_every_component(make_bundle: MakeBundle) -> No
         hook.hook.pre_forward = pre_forward
     assert np.array_equal(draw(pipe, output_type="np"), expected)
     assert list(dict.fromkeys(moved)) == ["Qwen3Model", "SemanticRoutingTransformer", "AutoencoderKL"]
+
+
+@pytest.mark.parametrize("arm", ["joint", "fusedit"])
+def test_weights_that_lie_elsewhere_layer_by_layer(make_bundle: MakeBundle, arm: str) -> None:
+    """As ``enable_sequential_cpu_offload`` leaves them: on the meta device between calls."""
+    pipe = quiet(make_pipeline(make_bundle(arm)))
+    expected = draw(pipe)
+    for component in (pipe.text_encoder, pipe.transformer):
+        accelerate.cpu_offload(component, torch.device("cpu"))
+        assert all(p.is_meta for p in component.parameters())
+    assert torch.equal(draw(pipe), expected)
 
 
 @pytest.mark.gpu

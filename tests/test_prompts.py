@@ -23,6 +23,7 @@ from semantic_routing.prompts import read_prompts
         ("P.JSONL", '{"prompt": "one\u2028line"}', ["one\u2028line"]),
         ("p.csv", 'id,prompt\n1,a red circle\n2,"b, with comma"\n', ["a red circle", "b, with comma"]),
         ("p.csv", 'caption\n"two\nlines"\nlast\n', ["two\nlines", "last"]),
+        ("p.csv", '\ufeffprompt,id\r\n"a ""big"", é",1\r\n\r\nb,2\r\nb,3\r\n', ['a "big", é', "b", "b"]),
     ],
 )
 def test_prompts_of_a_file(tmp_path: Path, name: str, content: str, expected: list[str]) -> None:
@@ -47,11 +48,13 @@ def test_any_text_survives_jsonl(tmp_path: Path) -> None:
         ("p.txt", "caf\xe9".encode("latin-1"), r"is not UTF-8 text \(byte 3\); save it as UTF-8"),
         ("p.jsonl", b"\xff\xfe{\x00", "is not UTF-8"),
         ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt"', r"p\.jsonl:3 is not JSON"),
-        ("p.jsonl", b'{"promt": "a"}', r"p\.jsonl:1 has no text under prompt, text, caption"),
+        ("p.jsonl", b'{"promt": "a"}', r"p\.jsonl:1 has no text under prompt, text, caption; it has promt"),
         ("p.jsonl", b'{"prompt": " "}', r"p\.jsonl:1 has no text"),
         ("p.jsonl", b'{"prompt": ["a"]}', r"p\.jsonl:1 has no text"),
         ("p.jsonl", b"3", r"p\.jsonl:1 has no text"),
-        ("p.csv", b"id,promt\n1,a\n", r"p\.csv:2 has no text"),
+        ("p.csv", b"id,promt\n1,a\n", r"p\.csv:2 has no text .*; it has id, promt"),
+        ("p.csv", b"id,prompt\n1,a red, big circle\n", r"p\.csv:2 has more cells than columns: put quotes"),
+        ("p.csv", b'prompt\n"a\n', r"p\.csv:\d is not CSV: unexpected end of data"),
         ("p.csv", b"id,prompt\n1,a\n2,\n", r"p\.csv:3 has no text"),
         ("p.csv", b"prompt\n" + b"x" * 200_000, r"p\.csv:1 is not CSV: field larger than field limit"),
     ],

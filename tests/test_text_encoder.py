@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import warnings
 import weakref
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import transformers as hf
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -231,6 +233,65 @@ def test_padding_side_of_the_tokenizer_does_not_matter(tmp_path: Path) -> None:
     assert torch.equal(features[0].mask, features[1].mask)
 
 
+@pytest.mark.parametrize("build", DECODERS + ENCODERS, ids=lambda build: build.__name__)
+def test_what_was_loaded_can_be_saved_and_loaded_again(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+    """By its class in transformers too, as an exported pipeline does; multimodal models are renamed when loaded."""
+    save(tmp_path / "whole", build)
+    encoder = load(tmp_path / "whole", layers="1..2")
+    encoder.model.save_pretrained(tmp_path / "part")
+    encoder.tokenizer.save_pretrained(tmp_path / "part")
+    again, report = type(encoder.model).from_pretrained(tmp_path / "part", output_loading_info=True)
+    assert not any(report.values())
+    assert all(torch.equal(x, again.state_dict()[name]) for name, x in encoder.model.state_dict().items())
+    lower = load(tmp_path / "part", layers="1").encode(BATCH)
+    assert torch.equal(lower.hidden, encoder.encode(BATCH).hidden[:1])
+
+
+def test_vision_tower_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor layers above the highest one, of a checkpoint in shards."""
+    torch.manual_seed(0)
+    qwen3_vl().save_pretrained(tmp_path, max_shard_size="20KB")
+    tokenizer().save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    read: list[str] = []
+    opened = transformers.modeling_utils.safe_open
+
+    class Spy:
+        """A safetensors file that notes whose numbers are asked for."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self.file = opened(*args, **options)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+        def __enter__(self) -> Spy:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self.file.__exit__(*error)
+
+        def get_slice(self, name: str) -> Part:
+            return Part(name, self.file.get_slice(name))
+
+    class Part:
+        def __init__(self, name: str, whole: Any) -> None:
+            self.name, self.whole = name, whole
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.whole, name)
+
+        def __getitem__(self, index: Any) -> torch.Tensor:
+            read.append(self.name)
+            return self.whole[index]
+
+    monkeypatch.setattr(transformers.modeling_utils, "safe_open", Spy)
+    encoder = load(tmp_path, layers="1..2")
+    assert sum("layers.1." in name for name in read) == 11
+    assert [name for name in read if "visual" in name or "layers.2." in name] == []
+    assert len(encoder.model.layers) == 2
+
+
 def test_layers_above_the_highest_are_not_loaded(folder: Path) -> None:
     full, lower = load(folder), load(folder, layers=(1, 2))
     assert len(full.model.layers) == 3
@@ -339,6 +400,28 @@ def test_unload_frees_the_weights(folder: Path) -> None:
         encoder.encode([PROMPT])
 
 
+def test_offloaded_weights_are_on_the_device_only_to_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = load(folder).encode(BATCH)
+    encoder = load(folder, offload=True)
+    moves: list[torch.device] = []
+    move = type(encoder.model).to
+    monkeypatch.setattr(type(encoder.model), "to", lambda self, *to: moves.append(torch.device(*to)) or move(self, *to))
+    assert torch.equal(encoder.encode(BATCH).hidden, expected.hidden)
+    assert moves == [torch.device("cpu")] * 2
+    encoder.to("meta")  # there is no second device here: one that is not moved to before there are prompts
+    assert not next(encoder.model.parameters()).is_meta
+    assert len(moves) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_offload_on_a_gpu(folder: Path) -> None:
+    encoder = TextEncoder.from_pretrained(TextEncoderConfig(name_or_path=str(folder), offload=True), "cuda")
+    features = encoder.encode(BATCH, with_kv=True)
+    assert features.hidden.is_cuda
+    assert {p.device.type for p in encoder.model.parameters()} == {"cpu"}
+
+
 def test_text_shape_needs_no_weights(folder: Path) -> None:
     config = TextEncoderConfig(name_or_path=str(folder), layers="2..3")
     shape = TextEncoder.from_pretrained(config).shape
@@ -363,6 +446,20 @@ def test_missing_and_broken_weights(folder: Path) -> None:
         load(folder)
 
 
+def test_weights_that_do_not_fit_their_configuration(folder: Path) -> None:
+    path = folder / "config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"intermediate_size": 40}))
+    with pytest.raises(
+        ValueError, match=r"9 weights .* first .*down_proj.*: \[32, 48\] in the file, \[32, 40\] in the"
+    ):
+        load(folder)
+    path.write_text(json.dumps(settings | {"num_hidden_layers": 5}))
+    with pytest.raises(ValueError, match=r"no text encoder at .*num_hidden_layers"):
+        load(folder)
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_wrong_input(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no text encoder at") as caught:
         TextEncoder.from_pretrained(tmp_path / "nowhere")
@@ -373,7 +470,7 @@ def test_wrong_input(folder: Path, tmp_path: Path) -> None:
         load(folder, max_tokens=0)
     with pytest.raises(ValueError, match="buckets"):
         load(folder, buckets=(16, 8))
-    for prompts in ([], "a red circle"):
+    for prompts in ([], "a red circle", ["a", None]):
         with pytest.raises(ValueError, match="non-empty list of prompts"):
             load(folder).encode(prompts)
 

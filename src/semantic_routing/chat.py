@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from semantic_routing.answers import Answer, AnswerCache, Failure, Question, digest
 from semantic_routing.checkpoint import check_writable
-from semantic_routing.servers import ChatConfig, Server
+from semantic_routing.servers import ChatConfig, Server, import_openai, read_key
 
 T = TypeVar("T")
 FIRST_FAILURES = 8
@@ -47,8 +47,11 @@ class ChatClient:
     def __init__(self, cfg: ChatConfig) -> None:
         if not cfg.model:
             raise ValueError("which model should be asked? give the name under which the server knows it")
-        if cfg.cache is not None and not cfg.replay:
-            check_writable(cfg.cache)
+        if not cfg.replay:  # what is missing is told before any work is done
+            import_openai()
+            read_key(cfg)
+            if cfg.cache is not None:
+                check_writable(cfg.cache)
         self.cfg = cfg
         self.usage = Usage()
         self.cache = None if cfg.cache is None else AnswerCache(cfg.cache)

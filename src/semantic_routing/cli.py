@@ -74,7 +74,18 @@ def sample(args: list[str]) -> None:
 
 
 def evaluate(args: list[str]) -> None:
-    """Score a model: semroute evaluate shapes --model runs/x --out evaluations/x"""
+    """Score a model: semroute evaluate shapes --model runs/x --out evaluations/x
+
+    shapes       captions of the toy world, checked exactly
+    geneval      objects, numbers, colours and positions, seen by a detector and CLIP
+    genai-bench  VQAScore by a judge on a server, or by a model on this machine
+    drawbench    alignment, coherence and style by UnifiedReward on a server
+    features     FID, KID and CLIPScore of a folder of images
+    compare      evaluations side by side: differences, intervals, paired tests
+    """
+    if args[:1] in (["-h"], ["--help"]):  # without torch
+        sys.stdout.write(f"{_help(evaluate)}\n")
+        return
     from semantic_routing.evaluate.commands import BENCHMARKS
 
     _run_one_of(BENCHMARKS, args, evaluate, "benchmark")

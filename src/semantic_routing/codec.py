@@ -16,6 +16,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+HUB_NAME = r"[\w-][\w.-]*/[\w.-]+"
+"""Names on the Hugging Face hub, unlike those of folders that begin with a dot or have more parts."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CodecConfig:
@@ -107,7 +110,9 @@ class VAECodec(Codec):
         """Prefer ``from_pretrained``. ``vae`` is an ``AutoencoderKL`` of RGB images."""
         config = vae.config
         if config.in_channels != 3 or config.out_channels != 3:
-            raise ValueError(f"the VAE has {config.in_channels} input channels; expected one for RGB images")
+            raise ValueError(
+                f"the VAE reads {config.in_channels} channels and draws {config.out_channels}; expected 3 and 3, RGB"
+            )
         if config.latents_mean is not None or config.latents_std is not None:
             raise ValueError("the VAE scales each channel by itself (latents_mean); expected one shift and scale")
         self.vae = vae.eval().requires_grad_(False)
@@ -169,7 +174,7 @@ def _load_vae(config: CodecConfig) -> Any:
             'a VAE needs the diffusers library; install it with pip install "semantic-routing[diffusers]"'
         ) from error
     place = str(Path(config.name_or_path) / config.subfolder) if config.subfolder else config.name_or_path
-    if not Path(place).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", config.name_or_path):
+    if not Path(place).is_dir() and not re.fullmatch(HUB_NAME, config.name_or_path):
         raise ValueError(f"no VAE at {place!r}; expected a folder or, on the Hugging Face hub, owner/name")
     try:
         settings = AutoencoderKL.load_config(config.name_or_path, subfolder=config.subfolder or None)

@@ -59,11 +59,11 @@ def from_upstream(state_dict: Mapping[str, Tensor], config: Mapping[str, Any], a
     """
     arm = parse_arm(arm)
     source = unwrapped(state_dict)
-    language_model = None
+    text: Mapping[str, Tensor] = {}
     if arm == "fusedit":
         source, text = _split_fusedit(source)
-        language_model = _language_model(text, config) if text else None
     cfg = _dit_config(source, config, arm)
+    language_model = _language_model(text, config) if text else None
     with torch.device("meta"):
         model = UpstreamFuseDiT(cfg, language_model) if arm == "fusedit" else make_model(cfg)
     _fill(model, _rules(cfg), source, f"a {arm} model of this configuration")
@@ -290,15 +290,19 @@ def _fill(model: nn.Module, rules: Sequence[Rule], source: Mapping[str, Tensor],
     known = {name for rule in rules for name in rule.sources}
     problems = {"not in the checkpoint": known - source.keys(), "not in the model": source.keys() - known}
     raise_if_any(problems, what)
-    own, wrong, filled = model.state_dict(), [], {}
+    own, filled = model.state_dict(), {}
+    wrong: dict[str, list[str]] = {"of another shape": [], "not of floating point": []}
     for rule in rules:
         parts = [source[name] for name in rule.sources]
         for name, part, expected in zip(rule.sources, parts, rule.form.split(own[rule.target]), strict=True):
             if part.shape != expected.shape:
-                wrong.append(f"{name}: {[*part.shape]} in the checkpoint, {[*expected.shape]} in the model")
-        if not wrong:
+                shapes = f"{[*part.shape]} in the checkpoint, {[*expected.shape]} in the model"
+                wrong["of another shape"].append(f"{name}: {shapes}")
+            elif not part.is_floating_point():
+                wrong["not of floating point"].append(f"{name}: {part.dtype}")
+        if not any(wrong.values()):
             filled[rule.target] = rule.form.join(parts)
-    raise_if_any({"of another shape": wrong}, what)
+    raise_if_any(wrong, what)
     model.load_state_dict(filled, assign=True)
 
 
@@ -309,12 +313,12 @@ def _dit_config(source: Mapping[str, Tensor], config: Mapping[str, Any], arm: st
             f"timestep_conditioning={kind!r} cannot be converted: the layout of the reference's conditioned "
             "variants is not known; only checkpoints without it (null) are"
         )
-    activation = config.get("hidden_act", "silu")
+    activation = str(config.get("hidden_act", "silu"))
     if activation not in ACTIVATIONS:
         raise ValueError(f"hidden_act={activation!r} is not known; expected {' or '.join(ACTIVATIONS)}")
-    fields: dict[str, Any] = {ours: _get(config, theirs) for ours, theirs in SIZES.items()}
+    fields: dict[str, Any] = {ours: _size(config, theirs) for ours, theirs in SIZES.items()}
     if arm == "fusedit":
-        fields["fusedit_first_layer"] = _get(config, "fusedit_first_llm_layer")
+        fields["fusedit_first_layer"] = _size(config, "fusedit_first_llm_layer", least=0)
     gate = "layers.0.mlp.gate_proj.weight"
     fields["mlp_width"] = len(source[gate]) if gate in source else 1  # without it filling the model says so
     fields["activation"] = ACTIVATIONS[activation]
@@ -325,12 +329,27 @@ def _rope_theta(config: Mapping[str, Any], arm: str) -> float:
     """The base of the image's rotary frequencies; in the reference FuseDiT's is its language model's."""
     bases = config.get("rope_theta", {}) if arm == "fusedit" else _get(config, "rope_theta")
     if isinstance(bases, Mapping) and arm in bases:
-        return float(bases[arm])
+        return _base("rope_theta", bases[arm])
     if arm == "fusedit":
-        return float(_get(config, "text_rope_theta"))
+        return _base("text_rope_theta", _get(config, "text_rope_theta"))
     if isinstance(bases, Mapping):
         raise ValueError(f"rope_theta of the configuration knows {', '.join(bases)}, but not arm {arm!r}")
-    return float(bases)
+    return _base("rope_theta", bases)
+
+
+def _base(key: str, value: Any) -> float:
+    """The base of rotary frequencies that a configuration gives."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"{key} of the configuration is {value!r}; expected a number above 0")
+    return float(value)
+
+
+def _size(config: Mapping[str, Any], key: str, *, least: int = 1) -> int:
+    """A size that a configuration gives."""
+    value = _get(config, key)
+    if type(value) is not int or value < least:
+        raise ValueError(f"{key} of the configuration is {value!r}; expected a whole number from {least} on")
+    return value
 
 
 def _get(config: Mapping[str, Any], key: str) -> Any:
@@ -352,19 +371,19 @@ def _language_model(source: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     """The Qwen3-VL text model whose weights came with FuseDiT's."""
     from transformers import Qwen3VLTextConfig, Qwen3VLTextModel
 
-    query, head_dim = "layers.0.self_attn.q_proj.weight", _get(config, "head_dim")
+    query, head_dim = "layers.0.self_attn.q_proj.weight", _size(config, "head_dim")
     text = Qwen3VLTextConfig(
-        vocab_size=_get(config, "text_vocab_size"),
-        hidden_size=_get(config, "text_hidden_size"),
-        intermediate_size=_get(config, "text_intermediate_size"),
-        num_hidden_layers=_get(config, "num_text_layers"),
+        vocab_size=_size(config, "text_vocab_size"),
+        hidden_size=_size(config, "text_hidden_size"),
+        intermediate_size=_size(config, "text_intermediate_size"),
+        num_hidden_layers=_size(config, "num_text_layers"),
         num_attention_heads=len(source[query]) // head_dim if query in source else 1,
-        num_key_value_heads=_get(config, "num_kv_heads"),
+        num_key_value_heads=_size(config, "num_kv_heads"),
         head_dim=head_dim,
         hidden_act=config.get("hidden_act", "silu"),
         rope_parameters={
             "rope_type": "default",
-            "rope_theta": float(_get(config, "text_rope_theta")),
+            "rope_theta": _base("text_rope_theta", _get(config, "text_rope_theta")),
             "mrope_section": list(_get(config, "mrope_section")),
             "mrope_interleaved": True,
         },

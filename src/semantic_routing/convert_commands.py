@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,12 +14,12 @@ import tyro
 from safetensors.torch import save_file
 
 from semantic_routing.checkpoint import EMA, MODEL, STATE, find_checkpoint, write_text, written_whole
-from semantic_routing.codec import CodecConfig
+from semantic_routing.codec import HUB_NAME, CodecConfig, PixelCodec
 from semantic_routing.config import to_dict
 from semantic_routing.convert import load_upstream, to_upstream, upstream_config
 from semantic_routing.dit import Backbone
 from semantic_routing.fusion import parse_arm
-from semantic_routing.generate import load_model
+from semantic_routing.generate import check_channels, check_encoder, latent_shape, load_model
 from semantic_routing.manifest import manifest
 from semantic_routing.recipes import paper
 from semantic_routing.text_encoder import TextEncoderConfig, text_shape
@@ -61,13 +62,16 @@ def convert_upstream(args: UpstreamArguments) -> Path:
 
     Weights are stored once, in float32 as in every run, under both names that a checkpoint has for them. A run that
     is there already is a ValueError, as is whatever ``load_upstream`` finds wrong, or a text encoder at hand whose
-    features the weights do not fit.
+    features the weights do not fit, or a size in pixels that patches do not divide.
     """
     if (args.out / "checkpoints").exists():
         raise ValueError(f"{args.out} already holds a run; choose another --out")
     sizes = _read_sizes(args.config)
     model = load_upstream(args.src, sizes, parse_arm(args.arm)).float()
     _check_text(model, args.text)
+    if args.codec.kind == "pixels":
+        check_channels(PixelCodec(), model.cfg)
+        latent_shape(PixelCodec(), model.cfg, args.image_size, args.image_size)
     cfg = replace(paper(model.cfg.arm), model=model.cfg, text=args.text, codec=args.codec, image_size=args.image_size)
     folder = args.out / "checkpoints" / "step-0000000"
     with written_whole(folder) as scratch:
@@ -112,11 +116,11 @@ def _read_sizes(path: Path) -> dict[str, Any]:
 
 def _check_text(model: Backbone, text: TextEncoderConfig) -> None:
     """Raise where a text encoder on this machine does not fit the weights; one on the hub is not asked for."""
-    if not Path(text.name_or_path).is_dir():
+    name = text.name_or_path
+    if re.fullmatch(HUB_NAME, name) and not Path(name).is_dir():
         return
-    shape, cfg = text_shape(text), model.cfg
-    if len(shape.layers) != cfg.text_layers or (cfg.arm != "fusedit" and shape.width != cfg.text_width):
-        raise ValueError(
-            f"the text encoder {text.name_or_path} gives {len(shape.layers)} layers of width {shape.width}, but the "
-            f"checkpoint reads {cfg.text_layers} layers of width {cfg.text_width}; give its own as --text.name-or-path"
-        )
+    shape = text_shape(text)
+    try:
+        check_encoder(shape, model.cfg)
+    except ValueError as error:
+        raise ValueError(f"{error}; give its own as --text.name-or-path instead of {name}") from error

@@ -61,6 +61,9 @@ The image that `semroute sample --seed 0` draws for prompt 0 starts from the noi
 {training}
 """
 
+IMPORT = "from semantic_routing.pipeline import SemanticRoutingPipeline\n"
+"""The folder's ``pipeline.py``, where ``DiffusionPipeline.from_pretrained`` looks for a ``custom_pipeline``."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportArguments:
@@ -85,6 +88,7 @@ def export(args: ExportArguments) -> Path:
     try:
         with written_whole(args.out) as scratch, quiet_transformers():
             pipe.save_pretrained(str(scratch))
+            (scratch / "pipeline.py").write_text(IMPORT, encoding="utf-8")
             (scratch / "README.md").write_text(model_card(bundle, averaged=args.averaged), encoding="utf-8")
     finally:
         if progress:
@@ -96,7 +100,7 @@ def make_pipeline(bundle: Bundle) -> SemanticRoutingPipeline:
     """The pipeline of a trained model, whose weights it shares."""
     shape = bundle.encoder.shape
     text = to_dict(replace(bundle.encoder.config, name_or_path=_encoder_name(bundle), layers=shape.layers))
-    del text["dtype"]  # the weights' own
+    del text["dtype"], text["offload"]  # the weights' own, and the pipeline's
     return SemanticRoutingPipeline(
         text_encoder=bundle.encoder.model,
         tokenizer=bundle.encoder.tokenizer,

@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from jaxtyping import Float, UInt8
-from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,13 +30,17 @@ from semantic_routing.pictures import is_whole, save_png
 from semantic_routing.processes import Processes, processes
 from semantic_routing.prompts import read_prompts
 from semantic_routing.sampler import SAMPLERS, Callback, ancestral, guided, noise_for, schedule
-from semantic_routing.text_encoder import TextEncoder, TextEncoderConfig
+from semantic_routing.text_encoder import TextEncoder, TextEncoderConfig, TextShape
 
 ALONE = Processes()
 TINY = "tiny"
 """Name of the text encoder that a run makes for itself (``tiny_lm.py``) ..."""
 TEXT_ENCODER = "text_encoder"
 """... and the folder of the run that holds it."""
+
+
+SAFETENSORS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""The names of types in safetensors files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +161,40 @@ def read_run_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def check_encoder(shape: TextShape, cfg: DiTConfig) -> None:
+    """ValueError where a text encoder is not like the one that the transformer was made for."""
+    gives, reads = {"layers": len(shape.layers)}, {"layers": cfg.text_layers}
+    if cfg.arm == "fusedit":
+        gives |= {"key heads": shape.kv_heads, "head width": shape.head_dim}
+        reads |= {"key heads": cfg.kv_heads, "head width": cfg.head_dim}
+    else:
+        gives |= {"width": shape.width}
+        reads |= {"width": cfg.text_width}
+    if gives != reads:
+        ours, theirs = (", ".join(f"{name} {size}" for name, size in sizes.items()) for sizes in (gives, reads))
+        raise ValueError(
+            f"the text encoder gives {ours}, but this transformer reads {theirs}: use the encoder it was trained with"
+        )
+
+
+def check_channels(codec: Codec, cfg: DiTConfig) -> None:
+    """ValueError where a codec's latents are not what the transformer draws."""
+    if codec.channels != cfg.channels:
+        source = "the VAE's latents have" if codec.has_posterior else "pixels have"
+        raise ValueError(f"{source} {codec.channels} channels, but this transformer draws {cfg.channels}")
+
+
+def latent_shape(codec: Codec, cfg: DiTConfig, height: int, width: int) -> tuple[int, int, int]:
+    """Shape (channels, h, w) of the latents of an image in pixels; ValueError where patches do not divide it."""
+    side = codec.factor * cfg.patch
+    if any(not isinstance(pixels, int) or pixels < 1 or pixels % side for pixels in (height, width)):
+        raise ValueError(
+            f"an image of {height!r} x {width!r} pixels does not divide into this transformer's patches of "
+            f"{side} x {side} pixels; use multiples of {side}"
+        )
+    return codec.latent_shape(height, width)
+
+
 def load_model(folder: Path, *, averaged: bool = True) -> Backbone:
     """The network of a checkpoint alone, on the CPU."""
     with torch.device("meta"):
@@ -170,17 +207,22 @@ def load_bundle(path: Path, device: torch.device, *, averaged: bool = True) -> B
     """The model of a run's folder (its latest checkpoint) or of one checkpoint, with encoder and codec.
 
     ``averaged`` takes the moving average of the weights, which is what samples best. ValueError if there is no
-    checkpoint, it is damaged, or it does not fit its own configuration.
+    checkpoint, it is damaged, or it does not fit its own configuration, text encoder or codec.
     """
     folder = find_checkpoint(path)
     config = read_run_config(folder)
+    size = config["image_size"]
     model = load_model(folder, averaged=averaged)
     encoder = open_encoder(from_dict(TextEncoderConfig, config["text"], "text."), folder.parent.parent, device)
+    codec = make_codec(from_dict(CodecConfig, config["codec"], "codec."), device)
+    check_encoder(encoder.shape, model.cfg)
+    check_channels(codec, model.cfg)
+    latent_shape(codec, model.cfg, size, size)
     return Bundle(
         model=model.eval().requires_grad_(False).to(device),
         encoder=encoder,
-        codec=make_codec(from_dict(CodecConfig, config["codec"], "codec."), device),
-        image_size=config["image_size"],
+        codec=codec,
+        image_size=size,
         null_prompt=config.get("null_prompt", ""),
         bf16=use_bfloat16(config.get("precision", "auto"), device),
         checkpoint=folder,
@@ -222,7 +264,8 @@ def sample_to_folder(args: SampleArguments) -> Path:
     names = [(p, i) for p in range(len(prompts)) for i in range(args.images_per_prompt)]
     paths = {name: args.out / f"{name[0]:05d}_{name[1]:02d}.png" for name in names}
     with processes() as job:
-        claim_folder(args.out, request(bundle, prompts, args), job, checkpoint=str(bundle.checkpoint))
+        identity = request(bundle, prompts, args) if job.first else {}  # large weights take a while to hash
+        claim_folder(args.out, identity, job, checkpoint=str(bundle.checkpoint))
         sample_missing(bundle, prompts, paths, args, job)
         if job.first:
             rows = [{"file": paths[name].name, "prompt": prompts[name[0]], "image": name[1]} for name in names]
@@ -242,8 +285,22 @@ def request(bundle: Bundle, prompts: Sequence[str], cfg: SampleConfig) -> dict[s
 
 
 def weights_sha256(model: Backbone) -> str:
-    """SHA-256 of a model's weights, equal to that of the safetensors file which holds just them."""
-    return hashlib.sha256(save({k: v.cpu().contiguous() for k, v in model.state_dict().items()})).hexdigest()
+    """SHA-256 of a model's weights, equal to that of the safetensors file which holds just them.
+
+    The file is not made: its header is written here, and tensors follow one at a time, widest types first.
+    """
+    state = sorted(model.state_dict().items(), key=lambda item: (-item[1].itemsize, item[0]))
+    header: dict[str, Any] = {}
+    end = 0
+    for name, x in state:
+        begin, end = end, end + x.nbytes
+        header[name] = {"dtype": SAFETENSORS[x.dtype], "shape": [*x.shape], "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256(len(text).to_bytes(8, "little") + text)
+    for _, x in state:
+        digest.update(x.detach().contiguous().flatten().view(torch.uint8).numpy(force=True))
+    return digest.hexdigest()
 
 
 def claim_folder(out: Path, identity: dict[str, Any], job: Processes = ALONE, **facts: Any) -> None:

@@ -149,6 +149,8 @@ def run_overhead(args: OverheadArguments) -> str:
     """Measure the arms; the text to print."""
     cuda = args.device == "auto" and torch.cuda.is_available()
     device = pick_device(args.device) if cuda or args.device != "auto" else None
+    if not args.arms:
+        raise ValueError(f"nothing to measure: name some of the arms {', '.join(ARMS)}")
     arms = [parse_arm(arm) for arm in args.arms]
     rows = [measure(arm, text_tokens=args.text_tokens, scale=SCALES[args.scale], device=device) for arm in arms]
     if args.json is None:

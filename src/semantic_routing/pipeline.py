@@ -35,12 +35,14 @@ from semantic_routing.codec import Codec, PixelCodec, VAECodec
 from semantic_routing.config import from_dict
 from semantic_routing.device import use_bfloat16
 from semantic_routing.features import TextFeatures
+from semantic_routing.generate import check_channels, check_encoder, latent_shape
 from semantic_routing.sampler import Velocity, extrapolated, join, schedule
 from semantic_routing.text_encoder import TextEncoder, TextEncoderConfig
 from semantic_routing.transformer import SemanticRoutingTransformer
 
 FLOW_MATCHING = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
 """Schedulers that always integrate a flow; others do with ``use_flow_sigmas``."""
+PRECISIONS = ("auto", "bf16", "fp32")
 OutputType = Literal["pil", "np", "pt", "latent"]
 OnStepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 """(pipeline, step, timestep, tensors) -> tensors to go on with."""
@@ -68,7 +70,7 @@ class SemanticRoutingPipeline(DiffusionPipeline, LoraBaseMixin):
         image_size: int = 256,
         null_prompt: str = "",
         text: dict[str, Any] | None = None,
-        precision: Literal["auto", "bf16", "fp32"] = "auto",
+        precision: str = "auto",
     ) -> None:
         """``image_size`` is the side of images in pixels unless a call asks for another.
 
@@ -78,6 +80,8 @@ class SemanticRoutingPipeline(DiffusionPipeline, LoraBaseMixin):
         where the hardware has it. Weights loaded in a narrower type always run in that type.
         """
         super().__init__()
+        if precision not in PRECISIONS:
+            raise ValueError(f"unknown precision {precision!r}; use one of {', '.join(PRECISIONS)}")
         self.register_modules(
             text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer, scheduler=scheduler, vae=vae
         )
@@ -109,6 +113,8 @@ class SemanticRoutingPipeline(DiffusionPipeline, LoraBaseMixin):
         to 1, or "latent". Raises ValueError for what does not fit: components, scheduler, sizes.
         """
         prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, list | tuple) or not all(isinstance(text, str) for text in prompts):
+            raise ValueError(f"prompt is {prompt!r}; expected a text or a list of texts")
         if not prompts or num_images_per_prompt < 1:
             raise ValueError(f"nothing to draw: {len(prompts)} prompts, {num_images_per_prompt} images for each")
         if output_type not in get_args(OutputType):
@@ -121,6 +127,8 @@ class SemanticRoutingPipeline(DiffusionPipeline, LoraBaseMixin):
         self._guidance_scale, self._interrupt = guidance_scale, False
         device = self._execution_device
         shape = (len(prompts) * num_images_per_prompt, *self.latent_shape(height, width))
+        if isinstance(generator, list) and len(generator) not in (1, shape[0]):
+            raise ValueError(f"{len(generator)} generators for {shape[0]} images; give one, or one for each")
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif latents.shape != shape:
@@ -161,15 +169,8 @@ class SemanticRoutingPipeline(DiffusionPipeline, LoraBaseMixin):
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """Shape (channels, h, w) of the latents of an image in pixels; ValueError where patches do not divide it."""
-        codec = self._codec()
         height, width = (self.config.image_size if side is None else side for side in (height, width))
-        side = codec.factor * self.transformer.config.patch
-        if min(height, width) < 1 or height % side or width % side:
-            raise ValueError(
-                f"an image of {height} x {width} pixels does not divide into this transformer's patches of "
-                f"{side} x {side} pixels; use multiples of {side}"
-            )
-        return codec.latent_shape(height, width)
+        return latent_shape(self._codec(), self.transformer.backbone.cfg, height, width)
 
     def encode_prompt(self, prompts: Sequence[str]) -> TextFeatures:
         """What the text encoder says about the prompts, where and as the transformer's products need it."""
@@ -190,8 +191,8 @@ class SemanticRoutingPipeline(DiffusionPipeline, LoraBaseMixin):
         from peft.utils import get_peft_model_state_dict
 
         layers = get_peft_model_state_dict(self.transformer, adapter_name=adapter_name)
-        metadata = self.transformer.peft_config[adapter_name].to_dict()
-        metadata["target_modules"] = sorted(metadata["target_modules"])  # a set, which JSON lacks
+        config = self.transformer.peft_config[adapter_name].to_dict()
+        metadata = {key: sorted(x) if isinstance(x, set) else x for key, x in config.items()}  # JSON lacks sets
         self._save_lora_weights(str(save_directory), {"transformer": layers}, {"transformer": metadata})
 
     def load_lora_weights(self, source: Path | str | dict[str, Tensor], adapter_name: str | None = None) -> None:
@@ -283,22 +284,9 @@ class SemanticRoutingPipeline(DiffusionPipeline, LoraBaseMixin):
 
     def _check_components(self) -> Codec:
         """Raise where two components were not made for each other; the codec."""
-        shape, codec, cfg = self._encoder().shape, self._codec(), self.transformer.config
-        text = {"layers": len(shape.layers)}
-        if cfg.arm == "fusedit":
-            text |= {"key heads": shape.kv_heads, "head width": shape.head_dim}
-            expected = {"layers": cfg.text_layers, "key heads": cfg.kv_heads, "head width": cfg.head_dim}
-        else:
-            text |= {"width": shape.width}
-            expected = {"layers": cfg.text_layers, "width": cfg.text_width}
-        if text != expected:
-            raise ValueError(
-                f"the text encoder gives {_list(text)}, but this transformer reads {_list(expected)}: use the "
-                "encoder it was trained with"
-            )
-        if codec.channels != cfg.channels:
-            source = "pixels have" if self.vae is None else "the VAE's latents have"
-            raise ValueError(f"{source} {codec.channels} channels, but this transformer draws {cfg.channels}")
+        codec = self._codec()
+        check_encoder(self._encoder().shape, self.transformer.backbone.cfg)
+        check_channels(codec, self.transformer.backbone.cfg)
         return codec
 
 
@@ -335,7 +323,3 @@ def _repeated(features: TextFeatures, times: int) -> TextFeatures:
 
     hidden, mask = features.hidden.repeat_interleave(times, dim=1), features.mask.repeat_interleave(times, dim=0)
     return TextFeatures(hidden, mask, repeat(features.keys), repeat(features.values))
-
-
-def _list(sizes: dict[str, int]) -> str:
-    return ", ".join(f"{name} {size}" for name, size in sizes.items())

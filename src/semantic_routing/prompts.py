@@ -45,9 +45,11 @@ def _json(line: str, path: Path, number: int) -> object:
 
 
 def _csv(text: str, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for row in reader:
+            if None in row:  # DictReader's key for what is beyond the columns: half of a prompt would be lost
+                raise ValueError(f"{path}:{reader.line_num} has more cells than columns: put quotes around commas")
             yield reader.line_num, row
     except csv.Error as error:
         raise ValueError(f"{path}:{reader.line_num} is not CSV: {error}") from error
@@ -58,4 +60,5 @@ def _column(row: object, path: Path, number: int) -> str:
     for prompt in texts:
         if isinstance(prompt, str) and prompt.strip():
             return prompt
-    raise ValueError(f"{path}:{number} has no text under {', '.join(COLUMNS)}")
+    found = f"; it has {', '.join(row)}" if isinstance(row, dict) else ""
+    raise ValueError(f"{path}:{number} has no text under {', '.join(COLUMNS)}{found}")

@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 
 from semantic_routing.answers import Answer, Failure, Question
 
+USUAL_KEY = "OPENAI_API_KEY"
+"""Where the key is if no variable is named; it need not be there."""
 KEYLESS = "EMPTY"
 """Sent where the environment holds no key: servers of one's own mostly want none."""
 
@@ -28,10 +30,10 @@ class ChatConfig:
     """The server's address; of most it ends in /v1."""
     model: str = ""
     """Name under which the server knows the model."""
-    api_key_env: str = "OPENAI_API_KEY"
+    api_key_env: str = USUAL_KEY
     """Name of the environment variable that holds the key; servers without keys need none."""
     concurrency: int = 32
-    """Requests under way at once."""
+    """Requests under way at once, of each process."""
     timeout: float = 120.0
     """Seconds for one request, from sending to the answer's last byte."""
     retries: int = 6
@@ -41,7 +43,7 @@ class ChatConfig:
     longest_wait: float = 60.0
     """No wait is longer; a request whose server asks for more by Retry-After fails."""
     requests_per_minute: float | None = None
-    """Most requests a minute, evenly spread."""
+    """Most requests a minute of each process, evenly spread."""
     give_up: int = 64
     """Requests that fail in a row, with no answer between them, after which the run stops; 8 before any answer."""
     extra: str = "{}"
@@ -112,21 +114,41 @@ class Pace:
         self._free = max(self._free, time.monotonic() + seconds)
 
 
+def import_openai() -> Any:
+    """The client's library; ValueError where it is not installed."""
+    try:
+        import openai
+    except ModuleNotFoundError as error:
+        raise ValueError('asking a model needs openai: pip install "semantic-routing[eval]"') from error
+    return openai
+
+
+def read_key(cfg: ChatConfig) -> str:
+    """The key in the environment; ValueError if it cannot be one, or there is no variable of a name that was given.
+
+    Such a name is not repeated: it may be the key itself, given in the name's place.
+    """
+    key = os.environ.get(cfg.api_key_env)
+    if key is None and cfg.api_key_env != USUAL_KEY:
+        raise ValueError(
+            "the environment has no variable of the name that api_key_env gives; put the key into one and give its name"
+        )
+    key = key or KEYLESS
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(f"the key in {cfg.api_key_env} has characters that no key has; copy it again")
+    return key
+
+
 class Server:
     """Connections to a server, and in words what goes wrong on them."""
 
     def __init__(self, cfg: ChatConfig) -> None:
-        try:
-            import openai
-        except ModuleNotFoundError as error:
-            raise ValueError('asking a model needs openai: pip install "semantic-routing[eval]"') from error
         self.cfg = cfg
         self.pace = Pace(cfg.requests_per_minute)
-        self._key = os.environ.get(cfg.api_key_env) or KEYLESS
-        if not (self._key.isascii() and self._key.isprintable()):
-            raise ValueError(f"the key in {cfg.api_key_env} has characters that no key has; copy it again")
-        self._openai = openai
-        self._client = openai.AsyncOpenAI(base_url=cfg.base_url, api_key=self._key, max_retries=0, timeout=cfg.timeout)
+        self._openai, self._key = import_openai(), read_key(cfg)
+        self._client = self._openai.AsyncOpenAI(
+            base_url=cfg.base_url, api_key=self._key, max_retries=0, timeout=cfg.timeout
+        )
 
     async def close(self) -> None:
         await self._client.close()
@@ -191,7 +213,7 @@ def read_answer(body: str) -> Answer:
         )
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from error
-    except (LookupError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"not a chat completion: {' '.join(body.split())[:300]}") from error
 
 

@@ -10,6 +10,7 @@ highest one asked for are never built, and the language-model head is never run.
 from __future__ import annotations
 
 import gc
+import json
 import re
 import warnings
 from bisect import bisect_left
@@ -48,6 +49,8 @@ class TextEncoderConfig:
     """Wrap prefix and prompt as a user's message in the model's own chat template."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Floating-point type of weights and states; "auto" is the one the weights are stored in."""
+    offload: bool = False
+    """Keep the weights in main memory and move them to the device only while they read prompts."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -109,6 +112,7 @@ class TextEncoder:
         self.shape = shape
         self._model: nn.Module | None = model.eval().requires_grad_(False)
         self._tokenizer = tokenizer
+        self._reads_on: torch.device | None = None  # with ``offload``, where the weights are not
 
     @classmethod
     def from_pretrained(cls, config: TextEncoderConfig | str | Path, device: torch.device | str = "cpu") -> TextEncoder:
@@ -171,12 +175,20 @@ class TextEncoder:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are and the features will be."""
-        return next(self.model.parameters()).device
+        """Where prompts are read and the features will be."""
+        device = self._reads_on or next(self.model.parameters()).device
+        # Weights that accelerate offloaded layer by layer are on the meta device; its hooks move what they read.
+        return torch.device("cpu") if device.type == "meta" else device
 
     def to(self, device: torch.device | str) -> TextEncoder:
-        """Move the weights, for example ``to("cpu")`` to make room on a GPU and back; returns itself."""
-        self.model.to(device=device)
+        """Move the weights, for example ``to("cpu")`` to make room on a GPU and back; returns itself.
+
+        With ``offload`` they stay in main memory until there are prompts to read.
+        """
+        if self.config.offload:
+            self._reads_on = torch.device(device)
+        else:
+            self.model.to(device=device)
         return self
 
     def unload(self) -> None:
@@ -195,7 +207,7 @@ class TextEncoder:
         rotary embedding, before heads are repeated). A prompt without any token ("" where the tokenizer adds
         none) becomes the one token that begins, or else ends or pads, a text: this is the null prompt.
         """
-        if isinstance(prompts, str) or not prompts:
+        if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError("encode expects a non-empty list of prompts, such as ['a red circle']")
         ids, mask = (x.to(self.device) for x in self._tokenize(prompts))
         layers, norm, is_decoder = _parts(self.model)
@@ -209,13 +221,25 @@ class TextEncoder:
         whole = len(layers) == self.shape.total_layers
         taps = [norm if whole and i == len(layers) else layers[i - 1] for i in self.shape.layers]
         # A caller's autocast would change the states from run to run of different settings.
-        with torch.autocast(self.device.type, enabled=False), _record(taps) as states:
+        with self._at_hand(), torch.autocast(self.device.type, enabled=False), _record(taps) as states:
             self.model(input_ids=ids, attention_mask=mask.long(), **options)
         if not with_kv:
             return TextFeatures(torch.stack(states), mask)
         cached = [options["past_key_values"].layers[i - 1] for i in self.shape.layers]
         keys, values = torch.stack([c.keys for c in cached]), torch.stack([c.values for c in cached])
         return TextFeatures(torch.stack(states), mask, keys, values)
+
+    @contextmanager
+    def _at_hand(self) -> Iterator[None]:
+        """Weights that ``offload`` keeps in main memory are on the device while the context lasts."""
+        if self._reads_on is None:
+            yield
+            return
+        self.model.to(self._reads_on)
+        try:
+            yield
+        finally:
+            self.model.to("cpu")
 
     def _tokenize(self, prompts: Sequence[str]) -> tuple[Int[Tensor, "B N"], Bool[Tensor, "B N"]]:
         """Token ids padded on the right to a bucket, and the mask of real tokens."""
@@ -295,11 +319,12 @@ def _parts(model: Any) -> tuple[nn.ModuleList, nn.Module, bool]:
 
 def _model_config(name_or_path: str) -> Any:
     """The model's own configuration; of a multimodal model the whole."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise ValueError(
             f"no text encoder at {name_or_path!r}; expected a folder written by save_pretrained or a model's "
             f"name on the Hugging Face hub ({_first_line(error)})"
@@ -307,14 +332,21 @@ def _model_config(name_or_path: str) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    first, _, rest = str(error).strip().partition("\n")
+    return f"{first} {rest.strip()}" if first.endswith(":") else first
 
 
 def _stack_config(model_config: Any) -> Any:
     """The part of a model's configuration that describes its text layers."""
-    if model_config.is_encoder_decoder:
+    if _is_encoder(model_config):
         return getattr(model_config, "encoder", model_config)  # T5Gemma keeps two, T5 one
     return model_config.get_text_config()
+
+
+def _is_encoder(model_config: Any) -> bool:
+    """Whether an encoder reads the text: with a decoder that is left out, or saved by itself."""
+    alone = any(name.endswith("EncoderModel") for name in model_config.architectures or ())
+    return model_config.is_encoder_decoder or alone
 
 
 def _shape(config: TextEncoderConfig, stack: Any, total_layers: int | None = None) -> TextShape:
@@ -334,7 +366,7 @@ def _load_tokenizer(config: TextEncoderConfig) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.name_or_path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{config.name_or_path!r} has no tokenizer that transformers can load: {_first_line(error)}"
         ) from error
@@ -351,11 +383,11 @@ def _load_model(config: TextEncoderConfig, model_config: Any, keep: int) -> nn.M
     """The text model with its first ``keep`` layers; the other weights of the files are never read."""
     from transformers import AutoModel, AutoModelForTextEncoding
 
-    stack = _stack_config(model_config)
+    stack, encoder = _stack_config(model_config), _is_encoder(model_config)
     if getattr(stack, "layer_types", None):
         stack.layer_types = stack.layer_types[:keep]
     stack.num_hidden_layers = keep
-    if encoder := model_config.is_encoder_decoder:
+    if encoder:
         model_config.is_encoder_decoder = False  # T5Gemma's switch for "the encoder alone"
     try:
         with quiet_transformers():
@@ -365,16 +397,25 @@ def _load_model(config: TextEncoderConfig, model_config: Any, keep: int) -> nn.M
                 dtype=config.dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # they are in the report
                 output_loading_info=True,
                 # Where multimodal checkpoints keep their text model (Qwen-VL, Gemma 3, Mistral 3).
                 key_mapping={r"^(?:model\.)?language_model\.(?:model\.)?": ""},
             )
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"no whole safetensors weights in {config.name_or_path!r}: {_first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"the weights in {config.name_or_path!r} lack {len(missing)} tensors of its text model, first {missing[0]}"
         )
+    if wrong := sorted(info["mismatched_keys"]):
+        name, stored, expected = wrong[0]
+        raise ValueError(
+            f"{len(wrong)} weights in {config.name_or_path!r} do not fit its config.json, first {name}: "
+            f"{[*stored]} in the file, {[*expected]} in the model"
+        )
+    # transformers would save the model by names turned back through the pattern above, which nothing can load.
+    vars(model).pop("_weight_conversions", None)
     return model
 
 

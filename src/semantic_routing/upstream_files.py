@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-WRAPPERS = ("module.", "_orig_mod.", "model.")
-"""What DistributedDataParallel, torch.compile and trainers put before every name."""
+WRAPPERS = ("module.", "_orig_mod.", "model.", "transformer.", "dit.")
+"""What DistributedDataParallel, torch.compile, trainers and pipelines put before every name."""
 LAYOUTS = (
     "*.safetensors.index.json",
     "model.safetensors",
@@ -23,9 +23,12 @@ LAYOUTS = (
     "*.bin.index.json",
     "*pytorch_model.bin",
     "mp_rank_00_model_states.pt",  # DeepSpeed
+    "global_step*/mp_rank_00_model_states.pt",
     "pytorch_model/mp_rank_00_model_states.pt",  # Accelerate around DeepSpeed
 )
 """Where a checkpoint's folder keeps its weights: the first that is there is read."""
+DAMAGED = (RuntimeError, EOFError, LookupError, TypeError, AttributeError, ValueError, AssertionError)
+"""What reading a torch file can end in where its bytes have been changed."""
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -72,28 +75,34 @@ def read_upstream(src: Path) -> LazyTensors:
     if src.is_dir():
         found = next(filter(None, (sorted(src.glob(layout)) for layout in LAYOUTS)), [])
         if len(found) != 1:
-            what = f"several files: name one of {[path.name for path in found]}" if found else "no weights"
+            names = [str(path.relative_to(src)) for path in found]
+            what = f"several files: name one of {names}" if found else "no weights"
             raise ValueError(f"{src} holds {what}; a folder has one of {', '.join(LAYOUTS)}")
         return read_upstream(found[0])
-    if not src.is_file():
-        raise ValueError(f"there is no checkpoint {src}")
-    if src.name.endswith(".index.json"):
-        return _read_shards(src)
-    return _read_safetensors(src) if src.suffix == ".safetensors" else _read_torch(src)
+    return _read_shards(src) if src.is_file() and src.name.endswith(".index.json") else _read_file(src)
 
 
 def _read_shards(index: Path) -> LazyTensors:
-    """The tensors of all files that an index names."""
+    """The tensors of all files that an index names, which lie beside it."""
     try:
         places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        files = {file: index.parent / file for file in sorted(set(places.values()))}
+        files = sorted(set(places.values()))
+        elsewhere = [file for file in files if Path(file).name != file]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{index} is not the index of a sharded checkpoint") from error
-    shards = {file: read_upstream(path) for file, path in files.items()}
+    if elsewhere:
+        raise ValueError(f"{index} names {elsewhere[0]!r}, which is not a file beside it")
+    shards = {file: _read_file(index.parent / file) for file in files}
     held = {(name, file) for file, shard in shards.items() for name in shard}
     odd = {name for name, _ in held ^ set(places.items())}
     raise_if_any({"named by only one of index and files": odd}, f"what {index} says")
     return LazyTensors(lambda name: shards[places[name]][name], {name: name for name in places})
+
+
+def _read_file(path: Path) -> LazyTensors:
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint {path}")
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
 
 
 def _read_safetensors(path: Path) -> LazyTensors:
@@ -134,11 +143,13 @@ def _open_torch(path: Path) -> Mapping[str, Tensor]:
             f"{path} is refused: it holds more than tensors and plain values, and reading it could run code; "
             "save its weights as safetensors"
         ) from error
-    except (RuntimeError, EOFError) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path} is truncated, damaged or not a file of today's torch.save") from error
     if isinstance(content, Mapping):
         content = content.get("module", content)  # DeepSpeed's place for the weights
-    if not isinstance(content, Mapping) or not all(isinstance(x, Tensor) for x in content.values()):
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and isinstance(x, Tensor) for name, x in content.items()
+    ):
         raise ValueError(f"{path} holds no state dict, neither by itself nor under 'module'")
     return content
 

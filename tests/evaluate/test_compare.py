@@ -28,6 +28,7 @@ def evaluation(folder: Path, scores, *, benchmark="genai-bench", metric="vqascor
     records = [
         Record(
             prompt=i, id=f"{i:05d}", image=0, caption="c", tags=(TAGS[i % 2],), file="f", reason="", scores={metric: s},
+            gap="unscored" if s is None else "",
         )
         for i, s in enumerate(scores)
     ]  # fmt: skip
@@ -142,10 +143,20 @@ def test_headlines_of_several_benchmarks(tmp_path):
 
 def test_gaps_are_in_no_number(runs, tmp_path):
     gaps = evaluation(tmp_path / "gaps", [0.75, None] * 10)
-    compare(args(runs[0], gaps, out=tmp_path / "x.csv"))
+    text = compare(args(runs[0], gaps, out=tmp_path / "x.csv"))
+    assert "gaps has no score for 10 of 20 images (genai-bench)." in text
+    assert "| **75.00** [75.00, 75.00] | **75.00** [75.00, 75.00] | – |" in text
     rows = list(csv.DictReader(io.StringIO((tmp_path / "x.csv").read_text())))
     assert (rows[3]["value"], rows[3]["n"]) == ("75.0", "10")
     assert (rows[5]["value"], rows[5]["p"], rows[5]["n"]) == ("", "", "0")
+
+
+def test_too_few_prompts_have_no_interval(tmp_path):
+    folders = [evaluation(tmp_path / name, [0.5, 0.25]) for name in "ab"]
+    lines = compare(args(*folders, out=tmp_path / "x.md", labels=("a|b", "c"))).splitlines()
+    assert lines[2].startswith(r"| a\|b | **37.50** [")
+    assert lines[2].endswith(" | **50.00** | **25.00** |")  # some resamples have no prompt of a tag
+    assert lines[4].endswith(" | +0.00 p = 1.000 | +0.00 p = 1.000 |")
 
 
 def test_what_is_no_evaluation_or_no_place(runs, tmp_path):

@@ -13,13 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from semantic_routing.data.shapes import GENEVAL_TAGS
 from semantic_routing.evaluate.geneval import (
     CLASSES,
     COLORS,
     RELATIONS,
     Detection,
-    aggregate,
     check_metadata,
     evaluate_detections,
     keep_confident,
@@ -296,27 +294,6 @@ def test_pictures_are_turned_upright() -> None:
     assert detector.asked[0][0] == (30, 40)
 
 
-def test_aggregation() -> None:
-    records = [
-        {"tag": tag, "prompt": f"{tag} {prompt}", "correct": image < prompt}
-        for place, tag in enumerate(GENEVAL_TAGS)
-        for prompt in range(place + 1)
-        for image in range(4)
-    ]
-    result = aggregate(records)
-    # Of tag k there are prompts 0..k; prompt p has min(p, 4) correct images of 4.
-    expected = [sum(min(p, 4) for p in range(k + 1)) / (4 * (k + 1)) for k in range(6)]
-    assert [result["tags"][tag]["accuracy"] for tag in GENEVAL_TAGS] == expected
-    assert result["overall"] == pytest.approx(sum(expected) / 6)
-    assert result["images"] == {"accuracy": 34 / 84, "correct": 34, "n": 84}
-    assert result["prompts"] == {"accuracy": 15 / 21, "correct": 15, "n": 21}
-    assert aggregate(records[:4])["overall"] is None
-    with pytest.raises(ValueError, match="no records"):
-        aggregate([])
-    with pytest.raises(ValueError, match="style is no tag"):
-        aggregate([{"tag": "style", "prompt": "", "correct": True}])
-
-
 def test_the_official_prompts_and_names(shared: Path) -> None:
     folder = shared / "bench" / "geneval"
     if not folder.is_dir():
@@ -338,7 +315,9 @@ GOOD = {"tag": "position", "prompt": "", "include": [{"class": "cat", "count": 1
         ({"include": [{"class": "cat", "count": 0}]}, "count of cat"),
         ({"include": [{"class": "cat", "count": 1, "color": "mauve"}]}, "'mauve' is none"),
         ({"include": [{"class": "cat", "count": 1, "position": ["left of", 0]}]}, "no object before it"),
+        ({"include": [{"class": "cat", "count": 1, "position": 3}]}, "position 3 of cat"),
         ({"exclude": [{"class": "cat"}]}, "count of cat"),
+        ({"exclude": 3}, "lacks"),
     ],
 )
 def test_prompts_of_something_else(changes: dict[str, Any], message: str) -> None:

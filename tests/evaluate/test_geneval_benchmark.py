@@ -10,8 +10,9 @@ from PIL import Image
 
 from semantic_routing.data.shapes import GENEVAL_TAGS
 from semantic_routing.evaluate.benchmark import Task
-from semantic_routing.evaluate.geneval import Detection, aggregate
+from semantic_routing.evaluate.geneval import Detection
 from semantic_routing.evaluate.geneval_benchmark import GenEvalScorer, read_geneval
+from semantic_routing.evaluate.geneval_detector import fit
 from semantic_routing.evaluate.run import evaluate_images
 from semantic_routing.evaluate.scores import Record, read_records
 
@@ -61,12 +62,30 @@ def test_official_folders_are_scored(prompts, tmp_path, digits):
     assert summary["accuracy"]["images"] == pytest.approx(17 / 24)
     assert (summary["correct_prompts"], summary["prompts"]) == (pytest.approx(5 / 6), 6)
     records = read_records(tmp_path / "out" / "records.jsonl")
-    official = aggregate({"tag": r.tag, "prompt": r.prompt, "correct": r.correct} for r in records)
-    assert summary["accuracy"]["overall"] == pytest.approx(official["overall"])
-    assert summary["correct_prompts"] == official["prompts"]["accuracy"]
     assert json.loads(records[0].answer) == {"dog": [{"box": [0.0, 0.0, 4.0, 4.0, 0.95]}]}
     assert records[8].reason == "expected 1 dog, found 0"
     assert "scored by geneval, mine, detector variant: dogs" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_scores_of_tags_of_different_sizes(tmp_path):
+    """Tag k has the prompts 0 to k, of whose four images the first p are correct."""
+    rows = [entry(tag) | {"prompt": f"{tag} {p}"} for k, tag in enumerate(GENEVAL_TAGS) for p in range(k + 1)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    benchmark = read_geneval(tmp_path / "p.jsonl")
+    verdicts = [
+        Record(
+            prompt=index, id=prompt.id, image=image, caption=prompt.text, tags=prompt.tags, file="x", reason="",
+            scores={"correct": float(image < int(prompt.text.split()[1]))},
+        )
+        for index, prompt in enumerate(benchmark.prompts)
+        for image in range(4)
+    ]  # fmt: skip
+    summary = benchmark.summarize(verdicts)
+    expected = [sum(min(p, 4) for p in range(k + 1)) / (4 * (k + 1)) for k in range(6)]
+    assert [summary["accuracy"][tag] for tag in GENEVAL_TAGS] == pytest.approx(expected)
+    assert summary["accuracy"]["overall"] == pytest.approx(sum(expected) / 6)
+    assert (summary["accuracy"]["images"], summary["n"]["images"]) == (pytest.approx(34 / 84), 84)
+    assert (summary["correct_prompts"], summary["prompts"]) == (pytest.approx(15 / 21), 21)
 
 
 def test_what_is_written_is_what_is_read(prompts, tmp_path):
@@ -105,11 +124,51 @@ def test_folders_of_other_prompts_are_refused(prompts, tmp_path):
     benchmark = read_geneval(prompts)
     images = folder_of(benchmark, tmp_path / "images", images=1)
     (images / "00001" / "metadata.jsonl").write_text(json.dumps(entry("counting", "cat")))
-    with pytest.raises(ValueError, match=r"asks for 'a photo of a cat, counting', but prompt 1 .* another set"):
+    with pytest.raises(ValueError, match=r"asks for 'a photo of a cat, counting', which is no prompt .* another set"):
         benchmark.find(images)
     (images / "00001").rename(images / "00006")
+    (images / "00006" / "metadata.jsonl").unlink()
     with pytest.raises(ValueError, match="00006 belongs to no prompt: there are 6"):
         benchmark.find(images)
+
+
+def test_a_folder_is_of_the_prompt_that_its_metadata_name(prompts, tmp_path):
+    benchmark = read_geneval(prompts, 1)
+    images = folder_of(benchmark, tmp_path / "images", images=1)
+    for index in reversed(range(6)):  # counted from 1
+        (images / f"{index:05d}").rename(images / f"{index + 1:05d}")
+    found = benchmark.find(images)
+    assert sorted(found) == benchmark.images
+    assert found[0, 0] == images / "00001" / "samples" / "00000.png"
+
+
+def test_an_image_that_is_there_twice_is_refused(prompts, tmp_path):
+    benchmark = read_geneval(prompts)
+    images = folder_of(benchmark, tmp_path / "images", images=1)
+    samples = images / "00002" / "samples"
+    (samples / "0.png").write_bytes((samples / "00000.png").read_bytes())
+    with pytest.raises(ValueError, match=r"0.png and .*00000.png are both image 0 of a prompt; delete one"):
+        benchmark.find(images)
+    (samples / "0.png").unlink()
+    folder_of(benchmark, tmp_path / "images", digits=4, images=1)
+    with pytest.raises(ValueError, match=r"0000/.* and .*00000/.* are both image 0"):
+        benchmark.find(images)
+
+
+def test_an_image_that_the_detector_cannot_take_is_a_gap(prompts, tmp_path):
+    class Narrow(WhiteDogs):
+        def __call__(self, image, *args):
+            fit(*image.size[::-1])
+            return super().__call__(image, *args)
+
+    benchmark = read_geneval(prompts, 1)
+    images = folder_of(benchmark, tmp_path / "images", images=1)
+    Image.new("RGB", (1, 3000)).save(images / "00000" / "samples" / "00000.png")
+    scorer = GenEvalScorer(detector=Narrow(), colors=Narrow())
+    summary = evaluate_images(benchmark, images, tmp_path / "out", scorer)
+    assert (summary["n"]["images"], summary["gaps"]) == (5, {"unscored correct": 1})
+    first = read_records(tmp_path / "out" / "records.jsonl")[0]
+    assert first.reason == "too narrow for the detector: 1 x 3000 pixels"
 
 
 @pytest.mark.parametrize(
@@ -117,7 +176,7 @@ def test_folders_of_other_prompts_are_refused(prompts, tmp_path):
     [
         ('{"00001": {"id": "00001", "prompt": "a"}}', "jsonl:1 is no prompt of GenEval: it has no 'tag'"),
         ('{"prompt": "a", "tag": "counting", "include": [{"class": "unicorn", "count": 1}]}', "jsonl:1 is no prompt"),
-        ("Prompts,Category\na,b\n", "jsonl:1 is not JSON"),
+        ("Prompts,Category\na,b\n", "is not the prompts of GenEval: line 1 is not JSON"),
         ("", "geneval has no prompts"),
     ],
 )

@@ -100,7 +100,7 @@ def test_sizes(original: tuple[int, int], resized: tuple[int, int], padded: tupl
 
 
 def test_a_line_is_no_picture() -> None:
-    with pytest.raises(ValueError, match="3000 x 1 pixels is too narrow"):
+    with pytest.raises(ValueError, match="too narrow for the detector: 3000 x 1 pixels"):
         fit(1, 3000)
 
 

@@ -326,7 +326,8 @@ def test_identity_of_a_local_judge(tiny_llava: Path) -> None:
     judge = LocalVQAJudge.from_pretrained(str(tiny_llava), device=torch.device("cpu"))
     assert judge.identity["scorer"] == "vqascore-local"
     assert judge.identity["model"] == str(tiny_llava)
-    assert judge.identity["dtype"] == "bfloat16"
+    digest = hashlib.sha256((tiny_llava / "model.safetensors").read_bytes()).hexdigest()
+    assert (judge.identity["weights"], judge.identity["dtype"]) == (digest, "bfloat16")
     assert judge.identity["versions"].keys() == {"transformers"}
 
 

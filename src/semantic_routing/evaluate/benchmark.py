@@ -191,6 +191,16 @@ def read_text(path: Path, what: str) -> str:
         raise ValueError(f"cannot read {what} {path}: {error.strerror}") from error
 
 
+def hash_files(files: Iterable[Path]) -> str:
+    """SHA-256 of files, one after another in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        with path.open("rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+    return digest.hexdigest()
+
+
 def checked_rows(rows: Iterable[Any], path: Path, needs: Mapping[str, type], benchmark: str) -> list[dict[str, Any]]:
     """Rows that all have the needed keys with values of the needed types; else ValueError: of another benchmark."""
     checked = []

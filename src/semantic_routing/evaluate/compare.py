@@ -25,8 +25,8 @@ TOLD = ("sampler", "resolution")
 """What they may differ in, but not in silence."""
 METHOD = (
     "Brackets: 95 % percentile bootstrap over prompts ({resamples} resamples, images of a prompt together; the same "
-    "prompts on both sides of a difference). p: two-sided paired permutation test that exchanges the sides of prompts, "
-    "{resamples} permutations, not corrected for the number of columns."
+    "prompts on both sides of a difference; none where prompts are too few). p: two-sided paired permutation test that "
+    "exchanges the sides of prompts, {resamples} permutations, not corrected for the number of columns."
 )
 
 
@@ -175,6 +175,9 @@ def _differences(evaluations: Sequence[Evaluation], args: CompareArguments) -> l
             told = wrong + [key for key in TOLD if first.facts.get(key) != other.facts.get(key)]
             if told:
                 notes.append(f"{other.label} differs from {first.label} in {', '.join(told)} ({benchmark}).")
+    for e in evaluations:
+        if gaps := sum(bool(record.gap) for record in e.records):
+            notes.append(f"{e.label} has no score for {gaps} of {len(e.records)} images ({e.benchmark}).")
     return notes
 
 
@@ -272,13 +275,23 @@ def markdown(cells: Sequence[Cell], baseline: str, notes: Sequence[str]) -> str:
     """A row for each evaluation, and one below it with differences."""
     keys, rows = _rows(cells)
     shown = _styled(cells, lambda text: f"**{text}**", lambda text: f"<u>{text}</u>")
-    lines = [f"| | {' | '.join(_heads(keys))} |", "| --- |" + " ---: |" * len(keys)]
+    lines = [f"| | {' | '.join(map(_plain, _heads(keys)))} |", "| --- |" + " ---: |" * len(keys)]
     for label, row in rows.items():
-        numbers = [f"{shown[label, k]} [{row[k].low:.2f}, {row[k].high:.2f}]" if k in row else "" for k in keys]
-        lines.append(f"| {label} | {' | '.join(numbers)} |")
+        numbers = [f"{shown[label, k]}{_interval(row[k].low, row[k].high, '.2f')}" if k in row else "" for k in keys]
+        lines.append(f"| {_plain(label)} | {' | '.join(numbers)} |")
         if any(isfinite(cell.difference) for cell in row.values()):
-            lines.append(f"| − {baseline} | {' | '.join(_difference(row.get(key)) for key in keys)} |")
+            lines.append(f"| − {_plain(baseline)} | {' | '.join(_difference(row.get(key)) for key in keys)} |")
     return "\n".join(lines) + "\n\n" + "\n\n".join(notes) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Text that ends no cell of a Markdown table."""
+    return text.replace("|", "\\|")
+
+
+def _interval(low: float, high: float, form: str) -> str:
+    """In brackets; nothing where resamples could not tell."""
+    return f" [{low:{form}}, {high:{form}}]" if isfinite(low) and isfinite(high) else ""
 
 
 def _difference(cell: Cell | None) -> str:
@@ -286,7 +299,7 @@ def _difference(cell: Cell | None) -> str:
         return ""
     if not isfinite(cell.p):
         return f"{cell.difference:+.2f}"
-    return f"{cell.difference:+.2f} [{cell.difference_low:+.2f}, {cell.difference_high:+.2f}] {_p(cell.p)}"
+    return f"{cell.difference:+.2f}{_interval(cell.difference_low, cell.difference_high, '+.2f')} {_p(cell.p)}"
 
 
 def _p(p: float) -> str:

@@ -23,7 +23,6 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from semantic_routing.checkpoint import write_text
 from semantic_routing.data.images import BROKEN, FORMATS, to_rgb
@@ -107,6 +106,8 @@ class VisionModel:
     """A vision model of transformers with its own preprocessing."""
 
     def __init__(self, name: str, device: torch.device) -> None:
+        from transformers import AutoImageProcessor, AutoModel
+
         with quiet_transformers():
             try:
                 self.processor = AutoImageProcessor.from_pretrained(name)
@@ -143,6 +144,8 @@ class VisionModel:
             raise ValueError(
                 f"{self.name} is a {type(self.model).__name__}, which reads no captions; give a CLIP model"
             )
+        from transformers import AutoTokenizer
+
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(self.name)
         length = self.model.config.text_config.max_position_embeddings

@@ -223,9 +223,10 @@ def check_metadata(metadata: object) -> None:
     """ValueError where an entry is not one of GenEval's prompts; it says what is wrong."""
     if not isinstance(metadata, dict) or metadata.get("tag") not in GENEVAL_TAGS:
         raise ValueError(f"it has no 'tag' of GenEval's ({', '.join(GENEVAL_TAGS)})")
-    if not isinstance(metadata.get("prompt"), str) or not isinstance(metadata.get("include"), list):
+    include, exclude = metadata.get("include"), metadata.get("exclude", [])
+    if not isinstance(metadata.get("prompt"), str) or not isinstance(include, list) or not isinstance(exclude, list):
         raise ValueError("it lacks 'prompt' or the list 'include'")
-    clauses = [*metadata["include"], *metadata.get("exclude", [])]
+    clauses = [*include, *exclude]
     for number, clause in enumerate(clauses):
         if not isinstance(clause, dict) or clause.get("class") not in CLASSES:
             raise ValueError(f"object {number} is of no class that GenEval knows")
@@ -233,6 +234,10 @@ def check_metadata(metadata: object) -> None:
             raise ValueError(f"the count of {clause['class']} is no positive number")
         if clause.get("color", COLORS[0]) not in COLORS:
             raise ValueError(f"{clause['color']!r} is none of the colours {', '.join(COLORS)}")
-        relation, target = clause.get("position", (RELATIONS[0], 0))
-        if relation not in RELATIONS or not ("position" not in clause or 0 <= target < number):
-            raise ValueError(f"position {clause['position']} of {clause['class']} is relative to no object before it")
+        match clause.get("position"):
+            case None:
+                pass
+            case [relation, int(target)] if relation in RELATIONS and 0 <= target < number:
+                pass
+            case position:
+                raise ValueError(f"position {position} of {clause['class']} is relative to no object before it")

@@ -84,7 +84,7 @@ class GenEval(Benchmark):
             text = asked.get("prompt")
             if index < len(self.prompts) and text == self.prompts[index].text:
                 return index
-            if text not in by_text:
+            if not isinstance(text, str) or text not in by_text:
                 raise ValueError(
                     f"{metadata} asks for {text!r}, which is no prompt of this benchmark: these images are of another "
                     "set of prompts"

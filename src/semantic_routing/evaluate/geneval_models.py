@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
+from semantic_routing.evaluate.benchmark import hash_files
 from semantic_routing.evaluate.geneval_colors import ClipColors
 from semantic_routing.evaluate.geneval_detector import Mask2FormerDetector
 from semantic_routing.evaluate.mmdet_weights import OFFICIAL, convert_mmdet, detector_config, read_mmdet
@@ -48,13 +47,13 @@ def load_detector(place: str | Path, device: torch.device | str = "cpu") -> Mask
         file = Path(place)
         config, weights = detector_config(), convert_mmdet(read_mmdet(file))
         model = _load(Mask2FormerForUniversalSegmentation, None, str(file), config=config, state_dict=weights)
-        digest = sha256([file])
+        digest = hash_files([file])
         official = digest.startswith(OFFICIAL.removesuffix(".pth").rpartition("-")[2])
         name, label = file.name, "official weights" if official else f"variant: mmdetection's {file.name}"
     else:
         folder = _folder(place, "detector", f", or mmdetection's file {OFFICIAL}")
         model = _load(Mask2FormerForUniversalSegmentation, folder, str(place))
-        digest = sha256(folder.glob("*.safetensors"))
+        digest = hash_files(folder.glob("*.safetensors"))
         name, label = str(place), f"variant: {place}"
     return Mask2FormerDetector(model.to(device), {"name": name, "weights": digest, "label": label})
 
@@ -72,7 +71,7 @@ def load_colors(place: str | Path, device: torch.device | str = "cpu") -> ClipCo
     if len(tokenizer) != model.config.text_config.vocab_size:  # without files, one that knows special tokens alone
         raise ValueError(f"{place} has no tokenizer of its model; save CLIP's there with save_pretrained")
     label = "official weights" if str(place) == CLIP else f"variant: {place}"
-    identity = {"name": str(place), "weights": sha256(folder.glob("*.safetensors")), "label": label}
+    identity = {"name": str(place), "weights": hash_files(folder.glob("*.safetensors")), "label": label}
     return ClipColors(model.to(device), tokenizer, identity)
 
 
@@ -108,13 +107,3 @@ def _load(model_class: Any, folder: Path | None, place: str, **settings: Any) ->
             f"first {missing[0]}"
         )
     return model
-
-
-def sha256(files: Iterable[Path]) -> str:
-    """Hash of files, one after another in the order of their names."""
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        with path.open("rb") as file:
-            while part := file.read(2**20):
-                digest.update(part)
-    return digest.hexdigest()

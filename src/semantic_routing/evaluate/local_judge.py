@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from semantic_routing.answers import Failure
-from semantic_routing.evaluate.benchmark import Finding, Task
+from semantic_routing.evaluate.benchmark import Finding, Task, hash_files
 from semantic_routing.evaluate.genai_bench import VQASCORE
 from semantic_routing.evaluate.judge import VQA_TEMPLATES, checked_template, open_rgb, sha256
 from semantic_routing.text_encoder import quiet_transformers
@@ -22,17 +23,20 @@ YES = "Yes"
 class LocalVQAJudge:
     """The probability, over the whole vocabulary, that the first token of an answer is that of Yes."""
 
-    def __init__(self, model: Any, processor: Any, *, name: str, template: str = VQA_TEMPLATES["3.1"]) -> None:
+    def __init__(
+        self, model: Any, processor: Any, *, name: str, weights: str = "", template: str = VQA_TEMPLATES["3.1"]
+    ) -> None:
         """
         Args:
             model: An image-text-to-text model of transformers; used where and as it lies.
             processor: Its processor, with a chat template.
             name: What manifests call it.
+            weights: What tells its weights from others of that name, such as their hash.
             template: The question, with {} in the prompt's place.
         """
         if getattr(processor, "chat_template", None) is None:
             raise ValueError(f"{name} has no chat template; judge with an instruction-tuned model")
-        self.model, self.processor, self.name = model.eval(), processor, name
+        self.model, self.processor, self.name, self.weights = model.eval(), processor, name, weights
         self.template = checked_template(template, "{}", "the template")
         self._yes = processor.tokenizer(YES, add_special_tokens=False)["input_ids"][0]
 
@@ -61,7 +65,9 @@ class LocalVQAJudge:
                 f"no judge at {name_or_path!r}: {str(error).strip().partition(chr(10))[0]}; give a folder with a "
                 "vision-language model and its processor, or a model's name on the Hugging Face hub"
             ) from error
-        return cls(model.to(device), processor, name=name_or_path, template=template)
+        # Of a model on the hub, the commit; a folder's files are read once more.
+        weights = getattr(model.config, "_commit_hash", None) or hash_files(Path(name_or_path).glob("*.safetensors"))
+        return cls(model.to(device), processor, name=name_or_path, weights=weights, template=template)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -69,7 +75,7 @@ class LocalVQAJudge:
         return {
             "scorer": "vqascore-local",
             "model": self.name,
-            "commit": getattr(self.model.config, "_commit_hash", None),
+            "weights": self.weights,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "template": self.template,
             "template_sha256": sha256(self.template),
