@@ -25,7 +25,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from torch import equal
-from train_job import TINY, finish, launch, metrics, tiny_encoder
+from train_job import TINY, finish, launch, merged, metrics, tiny_encoder
 
 from semantic_routing.checkpoint import (
     EMA,
@@ -76,7 +76,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         scratch = Path(folder)
         often = ["--steps", str(steps), "--checkpoint-every", str(EVERY), "--preview-every", str(5 * EVERY)]
-        begin = ["toy", *merged(TINY, often, tiny_encoder(scratch), settings)]
+        begin = ["toy", *merged(TINY, often, tiny_encoder(scratch, layers=2, width=64), settings)]
         left, killed = scratch / "left", scratch / "killed"
         log = scratch / "left.log"
         finish(launch([*begin, "--out", str(left)], args.processes, log), log)
@@ -87,17 +87,6 @@ def main() -> None:
         facts = {"kills": [asdict(kill) for kill in kills], "differences": differences, "steps": steps}
         write_text(args.json, json.dumps(manifest(processes=args.processes, seed=args.seed, **facts), indent=2) + "\n")
     sys.exit(bool(differences) or len(kills) < args.kills)
-
-
-def merged(*parts: list[str]) -> list[str]:
-    """Options, of which a later one replaces an earlier one of the same name."""
-    options: dict[str, list[str]] = {}
-    for word in (word for part in parts for word in part):
-        if word.startswith("--"):
-            options[name := word] = []
-        else:
-            options[name].append(word)
-    return [word for name, values in options.items() for word in (name, *values)]
 
 
 def stress(begin: list[str], run: Path, processes: int, count: int, dice: random.Random) -> list[Kill]:
@@ -138,7 +127,7 @@ def wait_for(
             time.sleep(dice.uniform(0, 0.05))  # about a step
             return
         if moment == "writing" and any(path.is_dir() for path in new):
-            time.sleep(dice.uniform(0, 0.02))  # about as long as it takes
+            time.sleep(dice.uniform(0, 0.01))  # about as long as it takes
             return
         time.sleep(0.001 if moment == "writing" else 0.005)
 

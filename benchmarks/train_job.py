@@ -20,10 +20,22 @@ TINY = shlex.split(
 """Settings of a toy run whose steps take milliseconds."""
 
 
-def tiny_encoder(scratch: Path) -> list[str]:
-    """The option that names a language model of two layers, made in a folder."""
+def tiny_encoder(scratch: Path, layers: int, width: int) -> list[str]:
+    """The option that names a language model of these sizes, made in a folder and hardly trained."""
     captions = open_source("shapes", size=32, seed=0).captions(300)
-    return ["--text.name-or-path", str(tiny_lm(captions, layers=2, width=64, steps=5, cache_dir=scratch))]
+    folder = tiny_lm(captions, layers=layers, width=width, steps=5, cache_dir=scratch)
+    return ["--text.name-or-path", str(folder)]
+
+
+def merged(*parts: list[str]) -> list[str]:
+    """Options, of which a later one replaces an earlier one of the same name."""
+    options: dict[str, list[str]] = {}
+    for word in (word for part in parts for word in part):
+        if word.startswith("--"):
+            options[name := word] = []
+        else:
+            options[name].append(word)
+    return [word for name, values in options.items() for word in (name, *values)]
 
 
 def launch(args: list[str], processes: int, log: Path) -> subprocess.Popen[bytes]:
@@ -38,7 +50,8 @@ def launch(args: list[str], processes: int, log: Path) -> subprocess.Popen[bytes
 def finish(job: subprocess.Popen[bytes], log: Path) -> None:
     """Wait for a run that should go well; RuntimeError with the end of its log where it does not."""
     if job.wait():
-        raise RuntimeError(f"the run ended with {job.returncode}: ... {log.read_text(errors='replace')[-2000:]}")
+        said = log.read_text(encoding="utf-8", errors="replace")
+        raise RuntimeError(f"the run ended with {job.returncode}: ... {said[-8000:]}")
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

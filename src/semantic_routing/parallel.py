@@ -273,7 +273,7 @@ def place_encoder(encoder: TextEncoder, cfg: ParallelConfig, world: World) -> Te
         return encoder.to(world.device)
     if encoder.config.offload:
         raise ValueError(
-            "text.offload moves the whole language model to and fro; choose one"
+            "text.offload moves the language model as a whole, so it cannot be sharded: choose one of the two"
         )
     model = encoder.model
     for layer in next(part for part in model.modules() if isinstance(part, nn.ModuleList)):
