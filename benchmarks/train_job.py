@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from semantic_routing.data.sources import open_source
+from semantic_routing.data.shapes import prompts
 from semantic_routing.tiny_lm import tiny_lm
 
 TINY = shlex.split(
@@ -22,7 +22,7 @@ TINY = shlex.split(
 
 def tiny_encoder(scratch: Path, layers: int, width: int) -> list[str]:
     """The option that names a language model of these sizes, made in a folder and hardly trained."""
-    captions = open_source("shapes", size=32, seed=0).captions(300)
+    captions = [drawn.caption for drawn in prompts(0, 300)]
     folder = tiny_lm(captions, layers=layers, width=width, steps=5, cache_dir=scratch)
     return ["--text.name-or-path", str(folder)]
 
