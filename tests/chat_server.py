@@ -90,6 +90,7 @@ def completion(text: str, body: dict[str, Any], wrong: str) -> dict[str, Any]:
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
+    wbufsize = -1  # head and body in one packet
     server: Server
 
     def do_GET(self) -> None:
@@ -128,7 +129,7 @@ class Handler(BaseHTTPRequestHandler):
         if wrong == "429":
             self.error(429, "slow down", {"Retry-After": "0.01"})
         elif wrong == "429-slow":
-            self.error(429, "slow down", {"Retry-After": "1"})
+            self.error(429, "slow down", {"Retry-After": "0.3"})
         elif wrong == "429-day":
             self.error(429, "come back tomorrow", {"Retry-After": "86400"})
         elif wrong == "quota":

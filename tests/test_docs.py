@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,20 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from transformers import CLIPImageProcessorPil
 
 from semantic_routing.checkpoint import find_checkpoint
 from semantic_routing.cli import main
 from semantic_routing.convert import SIZES, from_upstream, to_upstream, upstream_config
 from semantic_routing.dit import DiTConfig
+from semantic_routing.evaluate import geneval_detector
+from semantic_routing.evaluate.judge import VQA_TEMPLATES
 from semantic_routing.fusedit import make_model
 from semantic_routing.train import start
 from semantic_routing.train_config import TrainConfig
 from tests.chat_server import KEY, MODEL, ChatServer
 from tests.damaged import write_shards
+from tests.tiny_models import SIDE, save_llava, small_clip, small_model, tokenizer
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -162,6 +166,72 @@ def test_the_papers_sizes() -> None:
         with pytest.raises(ValueError, match=r"tensors not in the checkpoint \(") as caught:
             from_upstream({"x": torch.zeros(1)}, config, arm)
         assert "1 tensors not in the model (x)" in str(caught.value)
+
+
+@pytest.fixture
+def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """Tiny models and a server by what the page on evaluation calls them; the files it names, in the folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr(geneval_detector, "LONG_SIDE", 133)
+    monkeypatch.setattr(geneval_detector, "SHORT_SIDE", 80)
+    small_model().save_pretrained("detector")
+    small_clip().save_pretrained("clip")
+    tokenizer(Path("clip"))
+    CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SIDE).save_pretrained("clip")
+    save_llava(Path("llava"))
+    metadata = [
+        {"tag": "counting", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"},
+        {"tag": "colors", "include": [{"class": "cat", "count": 1, "color": "red"}], "prompt": "a photo of a red cat"},
+    ]
+    Path("evaluation_metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metadata))
+    prompts = {f"{i:05d}": {"id": f"{i:05d}", "prompt": f"prompt {i}"} for i in (1, 2)}
+    Path("genai_image.json").write_text(json.dumps(prompts))
+    Path("genai_skills.json").write_text(json.dumps({"basic": [1], "advanced": [2], "counting": [2]}))
+    Path("drawbench.csv").write_text("Prompts,Category\na dog,Animals\na red car,Colors\n")
+    for name in ("photos/1.png", "photos/2.png", "theirs/geneval/0001/samples/0000.png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), "red").save(name)
+    with ChatServer() as server:
+        yield {
+            "http://127.0.0.1:8000/v1": server.url,
+            "Qwen/Qwen3-VL-235B-A22B-Instruct": MODEL,
+            "CodeGoat24/UnifiedReward-2.0-qwen3vl-8b": MODEL,
+            "Qwen/Qwen3-VL-8B-Instruct": "llava",
+            "facebook/dinov2-base": "clip",
+            "openai/clip-vit-large-patch14": "clip",
+        }
+
+
+def test_evaluation(judged: dict[str, str], tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("runs").mkdir()
+    Path("runs/depth").symlink_to(tiny_run)
+    page = (DOCS / "evaluation.md").read_text(encoding="utf-8")
+    quick = {
+        "shapes": ["--n", "11", "--steps", "1"],
+        "geneval": ["--detector", "detector", "--clip", "clip", "--steps", "1"],
+        "genai-bench": ["--steps", "1"],
+        "drawbench": ["--steps", "1"],
+        "compare": ["--resamples", "100"],
+        "features": ["--device", "cpu"],
+    }
+    (torchrun,) = re.findall(r"^ {4}torchrun .* semantic_routing (.*)$", page, re.MULTILINE)
+    for command in [*commands("evaluation.md"), shlex.split(torchrun)]:
+        if command[1] == "compare" and not Path("evaluations/uniform").exists():
+            shutil.copytree("evaluations/depth", "evaluations/uniform")
+        main(smaller([judged.get(word, word) for word in command], *quick[command[1]]))
+    assert "detector variant: detector" in capsys.readouterr().out
+    one, shared = (Path("evaluations/depth", name, "records.jsonl").read_text() for name in ("shapes", "shared"))
+    assert one == shared
+    results = sorted(path.parent.name for path in Path("evaluations/depth").glob("*/summary.json"))
+    assert results == ["drawbench", "fid", "genai", "genai-local", "geneval", "shapes", "shared"]
+    assert {path.suffix for path in Path("tables").rglob("*.*")} == {".md", ".csv", ".tex"}
+    (program,) = fenced("evaluation.md", "python")
+    names: dict[str, Any] = {}
+    exec(program, names)
+    assert (names["summary"]["accuracy"]["counting"], names["summary"]["accuracy"]["colors"]) == (1.0, 0.0)
+    assert VQA_TEMPLATES["3.1"] in page
 
 
 TINY = shlex.split(

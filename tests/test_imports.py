@@ -187,6 +187,31 @@ def late():
     assert imported(ast.parse(source)) == {"flow", "dit", "layers", "data.shapes"}
 
 
+EXTRAS = {"accelerate", "diffusers", "fsspec", "grain", "openai", "peft", "pyarrow", "tensorboard", "torchmetrics"}
+
+
+def at_once(tree: ast.Module) -> ast.Module:
+    """What runs when a file is imported: without its functions, and what is for type checkers alone."""
+    kept = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.If)]
+    return ast.Module(kept, [])
+
+
+@pytest.mark.parametrize("name", ["train", "quickstart", "generate", "analyze.commands", "evaluate.commands"])
+def test_a_plain_install_has_all_that_is_imported(name: str) -> None:
+    """Of a command's file and all that it imports, none imports what only an extra brings."""
+    waiting, seen = [name], set[str]()
+    while waiting:
+        if (place := waiting.pop()) in seen:
+            continue
+        seen.add(place)
+        tree = at_once(ast.parse(FILES[place].read_text(encoding="utf-8")))
+        roots = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+        roots |= {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+        assert not {root.partition(".")[0] for root in roots} & EXTRAS, place
+        waiting += imported(tree) & set(FILES)
+    assert len(seen) > 10
+
+
 @pytest.mark.parametrize("name", [PACKAGE, f"{PACKAGE}.cli"])
 def test_import_is_light(name: str) -> None:
     code = f"import sys, {name}; sys.exit('torch' in sys.modules)"

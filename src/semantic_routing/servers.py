@@ -159,12 +159,11 @@ class Server:
         Raises ValueError for what would fail every question.
         """
         openai = self._openai
-        messages: list[Any] = [question.message()]
+        body = {"model": self.cfg.model, "messages": [question.message()], **question.parameters}
         try:
             async with asyncio.timeout(self.cfg.timeout):
-                response = await self._client.chat.completions.with_raw_response.create(
-                    model=self.cfg.model, messages=messages, extra_body=dict(question.parameters)
-                )
+                # As text, and past the library's walk through every type: a quarter of a small question's time.
+                reply = await self._client.post("/chat/completions", cast_to=str, body=body)
         except (TimeoutError, openai.APITimeoutError):
             return Failure(reason="timeout", detail=f"no answer within {self.cfg.timeout:g} seconds"), None
         except openai.APIConnectionError as error:
@@ -173,7 +172,7 @@ class Server:
             wait = retry_after(error.response.headers.get("retry-after"))
             return self._refusal(error.status_code, error.code, self._clean(error.message, 300)), wait
         try:
-            return read_answer(self._clean(response.text)), None
+            return read_answer(self._clean(reply)), None
         except ValueError as error:
             return Failure(reason="malformed answer", detail=str(error)), None
 

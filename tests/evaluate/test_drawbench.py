@@ -40,6 +40,7 @@ def test_any_form_of_the_file_is_read(tmp_path, name, text):
     [
         ("p.csv", "prompt\na dog\n", "no prompts of DrawBench: entry 1 has no category"),
         ("p.csv", "Prompts,Category\na dog\n", "entry 1 has no category"),
+        ("p.csv", "Prompts,Category\n ,Colors\n", "entry 1 has no prompt"),
         ("p.csv", 'Prompts,Category\n"a dog,b\n', "is not CSV"),
         ("p.csv", "Prompts,Category\n", "drawbench has no prompts"),
         ("p.json", '{"00001": {"prompt": "a"}}', "it must be a list of objects"),

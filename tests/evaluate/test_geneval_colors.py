@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,33 +13,7 @@ from PIL import Image
 from semantic_routing.evaluate.geneval import COLORS, Detection
 from semantic_routing.evaluate.geneval_colors import MEAN, STD, ClipColors, clip_pixels, cut_out
 from semantic_routing.evaluate.geneval_models import load_colors
-
-SIDE = 32
-
-
-def tokenizer(folder: Path) -> Any:
-    """CLIP's kind of tokenizer that knows single letters."""
-    from transformers import CLIPTokenizer
-
-    letters = "abcdefghijklmnopqrstuvwxyz-"
-    names = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    made = CLIPTokenizer(vocab={name: index for index, name in enumerate(names)}, merges=[], model_max_length=77)
-    made.save_pretrained(folder)
-    return CLIPTokenizer.from_pretrained(folder)
-
-
-def small_clip(activation: str = "quick_gelu") -> Any:
-    from transformers import CLIPConfig, CLIPModel
-
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = size | {"vocab_size": 56, "max_position_embeddings": 77, "hidden_act": activation}
-    text |= {"bos_token_id": 54, "eos_token_id": 55, "pad_token_id": 55}
-    vision = size | {"image_size": SIDE, "patch_size": 8, "hidden_act": activation}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
-    for weight in model.parameters():
-        if weight.dim() > 1:
-            torch.nn.init.normal_(weight, std=1.0)  # as made, all pictures look alike
-    return model
+from tests.tiny_models import SIDE, small_clip, tokenizer
 
 
 def pixels(height: int, width: int) -> Image.Image:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -31,21 +30,7 @@ from semantic_routing.evaluate.geneval_detector import (
 )
 from semantic_routing.evaluate.geneval_models import load_detector, load_geneval_models
 from semantic_routing.evaluate.mmdet_weights import detector_config
-
-SMALL: dict[str, Any] = {
-    "embed_dim": 8,
-    "depths": [1, 1, 2, 1],
-    "num_heads": [1, 2, 2, 2],
-    "feature_size": 32,
-    "mask_feature_size": 32,
-    "hidden_dim": 32,
-    "encoder_feedforward_dim": 32,
-    "dim_feedforward": 32,
-    "encoder_layers": 1,
-    "decoder_layers": 3,
-    "num_attention_heads": 4,
-    "num_queries": 10,
-}
+from tests.tiny_models import SMALL, small_model
 
 
 def pattern(height: int, width: int) -> np.ndarray:
@@ -224,12 +209,6 @@ def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures fit 133 x 80, so that a network takes no time."""
     monkeypatch.setattr(geneval_detector, "LONG_SIDE", 133)
     monkeypatch.setattr(geneval_detector, "SHORT_SIDE", 80)
-
-
-def small_model() -> Any:
-    from transformers import Mask2FormerForUniversalSegmentation
-
-    return Mask2FormerForUniversalSegmentation(detector_config(**SMALL))
 
 
 @pytest.mark.usefixtures("small_pictures")

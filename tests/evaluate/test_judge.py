@@ -28,6 +28,7 @@ from semantic_routing.evaluate.local_judge import LocalVQAJudge
 from semantic_routing.servers import ChatConfig
 from tests import chat_server
 from tests.chat_server import MODEL, ChatServer
+from tests.tiny_models import WORDS, save_llava
 
 
 @pytest.fixture(autouse=True)
@@ -240,56 +241,11 @@ def test_templates_need_a_place_for_the_prompt(server: ChatServer, tmp_path: Pat
 
 # on this machine
 
-WORDS = ["<unk>", "<pad>", "<image>", "Yes", "No", "Does", "this", "figure", "show", "Please", "answer", "or", "red"]
-WORDS += ["blue", "USER:", "ASSISTANT:"]
-CHAT = (
-    "{% for message in messages %}USER: {% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}"
-    "{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
-
 
 @pytest.fixture(scope="module")
 def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a LLaVA of two layers with random weights and its processor."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import (
-        CLIPImageProcessorPil,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-        PreTrainedTokenizerFast,
-    )
-
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    processor = LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            unk_token="<unk>",
-            pad_token="<pad>",
-            additional_special_tokens=["<image>"],
-        ),
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        chat_template=CHAT,
-        num_additional_image_tokens=1,
-    )
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=CLIPVisionConfig(**size, image_size=28, patch_size=14, projection_dim=16),
-            text_config=LlamaConfig(**size, vocab_size=len(WORDS), num_key_value_heads=2, initializer_range=0.5),
-            image_token_index=WORDS.index("<image>"),
-        )
-    )
     folder = tmp_path_factory.mktemp("judge") / "llava"
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    save_llava(folder)
     return folder
 
 

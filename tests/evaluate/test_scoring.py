@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -58,8 +59,10 @@ def paint(folder: Path, n: int = N, suffix: str = ".png") -> Path:
     return folder
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name != "manifest.json"}
+def files(folder: Path) -> dict[str, str]:
+    """The contents of all files but the manifest; the page tells its date too, which is left out."""
+    kept = (path for path in folder.iterdir() if path.is_file() and path.name != "manifest.json")
+    return {path.name: re.sub(r"\d{4}-\d\d-\d\dT[\d:+]+", "", path.read_text()) for path in kept}
 
 
 def test_a_folder_of_any_tool_is_scored_and_every_score_told(tmp_path):
@@ -147,6 +150,20 @@ def test_where_a_judge_is_served_does_not_matter(tmp_path):
     assert elsewhere.seen == []
 
 
+def test_verdicts_on_what_was_asked_otherwise_are_refused_unless_told(tmp_path):
+    images, out = paint(tmp_path / "images"), tmp_path / "out"
+
+    def asking(count: int) -> Benchmark:
+        return Benchmark(prompts=tuple(replace(p, metadata={"count": count}) for p in benchmark().prompts))
+
+    evaluate_images(asking(1), images, out, Redness())
+    with pytest.raises(ValueError, match=r"for another set of prompts; .*--rescore"):
+        evaluate_images(asking(2), images, out, Redness())
+    again = Redness()
+    evaluate_images(asking(2), images, out, again, rescore=True)
+    assert len(again.seen) == N
+
+
 def test_scores_stay_where_images_moved_or_skills_changed(tmp_path):
     images, out = paint(tmp_path / "images"), tmp_path / "out"
     evaluate_images(benchmark(), images, out, Redness())
@@ -216,7 +233,7 @@ def test_processes_share_the_work_and_the_first_writes(tmp_path, count, monkeypa
         assert score_folder(benchmark(), images, out, scorer, facts, Processes(rank, count)) == {}
         seen += scorer.seen
     first = Redness()
-    check_scorer(out, first.identity, rescore=False, job=Processes(0, count))
+    check_scorer(benchmark(), out, first.identity, rescore=False, job=Processes(0, count))
     score_folder(benchmark(), images, out, first, facts, Processes(0, count))
     assert files(out) == files(alone)
     # The first also did nothing twice: what the others had written it took over.

@@ -127,12 +127,13 @@ def test_whole_images_are_kept_and_others_sampled_again(painter, tmp_path):
         ({"n": N - 1}, "prompts"),
     ],
 )
-def test_a_folder_of_another_evaluation_is_refused(painter, tmp_path, change, message):
+@pytest.mark.parametrize("rescore", [False, True])
+def test_a_folder_of_another_evaluation_is_refused(painter, tmp_path, change, message, rescore):
     settings = {"n": N, "seed": SEED, "cfg": CFG}
     evaluate_shapes(painter, tmp_path, **settings)
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     with pytest.raises(ValueError, match=rf"holds other images \({message} .*choose another --out"):
-        evaluate_shapes(painter, tmp_path, **settings | change)
+        evaluate_shapes(painter, tmp_path, **settings | change, rescore=rescore)
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 

@@ -202,10 +202,18 @@ def hash_files(files: Iterable[Path]) -> str:
 
 
 def checked_rows(rows: Iterable[Any], path: Path, needs: Mapping[str, type], benchmark: str) -> list[dict[str, Any]]:
-    """Rows that all have the needed keys with values of the needed types; else ValueError: of another benchmark."""
+    """Rows that all have the needed keys with values of the needed types; else ValueError: of another benchmark.
+
+    A text of blanks counts as none.
+    """
     checked = []
     for number, row in enumerate(rows, 1):
-        wrong = [key for key, kind in needs.items() if not isinstance(row, dict) or not isinstance(row.get(key), kind)]
+        values = row if isinstance(row, dict) else {}
+        wrong = [
+            key
+            for key, kind in needs.items()
+            if not isinstance(value := values.get(key), kind) or (isinstance(value, str) and not value.strip())
+        ]
         if wrong:
             raise ValueError(
                 f"{path} holds no prompts of {benchmark}: entry {number} has no {', '.join(wrong)} (it needs "

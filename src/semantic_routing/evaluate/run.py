@@ -47,14 +47,18 @@ def evaluate_model(
     What is already in ``out`` is kept, so that a stopped evaluation goes on; ValueError where it belongs to another
     model, sampler, set of prompts or scorer. ``rescore`` scores again what another scorer scored.
     """
-    identity = read_manifest(out / MANIFEST).get("scorer")
+    texts = [prompt.text for prompt in benchmark.prompts]
+    wanted = request(bundle, texts, cfg) if job.first else {}  # large weights take a while to hash
+    earlier = read_manifest(out / MANIFEST)
+    if earlier and job.first:  # other images are refused before any score goes; the manifest stays as it is
+        claim_folder(out, wanted, **{name: fact for name, fact in earlier.items() if name not in wanted})
+    identity = earlier.get("scorer")
     if scorer is not None:
         identity = scorer.identity
-        check_scorer(out, identity, rescore=rescore, job=job)
-    texts = [prompt.text for prompt in benchmark.prompts]
+        check_scorer(benchmark, out, identity, rescore=rescore, job=job)
     claim_folder(
         out,
-        request(bundle, texts, cfg) if job.first else {},  # large weights take a while to hash
+        wanted,
         job,
         **_facts(benchmark, identity),
         seed_rule=SEED_RULE,
@@ -82,7 +86,7 @@ def evaluate_images(
     **facts: Any,
 ) -> dict[str, Any]:
     """Score a folder of images, made by any tool, that lie as the benchmark's official tools expect; the summary."""
-    check_scorer(out, scorer.identity, rescore=rescore, job=job)
+    check_scorer(benchmark, out, scorer.identity, rescore=rescore, job=job)
     told = image_origin(benchmark, images) | _facts(benchmark, scorer.identity) | {"images": str(images)} | facts
     return score_folder(benchmark, images, out, scorer, manifest(**told), job)
 

@@ -49,11 +49,15 @@ Place = tuple[int, int]
 """An image by (prompt index, image index)."""
 
 
-def check_scorer(out: Path, identity: dict[str, Any], *, rescore: bool, job: Processes) -> None:
-    """ValueError if ``out`` holds scores of another scorer; with ``rescore`` they are deleted instead."""
+def check_scorer(benchmark: Benchmark, out: Path, identity: dict[str, Any], *, rescore: bool, job: Processes) -> None:
+    """ValueError if ``out`` holds scores of another scorer, or verdicts on what other prompts asked for.
+
+    With ``rescore`` they are deleted instead.
+    """
     if job.first:
         scored = [*out.glob(PARTS), *out.glob(RECORDS)]
-        earlier = read_manifest(out / MANIFEST).get("scorer")
+        manifest = read_manifest(out / MANIFEST)
+        earlier, prompts = manifest.get("scorer"), manifest.get("prompt_set")
         if rescore:
             for path in scored:
                 path.unlink()
@@ -61,6 +65,11 @@ def check_scorer(out: Path, identity: dict[str, Any], *, rescore: bool, job: Pro
             raise ValueError(
                 f"{out} was scored, wholly or in part, by {scorer_name(earlier)}, not by {scorer_name(identity)} "
                 f"({_difference(earlier, identity)}); choose another --out, or give --rescore to score all of it again"
+            )
+        elif scored and any(prompt.metadata for prompt in benchmark.prompts) and prompts != benchmark.prompt_set:
+            raise ValueError(
+                f"{out} was scored, wholly or in part, for another set of prompts; choose another --out, or give "
+                "--rescore to score all of it again"
             )
     job.wait()
 
