@@ -66,6 +66,7 @@ ORDER = [
     "storage",
     "checkpoint",
     "pictures",
+    "webpage",
     "answers",
     "servers",
     "chat",

@@ -170,11 +170,11 @@ class SemanticRoutingPipeline(DiffusionPipeline, LoraBaseMixin):
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """Shape (channels, h, w) of the latents of an image in pixels; ValueError where patches do not divide it."""
         height, width = (self.config.image_size if side is None else side for side in (height, width))
-        return latent_shape(self._codec(), self.transformer.backbone.cfg, height, width)
+        return latent_shape(self.codec(), self.transformer.backbone.cfg, height, width)
 
     def encode_prompt(self, prompts: Sequence[str]) -> TextFeatures:
         """What the text encoder says about the prompts, where and as the transformer's products need it."""
-        features = self._encoder().encode(prompts, with_kv=self.transformer.config.arm == "fusedit")
+        features = self.encoder().encode(prompts, with_kv=self.transformer.config.arm == "fusedit")
         device = self._execution_device
         return features.to(device, torch.float32 if self._product_type(device) == torch.float32 else None)
 
@@ -266,7 +266,7 @@ class SemanticRoutingPipeline(DiffusionPipeline, LoraBaseMixin):
         dtype = self._product_type(device)
         return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
-    def _encoder(self) -> TextEncoder:
+    def encoder(self) -> TextEncoder:
         """The text encoder as training used it."""
         settings = dict(self.config.text or {})
         total = settings.pop("total_layers", 0)
@@ -274,7 +274,7 @@ class SemanticRoutingPipeline(DiffusionPipeline, LoraBaseMixin):
         config = from_dict(TextEncoderConfig, settings, "text.")
         return TextEncoder.from_model(self.text_encoder, self.tokenizer, config, total)
 
-    def _codec(self) -> Codec:
+    def codec(self) -> Codec:
         return PixelCodec() if self.vae is None else VAECodec(self.vae)
 
     def _vae(self) -> Any:
@@ -284,8 +284,8 @@ class SemanticRoutingPipeline(DiffusionPipeline, LoraBaseMixin):
 
     def _check_components(self) -> Codec:
         """Raise where two components were not made for each other; the codec."""
-        codec = self._codec()
-        check_encoder(self._encoder().shape, self.transformer.backbone.cfg)
+        codec = self.codec()
+        check_encoder(self.encoder().shape, self.transformer.backbone.cfg)
         check_channels(codec, self.transformer.backbone.cfg)
         return codec
 

@@ -27,6 +27,7 @@ from semantic_routing.data.shapes import GENEVAL_TAGS, TAGS
 from semantic_routing.dit import Backbone
 from semantic_routing.evaluate.scores import MANIFEST, RECORDS, Record, read_records, summarize
 from semantic_routing.fusion import ALIASES
+from semantic_routing.webpage import document
 
 LABELS = {arm: label.upper() for label, arm in ALIASES.items()} | {"fusedit": "FuseDiT"}
 """The paper's names of the arms."""
@@ -41,7 +42,6 @@ READS = {
 }
 SHOWN = 3
 """Images of each tag in the sample grid."""
-STYLE = Path(__file__).with_suffix(".css")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,12 +163,7 @@ def page(r: Results) -> str:
         _section("How to go on", _go_on(r)),
         _section("How this was made", _provenance(r)),
     )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{STYLE.read_text(encoding='utf-8')}</style>\n</head>\n"
-        f"<body>\n<main>\n{''.join(sections)}</main>\n</body>\n</html>\n"
-    )
+    return document(title, "".join(sections))
 
 
 def _section(title: str, body: str) -> str:

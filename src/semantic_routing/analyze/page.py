@@ -21,8 +21,8 @@ from semantic_routing.analyze.statistics import center, effective_layers
 from semantic_routing.analyze.weights import routing_weights
 from semantic_routing.checkpoint import write_text
 from semantic_routing.dit import Backbone
+from semantic_routing.webpage import document
 
-STYLE = Path(__file__).parents[1] / "report.css"
 SCRIPT = Path(__file__).with_suffix(".js")
 
 
@@ -50,14 +50,9 @@ def write_page(
         sections.append(_leads(leads))
     if strips:
         sections.append(_strips(strips))
-    title = escape(f"Routing of {name}")
-    write_text(
-        path,
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n<title>{title}</title>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<style>\n{STYLE.read_text(encoding='utf-8')}</style></head>\n<body><main>\n<h1>{title}</h1>\n"
-        f'<p class="soft">{escape(_about(model))}</p>\n' + "\n".join(sections) + "\n</main></body></html>\n",
-    )
+    title = f"Routing of {name}"
+    head = f'<h1>{escape(title)}</h1>\n<p class="soft">{escape(_about(model))}</p>\n'
+    write_text(path, document(title, head + "\n".join(sections) + "\n", script=SCRIPT))
     return path
 
 
@@ -85,8 +80,7 @@ def _weights(model: Backbone) -> str:
         "<h2>Weight of each layer in each block</h2>\n"
         f'<div class="card">{slider}<canvas id="map" style="width:100%;height:auto" role="img" '
         'aria-label="weights of layers by block"></canvas><p class="soft" id="reading">Point at a cell.</p></div>\n'
-        f'<script type="application/json" id="weights">{json.dumps(data)}</script>\n'
-        f"<script>\n{SCRIPT.read_text(encoding='utf-8')}</script>"
+        f'<script type="application/json" id="weights">{json.dumps(data)}</script>'
     )
 
 

@@ -33,8 +33,8 @@ def open_pipeline(path: Path, device: torch.device) -> Bundle:
         raise ValueError(f"{path} is no pipeline of semroute export: {str(error).splitlines()[0]}") from error
     return Bundle(
         model=pipe.transformer.backbone.eval().requires_grad_(False),
-        encoder=pipe._encoder(),
-        codec=pipe._codec(),
+        encoder=pipe.encoder(),
+        codec=pipe.codec(),
         image_size=pipe.config.image_size,
         null_prompt=pipe.config.null_prompt,
         bf16=use_bfloat16(pipe.config.precision, device),

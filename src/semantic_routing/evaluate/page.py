@@ -13,9 +13,10 @@ from typing import Any
 from urllib.parse import quote
 
 from semantic_routing.evaluate.scores import CORRECT, Record, scorer_name
+from semantic_routing.webpage import document
 
 HERE = Path(__file__)
-STYLES = (HERE.parents[1] / "report.css", HERE.with_suffix(".css"))
+STYLE = HERE.with_suffix(".css")
 SCRIPT = HERE.with_suffix(".js")
 RIGHT, WRONG, SCORED, NONE = "right", "wrong", "scored", "no score"
 """What the page calls a record by its outcome."""
@@ -24,17 +25,13 @@ RIGHT, WRONG, SCORED, NONE = "right", "wrong", "scored", "no score"
 def page(title: str, table: str, records: Sequence[Record], facts: Mapping[str, Any]) -> str:
     """The whole page: ``table`` is the Markdown table, ``facts`` the manifest."""
     heading = f"{title}: {len(records):,} images"
-    style = "".join(path.read_text(encoding="utf-8") for path in STYLES)
     cards = "\n".join(map(_card, records))
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(heading)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
+    body = (
         f"<header>\n<h1>{escape(heading)}</h1>\n{_source(facts)}</header>\n"
         f"<section>\n{_table(table)}</section>\n{_filters(records)}"
         f'<section class="cards" id="cards">\n{cards}\n</section>\n{_provenance(facts)}'
-        f"</main>\n<script>\n{SCRIPT.read_text(encoding='utf-8')}</script>\n</body>\n</html>\n"
     )
+    return document(heading, body, styles=(STYLE,), script=SCRIPT)
 
 
 def outcome(record: Record) -> str:

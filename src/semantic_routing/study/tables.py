@@ -19,9 +19,10 @@ from semantic_routing.analyze.weights import open_router, plot_heatmap, routing_
 from semantic_routing.checkpoint import write_text
 from semantic_routing.dit import DiT
 from semantic_routing.manifest import manifest
-from semantic_routing.report import LABELS, STYLE
+from semantic_routing.report import LABELS
 from semantic_routing.study.plan import Job, StudyArguments, jobs
 from semantic_routing.study.results import Number, Row, read_rows, results_json
+from semantic_routing.webpage import document
 
 METHOD = (
     "Accuracies in percent, the mean over seeds; every run has the same budget, and for one seed the same backbone, "
@@ -188,13 +189,12 @@ def page(args: StudyArguments, text: str, figures: Sequence[Drawn], facts: dict[
         f'<div class="card plot"><h3>{escape(d.title)}</h3><div>{to_svg(d.figure, d.title)}</div></div>'
         for d in figures
     )
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n<title>{escape(title)}</title>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<style>\n{STYLE.read_text(encoding='utf-8')}</style></head>\n<body><main>\n<h1>{escape(title)}</h1>\n"
+    return document(
+        title,
+        f"<h1>{escape(title)}</h1>\n"
         f'<p class="soft">{args.seeds} seeds, {facts["steps"]} steps a run, {args.n} prompts. '
         f"{escape(str(facts['hardware']['processor']))}, commit {escape(str(facts['commit']))}.</p>\n"
-        f'{_html(text)}\n<h2>Figures</h2>\n<div class="maps">{cards}</div>\n</main></body></html>\n'
+        f'{_html(text)}\n<h2>Figures</h2>\n<div class="maps">{cards}</div>\n',
     )
 
 
