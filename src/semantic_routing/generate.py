@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from jaxtyping import Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from semantic_routing.checkpoint import EMA, MODEL, find_checkpoint, load_weights, read_state, write_text
@@ -39,6 +40,8 @@ TEXT_ENCODER = "text_encoder"
 """... and the folder of the run that holds it."""
 
 
+GRAPHS = 32
+"""Compiled graphs of one function that are kept."""
 SAFETENSORS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """The names of types in safetensors files."""
 
@@ -61,6 +64,8 @@ class SampleConfig:
     """Run seed: with prompt index and image index it decides an image's noise."""
     batch: int = 64
     """Images sampled together."""
+    compile: bool = False
+    """Compile the network: slower to start, faster steps; pixels differ by rounding, also between batch sizes."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -142,7 +147,7 @@ class Bundle:
         clock = parse_clock(cfg.clock)
         if clock is not None and self.model.cfg.arm not in ("time", "joint"):
             raise ValueError(f"--clock {cfg.clock}: the routing of arm {self.model.cfg.arm} goes by no given time")
-        with torch.no_grad(), autocast(self.device, self.bf16):
+        with torch.no_grad(), autocast(self.device, self.bf16), rounded_once(self.model, self.bf16):
             prompt, null = self.encode(prompts), self.encode([self.null_prompt])
             velocity = guided(self.model, prompt, null, cfg.guidance, clock)
             return sampler(velocity, x, schedule(cfg.steps, cfg.shift), callback)
@@ -151,6 +156,35 @@ class Bundle:
 def autocast(device: torch.device, bf16: bool) -> torch.autocast | nullcontext[None]:
     """Products in bfloat16, or everything as it is."""
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+
+
+@contextmanager
+def rounded_once(model: nn.Module, bf16: bool) -> Iterator[None]:
+    """Weights of products are bfloat16 while the context lasts: what autocast makes of them anew at every step.
+
+    Sharded weights stay as they are: they are gathered in bfloat16.
+    """
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)] if bf16 else []
+    exact = [(p, p.data) for m in linears for p in m.parameters() if not isinstance(p.data, DTensor)]
+    try:
+        for p, x in exact:
+            p.data = x.bfloat16()
+        yield
+    finally:
+        for p, x in exact:
+            p.data = x
+
+
+def compile_network(model: Backbone) -> None:
+    """Make one graph of the whole network and one of its text, anew for every shape that they meet."""
+    allow_graphs()
+    model.compile(dynamic=False)
+    model.__dict__["prepare_text"] = torch.compile(model.prepare_text, dynamic=False)
+
+
+def allow_graphs() -> None:
+    """Let torch keep a graph for each length that texts are padded to, which are more than its eight."""
+    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
 
 
 def read_run_config(folder: Path) -> dict[str, Any]:
@@ -203,11 +237,12 @@ def load_model(folder: Path, *, averaged: bool = True) -> Backbone:
     return model
 
 
-def load_bundle(path: Path, device: torch.device, *, averaged: bool = True) -> Bundle:
+def load_bundle(path: Path, device: torch.device, *, averaged: bool = True, compiled: bool = False) -> Bundle:
     """The model of a run's folder (its latest checkpoint) or of one checkpoint, with encoder and codec.
 
-    ``averaged`` takes the moving average of the weights, which is what samples best. ValueError if there is no
-    checkpoint, it is damaged, or it does not fit its own configuration, text encoder or codec.
+    ``averaged`` takes the moving average of the weights, which is what samples best; ``compiled`` compiles the
+    network. ValueError if there is no checkpoint, it is damaged, or it does not fit its own configuration, text encoder
+    or codec.
     """
     folder = find_checkpoint(path)
     config = read_run_config(folder)
@@ -218,6 +253,8 @@ def load_bundle(path: Path, device: torch.device, *, averaged: bool = True) -> B
     check_encoder(encoder.shape, model.cfg)
     check_channels(codec, model.cfg)
     latent_shape(codec, model.cfg, size, size)
+    if compiled:
+        compile_network(model)
     return Bundle(
         model=model.eval().requires_grad_(False).to(device),
         encoder=encoder,
@@ -260,7 +297,7 @@ def sample_to_folder(args: SampleArguments) -> Path:
     if args.images_per_prompt < 1:
         raise ValueError(f"images_per_prompt is {args.images_per_prompt}; it must be at least 1")
     keep_freed_memory()
-    bundle = load_bundle(args.model, pick_device(args.device))
+    bundle = load_bundle(args.model, pick_device(args.device), compiled=args.compile)
     names = [(p, i) for p in range(len(prompts)) for i in range(args.images_per_prompt)]
     paths = {name: args.out / f"{name[0]:05d}_{name[1]:02d}.png" for name in names}
     with processes() as job:

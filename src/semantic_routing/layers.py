@@ -56,14 +56,19 @@ class RMSNorm(nn.Module):
         return (h * self.weight).to(x.dtype)
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # a table first made while sampling must also serve a later training step
+@torch.compiler.assume_constant_result  # a constant of the graph, which is compiled for one grid
 def rope_2d(height: int, width: int, head_dim: int, theta: float, device: torch.device) -> Rope:
     """Cosines and sines of 2-D rotary positions for a grid of ``height`` x ``width`` tokens, each [S, hd/2].
 
     The first half of the rotated pairs turns with the row, the second with the column (Heo et al., 2024).
     Made once per grid and kept.
     """
+    return _rope_tables(height, width, head_dim, theta, device)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a table first made while sampling must also serve a later training step
+def _rope_tables(height: int, width: int, head_dim: int, theta: float, device: torch.device) -> Rope:
     if head_dim % 4:
         raise ValueError(f"head_dim {head_dim} must be a multiple of 4: rows and columns rotate pairs of channels")
     quarter = head_dim // 4

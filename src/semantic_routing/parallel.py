@@ -33,6 +33,7 @@ from torch.utils.checkpoint import (
 from semantic_routing.device import pick_device
 from semantic_routing.dit import Backbone, Block, DiT
 from semantic_routing.errors import TrainingFailed, exit_code
+from semantic_routing.generate import allow_graphs, compile_network
 from semantic_routing.processes import PATIENCE, Processes
 from semantic_routing.text_encoder import TextEncoder
 
@@ -198,11 +199,17 @@ def parallelize(model: Backbone, cfg: ParallelConfig, world: World, *, bf16: boo
 
     With ``bf16`` sharded weights are gathered in bfloat16, all but the router's, and gradients are summed in float32.
     """
+    # On a CPU what lies between the blocks costs as much as they do. A GPU's many blocks share one small graph.
+    whole_graph = compiled and world.mesh is None and world.device.type == "cpu"
+    if compiled:
+        allow_graphs()
     for block in model.blocks:
         if cfg.activation_checkpointing != "none":
             recompute(block, selective=cfg.activation_checkpointing == "selective")
-        if compiled:
+        if compiled and not whole_graph:
             block.compile(dynamic=False)
+    if whole_graph:
+        compile_network(model)
     if world.mesh is None:
         return model.to(world.device)
     exact: dict[str, Any] = {
@@ -265,8 +272,13 @@ def _keep_products(ctx: SelectiveCheckpointContext, op: Any, *args: Any, **kwarg
     return CheckpointPolicy.MUST_SAVE if op in _COSTLY else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def place_encoder(encoder: TextEncoder, cfg: ParallelConfig, world: World) -> TextEncoder:
-    """The frozen language model where ``cfg`` wants it; sharded, every process must encode when one does."""
+def place_encoder(encoder: TextEncoder, cfg: ParallelConfig, world: World, *, compiled: bool) -> TextEncoder:
+    """The frozen language model where ``cfg`` wants it; sharded, every process must encode when one does.
+
+    ``compiled`` compiles it where it computes on a CPU: a GPU has enough to do with each of a large model's products.
+    """
+    if compiled and (cfg.text_encoder == "cpu" or world.device.type == "cpu"):
+        encoder.compile()
     if cfg.text_encoder == "cpu":
         return encoder
     if cfg.text_encoder == "replicated" or world.mesh is None:

@@ -191,6 +191,16 @@ class TextEncoder:
             self.model.to(device=device)
         return self
 
+    def compile(self) -> TextEncoder:
+        """Compile the layers, a graph for each shape of batch: slower to start, faster; returns itself.
+
+        States differ from uncompiled ones by rounding.
+        """
+        for layer in _parts(self.model)[0]:
+            # The forward and not the module: the hooks that take the states stay outside of the graph.
+            layer.forward = torch.compile(layer.forward, dynamic=False)
+        return self
+
     def unload(self) -> None:
         """Free the weights. Features already made stay valid; encoding again is an error."""
         self._model = None

@@ -59,7 +59,7 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Type of matrix products; "auto" is bf16 where the hardware has it."""
     compile: bool = False
-    """Compile the blocks with torch.compile: slower to start, faster steps."""
+    """Compile with torch.compile: the blocks, on one CPU the whole; slower to start, faster steps."""
     max_bad_steps: int = 5
     """Steps in a row without a finite loss and gradient that stop the run; fewer are skipped and counted."""
     log_every: int = 10

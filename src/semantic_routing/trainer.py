@@ -115,7 +115,7 @@ class Trainer:
         encoder = TextEncoder.from_pretrained(text or locate_encoder(cfg.text, out))
         self.bundle = Bundle(
             model=parallelize(model, cfg.parallel, world, bf16=bf16, compiled=cfg.compile),
-            encoder=place_encoder(encoder, cfg.parallel, world),
+            encoder=place_encoder(encoder, cfg.parallel, world, compiled=cfg.compile),
             codec=make_codec(cfg.codec, device),
             image_size=cfg.image_size,
             null_prompt=cfg.null_prompt,

@@ -196,7 +196,7 @@ def evaluate(benchmark: Benchmark, make_scorer: Callable[[], Scorer], args: Eval
         scorer = make_scorer() if args.score else None
         try:
             if args.model is not None:
-                bundle = open_model(args.model, pick_device(args.device))
+                bundle = open_model(args.model, pick_device(args.device), compiled=args.compile)
                 evaluate_model(benchmark, bundle, args.out, args, scorer, job, rescore=args.rescore, **facts)
             elif args.images is not None and scorer is not None:
                 evaluate_images(benchmark, args.images, args.out, scorer, job, rescore=args.rescore, **facts)

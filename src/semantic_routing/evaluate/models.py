@@ -8,15 +8,20 @@ from pathlib import Path
 import torch
 
 from semantic_routing.device import use_bfloat16
-from semantic_routing.generate import Bundle, load_bundle
+from semantic_routing.generate import Bundle, compile_network, load_bundle
 
 PIPELINE = "model_index.json"
 """The file that makes a folder a pipeline of diffusers."""
 
 
-def open_model(path: Path, device: torch.device) -> Bundle:
+def open_model(path: Path, device: torch.device, *, compiled: bool = False) -> Bundle:
     """What samples the images; ValueError where there is neither a checkpoint nor a pipeline of this program."""
-    return open_pipeline(path, device) if (path / PIPELINE).is_file() else load_bundle(path, device)
+    if not (path / PIPELINE).is_file():
+        return load_bundle(path, device, compiled=compiled)
+    bundle = open_pipeline(path, device)
+    if compiled:
+        compile_network(bundle.model)
+    return bundle
 
 
 def open_pipeline(path: Path, device: torch.device) -> Bundle:

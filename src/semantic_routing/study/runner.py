@@ -106,6 +106,8 @@ def _launch(progress: Progress, args: StudyArguments) -> None:
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     kind, _, index = progress.device.partition(":")
     environment["CUDA_VISIBLE_DEVICES"] = index if kind == "cuda" else ""
+    if kind == "cpu" and (sharing := args.devices.count("cpu")) > 1:
+        environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // sharing))
     log = _log(args, progress.job)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
