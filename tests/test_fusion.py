@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from semantic_routing.fusion import (
     ARMS,
     EXTRA_ARMS,
-    MIX_TOKENS,
     AttentionRouter,
     GateRouter,
     LogitRouter,
@@ -19,6 +18,7 @@ from semantic_routing.fusion import (
     mix,
     parse_arm,
 )
+from semantic_routing.kernels.mix import BLOCK_TOKENS
 
 ROUTED = [arm for arm in ARMS if arm != "fusedit"]
 TIMED = ["time", "joint"]
@@ -56,18 +56,18 @@ def trained(arm: str) -> Router:
     return router
 
 
-GROUP = MIX_TOKENS // 3  # three samples of this length are mixed at a time
+GROUP = BLOCK_TOKENS // 3  # three samples of this length are mixed at a time
 SIZES = [  # L B N C D
     (1, 1, 1, 5, 1),
     (5, 3, 7, 13, 4),
-    (2, 1, MIX_TOKENS - 1, 3, 2),
-    (2, 2, MIX_TOKENS, 3, 2),
-    (3, 2, MIX_TOKENS + 1, 3, 2),
-    (2, 1, 2 * MIX_TOKENS + 3, 3, 1),
+    (2, 1, BLOCK_TOKENS - 1, 3, 2),
+    (2, 2, BLOCK_TOKENS, 3, 2),
+    (3, 2, BLOCK_TOKENS + 1, 3, 2),
+    (2, 1, 2 * BLOCK_TOKENS + 3, 3, 1),
     (2, 3, GROUP, 3, 2),
     (2, 4, GROUP, 3, 2),
     (3, 7, GROUP, 3, 2),
-    (2, MIX_TOKENS + 1, 1, 3, 2),
+    (2, BLOCK_TOKENS + 1, 1, 3, 2),
 ]
 
 

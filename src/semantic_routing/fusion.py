@@ -8,9 +8,7 @@ sampling and analysis ask this same function.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from semantic_routing.config import nearest
+from semantic_routing.kernels.mix import LN_EPS, fused_mix, no_autocast
 from semantic_routing.layers import sinusoidal
 
 Arm = Literal["penultimate", "uniform", "static", "time", "depth", "joint", "fusedit"]
@@ -26,9 +25,6 @@ ARMS: tuple[str, ...] = get_args(Arm)
 EXTRA_ARMS = ("hard", "attention", "time-state", "joint-state")
 """Beyond the paper: two baselines of other models, and S1 and S3 that are told the time by the latent itself."""
 ALIASES = dict(zip(("b1", "b2", "b3", "s1", "s2", "s3"), ARMS, strict=False))
-LN_EPS = 1e-5
-MIX_TOKENS = 512
-"""Text positions that ``mix`` widens to float32 at a time."""
 
 
 class Router(nn.Module):
@@ -101,7 +97,7 @@ class GateRouter(Router):
     def weights(self, t: Float[Tensor, " T"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
         if t is None:
             raise ValueError("this router's weights depend on time: pass t, one value in [0, 1] per sample")
-        with _no_autocast(t.device):  # in float64, so that rounding does not tell how many times there are
+        with no_autocast(t.device):  # in float64, so that rounding does not tell how many times there are
             phi = sinusoidal(t, self.time_width).double()
             h = F.silu(phi @ self.w1.double() + self.b1.double())
             logits = h @ self.w2.double() + self.b2.double()
@@ -131,7 +127,7 @@ class AttentionRouter(Router):
 
     def token_weights(self, hidden: Float[Tensor, "L B N C"]) -> Float[Tensor, "B N L"]:
         """How much each token reads of each layer."""
-        with _no_autocast(hidden.device):
+        with no_autocast(hidden.device):
             scores = [F.layer_norm(h.float(), h.shape[-1:], eps=LN_EPS) @ self.query.float() for h in hidden]
             logits = torch.stack(scores, dim=-1) / math.sqrt(hidden.shape[-1]) + self.bias.float()
         return logits.softmax(-1)
@@ -169,65 +165,15 @@ def make_router(arm: str, layers: int, depth: int, width: int) -> Router:
 def mix(weights: Float[Tensor, "B_or_1 D_or_1 L"], hidden: Float[Tensor, "L B N C"]) -> Float[Tensor, "D_or_1 B N C"]:
     """sum_l w_l LayerNorm(H_l) for every block (Eq. 2), without making the normalised copies.
 
-    LayerNorm (no affine, eps 1e-5) folds into the weights: with mean μ_l and deviation σ_l of each token,
-    sum_l (w_l/σ_l) (H_l - μ_l), a block of tokens at a time. States are read in their own type and summed in
-    float32; the result has the states' type. Where the states need no gradient (a frozen language model), only
-    they and their statistics are kept for backward.
+    LayerNorm has no affine and eps 1e-5. States are read in their own type and summed in float32; the result has the
+    states' type. Where the states need no gradient (a frozen language model), one fused kernel reads each of them once,
+    forward and backward; a slice of ``weights`` over blocks mixes only those.
     """
     if weights.shape[-1] != hidden.shape[0]:
         raise ValueError(f"weights for {weights.shape[-1]} layers, but {hidden.shape[0]} layers of hidden states")
-    with _no_autocast(hidden.device):
-        if not hidden.requires_grad:
-            return _Mix.apply(weights, hidden)
+    if not hidden.requires_grad:
+        return fused_mix(weights, hidden)[0]
+    with no_autocast(hidden.device):
         normed = F.layer_norm(hidden.float(), hidden.shape[-1:], eps=LN_EPS)
         expanded = weights.expand(hidden.shape[1], -1, -1)
         return torch.einsum("bdl,lbnc->dbnc", expanded, normed).to(hidden.dtype)
-
-
-class _Mix(torch.autograd.Function):
-    """The folded mix and its gradient for the weights, a block of tokens at a time."""
-
-    @staticmethod
-    def forward(ctx: Any, weights: Tensor, hidden: Tensor) -> Tensor:
-        _, B, N, C = hidden.shape
-        w = weights.float().expand(B, -1, -1)
-        out = hidden.new_empty(w.shape[1], B, N, C)
-        mean = hidden.new_empty(hidden.shape[:3], dtype=torch.float32)
-        rstd = torch.empty_like(mean)
-        for b, n in _blocks(B, N):
-            h = hidden[:, b, n].float()
-            mean[:, b, n] = h.mean(-1)
-            h = h - mean[:, b, n, None]
-            rstd[:, b, n] = torch.rsqrt(h.square().mean(-1) + LN_EPS)
-            scaled = torch.einsum("bdl,lbn->bndl", w[b], rstd[:, b, n])
-            out[:, b, n] = torch.einsum("bndl,lbnc->dbnc", scaled, h)
-        ctx.save_for_backward(hidden, mean, rstd)
-        ctx.weights_shape = weights.shape
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        hidden, mean, rstd = ctx.saved_tensors
-        L, B, N, _ = hidden.shape
-        out = grad.new_empty(B, grad.shape[0], L, dtype=torch.float32).zero_()
-        with _no_autocast(hidden.device):
-            for b, n in _blocks(B, N):
-                h, g = hidden[:, b, n].float() - mean[:, b, n, None], grad[:, b, n].float()
-                inner = torch.einsum("dbnc,lbnc->bdln", g, h)
-                out[b] += torch.einsum("bdln,lbn->bdl", inner, rstd[:, b, n])
-        return out.sum_to_size(ctx.weights_shape), None
-
-
-def _blocks(batch: int, length: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of batch and length that cover all tokens, about ``MIX_TOKENS`` at a time."""
-    samples = max(1, MIX_TOKENS // max(length, 1))
-    for b in range(0, batch, samples):
-        for n in range(0, length, MIX_TOKENS):
-            yield slice(b, b + samples), slice(n, n + MIX_TOKENS)
-
-
-def _no_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Float32 products in a caller's autocast too: the mix subtracts sums that bfloat16 cannot resolve."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()

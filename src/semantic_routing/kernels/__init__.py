@@ -1,0 +1,1 @@
+"""What the program exists for, at the speed of memory: the fused normalise-and-mix."""
