@@ -1,79 +1,156 @@
-"""The toy training step: eager autocast, freed memory kept, blocks compiled; and the floor of its products.
+"""A training step against the reference's way, in one process, and the floor of its matrix products.
 
-    python benchmarks/train_step.py [--steps 20]
+    python benchmarks/train_step.py [--scale toy|paper] [--device cpu|cuda] [--out FILE.json]
 
-Prints milliseconds a step of the same step in one process, ratios to the first, and the time that the step's
-matrix products would take at the rate measured here for one large product.
+toy: the whole step of the toy recipe. The reference is eager autocast and torch's own Muon; then, one after another,
+freed memory kept, Muon by batches, and everything compiled.
+
+paper: the backbone at paper size with AdamW, text states given (150 of 512 tokens in the mean), 256x256 pictures. The
+reference pads to 512 tokens, keeps a float32 stack of the states and a dense mask; ours mixes what the longest prompt
+needs and compiles the blocks. Peak memory is beside the time.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from reference import padded, velocity
+from sampling import matrix_rate, network, seconds
+from torch.optim import Muon
 
+import semantic_routing.optim
 from semantic_routing.data.loader import Loader
 from semantic_routing.data.sources import DataConfig, open_data
 from semantic_routing.device import keep_freed_memory
-from semantic_routing.manifest import hardware
+from semantic_routing.dit import DiTConfig
+from semantic_routing.features import TextFeatures
+from semantic_routing.flow import path, velocity_loss
+from semantic_routing.manifest import hardware, manifest
+from semantic_routing.parallel import ParallelConfig, World, parallelize
 from semantic_routing.recipes import toy
 from semantic_routing.text_encoder import TextEncoderConfig
 from semantic_routing.tiny_lm import tiny_lm
 from semantic_routing.train import Trainer
 
-
-def seconds(trainer: Trainer, batches: list, steps: int) -> float:
-    for batch in batches[:3]:
-        trainer.advance(trainer.prepare(batch))
-    began = time.perf_counter()
-    for i in range(steps):
-        trainer.advance(trainer.prepare(batches[i % len(batches)]))
-    return (time.perf_counter() - began) / steps
+Rows = dict[str, dict[str, float]]
+TARGETS = {"toy": {"time": 3.0}, "paper": {"time": 1.8, "memory": 1 / 0.6}}
 
 
-def matrix_rate() -> float:
-    """Multiply-adds times two a second, of one bfloat16 product."""
-    a, b = torch.randn(2048, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
-    for _ in range(3):
-        a @ b
-    began = time.perf_counter()
-    for _ in range(20):
-        a @ b
-    return 20 * 2 * 2048**3 / (time.perf_counter() - began)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20)
-    args = parser.parse_args()
+def toy_rows(steps: int) -> tuple[Rows, float]:
+    """Seconds a step in each way, and the multiplications and additions of the blocks in one."""
     data = open_data(DataConfig(), image_size=32, seed=0)
     folder = tiny_lm(data.captions(2000), steps=5)
     cfg = replace(toy("depth"), text=TextEncoderConfig(name_or_path=str(folder), dtype="bfloat16"), compile=False)
     loader = Loader(data, batch=cfg.batch, noise_shape=(3, 32, 32))
     batches = [loader.load(step) for step in range(4)]
-    with TemporaryDirectory() as scratch:
-        out = Path(scratch)
-        rows = {"eager": seconds(Trainer(cfg, out), batches, args.steps)}
-        kept = keep_freed_memory()
-        rows[f"freed memory kept ({kept})"] = seconds(Trainer(cfg, out), batches, args.steps)
-        compiled = Trainer(replace(cfg, compile=True), out)
-        began = time.perf_counter()
-        compiled.advance(compiled.prepare(batches[0]))
-        first = time.perf_counter() - began
-        rows["blocks compiled"] = seconds(compiled, batches, args.steps)
-    blocks = sum(p.numel() for p in compiled.bundle.model.blocks.parameters())
-    tokens = cfg.batch * (cfg.image_size // cfg.model.patch) ** 2
-    floor = 6 * blocks * tokens / matrix_rate()
-    sys.stdout.write(f"{hardware()}\nbatch {cfg.batch}, {tokens} tokens, {blocks / 1e6:.2f} M weights in blocks\n")
-    for name, time_ in rows.items():
-        ratio = rows["eager"] / time_
-        sys.stdout.write(f"{name:28} {1e3 * time_:7.1f} ms   {ratio:4.2f}x   {time_ / floor:4.1f} floors\n")
-    sys.stdout.write(f"floor (products of the blocks) {1e3 * floor:5.1f} ms; first compiled step {first:.1f} s\n")
+    rows: Rows = {}
+
+    def measure(name: str, **changes: bool) -> Trainer:
+        with TemporaryDirectory() as scratch:
+            trainer = Trainer(replace(cfg, **changes), Path(scratch))
+            began = time.perf_counter()
+            trainer.advance(trainer.prepare(batches[0]))
+            first = time.perf_counter() - began
+            for batch in batches[:3]:
+                trainer.advance(trainer.prepare(batch))
+            taken = []
+            for i in range(steps):
+                began = time.perf_counter()
+                trainer.advance(trainer.prepare(batches[i % len(batches)]))
+                taken.append(time.perf_counter() - began)
+        rows[name] = {"time": sorted(taken)[steps // 2], "first": first}
+        return trainer
+
+    batched = semantic_routing.optim.BatchedMuon
+    semantic_routing.optim.BatchedMuon = Muon
+    measure("eager autocast")
+    keep_freed_memory()
+    measure("freed memory kept")
+    semantic_routing.optim.BatchedMuon = batched
+    measure("Muon by batches")
+    trainer = measure("compiled", compile=True)
+    weights = sum(p.numel() for p in trainer.bundle.model.blocks.parameters() if p.ndim == 2)
+    return rows, 6 * weights * cfg.batch * (cfg.image_size // cfg.model.patch) ** 2
+
+
+def paper_rows(steps: int, device: torch.device, batch: int, cfg: DiTConfig) -> tuple[Rows, float]:
+    """As ``toy_rows``, at paper size on a GPU, with gigabytes of peak memory."""
+    torch.manual_seed(0)
+    lengths = (torch.distributions.Exponential(1 / 150).sample((batch,)) + 1).clamp(max=512).long()
+    lengths = (lengths * (150 / lengths.float().mean())).long().clamp(1, 512)
+    longest = -(-int(lengths.max()) // 16) * 16
+    hidden = torch.randn(cfg.text_layers, batch, longest, cfg.text_width, device=device, dtype=torch.bfloat16)
+    features = TextFeatures(hidden, (torch.arange(longest) < lengths[:, None]).to(device))
+    x, noise, t = (*torch.randn(2, batch, 16, 32, 32, device=device).unbind(), torch.rand(batch, device=device))
+    rows: Rows = {}
+
+    def measure(name: str, predict: Callable[..., torch.Tensor], model: torch.nn.Module) -> None:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
+
+        def step() -> torch.Tensor:
+            with torch.autocast(device.type, torch.bfloat16):
+                predicted = predict(path(x, noise, t), t)
+            loss = velocity_loss(predicted, x - noise)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss
+
+        step()
+        step()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        rows[name] = {"time": seconds(step, steps, device)}
+        if device.type == "cuda":
+            rows[name]["memory"] = torch.cuda.max_memory_allocated() / 1e9
+
+    model = network(cfg, device).requires_grad_().train()
+    slow = padded(features)
+    measure("reference", lambda x, t: velocity(model, slow, x, t), model)
+    del model, slow
+    model = network(cfg, device).requires_grad_().train()
+    model = parallelize(model, ParallelConfig(), World(device=device), bf16=True, compiled=True)
+    measure("ours", lambda x, t: model(x, t, model.prepare_text(features)), model)
+    image = sum(p.numel() for n, p in model.blocks.named_parameters() if p.ndim == 2 and ".kv." not in n)
+    return rows, 6 * image * batch * 256
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=("toy", "paper"), default="toy")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=32, help="of paper")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    if args.scale == "toy":
+        rows, products = toy_rows(args.steps)
+    else:
+        rows, products = paper_rows(args.steps, device, args.batch, DiTConfig(arm="depth"))
+    floor = products / matrix_rate(device)
+    first, *_, last = rows.values()
+    sys.stdout.write(f"{hardware()}\nfloor (products of the blocks with their weights): {1e3 * floor:.1f} ms\n")
+    for name, row in rows.items():
+        more = "".join(f"   {key} {value:.1f}" for key, value in row.items() if key != "time")
+        sys.stdout.write(f"{name:20} {1e3 * row['time']:8.1f} ms {first['time'] / row['time']:6.2f}x ")
+        sys.stdout.write(f"{row['time'] / floor:6.1f} floors{more}\n")
+    for key, wanted in TARGETS[args.scale].items():
+        if key in last:
+            sys.stdout.write(f"{key}: {first[key] / last[key]:.2f}, wanted >= {wanted:.2f}\n")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({"rows": rows, "floor": floor}, indent=2) + "\n")
+        facts = manifest(settings={k: str(v) for k, v in vars(args).items()}, seeds={"weights": 0})
+        args.out.with_name(args.out.stem + "-manifest.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from copy import deepcopy as copy_of
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from semantic_routing.generate import (
     SampleConfig,
     load_bundle,
     locate_encoder,
+    rounded_once,
     sample_to_folder,
     weights_sha256,
 )
@@ -277,6 +279,7 @@ def test_a_folder_holds_images_their_prompts_and_how_they_were_made(tiny_run: Pa
         "shift": 1.0,
         "clock": "nominal",
         "seed": 0,
+        "compile": False,
     }
     assert manifest["checkpoint"] == str(find_checkpoint(tiny_run))
 
@@ -360,3 +363,64 @@ def test_bad_requests_leave_nothing(tiny_run: Path, tmp_path: Path, change: dict
     with pytest.raises(ValueError, match=message):
         sample_to_folder(replace(arguments(tiny_run, tmp_path / "out"), **change))
     assert list(tmp_path.iterdir()) == []
+
+
+COMPILED = """
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+counter = CompileCounterWithBackend("aot_eager")
+torch.compile = partial(torch.compile, backend=counter)
+
+from semantic_routing.generate import SampleConfig, load_bundle
+
+bundle, eager = (load_bundle(Path(sys.argv[1]), torch.device("cpu"), compiled=c) for c in (True, False))
+cfg = SampleConfig(steps=3, guidance=2.0)
+graphs = []
+for prompt in ("a red circle", "a blue square left of a red star", "a star"):  # one bucket of lengths
+    for seed in (0, 1):
+        images, (name,) = [(seed, 0), (seed, 1)], [prompt]
+        found = bundle.sample_latents([name] * 2, images, cfg)
+        torch.testing.assert_close(found, eager.sample_latents([name] * 2, images, cfg), rtol=1e-3, atol=1e-4)
+        graphs.append(counter.frame_count)
+assert graphs == [3] * 6, graphs  # the network, the text of two prompts, the text of the null prompt
+bundle.sample_latents(["a star and " * 12] * 2, images, cfg)
+assert counter.frame_count == 5, counter.frame_count  # another bucket: the network, the text of two prompts
+"""
+
+
+def test_one_graph_for_each_length_of_text(tiny_run: Path) -> None:
+    """Nothing is compiled again for other prompts or noise; without the checks of annotations, which dynamo cannot
+    trace."""
+    subprocess.run([sys.executable, "-W", "error", "-c", COMPILED, str(tiny_run)], check=True)
+
+
+def test_weights_are_rounded_while_sampling_only(tiny_run: Path) -> None:
+    """As autocast rounds them: bitwise the same products, and the exact weights afterwards."""
+    model = load_bundle(tiny_run, CPU).model
+    exact = {name: p.clone() for name, p in model.named_parameters()}
+    linear, x = model.blocks[0].mlp.down, torch.randn(9, model.cfg.mlp_width)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = linear(x)
+        with rounded_once(model, True):
+            assert {m.weight.dtype for m in model.modules() if isinstance(m, nn.Linear)} == {torch.bfloat16}
+            assert model.norm_out.weight.dtype == torch.float32
+            assert torch.equal(linear(x), expected)
+        with rounded_once(model, False):
+            assert linear.weight.dtype == torch.float32
+    assert all(torch.equal(p, exact[name]) for name, p in model.named_parameters())
+
+
+def test_the_null_prompt_is_read_once(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = load_bundle(tiny_run, CPU)
+    asked: list[Any] = []
+    encode = bundle.encoder.encode
+    monkeypatch.setattr(bundle.encoder, "encode", lambda texts, **how: asked.append(texts) or encode(texts, **how))
+    for _ in range(2):
+        bundle.sample(["a star"], [(0, 0)], SampleConfig(steps=1, guidance=2.0))
+    assert asked.count([""]) == 1

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from semantic_routing import layers
 from semantic_routing.layers import (
     BlockText,
     CrossAttention,
@@ -146,7 +147,7 @@ def test_rope_of_a_larger_grid_continues_that_of_a_smaller() -> None:
 
 
 def test_rope_made_while_sampling_serves_training() -> None:
-    rope_2d.cache_clear()
+    layers._rope_tables.cache_clear()
     with torch.inference_mode():
         rope_2d(2, 2, 8, 1e4, CPU)
     x = torch.randn(1, 4, 1, 8, requires_grad=True)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from semantic_routing.dit import DiT, DiTConfig
-from semantic_routing.optim import OptimConfig, make_optimizers, set_rates
+from semantic_routing.optim import BatchedMuon, OptimConfig, make_optimizers, set_rates
 
 CFG = DiTConfig(
     arm="depth", depth=2, width=16, heads=2, kv_heads=1, head_dim=8, mlp_width=16, channels=3, text_width=8,
@@ -41,7 +41,7 @@ def test_muon_takes_the_matrices_of_the_blocks() -> None:
     model = DiT(CFG)
     found = groups(model, make_optimizers(model, OptimConfig(name="muon", lr=0.3, muon_lr=0.7)))
     assert set(found) == {name for name, _ in model.named_parameters()}
-    taken = {name for name, (kind, _, _) in found.items() if kind is Muon}
+    taken = {name for name, (kind, _, _) in found.items() if issubclass(kind, Muon)}
     matrices = ("attn.qkv", "attn.out", "cross.q", "cross.kv", "cross.out", "mlp.gate_up", "mlp.down")
     assert taken == {f"blocks.{block}.{name}.weight" for block in range(2) for name in matrices}
     assert {found[name][1] for name in taken} == {0.7}
@@ -78,6 +78,26 @@ def test_first_step_of_muon_is_orthogonal(shape: tuple[int, int]) -> None:
     assert ((values > 0.6) & (values < 1.3)).all()
     u, _, v = torch.linalg.svd(gradient, full_matrices=False)
     assert torch.nn.functional.cosine_similarity(step.flatten(), (u @ v).flatten(), dim=0) > 0.95
+
+
+@pytest.mark.parametrize("elements", [1, 100, 2**26])
+def test_muon_by_batches_is_torchs_own(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bitwise, over steps, for matrices of several shapes however many of them fit a batch."""
+    monkeypatch.setattr("semantic_routing.optim.BATCH_ELEMENTS", elements)
+    shapes = [(6, 4), (4, 6), (6, 4), (5, 5), (4, 6), (6, 4)]
+    start = [torch.randn(shape) for shape in shapes]
+    ours, theirs = ([nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.3, "adjust_lr_fn": "original"}
+    optimizers = BatchedMuon(ours, **settings), Muon(theirs, **settings)
+    for step in range(4):
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            skipped = i == step  # a weight without a gradient stays
+            a.grad = None if skipped else torch.randn(shapes[i])
+            b.grad = None if skipped else a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.equal(a, b)
 
 
 STEPS = 10

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from semantic_routing.clock import Clock, shifted
 from semantic_routing.dit import Backbone, DiTConfig, TextContext
 from semantic_routing.features import TextFeatures
 from semantic_routing.fusedit import make_model
@@ -203,9 +204,48 @@ def test_text_is_prepared_once_unless_routing_depends_on_time(arm: str, scale: f
     SAMPLERS[sampler](velocity, torch.randn(2, *IMAGE), schedule(steps))
     evaluations = steps if sampler == "euler" else 2 * steps - 1
     assert len(record.batches) == evaluations
-    assert len(record.prepared) == (evaluations if arm in TIMED else 1)
+    halves = 1 if scale == 1 else 2
+    assert len(record.prepared) == halves * (evaluations if arm in TIMED else 1)
     if arm in TIMED and sampler == "euler":  # at the very time of each step
-        assert [float(t[0]) for t in record.prepared] == schedule(steps)[:-1].tolist()
+        for half in range(halves):
+            assert [float(t[0]) for t in record.prepared[half::halves]] == schedule(steps)[:-1].tolist()
+
+
+@pytest.mark.parametrize("budget", [0, 6000, 2**28])
+@pytest.mark.parametrize("told", [None, shifted], ids=["nominal", "shifted"])
+@pytest.mark.parametrize("arm", TIMED)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_steps_to_come_are_prepared_together(
+    arm: str, sampler: str, told: Clock | None, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as there is room for, with the same pictures."""
+    model, times, x = model_of(arm), schedule(7, 2.0), torch.randn(2, *IMAGE)
+    prompts, null = text((5, 2), 5), text((1,), 1)
+    expected = SAMPLERS[sampler](guided(model, prompts, null, 3.0, told), x, times)
+    monkeypatch.setattr("semantic_routing.sampler.PLANNED_BYTES", budget)
+    record, together = Record(model), []
+    plan = model.prepare_steps
+    model.prepare_steps = lambda features, t: together.append(len(t)) or plan(features, t)
+    found = SAMPLERS[sampler](guided(model, prompts, null, 3.0, told, times), x, times)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    if budget == 2**28:
+        assert together == [8, 8]
+        assert not record.prepared
+    elif budget == 0:
+        assert not together
+    else:
+        assert together.count(8) == 1  # the null prompt, which is short
+        assert set(together) - {8} <= {2, 3}
+        assert len(together) > 3
+
+
+def test_prepared_steps_are_those_prepared_alone() -> None:
+    for arm in ARMS:
+        model, prompts, times = model_of(arm), text((5, 2), 5), torch.tensor([0.1, 0.5, 0.9])
+        for context, t in zip(model.prepare_steps(prompts, times), times, strict=True):
+            alone = model.prepare_text(prompts, t[None])
+            torch.testing.assert_close(context.keys, alone.keys)
+            torch.testing.assert_close(context.values, alone.values)
 
 
 @pytest.mark.parametrize("arm", ARMS)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from semantic_routing.features import TextFeatures
 from semantic_routing.flow import velocity_from_image
-from semantic_routing.fusion import make_router
+from semantic_routing.fusion import make_router, mix
 from semantic_routing.layers import (
     BlockText,
     CrossAttention,
@@ -179,9 +179,18 @@ class Backbone(nn.Module):
         """The time that ``prepare_text`` is to be told: the nominal one unless routing reads it from ``x``."""
         return t
 
+    @property
+    def reads_latents(self) -> bool:
+        """Whether routing reads the time from the noisy latents, and so differs from image to image."""
+        return False
+
     def prepare_text(self, features: TextFeatures, t: Float[Tensor, " T"] | None = None) -> TextContext:
         """Every block's keys and values of these prompts, at times ``t`` where routing depends on time."""
         raise NotImplementedError
+
+    def prepare_steps(self, features: TextFeatures, times: Float[Tensor, " T"]) -> list[TextContext]:
+        """The text of these prompts at each of several times, which all of them share."""
+        return [self.prepare_text(features, t[None]) for t in times]
 
     def forward(
         self, x: Float[Tensor, "B Ch h w"], t: Float[Tensor, " T"], context: TextContext
@@ -224,15 +233,31 @@ class DiT(Backbone):
     def gate_time(self, x: Float[Tensor, "B Ch h w"], t: Float[Tensor, " T"]) -> Float[Tensor, " T_or_B"]:
         return t if self.noise_level is None else self.noise_level(x)
 
+    @property
+    def reads_latents(self) -> bool:
+        return self.noise_level is not None
+
     def prepare_text(self, features: TextFeatures, t: Float[Tensor, " T"] | None = None) -> TextContext:
         check_text(features, self.cfg)
-        fused = self.router(features.hidden, t)
+        return self._context(self.router(features.hidden, t), features.mask)
+
+    def prepare_steps(self, features: TextFeatures, times: Float[Tensor, " T"]) -> list[TextContext]:
+        if not self.depends_on_time:
+            return super().prepare_steps(features, times)
+        # Eq. 2 is linear in the weights: the mixes of all times come from one pass over the states.
+        check_text(features, self.cfg)
+        weights = self.router.weights(times)
+        fused = mix(weights.flatten(0, 1)[None], features.hidden).unflatten(0, weights.shape[:2])
+        return [self._context(rows, features.mask) for rows in fused]
+
+    def _context(self, fused: Float[Tensor, "D_or_1 B N C"], mask: Bool[Tensor, "B N"] | None) -> TextContext:
+        """What the blocks' attention reads of the text that was mixed for them."""
         text = self.text_proj(self.text_norm(fused))
         rows = text.expand(len(self.blocks), -1, -1, -1)
         blocks = cast(Iterable[Block], self.blocks)
         pairs = [block.cross.prepare(row) for block, row in zip(blocks, rows, strict=True)]
         keys, values = zip(*pairs, strict=True)
-        return TextContext(keys, values, features.mask)
+        return TextContext(keys, values, mask)
 
 
 def check_text(features: TextFeatures, cfg: DiTConfig) -> None:

@@ -108,6 +108,7 @@ class Bundle:
     """Where it was loaded from."""
     config: dict[str, Any] = field(default_factory=dict)
     """The run's resolved configuration."""
+    _encoded: dict[str, TextFeatures] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -120,6 +121,12 @@ class Bundle:
         """
         features = self.encoder.encode(list(prompts), with_kv=self.model.cfg.arm == "fusedit")
         return features.to(self.device, None if self.bf16 else self.model.proj_out.weight.dtype)
+
+    def null_features(self) -> TextFeatures:
+        """What the text encoder says about the null prompt, asked once."""
+        if self.null_prompt not in self._encoded:
+            self._encoded[self.null_prompt] = self.encode([self.null_prompt])
+        return self._encoded[self.null_prompt]
 
     def sample(
         self,
@@ -148,9 +155,9 @@ class Bundle:
         if clock is not None and self.model.cfg.arm not in ("time", "joint"):
             raise ValueError(f"--clock {cfg.clock}: the routing of arm {self.model.cfg.arm} goes by no given time")
         with torch.no_grad(), autocast(self.device, self.bf16), rounded_once(self.model, self.bf16):
-            prompt, null = self.encode(prompts), self.encode([self.null_prompt])
-            velocity = guided(self.model, prompt, null, cfg.guidance, clock)
-            return sampler(velocity, x, schedule(cfg.steps, cfg.shift), callback)
+            times = schedule(cfg.steps, cfg.shift)
+            velocity = guided(self.model, self.encode(prompts), self.null_features(), cfg.guidance, clock, times)
+            return sampler(velocity, x, times, callback)
 
 
 def autocast(device: torch.device, bf16: bool) -> torch.autocast | nullcontext[None]:

@@ -96,10 +96,10 @@ def attention(
 ) -> Float[Tensor, "B H S hd"]:
     """Softmax attention in which H/Hkv query heads share each key head; ``mask`` is True on keys to see.
 
-    The grouped heads are folded into rows instead of repeating keys and values. On CPU the products are
-    written out: torch's fused CPU kernel has a backward several times slower at these sizes.
+    Training on a CPU the products are written out, for torch's fused kernel there has a backward several times slower
+    at these sizes; grouped heads are folded into rows instead of repeating keys and values.
     """
-    if q.device.type != "cpu":
+    if q.device.type != "cpu" or not torch.is_grad_enabled():
         m = None if mask is None else mask[:, None, None, :]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=m, enable_gqa=q.shape[1] != k.shape[1])
     B, H, S, hd = q.shape

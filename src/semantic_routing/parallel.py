@@ -230,6 +230,7 @@ def parallelize(model: Backbone, cfg: ParallelConfig, world: World, *, bf16: boo
         fully_shard(block, **options)
     fully_shard(model, **options)
     register_fsdp_forward_method(model, "prepare_text")
+    register_fsdp_forward_method(model, "prepare_steps")
     register_fsdp_forward_method(model, "gate_time")
     # prepare_text returns views, which nobody writes to.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)

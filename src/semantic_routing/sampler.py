@@ -17,11 +17,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from semantic_routing.clock import Clock
-from semantic_routing.dit import Backbone
+from semantic_routing.dit import Backbone, TextContext
 from semantic_routing.features import TextFeatures
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x [B, ...], t [1], the one time of all samples) -> velocity [B, ...]."""
+Contexts = Callable[[Tensor, Tensor], TextContext]
+"""(x [B, ...], t [1]) -> the text as the network's blocks read it there."""
+PLANNED_BYTES = 2**28
+"""Most memory for the text of steps to come."""
 Callback = Callable[[int, Tensor, Tensor, Tensor], None]
 """Called after every step with (step, time, x, velocity) as they were at the step's beginning."""
 
@@ -97,33 +101,91 @@ def ancestral(
 SAMPLERS = {"euler": euler, "heun": heun}
 
 
-def text_velocity(model: Backbone, features: TextFeatures, clock: Clock | None = None) -> Velocity:
-    """The model's velocity for these prompts; the text is prepared once unless routing depends on time.
+def text_velocity(
+    model: Backbone, features: TextFeatures, clock: Clock | None = None, times: Float[Tensor, " T"] | None = None
+) -> Velocity:
+    """The model's velocity for these prompts; ``clock`` turns the nominal time into the one that routing is told.
 
-    ``clock`` turns the nominal time into the one that routing is told.
+    ``times`` are those that will be asked for, in order, where they are known: see ``contexts``.
     """
-    once = None if model.depends_on_time else model.prepare_text(features)
+    return reading(model, contexts(model, features, clock, times))
 
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        if once is not None:
-            return model(x, t, once).float()
-        told = model.gate_time(x, t if clock is None else clock(t))
-        return model(x, t, model.prepare_text(features, told)).float()
 
-    return velocity
+def reading(model: Backbone, text: Contexts) -> Velocity:
+    """The model's velocity with the text as it is at each time."""
+    return lambda x, t: model(x, t, text(x, t)).float()
+
+
+def contexts(
+    model: Backbone, features: TextFeatures, clock: Clock | None = None, times: Float[Tensor, " T"] | None = None
+) -> Contexts:
+    """The text of these prompts at any time, prepared as seldom as routing allows.
+
+    Once, where routing ignores time. Where it goes by a time that is known beforehand, for as many of ``times`` at once
+    as fit ``PLANNED_BYTES``: that reads the states once instead of at every step, and every step on its own does all
+    else. Where it goes by the latents, at every step.
+    """
+    if not model.depends_on_time:
+        once = model.prepare_text(features)
+        return lambda x, t: once
+    if model.reads_latents:
+        return lambda x, t: model.prepare_text(features, model.gate_time(x, t))
+    told = clock or (lambda t: t)
+    if times is None:
+        return lambda x, t: model.prepare_text(features, told(t))
+    left = times.tolist()
+    planned: dict[float, TextContext] = {}
+
+    def at(x: Tensor, t: Tensor) -> TextContext:
+        time = t.item()
+        if time not in planned:
+            while left and left[0] != time:
+                left.pop(0)
+            steps = left[: _steps_planned(model, features)]
+            if len(steps) < 2:
+                return model.prepare_text(features, told(t))
+            planned.clear()
+            planned.update(zip(steps, model.prepare_steps(features, told(t.new_tensor(steps))), strict=True))
+        return planned[time]
+
+    return at
+
+
+def _steps_planned(model: Backbone, features: TextFeatures) -> int:
+    """Steps whose keys and values, and what they are made from, fit ``PLANNED_BYTES``."""
+    cfg = model.cfg
+    mixes = cfg.depth if cfg.arm == "joint" else 1
+    channels = mixes * cfg.text_width + 2 * cfg.depth * cfg.kv_heads * cfg.head_dim
+    return PLANNED_BYTES // (features.mask.numel() * channels * features.hidden.itemsize)
 
 
 def guided(
-    model: Backbone, features: TextFeatures, null: TextFeatures, scale: float, clock: Clock | None = None
+    model: Backbone,
+    features: TextFeatures,
+    null: TextFeatures,
+    scale: float,
+    clock: Clock | None = None,
+    times: Float[Tensor, " T"] | None = None,
 ) -> Velocity:
     """Classifier-free guidance (Ho & Salimans, 2022): null + scale * (prompt - null), both in one batch.
 
-    ``null`` holds the features of the null prompt, for each prompt or once for all. At scale 1 the null half
-    is not computed.
+    ``null`` holds the features of the null prompt, for each prompt or once for all; once, its text is prepared once for
+    all. At scale 1 the null half is not computed.
     """
     if scale == 1:
-        return text_velocity(model, features, clock)
-    return extrapolated(text_velocity(model, join(features, null), clock), scale)
+        return text_velocity(model, features, clock, times)
+    if model.reads_latents:  # the null prompt's text differs from image to image, too
+        return extrapolated(text_velocity(model, join(features, null)), scale)
+    halves = [contexts(model, half, clock, times) for half in (features, null)]
+    kept: list[tuple[TextContext, TextContext]] = []
+
+    def both(x: Tensor, t: Tensor) -> TextContext:
+        prompt, nothing = (half(x, t) for half in halves)
+        if not kept or kept[0][0] is not prompt:
+            kept[:] = [(prompt, join_contexts(prompt, nothing))]
+        return kept[0][1]
+
+    return extrapolated(reading(model, both), scale)
 
 
 def extrapolated(both: Velocity, scale: float) -> Velocity:
@@ -140,20 +202,35 @@ def join(features: TextFeatures, null: TextFeatures) -> TextFeatures:
     """Prompts and their null prompts as one batch, padded to the longer of the two."""
     batch, length = features.mask.shape
     longest = max(length, null.mask.shape[1])
-
-    def both(a: Tensor | None, b: Tensor | None, axis: int) -> Tensor | None:
-        """Pad the token axis (``axis`` from the end), repeat the null prompt for every prompt, concatenate."""
-        if a is None or b is None:
-            return None
-        pad = [0] * (2 * axis - 2)
-        a, b = (F.pad(x, [*pad, 0, longest - x.shape[-axis]]) for x in (a, b))
-        return torch.cat([a, b.expand(-1, batch, *b.shape[2:])], dim=1)
-
-    hidden = both(features.hidden, null.hidden, 2)
-    mask = both(features.mask[None], null.mask[None], 1)
+    pairs = [(features.hidden, null.hidden, 2), (features.keys, null.keys, 2), (features.values, null.values, 2)]
+    hidden, keys, values = (
+        None if a is None or b is None else _both(a, b, batch, longest, rows=1, tokens=a.ndim - token)
+        for a, b, token in pairs
+    )
     assert hidden is not None
-    assert mask is not None
-    return TextFeatures(hidden, mask[0], both(features.keys, null.keys, 2), both(features.values, null.values, 2))
+    return TextFeatures(hidden, _both(features.mask, null.mask, batch, longest, rows=0, tokens=1), keys, values)
+
+
+def join_contexts(prompt: TextContext, null: TextContext) -> TextContext:
+    """Keys and values of prompts and of their null prompts as one batch, padded to the longer of the two."""
+    batch, _, length, _ = prompt.keys[0].shape
+    longest = max(length, null.keys[0].shape[2])
+    keys, values = (
+        tuple(_both(a, b, batch, longest, rows=0, tokens=2) for a, b in zip(*pair, strict=True))
+        for pair in ((prompt.keys, null.keys), (prompt.values, null.values))
+    )
+    assert prompt.mask is not None
+    assert null.mask is not None
+    return TextContext(keys, values, _both(prompt.mask, null.mask, batch, longest, rows=0, tokens=1))
+
+
+def _both(a: Tensor, b: Tensor, batch: int, longest: int, *, rows: int, tokens: int) -> Tensor:
+    """``a`` and ``b``, which is repeated to ``batch`` where it is one, along the axis ``rows``; each with its axis
+    ``tokens`` padded to ``longest``."""
+    a, b = (F.pad(x, [*[0, 0] * (x.ndim - 1 - tokens), 0, longest - x.shape[tokens]]) for x in (a, b))
+    sizes = [-1] * b.ndim
+    sizes[rows] = batch
+    return torch.cat([a, b.expand(sizes)], dim=rows)
 
 
 def noise_for(

@@ -1,4 +1,4 @@
-"""The mix on a CPU, in each of its forms: against Eq. 2 in float64, and the same for any batch and number of threads."""
+"""The mix on a CPU, in each of its forms: Eq. 2 in float64, and the same for any batch and number of threads."""
 
 from __future__ import annotations
 
