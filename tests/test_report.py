@@ -176,7 +176,7 @@ def test_page_says_what_was_trained_and_how(reported):
     assert drawings == ["training loss by step", "weight of every language-model layer in every block"]
 
 
-@pytest.mark.parametrize(("arm", "maps"), [("fusedit", 0), ("time", 5)])
+@pytest.mark.parametrize(("arm", "maps"), [("fusedit", 0), ("time", 6)])
 def test_other_arms(tmp_path, arm, maps):
     fake_evaluation(tmp_path / "evaluation")
     path = write_report(fake_run(tmp_path / "run", arm), tmp_path / "evaluation", tmp_path, TIMINGS | {"total": 600.0})

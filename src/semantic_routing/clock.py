@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,12 +17,17 @@ from torch import Tensor
 Clock = Callable[[Tensor], Tensor]
 """Nominal times [T] to the gate's times [T], both from 0 (noise) to 1 (data)."""
 NOMINAL, SHIFTED = "nominal", "shifted"
+SIZE, START = 0.02, 0.2
+"""The paper's largest advance, and the time from which on there is any (Eq. 11)."""
 
 
-def shifted(t: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
-    """The paper's advance of the gate (Eq. 11): up to 0.02 later, growing from t = 0.2 on; never past 1."""
-    delta = 0.01 * (1 - torch.cos(torch.pi * (t - 0.2) / 0.8))
-    return torch.where(t > 0.2, t + delta, t).clamp(max=1)
+def shifted(t: Float[Tensor, " T"], size: float = SIZE, start: float = START) -> Float[Tensor, " T"]:
+    """The gate's advance of Eq. 11: from ``start`` on it grows as half a cosine up to ``size`` at t = 1.
+
+    A negative size holds the gate back. What it is told stays from 0 to 1.
+    """
+    delta = size / 2 * (1 - torch.cos(torch.pi * (t - start) / (1 - start)))
+    return torch.where(t > start, t + delta, t).clamp(0, 1)
 
 
 def tabulated(times: Float[Tensor, " S"], values: Float[Tensor, " S"]) -> Clock:
@@ -50,14 +56,33 @@ def tabulated(times: Float[Tensor, " S"], values: Float[Tensor, " S"]) -> Clock:
 
 
 def parse_clock(name: str) -> Clock | None:
-    """A clock from "nominal" (None), "shifted", or the path of a calibration; ValueError for anything else."""
+    """A clock from "nominal" (None), "shifted", "shifted:SIZE", "shifted:SIZE:START", or a calibration's path.
+
+    ValueError for anything else.
+    """
     if name in (NOMINAL, SHIFTED):
         return shifted if name == SHIFTED else None
+    if name.startswith(f"{SHIFTED}:"):
+        return _parse_shift(name)
     path = Path(name)
     try:
         curve = json.loads(path.read_text(encoding="utf-8"))
         return tabulated(torch.tensor(curve["times"]), torch.tensor(curve["effective"]))
     except FileNotFoundError as error:
-        raise ValueError(f"unknown clock {name!r}: use nominal, shifted, or the file of a calibration") from error
+        known = "nominal, shifted, shifted:SIZE or the file of a calibration"
+        raise ValueError(f"unknown clock {name!r}: use {known}") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{name} is no calibration ({error}); make one with semroute analyze --calibrate") from error
+        raise ValueError(f"{name} is no calibration ({error}); make one with semroute analyze --trajectory") from error
+
+
+def _parse_shift(name: str) -> Clock:
+    first, _, second = name.removeprefix(f"{SHIFTED}:").partition(":")
+    try:
+        size, start = float(first), float(second or START)
+        if not (abs(size) <= 1 and 0 <= start < 1):
+            raise ValueError("out of range")
+    except ValueError as error:
+        raise ValueError(
+            f"{name!r} is no shift: give its size from -1 to 1, perhaps its start from 0 to below 1: shifted:0.05:0.2"
+        ) from error
+    return partial(shifted, size=size, start=start)

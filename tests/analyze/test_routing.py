@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.special import entr
 
 from semantic_routing.analyze.distances import compare_routers, mean_similarity
-from semantic_routing.analyze.routing import TIMES, profiles, routing_figures
+from semantic_routing.analyze.routing import profiles, routing_figures
 from semantic_routing.analyze.statistics import js_similarity, total_variation, wasserstein_steps
-from semantic_routing.analyze.weights import routing_weights
+from semantic_routing.analyze.weights import TIMES, routing_weights
 from semantic_routing.dit import Backbone, DiTConfig
 from semantic_routing.fusedit import make_model
 
 DEPTH, LAYERS = 4, 5
-BLOCKS = ["similarity-blocks", "trend-blocks"]
-OVER_TIME = ["similarity-times", "trend-times", "wasserstein-times"]
+BLOCKS = ["similarity-blocks", "trend-blocks", "effective-layers-blocks"]
+OVER_TIME = ["similarity-times", "trend-times", "effective-layers-times", "wasserstein-times"]
 
 
 def trained(arm: str, scale: float = 1.0) -> Backbone:
@@ -57,6 +58,25 @@ def test_the_figures_hold_the_formulas() -> None:
     assert axes.lines[0].get_ydata() == pytest.approx(centre, abs=1e-6)
 
 
+def test_effective_layers_of_each_block_and_of_the_mean_over_blocks() -> None:
+    model = trained("joint")
+    weights = routing_weights(model, TIMES).astype(float)
+    drawn = {figure.name: figure for figure in routing_figures(model)}
+    for axis, other in (("times", 1), ("blocks", 0)):
+        figure = drawn[f"effective-layers-{axis}"]
+        assert figure.values[:, 0] == pytest.approx(np.exp(entr(weights).sum(-1)).mean(other), rel=1e-5)
+        mean = weights.mean(other)
+        assert figure.values[:, 1] == pytest.approx(np.exp(entr(mean).sum(-1)), rel=1e-5)
+        assert figure.figure.axes[0].lines[0].get_ydata() == pytest.approx(figure.values[:, 0])
+    (alone,) = [figure for figure in routing_figures(trained("depth")) if figure.name == "effective-layers-blocks"]
+    assert alone.columns == ["effective layers"]
+
+
+def test_weights_that_are_all_alike_have_one_colour() -> None:
+    figure = {drawn.name: drawn.figure for drawn in routing_figures(trained("time", scale=0.0))}["similarity-times"]
+    assert figure.axes[0].collections[0].get_clim() == (0.99, 1)
+
+
 def test_profiles_leave_out_what_routing_ignores() -> None:
     assert profiles(trained("depth")).by_time is None
     assert profiles(trained("time")).by_block is None
@@ -76,6 +96,9 @@ def test_models_are_compared_pair_by_pair() -> None:
     a, b = (routing_weights(model, TIMES).astype(float) for model in models[:2])
     assert values[0, 1] == pytest.approx(1 - total_variation(a, b).mean())
     assert mean_similarity(np.array([[1.0, 0.5], [0.5, 1.0]])) == 0.5
+    axes = drawn["models-jensen-shannon"].figure.axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b", "c"]
+    assert f"{mean_similarity(values):.4f}" in drawn["models-total-variation"].title
     assert (drawn["models-jensen-shannon"].values > values - 1e-9).all()  # divergence is at most total variation
 
 

@@ -11,7 +11,14 @@ from matplotlib import rcParams
 from PIL import Image
 
 from semantic_routing.analyze.figures import INK, new_axes, to_svg
-from semantic_routing.analyze.weights import open_router, plot_heatmap, plot_lines, routing_weights, weight_figures
+from semantic_routing.analyze.weights import (
+    TIMES,
+    open_router,
+    plot_heatmap,
+    plot_lines,
+    routing_weights,
+    weight_figures,
+)
 from semantic_routing.checkpoint import save_checkpoint
 from semantic_routing.config import to_dict
 from semantic_routing.dit import Backbone, DiTConfig
@@ -97,12 +104,17 @@ def test_bad_checkpoints_are_named(tmp_path):
         open_router(run)
 
 
+MAPS = [f"heatmap-t{t}" for t in ("0", "0.2", "0.4", "0.6", "0.8", "1")]
+BLOCKS = [f"{form}-block{block}" for form in ("heatmap", "lines") for block in (0, 1, 3)]
+
+
 @pytest.mark.parametrize(
     ("arm", "names"),
     [
         ("static", {"heatmap", "lines"}),
         ("depth", {"heatmap", "lines"}),
-        ("time", {*(f"heatmap-t{t}" for t in ("0.00", "0.25", "0.50", "0.75", "1.00")), "lines"}),
+        ("time", {"heatmap-times", "lines"}),
+        ("joint", {*MAPS, *BLOCKS}),
     ],
 )
 def test_every_figure_has_its_numbers_beside_it(tmp_path, arm, names):
@@ -128,12 +140,26 @@ def test_what_the_figures_show(tmp_path):
     model = trained("joint")
     for drawn in weight_figures(model):
         drawn.save(tmp_path / "out")
-    heatmap, lines = (np.load(tmp_path / "out" / f"{name}.npz") for name in ("heatmap-t0.25", "lines-block3"))
-    assert heatmap["values"] == pytest.approx(routing_weights(model, [0.25])[0], abs=1e-6)
+    names = ("heatmap-t0.2", "lines-block3", "heatmap-block1")
+    heatmap, lines, over_time = (np.load(tmp_path / "out" / f"{name}.npz") for name in names)
+    assert heatmap["values"] == pytest.approx(routing_weights(model, [0.2])[0], abs=1e-6)
     assert list(heatmap["rows"]) == [f"block {block}" for block in range(DEPTH)]
+    assert over_time["values"] == pytest.approx(routing_weights(model, TIMES)[:, 1], abs=1e-6)
+    assert list(over_time["rows"])[::10] == ["t = 0", "t = 0.5", "t = 1"]
     expected = routing_weights(model, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])[:, 3]
     assert lines["values"] == pytest.approx(expected, abs=1e-6)
     assert list(lines["rows"]) == ["t = 0", "t = 0.2", "t = 0.4", "t = 0.6", "t = 0.8", "t = 1"]
+
+
+def test_times_and_blocks_are_chosen():
+    model = trained("joint")
+    drawn = {figure.name: figure for figure in weight_figures(model, times=[0.125, 0.9], blocks=[2])}
+    assert list(drawn) == ["heatmap-t0.125", "heatmap-t0.9", "heatmap-block2", "lines-block2"]
+    assert drawn["lines-block2"].values == pytest.approx(routing_weights(model, [0.125, 0.9])[:, 2])
+    (lines,) = [figure for figure in weight_figures(trained("depth"), blocks=[3, 1]) if figure.name == "lines"]
+    assert lines.rows == ["block 3", "block 1"]
+    with pytest.raises(ValueError, match="there is no block 4: this model's are 0 to 3"):
+        list(weight_figures(model, blocks=[0, 4]))
 
 
 def test_heatmaps_start_with_block_0_on_top_and_say_their_numbers():
@@ -158,6 +184,13 @@ def test_large_heatmaps_have_few_labels_and_no_numbers():
     axes = plot_heatmap(np.full((24, 36), 1 / 36)).axes[0]
     assert not axes.texts
     assert max(len(axes.get_xticks()), len(axes.get_yticks())) <= 12
+
+
+def test_rows_are_named_by_time():
+    times = [f"{t:g}" for t in TIMES]
+    axes = plot_heatmap(np.full((21, 36), 1 / 36), rows=times, label="time").axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == times[::2]
+    assert axes.get_ylabel() == "time"
 
 
 def test_lines_are_the_rows():

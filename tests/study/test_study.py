@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import ttest_1samp
 
 from semantic_routing.errors import TrainingFailed
 from semantic_routing.evaluate.scores import CORRECT, Record
-from semantic_routing.study import plan, results
-from semantic_routing.study.plan import StudyArguments, jobs, stages
+from semantic_routing.fusion import ARMS
+from semantic_routing.study import plan, results, runner
+from semantic_routing.study.plan import StudyArguments, evaluation_folder, jobs, stages
 from semantic_routing.study.results import over_seeds
 from semantic_routing.study.runner import run_study
 from semantic_routing.study.tables import write_results
@@ -54,12 +57,62 @@ def test_the_stages_of_a_run_are_commands_of_the_program(tmp_path: Path) -> None
     assert first.command == ("train", "--resume", str(tmp_path / "runs" / job.name))
 
 
+def test_each_scale_has_its_arms_seeds_and_sampling(tmp_path: Path) -> None:
+    toy, small = (jobs(StudyArguments(scale=scale, out=tmp_path)) for scale in ("toy", "small"))
+    assert [job.name for job in toy] == ["penultimate-seed0", "uniform-seed0", "depth-seed0"]
+    assert [job.name for job in small] == [f"{arm}-seed{seed}" for seed in range(3) for arm in ARMS]
+    assert {(job.config.model.width, job.config.steps, job.config.batch) for job in small} == {(512, 3000, 256)}
+    for scale, batch in (("toy", "110"), ("small", "506")):
+        args = StudyArguments(scale=scale, out=tmp_path, arms=("time",), seeds=1)
+        (job,) = jobs(args)
+        _, *rest = stages(job, args)
+        assert {stage.command[stage.command.index("--batch") + 1] for stage in rest} == {batch}
+        assert {stage.command[stage.command.index("--guidance") + 1] for stage in rest} == {"3.0"}
+
+
+def test_gates_are_told_the_times_that_are_asked_for(tmp_path: Path) -> None:
+    args = StudyArguments(scale="toy", out=tmp_path, arms=("time", "depth"), clocks=("shifted:0.05",))
+    told, plain = ([stage.command for stage in stages(job, args)][1:] for job in jobs(args))
+    assert ["--clock" in command for command in told] == [False, True]
+    assert told[1][-2:] == ("--clock", "shifted:0.05")
+    assert len(plain) == 1
+    assert evaluation_folder(args, jobs(args)[0], "shifted:0.05").name == "time-seed0-shifted-0.05"
+
+
+def test_runs_share_a_gpu_as_far_as_the_machine_has_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small, toy = (StudyArguments(scale=scale, out=tmp_path) for scale in ("small", "toy"))
+
+    def on(gpus: int, cores: int, args: StudyArguments) -> list[str]:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+        return runner.study_devices(args)
+
+    assert on(1, 16, small) == ["cuda:0"] * 4
+    assert on(1, 9, small) == ["cuda:0"] * 2
+    assert on(2, 16, small) == ["cuda:0", "cuda:1"] * 2
+    assert on(2, 2, small) == on(2, 64, toy) == ["cuda:0", "cuda:1"]
+    assert on(0, 64, small) == ["cpu"]
+    asked = StudyArguments(scale="toy", out=tmp_path, devices=("cuda:1", "cpu"))
+    assert on(2, 2, asked) == ["cuda:1", "cpu"]
+    with pytest.raises(ValueError, match="no device 'cuda:1' here; known: cpu, cuda:0"):
+        on(1, 2, asked)
+
+
+def test_a_run_sees_the_gpu_that_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [runner._visible(device) for device in ("cpu", "cuda:1")] == ["", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert [runner._visible(device) for device in ("cpu", "cuda:1")] == ["", "5"]
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"arms": ("B1", "penultimate")}, "each named once"),
-        ({"arms": ()}, "each named once"),
+        ({"arms": ("depht",)}, "unknown arm 'depht'"),
         ({"seeds": 0}, "at least 1"),
+        ({"clocks": ("nominal",)}, "has the nominal clock"),
+        ({"clocks": ("shfited",)}, "unknown clock 'shfited'"),
         ({"router_rates": (0.0,)}, "above 0"),
     ],
 )
@@ -106,6 +159,7 @@ def tiny_study(
     tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> StudyArguments:
     monkeypatch.setitem(plan.RECIPES, "toy", lambda arm: tiny_config(arm, steps=2, checkpoint_every=2))
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling takes longer than all the rest
     arms = ("uniform", "depth")
     return StudyArguments(scale="toy", out=tmp_path / "study", arms=arms, n=11, devices=("cpu",))
 
@@ -132,6 +186,8 @@ def test_a_study_runs_to_its_page_and_then_has_nothing_left_to_do(
     assert (out / "figures" / "accuracy.png").is_file()
     monkeypatch.setattr("semantic_routing.study.runner._start", None)  # nothing is started again
     run_study(tiny_study)
+    with pytest.raises(ValueError, match="uniform-seed0 was scored on 11 prompts; give --n 11 or choose another"):
+        run_study(replace(tiny_study, n=22))
 
 
 def test_a_run_that_fails_is_named_with_its_log(tiny_study: StudyArguments, monkeypatch: pytest.MonkeyPatch) -> None:

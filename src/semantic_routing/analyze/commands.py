@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,13 +11,13 @@ import torch
 import tyro
 
 from semantic_routing.analyze.distances import compare_routers
-from semantic_routing.analyze.figures import Drawn
 from semantic_routing.analyze.page import Strip, write_page
 from semantic_routing.analyze.routing import routing_figures
 from semantic_routing.analyze.trajectory import Trajectory, sample_trajectory
 from semantic_routing.analyze.trajectory_figures import lead_table, trajectory_figures, write_calibration
-from semantic_routing.analyze.weights import open_router, weight_figures
+from semantic_routing.analyze.weights import CHOSEN_TIMES, open_router, routes, weight_figures
 from semantic_routing.checkpoint import check_writable, write_text
+from semantic_routing.clock import NOMINAL
 from semantic_routing.data.shapes import prompts as toy_prompts
 from semantic_routing.device import keep_freed_memory, pick_device
 from semantic_routing.dit import Backbone
@@ -36,6 +35,10 @@ class AnalyzeArguments:
     """Runs' folders, checkpoints or exported pipelines; several are drawn each and compared."""
     out: Path
     """Folder for the figures (.png, .pdf) and their numbers (.csv, .npz)."""
+    times: tuple[float, ...] = CHOSEN_TIMES
+    """Times (0 noise, 1 data) at which the weights of time-dependent routing are drawn."""
+    blocks: tuple[int, ...] = ()
+    """Blocks, from 0, whose weights are drawn one by one; by default the first, the middle and the last."""
     trajectory: bool = False
     """Sample, and measure how far the true trajectory runs ahead of the training forward process (Figure 4)."""
     prompts: Path | None = None
@@ -50,6 +53,8 @@ class AnalyzeArguments:
     """Integrator of the flow, or ancestral: the image predicted and noised anew at every step."""
     shift: float = 1.0
     """Above 1, more steps near the noise."""
+    clock: str = NOMINAL
+    """The time that the gate of S1 and S3 is told on the trajectory, as of semroute sample."""
     seed: int = 0
     """Run seed of the trajectories' noise."""
     batch: int = 64
@@ -66,6 +71,11 @@ class AnalyzeArguments:
             )
         if self.n < 1 or self.batch < 1 or not self.guidance or not self.steps or min(self.steps) < 2:
             raise ValueError("a trajectory needs n and batch of at least 1, a guidance, and at least 2 steps")
+        if not self.times or not all(0 <= time <= 1 for time in self.times):
+            raise ValueError("times are from 0 (noise) to 1 (data), at least one")
+        for name in ("times", "blocks", "guidance", "steps"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"one of the {name} is given twice")
 
 
 def run_analysis(args: AnalyzeArguments) -> list[Path]:
@@ -95,7 +105,10 @@ def _folders(args: AnalyzeArguments) -> dict[Path, Path]:
 
 
 def _analyze(path: Path, model: Backbone, out: Path, args: AnalyzeArguments) -> list[Path]:
-    drawn = list(_router_figures(model))
+    if args.trajectory and not routes(model):
+        drawn = []  # the trajectory is all there is to see
+    else:
+        drawn = [*weight_figures(model, args.times, args.blocks), *routing_figures(model)]
     strips: list[Strip] = []
     leads: list[dict[str, Any]] = []
     if args.trajectory:
@@ -115,11 +128,6 @@ def _analyze(path: Path, model: Backbone, out: Path, args: AnalyzeArguments) -> 
     return written
 
 
-def _router_figures(model: Backbone) -> Iterator[Drawn]:
-    yield from weight_figures(model)
-    yield from routing_figures(model)
-
-
 def _captions(args: AnalyzeArguments) -> list[str]:
     if args.prompts is None:
         return [sample.caption for sample in toy_prompts(args.seed, args.n)]
@@ -127,7 +135,7 @@ def _captions(args: AnalyzeArguments) -> list[str]:
 
 
 def _sampling(args: AnalyzeArguments) -> SampleConfig:
-    return SampleConfig(sampler=args.sampler, shift=args.shift, seed=args.seed, batch=args.batch)
+    return SampleConfig(sampler=args.sampler, shift=args.shift, clock=args.clock, seed=args.seed, batch=args.batch)
 
 
 def _trajectories(bundle: Bundle, args: AnalyzeArguments, out: Path) -> list[tuple[SampleConfig, Trajectory]]:

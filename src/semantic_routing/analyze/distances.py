@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Float
 
 from semantic_routing.analyze.figures import Drawn
-from semantic_routing.analyze.routing import TIMES, plot_similarity
+from semantic_routing.analyze.routing import SIMILARITY, plot_similarity
 from semantic_routing.analyze.statistics import js_divergence, total_variation
-from semantic_routing.analyze.weights import routing_weights
+from semantic_routing.analyze.weights import TIMES, routing_weights
 from semantic_routing.dit import Backbone
 
 
@@ -28,12 +28,17 @@ def compare_routers(names: Sequence[str], models: Sequence[Backbone]) -> Iterato
                 f"{weights[0].shape[1]} reading {weights[0].shape[2]}: only models of one shape can be compared"
             )
     stack = np.stack(weights)
-    for kind, distance in (("jensen-shannon", js_divergence), ("total-variation", total_variation)):
+    kinds = (
+        ("jensen-shannon", js_divergence, SIMILARITY),
+        ("total-variation", total_variation, "similarity: 1 - total variation"),
+    )
+    for kind, distance, measure in kinds:
         values = 1 - distance(stack[:, None], stack[None]).mean((2, 3))
+        places = np.arange(len(names), dtype=float)
         yield Drawn(
             name=f"models-{kind}",
-            title=f"Similarity of the models' routing (1 - {kind.replace('-', ' ')})",
-            figure=plot_similarity(values, np.arange(len(names), dtype=float), "model"),
+            title=f"Routing of the models, {measure}: {mean_similarity(values):.4f} in the mean over pairs",
+            figure=plot_similarity(values, places, "", names=names, measure=measure),
             rows=names,
             columns=names,
             values=values,

@@ -69,7 +69,8 @@ def save_figure(
     """Write ``stem`` as .png and .pdf and the numbers it shows, a named row each, as .csv and .npz."""
     for kind in ("png", "pdf"):
         with written_whole(stem.with_name(f"{stem.name}.{kind}")) as scratch:
-            figure.savefig(scratch, format=kind, dpi=200)
+            figure.savefig(scratch, format=kind, dpi=150)
+        figure.set_layout_engine("none")  # once laid out is enough
     with written_whole(stem.with_name(f"{stem.name}.csv")) as scratch, scratch.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["", *columns])

@@ -16,9 +16,8 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from semantic_routing.analyze.figures import Drawn, to_svg
-from semantic_routing.analyze.routing import TIMES
 from semantic_routing.analyze.statistics import center, effective_layers
-from semantic_routing.analyze.weights import routing_weights
+from semantic_routing.analyze.weights import TIMES, routes, routing_weights
 from semantic_routing.checkpoint import write_text
 from semantic_routing.dit import Backbone
 from semantic_routing.webpage import document
@@ -45,7 +44,8 @@ def write_page(
     strips: Sequence[Strip],
 ) -> Path:
     """Write the page; it needs no network and no file beside it. Returns its path."""
-    sections = [_weights(model), _figures(drawn)]
+    sections = [_weights(model)] if routes(model) else []
+    sections.append(_figures(drawn))
     if leads:
         sections.append(_leads(leads))
     if strips:

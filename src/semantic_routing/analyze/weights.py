@@ -23,13 +23,16 @@ from semantic_routing.checkpoint import EMA, find_checkpoint, open_tensors, read
 from semantic_routing.config import from_dict
 from semantic_routing.dit import Backbone, DiT, DiTConfig
 from semantic_routing.fusedit import make_model
+from semantic_routing.fusion import AttentionRouter
 
 PIPELINE = "model_index.json"
 """The file that makes a folder a pipeline of diffusers."""
-HEATMAP_TIMES = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Times of the heat maps (0 noise, 1 data) ..."""
-LINE_TIMES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-"""... and of the lines, as in Figure 2."""
+TIMES = tuple(float(t) for t in np.linspace(0, 1, 21).round(2))
+"""The 21 times of Figures 3, 8 and 9 (0 noise, 1 data) ..."""
+CHOSEN_TIMES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+"""... and those of Figures 2 and 7, unless others are chosen."""
+TIME = "time t (0 noise, 1 data)"
+"""The name of the axis."""
 MOST_NUMBERS = 120
 """Heat maps of at most so many cells show the numbers, too."""
 
@@ -88,6 +91,11 @@ def _of_pipeline(path: Path) -> Opened:
     return sizes, tensors, folder
 
 
+def routes(model: Backbone) -> bool:
+    """Whether a model has routing weights that no text is needed for."""
+    return isinstance(model, DiT) and not isinstance(model.router, AttentionRouter)
+
+
 @torch.no_grad()
 def routing_weights(model: Backbone, times: Sequence[float]) -> Float[np.ndarray, "T D L"]:
     """Weight of each of L layers in each of D blocks at the times (0 noise, 1 data); each row sums to 1.
@@ -104,28 +112,36 @@ def routing_weights(model: Backbone, times: Sequence[float]) -> Float[np.ndarray
     return model.router.weights(t).expand(len(times), model.cfg.depth, -1).numpy(force=True)
 
 
-def plot_heatmap(weights: Float[np.ndarray, "D L"], title: str = "", top: float = 0.0) -> Figure:
-    """Block by layer, first block on top: the darker, the more of the layer the block reads.
+def plot_heatmap(
+    weights: Float[np.ndarray, "K L"],
+    title: str = "",
+    top: float = 0.0,
+    rows: Sequence[str] | None = None,
+    label: str = "block",
+) -> Figure:
+    """A row for each of K blocks or times, the first on top: the darker, the more of the layer is read.
 
     ``top`` is the weight of the darkest colour, so that several maps can share one; by default the largest.
+    ``rows`` are the names of the rows, by default their numbers.
     """
-    depth, layers = weights.shape
-    figure, axes = new_axes(min(1.9 + 0.42 * layers, 7.5), min(1.4 + 0.34 * depth, 5.5), title)
+    count, layers = weights.shape
+    figure, axes = new_axes(min(1.9 + 0.42 * layers, 7.5), min(1.4 + 0.34 * count, 5.5), title)
     # Twice the uniform weight is the darkest colour where nothing stands out more.
     top = 100 * max(top, float(weights.max()), 2 / layers)
-    edges_x, edges_y = np.arange(layers + 1) + 0.5, np.arange(depth + 1) - 0.5
+    edges_x, edges_y = np.arange(layers + 1) + 0.5, np.arange(count + 1) - 0.5
     mesh = axes.pcolormesh(
         edges_x, edges_y, weights * 100, cmap="Blues", vmin=0, vmax=top, edgecolors="face", linewidth=0.2
     )
     axes.invert_yaxis()
     axes.set_xticks(_ticks(1, layers))
-    axes.set_yticks(_ticks(0, depth - 1))
+    ticks = _ticks(0, count - 1)
+    axes.set_yticks(ticks, [str(tick) if rows is None else rows[tick] for tick in ticks])
     axes.spines[:].set_visible(False)
-    label_axes(axes, "language-model layer", "block")
+    label_axes(axes, "language-model layer", label)
     if weights.size <= MOST_NUMBERS:
-        for (block, layer), weight in np.ndenumerate(weights * 100):
+        for (row, layer), weight in np.ndenumerate(weights * 100):
             color = "white" if weight > 0.6 * top else "#08306b"
-            axes.text(layer + 1, block, f"{weight:.0f}", ha="center", va="center", fontsize=8.5, color=color)
+            axes.text(layer + 1, row, f"{weight:.0f}", ha="center", va="center", fontsize=8.5, color=color)
     bar = figure.colorbar(mesh, ax=axes, pad=0.02, fraction=0.06)
     bar.set_label("weight (%)", fontsize=10, color=INK)
     bar.ax.tick_params(labelsize=9, color=INK, labelcolor=INK)
@@ -135,7 +151,7 @@ def plot_heatmap(weights: Float[np.ndarray, "D L"], title: str = "", top: float 
 
 def plot_lines(weights: Float[np.ndarray, "K L"], labels: Sequence[str], title: str = "") -> Figure:
     """Weight by layer, a line for each of K blocks or times in their order."""
-    figure, axes = new_axes(5.6, 3.4, title)
+    figure, axes = new_axes(6.6, 3.4, title)
     layers = weights.shape[1]
     colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(labels)))
     for row, label, color in zip(weights, labels, colors, strict=True):
@@ -144,24 +160,36 @@ def plot_lines(weights: Float[np.ndarray, "K L"], labels: Sequence[str], title: 
     axes.set_xticks(_ticks(1, layers))
     axes.set_ylim(bottom=0)
     label_axes(axes, "language-model layer", "weight")
-    axes.legend(fontsize=9, frameon=False, labelcolor=INK)
+    axes.legend(fontsize=9, frameon=False, labelcolor=INK, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
-def heatmaps(model: Backbone) -> Iterator[tuple[float | None, Float[np.ndarray, "D L"]]]:
-    """What there is to draw: the weights, at ``HEATMAP_TIMES`` or, where time is ignored, once for None."""
-    times = HEATMAP_TIMES if model.depends_on_time else HEATMAP_TIMES[:1]
+def heatmaps(
+    model: Backbone, times: Sequence[float] = CHOSEN_TIMES
+) -> Iterator[tuple[float | None, Float[np.ndarray, "D L"]]]:
+    """The weights of all blocks at the times or, where time is ignored, once for None."""
+    times = times if model.depends_on_time else times[:1]
     for time, weights in zip(times, routing_weights(model, times), strict=True):
         yield (time if model.depends_on_time else None), weights
 
 
-def weight_figures(model: Backbone) -> Iterator[Drawn]:
-    """Figures 1, 2, 6 and 7: heat maps of all blocks, lines of the first, middle and last.
+def weight_figures(
+    model: Backbone, times: Sequence[float] = CHOSEN_TIMES, blocks: Sequence[int] = ()
+) -> Iterator[Drawn]:
+    """Figures 1, 2, 6 and 7: heat maps of all blocks at the chosen times and of all times in the chosen blocks; lines.
 
-    Where the weights change with time there are maps at ``HEATMAP_TIMES`` and lines at ``LINE_TIMES``.
+    As far as the model's routing has the axis; by default of the first, the middle and the last block. ValueError for
+    a block that the model lacks.
     """
+    depth = model.cfg.depth
+    if wrong := [block for block in blocks if not 0 <= block < depth]:
+        raise ValueError(f"there is no block {wrong[0]}: this model's are 0 to {depth - 1}")
+    chosen = list(blocks) or sorted({0, (depth - 1) // 2, depth - 1})
+    # Over the axis that routing ignores all weights are alike, and one of it stands for all.
+    if np.ptp(routing_weights(model, TIMES), axis=1).max() == 0:
+        chosen = []
     columns = [f"layer {layer}" for layer in range(1, model.cfg.text_layers + 1)]
-    for name, title, figure, rows, weights in [*_heatmap_figures(model), *_line_figures(model)]:
+    for name, title, figure, rows, weights in [*_maps(model, times, chosen), *_lines(model, times, chosen)]:
         yield Drawn(name=name, title=title, figure=figure, rows=rows, columns=columns, values=weights)
 
 
@@ -169,29 +197,34 @@ Part = tuple[str, str, Figure, list[str], Float[np.ndarray, "K L"]]
 """Name and title of a figure, the figure, the names of the rows of numbers in it, and these."""
 
 
-def _heatmap_figures(model: Backbone) -> Iterator[Part]:
+def _maps(model: Backbone, times: Sequence[float], blocks: Sequence[int]) -> Iterator[Part]:
+    every = routing_weights(model, TIMES)
+    top = float(every.max())
     rows = [f"block {block}" for block in range(model.cfg.depth)]
-    drawn = list(heatmaps(model))
-    top = max(float(weights.max()) for _, weights in drawn)
-    for time, weights in drawn:
-        name, at = ("heatmap", "") if time is None else (f"heatmap-t{time:.2f}", f"t = {time:g}")
+    for time, weights in heatmaps(model, times) if blocks or not model.depends_on_time else ():
+        name, at = ("heatmap", "") if time is None else (f"heatmap-t{time:g}", f"t = {time:g}")
         title = f"Weight of each layer in each block{at and f', {at}'}"
         yield name, title, plot_heatmap(weights, at, top), rows, weights
+    for block in (blocks or [0]) if model.depends_on_time else ():
+        name, where = (f"heatmap-block{block}", f"block {block}") if blocks else ("heatmap-times", "")
+        names, weights = [f"{t:g}" for t in TIMES], every[:, block]
+        figure = plot_heatmap(weights, where, top, names, TIME)
+        title = f"Weight of each layer at each time{where and f', {where}'}"
+        yield name, title, figure, [f"t = {t}" for t in names], weights
 
 
-def _line_figures(model: Backbone) -> Iterator[Part]:
-    weights = routing_weights(model, LINE_TIMES)
-    last = model.cfg.depth - 1
-    blocks = sorted({0, last // 2, last}) if np.ptp(weights, axis=1).max() > 0 else [0]
+def _lines(model: Backbone, times: Sequence[float], blocks: Sequence[int]) -> Iterator[Part]:
+    weights = routing_weights(model, times)
     if not model.depends_on_time:
-        rows = [f"block {block}" for block in blocks] if len(blocks) > 1 else ["all blocks"]
-        yield "lines", "Weight of each layer", plot_lines(weights[0, blocks], rows), rows, weights[0, blocks]
+        rows = [f"block {block}" for block in blocks] or ["all blocks"]
+        values = weights[0, list(blocks) or [0]]
+        yield "lines", "Weight of each layer", plot_lines(values, rows), rows, values
         return
-    rows = [f"t = {time:g}" for time in LINE_TIMES]
-    for block in blocks:
-        name, title = (f"lines-block{block}", f"block {block}") if len(blocks) > 1 else ("lines", "")
-        about = f"Weight of each layer at six times{title and f', {title}'}"
-        yield name, about, plot_lines(weights[:, block], rows, title), rows, weights[:, block]
+    rows = [f"t = {time:g}" for time in times]
+    for block in blocks or [0]:
+        name, where = (f"lines-block{block}", f"block {block}") if blocks else ("lines", "")
+        title = f"Weight of each layer at chosen times{where and f', {where}'}"
+        yield name, title, plot_lines(weights[:, block], rows, where), rows, weights[:, block]
 
 
 def _ticks(first: int, last: int, most: int = 12) -> range:

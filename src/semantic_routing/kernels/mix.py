@@ -27,7 +27,7 @@ def fused_mix(weights: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Weights [B or 1, D, L] and states [L, B, N, C] to the mix [D, B, N, C] in the states' type, and the states'
     mean and 1 / deviation, each [L, B, N] in float32."""
     weights, hidden = weights.float().contiguous(), hidden.contiguous()
-    if hidden.device.type == "cuda":
+    if hidden.device.type == "cuda" and hidden.dtype != torch.float64:
         from semantic_routing.kernels import gpu
 
         return gpu.mix_forward(weights, hidden)
@@ -43,7 +43,7 @@ def fused_mix(weights: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def fused_mix_backward(grad: Tensor, hidden: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     """The gradient [B, D, L] in float32 of every sample's weights, from that of the mix."""
     grad, hidden = grad.to(hidden.dtype).contiguous(), hidden.contiguous()
-    if hidden.device.type == "cuda":
+    if hidden.device.type == "cuda" and hidden.dtype != torch.float64:
         from semantic_routing.kernels import gpu
 
         return gpu.mix_backward(grad, hidden, mean, rstd)

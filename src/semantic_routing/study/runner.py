@@ -22,7 +22,9 @@ from rich.table import Table
 from semantic_routing.checkpoint import check_writable, write_text
 from semantic_routing.config import to_dict
 from semantic_routing.errors import Interrupted, TrainingFailed
-from semantic_routing.study.plan import Job, Stage, StudyArguments, config_text, evaluation_folder, jobs, stages
+from semantic_routing.evaluate.scores import MANIFEST
+from semantic_routing.evaluate.scoring import read_manifest
+from semantic_routing.study.plan import SCALES, Job, Stage, StudyArguments, config_text, evaluation_folder, jobs, stages
 
 POLL_SECONDS = 1.0
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
@@ -50,6 +52,7 @@ def run_study(args: StudyArguments) -> None:
     ValueError where the folder holds a study of other settings, or another process is at it.
     """
     check_writable(args.out)
+    study_devices(args)
     every = [Progress(job) for job in jobs(args)]
     with _claimed(args.out), _signals() as stop:
         _check_same(every, args)
@@ -70,7 +73,7 @@ def run_study(args: StudyArguments) -> None:
 
 def _schedule(every: list[Progress], args: StudyArguments, stop: list[int]) -> None:
     """Keep every device busy until all is done or a signal came."""
-    free = list(args.devices or default_devices())
+    free = study_devices(args)
     console = Console(stderr=True)
     try:
         with Live(console=console, refresh_per_second=2, auto_refresh=console.is_terminal) as live:
@@ -89,9 +92,35 @@ def _schedule(every: list[Progress], args: StudyArguments, stop: list[int]) -> N
         _end(every)
 
 
-def default_devices() -> list[str]:
-    """Every GPU, or the CPU."""
-    return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+CORES_A_RUN = 4
+"""Cores that a run on a GPU keeps busy: its own, and those that draw its pictures and compile."""
+
+
+def study_devices(args: StudyArguments) -> list[str]:
+    """Where runs go, a device for each that goes at the same time: what was asked for, every GPU, or the CPU.
+
+    As many runs share a GPU as the scale allows and the machine has cores for. ValueError for a device that is none.
+    """
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    for device in args.devices:
+        if device not in ("cpu", *gpus):
+            raise ValueError(f"there is no device {device!r} here; known: {', '.join(['cpu', *gpus])}")
+    if args.devices:
+        return list(args.devices)
+    share = max(1, min(SCALES[args.scale].at_once, _cores() // (CORES_A_RUN * max(1, len(gpus)))))
+    return gpus * share or ["cpu"]
+
+
+def _visible(device: str) -> str:
+    """What hides all other GPUs from a process; a device's number counts those that this process sees."""
+    if device == "cpu":
+        return ""
+    number, seen = device.removeprefix("cuda:"), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return seen.split(",")[int(number)].strip() if seen else number
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def _start(progress: Progress, args: StudyArguments, device: str) -> None:
@@ -104,10 +133,9 @@ def _launch(progress: Progress, args: StudyArguments) -> None:
     stage = progress.todo[0]
     progress.stage = stage.what
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    kind, _, index = progress.device.partition(":")
-    environment["CUDA_VISIBLE_DEVICES"] = index if kind == "cuda" else ""
-    if kind == "cpu" and (sharing := args.devices.count("cpu")) > 1:
-        environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // sharing))
+    environment["CUDA_VISIBLE_DEVICES"] = _visible(progress.device)
+    if (sharing := len(study_devices(args))) > 1:
+        environment["OMP_NUM_THREADS"] = str(max(1, _cores() // sharing))
     log = _log(args, progress.job)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
@@ -198,12 +226,17 @@ def _log(args: StudyArguments, job: Job) -> Path:
 
 
 def _check_same(every: list[Progress], args: StudyArguments) -> None:
-    """Write every run's configuration; ValueError where the folder's run of that name has another."""
+    """Write every run's configuration; ValueError where the folder's run of that name has another, or other prompts."""
     for progress in every:
         path = args.out / "configs" / f"{progress.job.name}.json"
         if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != to_dict(progress.job.config):
             raise ValueError(f"{path} is of other settings than these; choose another --out")
         write_text(path, config_text(progress.job))
+        for clock in ("", *progress.job.clocks):
+            folder = evaluation_folder(args, progress.job, clock)
+            scored = read_manifest(folder / MANIFEST).get("prompts", {}).get("n", args.n)
+            if scored != args.n:
+                raise ValueError(f"{folder} was scored on {scored} prompts; give --n {scored} or choose another --out")
 
 
 @contextmanager

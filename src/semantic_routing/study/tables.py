@@ -13,9 +13,8 @@ import numpy as np
 
 from semantic_routing.analyze.distances import mean_similarity
 from semantic_routing.analyze.figures import INK, Drawn, label_axes, new_axes, to_svg
-from semantic_routing.analyze.routing import TIMES
 from semantic_routing.analyze.statistics import js_similarity
-from semantic_routing.analyze.weights import open_router, plot_heatmap, routing_weights
+from semantic_routing.analyze.weights import TIME, TIMES, open_router, plot_heatmap, routing_weights
 from semantic_routing.checkpoint import write_text
 from semantic_routing.dit import DiT
 from semantic_routing.manifest import manifest
@@ -37,8 +36,8 @@ def write_results(args: StudyArguments) -> Path:
     rows = read_rows(args)
     every = jobs(args)
     facts = manifest(
-        scale=args.scale, arms=list(args.arms), steps=every[0].config.steps, prompts=args.n,
-        seeds={"runs": list(range(args.seeds)), "prompts": 0, "sampling": 0},
+        scale=args.scale, arms=list(args.all_arms), steps=every[0].config.steps, prompts=args.n,
+        seeds={"runs": list(args.all_seeds), "prompts": 0, "sampling": 0},
     )  # fmt: skip
     figures = [accuracy_figure(rows), *_routing_figures(args, every)]
     for drawn in figures:
@@ -141,17 +140,20 @@ def accuracy_figure(rows: Sequence[Row]) -> Drawn:
 
 
 def _routing_figures(args: StudyArguments, every: Sequence[Job]) -> list[Drawn]:
-    """The weights that each learned arm's first seed ended with, averaged over time."""
+    """The weights that each learned arm's first seed ended with: by block, averaged over time, or of S1 by time."""
     found = []
     for job in (job for job in every if job.seed == 0):
         weights = _weights(args, job)
         if weights is not None and np.ptp(weights) > 0 and job.arm not in ("penultimate", "hard"):
-            average = weights.mean(0)
+            over_time = job.arm in ("time", "time-state")
+            values = weights[:, 0] if over_time else weights.mean(0)
+            names = [f"{t:g}" for t in TIMES] if over_time else [str(d) for d in range(len(values))]
+            axis = TIME if over_time else "block"
             found.append(
                 Drawn(
                     name=f"weights-{job.variant}", title=f"Weights of {job.variant}, seed 0",
-                    figure=plot_heatmap(average), rows=[f"block {d}" for d in range(len(average))],
-                    columns=[f"layer {i + 1}" for i in range(average.shape[1])], values=average,
+                    figure=plot_heatmap(values, rows=names, label=axis), rows=names,
+                    columns=[f"layer {i + 1}" for i in range(values.shape[1])], values=values,
                 )
             )  # fmt: skip
     return found
@@ -184,7 +186,7 @@ def _weights(args: StudyArguments, job: Job) -> Any:
 
 def page(args: StudyArguments, text: str, figures: Sequence[Drawn], facts: dict[str, Any]) -> str:
     """The whole as one page that needs nothing beside it."""
-    title = f"Study: {', '.join(args.arms)} at scale {args.scale}"
+    title = f"Study: {', '.join(args.all_arms)} at scale {args.scale}"
     cards = "".join(
         f'<div class="card plot"><h3>{escape(d.title)}</h3><div>{to_svg(d.figure, d.title)}</div></div>'
         for d in figures
@@ -192,7 +194,7 @@ def page(args: StudyArguments, text: str, figures: Sequence[Drawn], facts: dict[
     return document(
         title,
         f"<h1>{escape(title)}</h1>\n"
-        f'<p class="soft">{args.seeds} seeds, {facts["steps"]} steps a run, {args.n} prompts. '
+        f'<p class="soft">{len(args.all_seeds)} seeds, {facts["steps"]} steps a run, {args.n} prompts. '
         f"{escape(str(facts['hardware']['processor']))}, commit {escape(str(facts['commit']))}.</p>\n"
         f'{_html(text)}\n<h2>Figures</h2>\n<div class="maps">{cards}</div>\n',
     )

@@ -1,0 +1,100 @@
+"""The study of scale small fits on one GPU into half an hour: its products counted, at a rate that is assumed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from semantic_routing.flops import META, count, count_image, count_language_model, count_text, qwen3_vl
+from semantic_routing.fusedit import make_model
+from semantic_routing.meter import flops_per_image
+from semantic_routing.optim import make_optimizers
+from semantic_routing.recipes import SMALL_SAMPLING, small
+from semantic_routing.study.plan import CALIBRATION, SCALES, Job, StudyArguments, jobs, stages
+from semantic_routing.train_config import TrainConfig
+
+RATE = 0.15 * 790e12
+"""FLOP/s: what an H200 multiplies in practice, and the share of it that networks as narrow as these may reach."""
+HALF_HOUR = 1800.0
+START = 60.0
+"""Seconds that a process takes to start, to compile and to check its pictures."""
+TOKENS = 16
+"""Length that all captions and prompts are padded to; the longest has 13 tokens."""
+MILLION = 1e6
+
+
+def reading(prompts: int) -> int:
+    """One pass of the tiny language model, as ``tiny_lm`` makes it."""
+    model = qwen3_vl(width=128, layers=8, heads=4, kv_heads=2, head_dim=32, mlp_width=384)
+    return count_language_model(model, prompts, TOKENS).total
+
+
+def muon(cfg: TrainConfig) -> int:
+    """One step of the optimiser that orthogonalises matrices."""
+    with META:
+        model = make_model(cfg.model)
+    for p in model.parameters():
+        p.grad = torch.empty_like(p)
+    return count(make_optimizers(model, cfg.optim)[1].step)[0].total
+
+
+def step(cfg: TrainConfig) -> int:
+    """A step of training."""
+    trained = cfg.batch * flops_per_image(cfg.model, cfg.image_size, cfg.image_size, TOKENS)
+    return trained + reading(cfg.batch) + muon(cfg)
+
+
+def picture(cfg: TrainConfig) -> int:
+    """A sampled picture: two halves of guidance, the text anew at every step where routing depends on time."""
+    with META:
+        model = make_model(cfg.model)
+    text, context = count_text(model, 2, TOKENS)
+    image = count_image(model, 2, cfg.image_size, cfg.image_size, context)
+    steps = SMALL_SAMPLING.steps
+    return reading(2) + text.total * (steps if model.depends_on_time else 1) + image.total * steps
+
+
+def run(job: Job, n: int) -> tuple[int, int]:
+    """FLOPs of a run's training, and of all its scorings."""
+    measured = int(CALIBRATION[1]) if "calibrated" in job.clocks else 0
+    pictures = n * (1 + len(job.clocks)) + measured
+    return job.config.steps * step(job.config), pictures * picture(job.config)
+
+
+def test_all_arms_and_seeds_fit_into_half_an_hour(tmp_path: Path) -> None:
+    args = StudyArguments(scale="small", out=tmp_path)
+    every = jobs(args)
+    assert len(every) == 7 * 3
+    by_arm = {job.arm: run(job, args.n) for job in every}
+    training, scoring = (sum(by_arm[job.arm][i] for job in every) for i in (0, 1))
+    seconds = (training + scoring) / RATE
+    processes = sum(len(list(stages(job, args))) for job in every)
+    assert seconds + processes * START / SCALES["small"].at_once < HALF_HOUR
+    # What the recipe's docstring says.
+    assert processes == 21 + 33 + 6
+    assert step(small("depth")) == pytest.approx(1.08e12, rel=0.02)
+    assert muon(small("depth")) == pytest.approx(0.35e12, rel=0.02)
+    assert by_arm["depth"][0] == pytest.approx(3.25e15, rel=0.02)
+    assert training == pytest.approx(6.66e16, rel=0.02)
+    assert scoring == pytest.approx(1.55e16, rel=0.02)
+    assert round(seconds / 60) == 12
+
+
+def test_the_count_follows_the_work(tmp_path: Path) -> None:
+    args = StudyArguments(scale="small", out=tmp_path, arms=("joint",), seeds=1)
+    (job,) = jobs(args)
+    training, scoring = run(job, args.n)
+    longer = replace(job, config=replace(job.config, steps=2 * job.config.steps))
+    assert run(longer, args.n) == (2 * training, scoring)
+    nominal = run(replace(job, clocks=()), args.n)[1]
+    assert scoring == 3 * nominal + 128 * picture(job.config)
+
+
+def test_the_network_has_tens_of_millions_of_parameters() -> None:
+    with META:
+        sizes = {arm: sum(p.numel() for p in make_model(small(arm).model).parameters()) for arm in ("depth", "fusedit")}
+    assert round(sizes["depth"] / MILLION) == 41
+    assert round(sizes["fusedit"] / MILLION) == 37
