@@ -68,7 +68,7 @@ def test_all_arms_and_seeds_fit_into_half_an_hour(tmp_path: Path) -> None:
     args = StudyArguments(scale="small", out=tmp_path)
     every = jobs(args)
     assert len(every) == 7 * 3
-    by_arm = {job.arm: run(job, args.n) for job in every}
+    by_arm = {job.arm: run(job, args.n) for job in every if job.seed == 0}
     training, scoring = (sum(by_arm[job.arm][i] for job in every) for i in (0, 1))
     seconds = (training + scoring) / RATE
     processes = sum(len(list(stages(job, args))) for job in every)
