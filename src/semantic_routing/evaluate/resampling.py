@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, UInt16
 
 from semantic_routing.evaluate.scores import Column, Record
 
@@ -73,10 +74,8 @@ def permutation_test(sums: PromptSums, other: PromptSums, *, resamples: int, see
     observed = abs(sums.value - other.value)
     if not np.isfinite(observed):
         return float("nan")
-    rng = np.random.default_rng(seed)
     extreme = 0
-    for size in _batches(resamples):
-        swap = rng.integers(0, 2, (size, sums.totals.shape[1])).astype(float)
+    for swap in _swaps(sums.totals.shape[1], resamples, seed):
         difference = _mixed(swap, sums, other) - _mixed(1 - swap, sums, other)
         # Equal arrangements may differ in the last bits.
         extreme += int((np.abs(difference) >= observed - 1e-12).sum())
@@ -104,9 +103,26 @@ def _ratio(totals: Float[np.ndarray, "R groups"], counts: Float[np.ndarray, "R g
 
 def _draws(prompts: int, resamples: int, seed: int) -> Iterator[Float[np.ndarray, "R prompts"]]:
     """How often each prompt is drawn, a row for each resample."""
+    yield from (rows.astype(float) for rows in _counts(prompts, resamples, seed))
+
+
+def _swaps(prompts: int, resamples: int, seed: int) -> Iterator[Float[np.ndarray, "R prompts"]]:
+    """1 where a prompt changes sides, a row for each resample."""
+    yield from (rows.astype(float) for rows in _coins(prompts, resamples, seed))
+
+
+# All columns of a table are resampled alike, and drawing takes much longer than what is done with the draws.
+@lru_cache(maxsize=1)
+def _counts(prompts: int, resamples: int, seed: int) -> list[UInt16[np.ndarray, "R prompts"]]:
     rng = np.random.default_rng(seed)
-    for size in _batches(resamples):
-        yield rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=size).astype(float)
+    share = np.full(prompts, 1 / prompts)
+    return [rng.multinomial(prompts, share, size=size).astype(np.uint16) for size in _batches(resamples)]
+
+
+@lru_cache(maxsize=1)
+def _coins(prompts: int, resamples: int, seed: int) -> list[Bool[np.ndarray, "R prompts"]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 2, (size, prompts)).astype(bool) for size in _batches(resamples)]
 
 
 def _batches(resamples: int) -> Iterator[int]:
