@@ -1,6 +1,6 @@
 """Plots of what the CPU benchmarks wrote: each ratio beside the one that was wanted.
 
-    python benchmarks/plots.py docs/results/cpu docs/images/performance.png
+python benchmarks/plots.py docs/results/cpu docs/images/performance.png
 """
 
 from __future__ import annotations

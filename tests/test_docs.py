@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from semantic_routing.dit import DiTConfig
 from semantic_routing.evaluate import geneval_detector
 from semantic_routing.evaluate.judge import VQA_TEMPLATES
 from semantic_routing.fusedit import make_model
+from semantic_routing.study import plan, results, runner
 from semantic_routing.train import start
 from semantic_routing.train_config import TrainConfig
 from tests.chat_server import KEY, MODEL, ChatServer
@@ -154,6 +157,47 @@ def test_analysis(
         "shifted",
         "figures/joint/calibration-g6-s50.json",
     ]
+
+
+class InThisProcess:
+    """What the study takes for a process, done at once."""
+
+    def __init__(self, command: list[str], **_: Any) -> None:
+        assert command[1:3] == ["-m", "semantic_routing"]
+        main(command[3:])
+
+    def poll(self) -> int:
+        return 0
+
+
+def test_study(tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runner, "subprocess", SimpleNamespace(Popen=InThisProcess, DEVNULL=subprocess.DEVNULL))
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(results, "RESAMPLES", 100)
+    monkeypatch.setattr("semantic_routing.generate.compile_network", lambda model: None)
+    monkeypatch.setattr(plan, "CALIBRATION", ("--n", "2", "--seed", "1"))
+    for name, scale in list(plan.SCALES.items()):
+        monkeypatch.setitem(plan.RECIPES, name, lambda arm: tiny_config(arm, steps=1, checkpoint_every=1))
+        monkeypatch.setitem(plan.SCALES, name, replace(scale, sampling=replace(scale.sampling, steps=2)))
+    for command in commands("study.md"):
+        fewer = ["--arms", "B1", "FuseDiT"] if command[1] == "small" else []
+        command = ["cpu" if word.startswith("cuda:") else word for word in command]
+        main(smaller(command, "--seeds", "1", "--n", "11", *fewer))
+    runs = {study.name: sorted(run.name for run in (study / "runs").iterdir()) for study in Path("studies").iterdir()}
+    assert runs == {
+        "toy": [f"{arm}-seed0" for arm in ("depth", "joint", "penultimate", "uniform")],
+        "small": ["fusedit-seed0", "penultimate-seed0"],
+        "rates": ["depth-rate10-seed0", "depth-seed0", "penultimate-seed0"],
+        "clocks": ["penultimate-seed0", "time-seed0"],
+    }
+    page = (DOCS / "study.md").read_text(encoding="utf-8")
+    named = [name for first in re.findall(r"^\| (`[a-z].*?) \|", page, re.MULTILINE) for name in first.split("`")[1::2]]
+    assert named[-2:] == ["configs/", "logs/"]
+    for name in named[2:]:  # after those of the scales
+        assert Path("studies/clocks", name).exists(), name
+    rows = json.loads(Path("studies/clocks/results.json").read_text())["rows"]
+    assert [row["clock"] for row in rows] == ["nominal", "nominal", "shifted", "shifted:0.05", "calibrated"]
 
 
 def test_the_papers_sizes() -> None:

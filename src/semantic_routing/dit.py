@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from semantic_routing.features import TextFeatures
 from semantic_routing.flow import velocity_from_image
-from semantic_routing.fusion import make_router, mix
+from semantic_routing.fusion import make_router
 from semantic_routing.layers import (
     BlockText,
     CrossAttention,
@@ -244,11 +244,8 @@ class DiT(Backbone):
     def prepare_steps(self, features: TextFeatures, times: Float[Tensor, " T"]) -> list[TextContext]:
         if not self.depends_on_time:
             return super().prepare_steps(features, times)
-        # Eq. 2 is linear in the weights: the mixes of all times come from one pass over the states.
         check_text(features, self.cfg)
-        weights = self.router.weights(times)
-        fused = mix(weights.flatten(0, 1)[None], features.hidden).unflatten(0, weights.shape[:2])
-        return [self._context(rows, features.mask) for rows in fused]
+        return [self._context(rows, features.mask) for rows in self.router.mix_steps(features.hidden, times)]
 
     def _context(self, fused: Float[Tensor, "D_or_1 B N C"], mask: Bool[Tensor, "B N"] | None) -> TextContext:
         """What the blocks' attention reads of the text that was mixed for them."""

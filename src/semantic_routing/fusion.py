@@ -42,6 +42,13 @@ class Router(nn.Module):
         """The text that each block reads: Eq. 2."""
         return mix(self.weights(t), hidden)
 
+    def mix_steps(
+        self, hidden: Float[Tensor, "L B N C"], times: Float[Tensor, " T"]
+    ) -> Float[Tensor, "T D_or_1 B N C"]:
+        """The same at each of several times, from one pass over the states: Eq. 2 is linear in the weights."""
+        weights = self.weights(times)
+        return mix(weights.flatten(0, 1)[None], hidden).unflatten(0, weights.shape[:2])
+
 
 class FixedRouter(Router):
     """Weights that are given and never learned: B1 (one layer) and B2 (all alike)."""

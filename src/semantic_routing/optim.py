@@ -150,7 +150,8 @@ class ShardedMuon(BatchedMuon):
             wholes = (update.full_tensor() for update in turn)  # one at a time: all processes gather, one keeps
             mine = [orthogonal(whole[None])[0] for owner, whole in enumerate(wholes) if owner == rank]
             for owner, update in enumerate(turn):
-                step = mine[0].contiguous() if owner == rank else update.new_empty(update.shape, dtype=torch.bfloat16)
+                empty = torch.empty(update.shape, device=update.device, dtype=torch.bfloat16)
+                step = mine[0].contiguous() if owner == rank else empty
                 dist.broadcast(step, owner)
                 yield distribute_tensor(step, update.device_mesh, update.placements, src_data_rank=None).to_local()
 

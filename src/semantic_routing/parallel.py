@@ -222,6 +222,7 @@ def parallelize(model: Backbone, cfg: ParallelConfig, world: World, *, bf16: boo
     if isinstance(model, DiT):
         if any(True for _ in model.router.parameters()):
             fully_shard(model.router, **exact)
+            register_fsdp_forward_method(model.router, "mix_steps")
         if model.noise_level is not None:
             fully_shard(model.noise_level, **exact)
         # prepare_text reaches into every block, before the blocks themselves run: one group of its own.

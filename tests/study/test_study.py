@@ -159,6 +159,8 @@ def tiny_study(
     tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> StudyArguments:
     monkeypatch.setitem(plan.RECIPES, "toy", lambda arm: tiny_config(arm, steps=2, checkpoint_every=2))
+    few = replace(plan.SCALES["toy"], sampling=replace(plan.SCALES["toy"].sampling, steps=2))
+    monkeypatch.setitem(plan.SCALES, "toy", few)
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling takes longer than all the rest
     arms = ("uniform", "depth")
     return StudyArguments(scale="toy", out=tmp_path / "study", arms=arms, n=11, devices=("cpu",))

@@ -95,8 +95,8 @@ def _axis_figures(
     )
     layers = weights.shape[1]
     curves = [
-        ("each block at each time, mean", effective, "-"),
-        ("their mean weights", effective_layers(weights), "--"),
+        ("of each block and time, in the mean", effective, "-"),
+        ("of the mean weights", effective_layers(weights), "--"),
     ]
     curves = curves if np.abs(curves[0][1] - curves[1][1]).max() > 1e-6 else [("effective layers", effective, "-")]
     uniform = ("uniform", np.full(len(places), float(layers)), ":")
