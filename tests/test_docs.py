@@ -148,10 +148,14 @@ def test_analysis(
     for command in commands("analysis.md"):
         main([{"64": "2"}.get(word, word) for word in command])
     page = (DOCS / "analysis.md").read_text(encoding="utf-8")
-    named = re.findall(r"^\| `.*", page, re.MULTILINE)
-    stems = {path.stem.split("-t")[0] for path in Path("figures").rglob("*.png")}
-    assert len(named) == 4
-    assert {"heatmap", "similarity-blocks", "trend-blocks", "models-jensen-shannon", "lead-50"} <= stems
+    patterns = re.findall(r"`([a-z*-]+)`", "".join(re.findall(r"^\| `.*", page, re.MULTILINE)))
+    patterns += re.findall(r"`([a-z-]+-\*)`", page)
+    assert len(patterns) == 9 + 5
+    assert [pattern for pattern in patterns if not list(Path("figures").rglob(f"{pattern}.png"))] == []
+    chosen = {path.stem for path in Path("figures/chosen").glob("heatmap*.png")}
+    assert chosen == {"heatmap-t0", "heatmap-t0.5", "heatmap-t1", "heatmap-block0", "heatmap-block1"}
+    scored = json.loads(Path("evaluations/shifted/manifest.json").read_text())
+    assert scored["sampler"]["clock"] == "shifted:0.05:0.1"
     told = [json.loads(Path("images", name, "manifest.json").read_text()) for name in ("shifted", "calibrated")]
     assert [manifest["sampler"]["clock"] for manifest in told] == [
         "shifted",

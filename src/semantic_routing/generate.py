@@ -59,7 +59,7 @@ class SampleConfig:
     shift: float = 1.0
     """Above 1, more steps near the noise."""
     clock: str = NOMINAL
-    """The time that time-dependent routing is told: nominal, shifted (Eq. 11), or the file of a calibration."""
+    """The time that time-dependent routing is told: nominal, shifted (Eq. 11), shifted:SIZE, or a calibration file."""
     seed: int = 0
     """Run seed: with prompt index and image index it decides an image's noise."""
     batch: int = 64

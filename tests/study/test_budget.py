@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +11,14 @@ import torch
 
 from semantic_routing.flops import META, count, count_image, count_language_model, count_text, qwen3_vl
 from semantic_routing.fusedit import make_model
+from semantic_routing.fusion import ARMS, EXTRA_ARMS
+from semantic_routing.generate import check_encoder
 from semantic_routing.meter import flops_per_image
 from semantic_routing.optim import make_optimizers
 from semantic_routing.recipes import SMALL_SAMPLING, small
 from semantic_routing.study.plan import CALIBRATION, SCALES, Job, StudyArguments, jobs, stages
+from semantic_routing.text_encoder import TextShape
+from semantic_routing.tiny_lm import _model, tiny_lm
 from semantic_routing.train_config import TrainConfig
 
 RATE = 0.15 * 790e12
@@ -95,6 +100,21 @@ def test_the_count_follows_the_work(tmp_path: Path) -> None:
 
 def test_the_network_has_tens_of_millions_of_parameters() -> None:
     with META:
-        sizes = {arm: sum(p.numel() for p in make_model(small(arm).model).parameters()) for arm in ("depth", "fusedit")}
-    assert round(sizes["depth"] / MILLION) == 41
-    assert round(sizes["fusedit"] / MILLION) == 37
+        sizes = {arm: sum(p.numel() for p in make_model(small(arm).model).parameters()) for arm in (*ARMS, *EXTRA_ARMS)}
+    assert round(sizes.pop("fusedit") / MILLION) == 37
+    assert {round(size / MILLION) for size in sizes.values()} == {41, 42}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_fits_the_tiny_language_model(arm: str) -> None:
+    sizes = {name: value.default for name, value in inspect.signature(tiny_lm).parameters.items()}
+    config = _model(64, sizes["layers"], sizes["width"]).config
+    layers = config.num_hidden_layers
+    shape = TextShape(
+        layers=tuple(range(1, layers + 1)),
+        total_layers=layers,
+        width=config.hidden_size,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+    )
+    check_encoder(shape, small(arm).model)
