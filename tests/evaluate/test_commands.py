@@ -142,6 +142,7 @@ def test_sampling_and_scoring_are_separate(
         "guidance": 6.0,
         "sampler": "euler",
         "shift": 1.0,
+        "compile": False,
         "clock": "nominal",
         "seed": 0,
     }

@@ -88,6 +88,7 @@ def test_an_evaluation_from_prompts_to_table(painter, tmp_path):
         "guidance": 1.0,
         "sampler": "euler",
         "shift": 1.0,
+        "compile": False,
         "clock": "nominal",
         "seed": 0,
     }
