@@ -73,7 +73,9 @@ done
 
 step tests 130 "$python" -m pytest -p no:cacheprovider -m gpu -rs "${files[@]}"
 step mix 80 "$python" benchmarks/mix_gpu.py --out "$out/mix.json"
-step sampling 110 "$python" benchmarks/sampling.py --scale paper --device cuda --out "$out/sampling.json"
+step sampling 110 "$python" benchmarks/sampling.py --scale paper --device cuda --others 1 \
+    --out "$out/sampling.json"
+step backbone 60 "$python" benchmarks/backbone.py --out "$out/backbone.json"
 step train_step 90 "$python" benchmarks/train_step.py --scale paper --device cuda --out "$out/train_step.json"
 
 echo

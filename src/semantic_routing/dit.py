@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -26,6 +26,7 @@ from semantic_routing.layers import (
     zero_,
 )
 from semantic_routing.noise_level import NoiseLevel
+from semantic_routing.ragged import Ragged, is_worthwhile, packed, without_padding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +89,28 @@ class TextContext:
     """Values of block d at index d."""
     mask: Bool[Tensor, "B N"] | None
     """True on tokens to attend to; None where no position is padding."""
+    ragged: Ragged | None = None
+    """Where the prompts are, if all of their tokens lie one behind the other, as those of one sample."""
 
     def blocks(self) -> list[BlockText]:
         """Keys, values and mask for each block in turn."""
-        return [BlockText(k, v, self.mask) for k, v in zip(self.keys, self.values, strict=True)]
+        return [BlockText(k, v, self.mask, self.ragged) for k, v in zip(self.keys, self.values, strict=True)]
+
+    def without_padding(self) -> TextContext:
+        """The same, of a context without a mask, as prompts that lie one behind the other."""
+        if self.ragged is not None:
+            return self
+        B, _, N, _ = self.keys[0].shape
+        lengths = torch.full((B,), N, device=self.keys[0].device)
+        keys, values = (tuple(x.transpose(0, 1).flatten(1, 2)[None] for x in xs) for xs in (self.keys, self.values))
+        return ragged_context(keys, values, Ragged.of(lengths, N))
+
+
+def ragged_context(keys: tuple[Tensor, ...], values: tuple[Tensor, ...], ragged: Ragged) -> TextContext:
+    """The context of prompts that lie one behind the other, whose number of tokens makes no graph of its own."""
+    for x in (*keys, *values):
+        torch._dynamo.maybe_mark_dynamic(x, 2)
+    return TextContext(keys, values, None, ragged)
 
 
 class Block(nn.Module):
@@ -157,6 +176,8 @@ class Backbone(nn.Module):
     """Patches, blocks, patches: the image half that the cross-attention DiT and FuseDiT share."""
 
     block: type[nn.Module] = Block
+    recorded = False
+    """Whether samplers record it as a CUDA graph, for which its own code must not wait for the GPU."""
 
     def __init__(self, cfg: DiTConfig) -> None:
         super().__init__()
@@ -239,22 +260,42 @@ class DiT(Backbone):
 
     def prepare_text(self, features: TextFeatures, t: Float[Tensor, " T"] | None = None) -> TextContext:
         check_text(features, self.cfg)
-        return self._context(self.router(features.hidden, t), features.mask)
+        shared = t is None or len(t) == 1 or not self.depends_on_time
+        return self._mixed(features, lambda hidden: self.router(hidden, t)[None], shared)[0]
 
     def prepare_steps(self, features: TextFeatures, times: Float[Tensor, " T"]) -> list[TextContext]:
         if not self.depends_on_time:
             return super().prepare_steps(features, times)
         check_text(features, self.cfg)
-        return [self._context(rows, features.mask) for rows in self.router.mix_steps(features.hidden, times)]
+        return self._mixed(features, lambda hidden: self.router.mix_steps(hidden, times), shared=True)
 
-    def _context(self, fused: Float[Tensor, "D_or_1 B N C"], mask: Bool[Tensor, "B N"] | None) -> TextContext:
+    def _mixed(self, features: TextFeatures, mix: Callable[[Tensor], Tensor], shared: bool) -> list[TextContext]:
+        """The text of each time that ``mix`` [T, D or 1, B, N, C] is of, without padding where that pays.
+
+        Padding is not even mixed where all samples have ``shared`` weights.
+        """
+        hidden = features.hidden
+        if not is_worthwhile(hidden):
+            return [self._context(fused, features.mask) for fused in mix(hidden)]
+        ragged, places = without_padding(features.mask)
+        if ragged is None:
+            return [self._context(fused) for fused in mix(hidden)]
+        fused = mix(packed(hidden, places, 1)) if shared else packed(mix(hidden), places, 2)
+        return [self._context(rows, ragged=ragged) for rows in fused]
+
+    def _context(
+        self,
+        fused: Float[Tensor, "D_or_1 B N C"],
+        mask: Bool[Tensor, "B N"] | None = None,
+        ragged: Ragged | None = None,
+    ) -> TextContext:
         """What the blocks' attention reads of the text that was mixed for them."""
         text = self.text_proj(self.text_norm(fused))
         rows = text.expand(len(self.blocks), -1, -1, -1)
         blocks = cast(Iterable[Block], self.blocks)
         pairs = [block.cross.prepare(row) for block, row in zip(blocks, rows, strict=True)]
         keys, values = zip(*pairs, strict=True)
-        return TextContext(keys, values, mask)
+        return TextContext(keys, values, mask) if ragged is None else ragged_context(keys, values, ragged)
 
 
 def check_text(features: TextFeatures, cfg: DiTConfig) -> None:

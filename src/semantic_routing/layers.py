@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from semantic_routing.ragged import Ragged, ragged_attention
+
 ACTIVATIONS = {"gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
 
 Rope = tuple[Tensor, Tensor]
@@ -23,6 +25,8 @@ class BlockText(NamedTuple):
     keys: Float[Tensor, "B Hkv N hd"]
     values: Float[Tensor, "B Hkv N hd"]
     mask: Bool[Tensor, "B N"] | None
+    ragged: Ragged | None = None
+    """Where the prompts are, if B is 1 and their tokens lie one behind the other."""
 
 
 def zero_(layer: nn.Linear) -> nn.Linear:
@@ -165,9 +169,10 @@ class CrossAttention(nn.Module):
         return self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x: Float[Tensor, "B S W"], text: BlockText) -> Float[Tensor, "B S W"]:
-        k, v, mask = text
-        q = self.q_norm(self.q(x).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
-        return self.out(attention(q.to(k.dtype), k, v, mask).transpose(1, 2).flatten(2))
+        k, v, mask, ragged = text
+        q = self.q_norm(self.q(x).unflatten(-1, (-1, self.head_dim))).transpose(1, 2).to(k.dtype)
+        out = attention(q, k, v, mask) if ragged is None else ragged_attention(q, k, v, ragged)
+        return self.out(out.transpose(1, 2).flatten(2))
 
 
 class GatedMLP(nn.Module):

@@ -208,6 +208,8 @@ def parallelize(model: Backbone, cfg: ParallelConfig, world: World, *, bf16: boo
             recompute(block, selective=cfg.activation_checkpointing == "selective")
         if compiled and not whole_graph:
             block.compile(dynamic=False)
+    if compiled and not whole_graph and isinstance(model, DiT):
+        model.text_norm.compile(dynamic=True)
     if whole_graph:
         compile_network(model)
     if world.mesh is None:
@@ -267,6 +269,7 @@ _COSTLY = {
     _ATEN._scaled_dot_product_flash_attention.default,
     _ATEN._scaled_dot_product_efficient_attention.default,
     _ATEN._scaled_dot_product_cudnn_attention.default,
+    torch.ops.torch_attn._varlen_attn.default,
 }
 
 

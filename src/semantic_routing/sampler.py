@@ -17,8 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from semantic_routing.clock import Clock
-from semantic_routing.dit import Backbone, TextContext
+from semantic_routing.dit import Backbone, TextContext, ragged_context
 from semantic_routing.features import TextFeatures
+from semantic_routing.ragged import Ragged
+from semantic_routing.recording import Recording
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x [B, ...], t [1], the one time of all samples) -> velocity [B, ...]."""
@@ -113,7 +115,8 @@ def text_velocity(
 
 def reading(model: Backbone, text: Contexts) -> Velocity:
     """The model's velocity with the text as it is at each time."""
-    return lambda x, t: model(x, t, text(x, t)).float()
+    network = Recording(model) if model.recorded else model
+    return lambda x, t: network(x, t, text(x, t)).float()
 
 
 def contexts(
@@ -212,16 +215,34 @@ def join(features: TextFeatures, null: TextFeatures) -> TextFeatures:
 
 
 def join_contexts(prompt: TextContext, null: TextContext) -> TextContext:
-    """Keys and values of prompts and of their null prompts as one batch, padded to the longer of the two."""
+    """Keys and values of prompts and of their null prompts as one batch.
+
+    Padded to the longer of the two, or one behind the other where the prompts are.
+    """
+    if prompt.mask is None or null.mask is None:
+        return _one_behind_the_other(prompt, null)
     batch, _, length, _ = prompt.keys[0].shape
     longest = max(length, null.keys[0].shape[2])
     keys, values = (
         tuple(_both(a, b, batch, longest, rows=0, tokens=2) for a, b in zip(*pair, strict=True))
         for pair in ((prompt.keys, null.keys), (prompt.values, null.values))
     )
-    assert prompt.mask is not None
-    assert null.mask is not None
     return TextContext(keys, values, _both(prompt.mask, null.mask, batch, longest, rows=0, tokens=1))
+
+
+def _one_behind_the_other(prompt: TextContext, null: TextContext) -> TextContext:
+    """The contexts of both without padding; the null prompt's is repeated where there is one for all."""
+    prompt, null = prompt.without_padding(), null.without_padding()
+    assert prompt.ragged is not None
+    assert null.ragged is not None
+    ends, more = prompt.ragged.ends, null.ragged.ends
+    times = (len(ends) - 1) // (len(more) - 1)
+    lengths = torch.cat([ends.diff(), more.diff().repeat(times)])
+    keys, values = (
+        tuple(torch.cat([a, *[b] * times], dim=2) for a, b in zip(*pair, strict=True))
+        for pair in ((prompt.keys, null.keys), (prompt.values, null.values))
+    )
+    return ragged_context(keys, values, Ragged.of(lengths, max(prompt.ragged.longest, null.ragged.longest)))
 
 
 def _both(a: Tensor, b: Tensor, batch: int, longest: int, *, rows: int, tokens: int) -> Tensor:

@@ -1,0 +1,103 @@
+"""How much of the matrix units' rate the paper's network reaches: its counted products over time and measured rate.
+
+    python benchmarks/backbone.py [--batch 32] [--arm depth] [--out FILE.json]
+
+Forward as in sampling (512x512 pictures, weights in bfloat16, one graph of the whole network, text prepared before)
+and forward with backward as in training (256x256 pictures, weights in float32, a graph of each block), at a batch of 32
+with 32 tokens of text. The rate is that of one large bfloat16 product, measured between the two; activations that are
+computed again would not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from sampling import matrix_rate, network, prompts, seconds
+
+from semantic_routing.dit import DiTConfig
+from semantic_routing.flops import META, blank_features, count, count_image
+from semantic_routing.fusedit import make_model
+from semantic_routing.generate import compile_network, rounded_once
+from semantic_routing.manifest import hardware, manifest
+from semantic_routing.parallel import ParallelConfig, World, parallelize
+
+WANTED = 0.55
+TOKENS = 32
+
+
+def forward(cfg: DiTConfig, batch: int, side: int, device: torch.device) -> float:
+    """Seconds of one velocity."""
+    model = network(cfg, device)
+    compile_network(model)
+    x = torch.randn(batch, cfg.channels, side, side, device=device)
+    t = torch.rand(batch, device=device)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16), rounded_once(model, True):
+        context = model.prepare_text(prompts(cfg, batch, TOKENS, device), t)
+        for _ in range(3):
+            model(x, t, context)
+        return seconds(lambda: model(x, t, context), 10, device)
+
+
+def forward_and_backward(cfg: DiTConfig, batch: int, side: int, device: torch.device) -> float:
+    """Seconds of one velocity and its gradients, the text's preparation in them."""
+    model = network(cfg, device).requires_grad_().train()
+    model = parallelize(model, ParallelConfig(), World(device=device), bf16=True, compiled=True)
+    x = torch.randn(batch, cfg.channels, side, side, device=device)
+    t = torch.rand(batch, device=device)
+    features = prompts(cfg, batch, TOKENS, device)
+
+    def step() -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = model(x, t, model.prepare_text(features, t)).square().mean()
+        model.zero_grad()
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        step()
+    return seconds(step, 5, device)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--arm", default="depth")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.stderr.write("benchmarks/backbone.py needs a CUDA device: the paper's network takes minutes elsewhere\n")
+        return 2
+    device, cfg = torch.device("cuda"), DiTConfig(arm=args.arm)
+    with META:
+        shapes = make_model(cfg)
+    features = blank_features(cfg, args.batch, TOKENS, META)
+    text, context = count(lambda: shapes.prepare_text(features, torch.empty(args.batch, device=META)))
+    counted = {
+        "forward, 512x512": count_image(shapes, args.batch, 64, 64, context).total,
+        "forward and backward, 256x256": 3 * (count_image(shapes, args.batch, 32, 32, context) + text).total,
+    }
+    times = {"forward, 512x512": forward(cfg, args.batch, 64, device)}
+    rate = matrix_rate(device)
+    times["forward and backward, 256x256"] = forward_and_backward(cfg, args.batch, 32, device)
+    shares = {name: counted[name] / times[name] / rate for name in times}
+    sys.stdout.write(
+        f"{hardware()}\narm {args.arm}, {args.batch} pictures; a product runs at {rate / 1e12:.0f} TFLOP/s\n"
+    )
+    for name, share in shares.items():
+        sys.stdout.write(f"{name:32} {1e3 * times[name]:8.1f} ms {counted[name] / 1e12:7.1f} TFLOP ")
+        sys.stdout.write(f"{share:6.3f} of the rate   wanted >= {WANTED}\n")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        found = {"flop": counted, "seconds": times, "rate": rate, "shares": shares, "wanted": WANTED}
+        args.out.write_text(json.dumps(found, indent=2) + "\n")
+        facts = manifest(settings={k: str(v) for k, v in vars(args).items()}, seeds={"weights": 0})
+        args.out.with_name(args.out.stem + "-manifest.json").write_text(json.dumps(facts, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Prompts of different lengths one behind the other, without padding: what a GPU's attention reads."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+"""torch before 2.13 shares key heads among query heads without being asked."""
+
+
+class Ragged(NamedTuple):
+    """Where the prompts of a batch are among their tokens, which lie one behind the other."""
+
+    ends: Int[Tensor, " B_plus_1"]
+    """Prompt b has the tokens from ``ends[b]`` to ``ends[b + 1]``, in int32."""
+    longest: int
+    """No prompt has more tokens."""
+
+    @classmethod
+    def of(cls, lengths: Int[Tensor, " B"], longest: int) -> Ragged:
+        """Prompts of these lengths."""
+        return cls(F.pad(lengths.cumsum(0), (1, 0)).int(), longest)
+
+
+def is_worthwhile(x: Tensor) -> bool:
+    """Whether attention to a text like ``x`` can be ragged: on a GPU, in 16 bits, as autocast makes them, too."""
+    if x.device.type != "cuda":
+        return False
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    return dtype.itemsize == 2
+
+
+def without_padding(mask: Bool[Tensor, "B N"]) -> tuple[Ragged | None, Int[Tensor, " T"]]:
+    """The prompts of a batch, and the places of their T tokens among its B x N; None where all places are tokens."""
+    places = mask.flatten().nonzero()[:, 0]
+    if len(places) == mask.numel():
+        return None, places
+    return Ragged.of(mask.sum(1), mask.shape[1]), places
+
+
+def packed(x: Tensor, places: Int[Tensor, " T"], axis: int) -> Tensor:
+    """``x`` with its axes B and N, from ``axis`` on, made 1 and T: its tokens at ``places``."""
+    return x.flatten(axis, axis + 1).index_select(axis, places).unsqueeze(axis)
+
+
+def ragged_attention(
+    q: Float[Tensor, "B H S hd"], k: Float[Tensor, "1 Hkv T hd"], v: Float[Tensor, "1 Hkv T hd"], ragged: Ragged
+) -> Float[Tensor, "B H S hd"]:
+    """Softmax attention of each sample's queries to its own prompt; H/Hkv query heads share each key head."""
+    B, _, S, _ = q.shape
+    starts = torch.arange(0, (B + 1) * S, S, dtype=torch.int32, device=q.device)
+    rows, keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    out = cast(Tensor, varlen_attn(rows, keys, values, starts, ragged.ends, S, ragged.longest, **GROUPED))
+    return out.unflatten(0, (B, S)).transpose(1, 2)
