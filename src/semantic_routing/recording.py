@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from semantic_routing.dit import Backbone, TextContext
+from semantic_routing.dit import Backbone, TextContext, ragged_context
 
 
 class Recording:
@@ -21,32 +21,30 @@ class Recording:
     def __init__(self, model: Backbone) -> None:
         self.model = model
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.seen: list[object] = []
-        """Sizes of the last call."""
+        self.sizes: list[tuple[torch.Size, torch.dtype]] = []
+        """Of the last call."""
 
     def __call__(
         self, x: Float[Tensor, "B Ch h w"], t: Float[Tensor, " T"], context: TextContext
     ) -> Float[Tensor, "B Ch h w"]:
         given = [x, t, *_tensors(context)]
         sizes = [(y.shape, y.dtype) for y in given]
-        if sizes != self.seen:
-            self.seen, self.graph = sizes, None
-            return self.model(x, t, context)
+        if sizes != self.sizes:
+            self.sizes, self.graph = sizes, None
+            self.inputs = x.clone(), t.clone(), _copied(context)
+            return self.model(*self.inputs)
+        x, t, context = self.inputs
+        torch._foreach_copy_([x, t, *_tensors(context)], given)
         if self.graph is None:
-            self._record(x, t, context)
-        else:
-            torch._foreach_copy_(self.inputs, given)
+            self._record()
         assert self.graph is not None
         self.graph.replay()
         return self.out.clone()
 
-    def _record(self, x: Tensor, t: Tensor, context: TextContext) -> None:
-        x, t, context = x.clone(), t.clone(), _copied(context)
-        self.inputs, self.graph = [x, t, *_tensors(context)], torch.cuda.CUDAGraph()
-        on, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        # What autocast would keep from one product to the next would be the graph's own memory.
-        with torch.cuda.graph(self.graph), torch.autocast("cuda", dtype, enabled=on, cache_enabled=False):
-            self.out = self.model(x, t, context)
+    def _record(self) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.out = self.model(*self.inputs)
 
 
 def _tensors(context: TextContext) -> list[Tensor]:
@@ -56,12 +54,6 @@ def _tensors(context: TextContext) -> list[Tensor]:
 
 def _copied(context: TextContext) -> TextContext:
     keys, values = (tuple(x.clone() for x in xs) for xs in (context.keys, context.values))
-    mask = None if context.mask is None else context.mask.clone()
-    ragged = context.ragged
-    return replace(
-        context,
-        keys=keys,
-        values=values,
-        mask=mask,
-        ragged=None if ragged is None else ragged._replace(ends=ragged.ends.clone()),
-    )
+    if context.ragged is not None:
+        return ragged_context(keys, values, context.ragged._replace(ends=context.ragged.ends.clone()))
+    return replace(context, keys=keys, values=values, mask=None if context.mask is None else context.mask.clone())

@@ -152,7 +152,7 @@ from triton.compiler import ASTSource
 from semantic_routing.kernels import gpu
 
 sizes = {"L": 36, "D": 24, "C": 2560, "MANY": True, "DEPTHS": 32, "LAYERS": gpu.LAYERS}
-for tuned, more in ((gpu._forward, {"LANES": gpu.LANES, "RUN": 8}), (gpu._backward, {"TOKENS": gpu.TOKENS})):
+for tuned, more in ((gpu._forward, {"SPAN": 256, "VECTOR": 256}), (gpu._backward, {"TOKENS": gpu.TOKENS})):
     kernel, config = tuned.fn, tuned.configs[0]
     constants = sizes | more | config.kwargs
     types = dict.fromkeys(["hidden", "out", "grad"], "*bf16")

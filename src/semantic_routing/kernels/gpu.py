@@ -43,7 +43,9 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LAYERS = 16
 """Layers multiplied at a time, the least that matrix units take."""
 LANES, RUN_BYTES = 32, 16
-"""Threads of a warp, which together hold a piece of one layer's state, and what each of them loads at once."""
+"""Threads of a warp, and what each of them loads at once."""
+PIECES = 16
+"""Vectors of a warp that hold a layer's state at most, until more warps share it."""
 TOKENS = 4
 """Tokens whose contributions to the weights' gradient one program sums."""
 MEASURED = 4096
@@ -62,10 +64,10 @@ def mix_forward(
     out = hidden.new_empty(D, B, N, C)
     mean = hidden.new_empty(L, B, N, dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    depths = _depths(D)
+    depths, vector = _depths(D), LANES * RUN_BYTES // hidden.element_size()
     if out.numel():
         with torch.cuda.device_of(hidden):
-            _forward[(B * N * triton.cdiv(D, depths),)](
+            _forward[_programs(hidden, depths, D)](
                 weights,
                 hidden,
                 out,
@@ -80,8 +82,8 @@ def mix_forward(
                 MANY=B * N >= MEASURED,
                 DEPTHS=depths,
                 LAYERS=LAYERS,
-                LANES=LANES,
-                RUN=RUN_BYTES // hidden.element_size(),
+                SPAN=_span(C, vector),
+                VECTOR=vector,
             )
     return out, mean, rstd
 
@@ -119,6 +121,19 @@ def mix_backward(
     return partial.sum(1)
 
 
+def _programs(hidden: Tensor, depths: int, wanted: int) -> Callable[[dict[str, Any]], tuple[int]]:
+    """As many programs as a configuration wants on each processor, for each group of depths, or as there are tokens."""
+    tokens = hidden.shape[1] * hidden.shape[2]
+    processors = 1 if INTERPRETED else torch.cuda.get_device_properties(hidden.device).multi_processor_count
+    groups = triton.cdiv(wanted, depths)
+    return lambda config: (min(tokens, max(1, processors * config["RESIDENT"] // groups)) * groups,)
+
+
+def _span(channels: int, vector: int) -> int:
+    """Channels of a state that are loaded at once: as few warps as can hold it."""
+    return vector * min(4, triton.next_power_of_2(triton.cdiv(channels, PIECES * vector)))
+
+
 def _depths(depths: int) -> int:
     """How many depths a program takes; where there are more, programs side by side share a token's states."""
     return 16 if depths <= 16 else 32
@@ -139,18 +154,25 @@ def _config(warps: int, block: int, stages: int, registers: int | None = None, *
     return triton.Config({"BLOCK_C": block, **options}, num_warps=warps, num_stages=stages, maxnreg=registers)
 
 
-# Without stages the second touch goes through the first-level cache and gives the state up; with them it comes from
-# the second level, asynchronously, and cannot.
+def _tiles(warps: int, block: int, stages: int, registers: int | None, resident: int, hold: int = 0) -> triton.Config:
+    return _config(warps, block, stages, registers, WARPS=warps, RESIDENT=resident, HOLD=hold)
+
+
 _FORWARD = [
-    _config(16, 256, 1, UNROLL=2, HOLD=1),
-    _config(16, 256, 1, UNROLL=4, HOLD=1),
-    _config(16, 512, 1, UNROLL=4, HOLD=1),
-    _config(16, 256, 2, UNROLL=4, HOLD=0),
-    _config(16, 512, 2, UNROLL=4, HOLD=0),
-    _config(8, 512, 1, UNROLL=4, HOLD=1),
-    _config(8, 256, 2, UNROLL=2, HOLD=0),
-    _config(4, 256, 2, UNROLL=2, HOLD=0),
-    _config(4, 128, 1, UNROLL=2, HOLD=1),
+    _tiles(8, 128, 3, 128, 2),
+    _tiles(8, 128, 2, 128, 2),
+    _tiles(8, 256, 2, 128, 2),
+    _tiles(8, 64, 3, 128, 2),
+    _tiles(8, 128, 3, 128, 2, hold=1),
+    _tiles(8, 128, 3, None, 1),
+    _tiles(4, 128, 3, 168, 3),
+    _tiles(4, 128, 2, 168, 3, hold=1),
+    _tiles(4, 128, 3, 128, 4),
+    _tiles(4, 64, 4, 128, 4),
+    _tiles(4, 128, 3, None, 2),
+    _tiles(16, 128, 2, 64, 2),
+    _tiles(16, 256, 2, None, 1),
+    _tiles(16, 128, 3, None, 1),
 ]
 _BACKWARD = [
     _config(4, 128, 3, 168),
@@ -161,7 +183,7 @@ _BACKWARD = [
     _config(8, 128, 3),
 ]
 if INTERPRETED:  # nothing to measure
-    _FORWARD, _BACKWARD = [_config(4, 64, 1, UNROLL=1, HOLD=1)], [_config(4, 64, 1)]
+    _FORWARD, _BACKWARD = [_tiles(1, 64, 1, None, 1)], [_config(4, 64, 1)]
 
 
 @triton.jit
@@ -187,7 +209,7 @@ def _load(token, row, channel, plane, rows, C: tl.constexpr, POLICY: tl.constexp
 
 
 @triton.autotune(
-    _FORWARD, key=["L", "D", "C", "MANY"], prune_configs_by={"early_config_prune": _within(1024)}, cache_results=True
+    _FORWARD, key=["L", "D", "C", "MANY"], prune_configs_by={"early_config_prune": _within(512)}, cache_results=True
 )
 @triton.jit(do_not_specialize=["tokens", "length", "sample_stride"])
 @no_type_check
@@ -206,111 +228,91 @@ def _forward(
     MANY: tl.constexpr,
     DEPTHS: tl.constexpr,
     LAYERS: tl.constexpr,
-    LANES: tl.constexpr,
-    RUN: tl.constexpr,
+    SPAN: tl.constexpr,
+    VECTOR: tl.constexpr,
+    WARPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    UNROLL: tl.constexpr,
+    RESIDENT: tl.constexpr,
     HOLD: tl.constexpr,
 ):
-    """One token for ``DEPTHS`` depths."""
+    """Every so manieth token for ``DEPTHS`` depths: first its states' moments, then their products."""
     GROUPS: tl.constexpr = (D + DEPTHS - 1) // DEPTHS
     CHUNKS: tl.constexpr = (L + LAYERS - 1) // LAYERS
-    SPAN: tl.constexpr = LANES * RUN
+    ROWS: tl.constexpr = WARPS * VECTOR // SPAN  # layers whose states the program's registers hold
+    PIECES: tl.constexpr = (C + SPAN - 1) // SPAN
     FIRST: tl.constexpr = "evict_last" if HOLD else ""
-    token = (tl.program_id(0) // GROUPS).to(tl.int64)
-    group = tl.program_id(0) % GROUPS
-    depth = group * DEPTHS + tl.arange(0, DEPTHS)
+    depth = tl.program_id(0) % GROUPS * DEPTHS + tl.arange(0, DEPTHS)
+    stride = tl.num_programs(0) // GROUPS
     layers = tl.arange(0, LAYERS)
+    rows = tl.arange(0, ROWS)
+    span = tl.arange(0, SPAN)
     plane = tokens.to(tl.int64) * C
-    hidden += token * C
-    weights += token // length * sample_stride
     dtype = hidden.dtype.element_ty
 
-    w = ()
-    means = ()
-    squares = ()
-    for k in tl.static_range(CHUNKS):
-        layer = layers + k * LAYERS
-        mask = (depth < D)[:, None] & (layer < L)[None, :]
-        w += (tl.load(weights + depth[:, None] * L + layer[None, :], mask=mask, other=0.0),)
-        means += (tl.zeros([LAYERS, LANES], tl.float32),)
-        squares += (tl.zeros([LAYERS, LANES], tl.float32),)
+    token = (tl.program_id(0) // GROUPS).to(tl.int64)
+    while token < tokens:
+        for k in tl.range(0, (L + ROWS - 1) // ROWS):
+            layer = rows + k * ROWS
+            pieces = ()
+            total = tl.zeros([ROWS, SPAN], tl.float32)
+            for i in tl.static_range(PIECES):
+                pieces += (_load(hidden + token * C, layer, span + i * SPAN, plane, L, C, FIRST),)
+                total += pieces[i].to(tl.float32)
+            centre = tl.sum(total, 1) / C
+            squares = tl.zeros([ROWS, SPAN], tl.float32)
+            for i in tl.static_range(PIECES):
+                x = pieces[i].to(tl.float32) - centre[:, None]
+                if i * SPAN + SPAN > C:
+                    x = tl.where((span + i * SPAN < C)[None, :], x, 0.0)
+                squares += x * x
+            place = layer.to(tl.int64) * tokens + token
+            tl.store(mean + place, centre, mask=layer < L)
+            tl.store(rstd + place, 1.0 / tl.sqrt(tl.sum(squares, 1) / C + LN_EPS), mask=layer < L)
+        tl.debug_barrier()  # what other threads stored is read below
 
-    # Mean and sum of squares of what each lane has seen; a run is merged after its own mean is taken off.
-    seen = tl.zeros([LANES], tl.float32)
-    for c in tl.range(0, C, SPAN, num_stages=1, loop_unroll_factor=UNROLL):
-        channel = c + tl.arange(0, SPAN)
-        tiles = ()
+        scales = ()
+        gain = 1.0
+        largest = 0.0
         for k in tl.static_range(CHUNKS):
-            tiles += (_load(hidden, layers + k * LAYERS, channel, plane, L, C, FIRST),)
-        new = tl.minimum(tl.maximum(C - c - RUN * tl.arange(0, LANES), 0), RUN).to(tl.float32)
-        each = 1.0 / tl.maximum(new, 1.0)
-        share = new / tl.maximum(seen + new, 1.0)
-        between = seen * share
-        seen += new
-        merged_means = ()
-        merged_squares = ()
+            layer = layers + k * LAYERS
+            scales += (tl.load(rstd + layer.to(tl.int64) * tokens + token, mask=layer < L, other=0.0),)
+            if dtype == tl.float16:
+                largest = tl.maximum(largest, tl.max(scales[k], 0))
+                gain = LARGE / largest
+        high = ()
+        low = ()
+        offset = tl.zeros([DEPTHS], tl.float32)
         for k in tl.static_range(CHUNKS):
-            x = tl.reshape(tiles[k].to(tl.float32), [LAYERS, LANES, RUN])
-            centre = tl.sum(x, 2) * each[None, :]
-            x = x - centre[:, :, None]
-            if C % SPAN != 0:
-                x = tl.where(tl.reshape(channel < C, [LANES, RUN])[None, :, :], x, 0.0)
-            step = centre - means[k]
-            merged_means += (means[k] + step * share[None, :],)
-            merged_squares += (squares[k] + tl.sum(x * x, 2) + step * step * between[None, :],)
-        means = merged_means
-        squares = merged_squares
+            layer = layers + k * LAYERS
+            centre = tl.load(mean + layer.to(tl.int64) * tokens + token, mask=layer < L, other=0.0)
+            own = weights + token // length * sample_stride + depth[:, None] * L + layer[None, :]
+            w = tl.load(own, mask=(depth < D)[:, None] & (layer < L)[None, :], other=0.0)
+            scaled = w * (scales[k] * gain)[None, :]
+            hi = scaled.to(dtype)
+            lo = (scaled - hi.to(tl.float32)).to(dtype)
+            offset += tl.sum((hi.to(tl.float32) + lo.to(tl.float32)) * centre[None, :], 1)
+            high += (hi,)
+            low += (lo,)
 
-    centres = ()
-    scales = ()
-    gain = 1.0
-    largest = 0.0
-    for k in tl.static_range(CHUNKS):
-        layer = layers + k * LAYERS
-        centre = tl.sum(means[k] * seen[None, :], 1) / C
-        step = means[k] - centre[:, None]
-        variance = tl.sum(squares[k] + step * step * seen[None, :], 1) / C
-        scale = tl.where(layer < L, 1.0 / tl.sqrt(variance + LN_EPS), 0.0)
-        place = layer.to(tl.int64) * tokens + token
-        tl.store(mean + place, centre, mask=(layer < L) & (group == 0))
-        tl.store(rstd + place, scale, mask=(layer < L) & (group == 0))
-        centres += (centre,)
-        scales += (scale,)
-        if dtype == tl.float16:
-            largest = tl.maximum(largest, tl.max(scale, 0))
-            gain = LARGE / largest
-
-    high = ()
-    low = ()
-    offset = tl.zeros([DEPTHS], tl.float32)
-    for k in tl.static_range(CHUNKS):
-        scaled = w[k] * (scales[k] * gain)[None, :]
-        hi = scaled.to(dtype)
-        lo = (scaled - hi.to(tl.float32)).to(dtype)
-        offset += tl.sum((hi.to(tl.float32) + lo.to(tl.float32)) * centres[k][None, :], 1)
-        high += (hi,)
-        low += (lo,)
-
-    for i in tl.range(0, (C + BLOCK_C - 1) // BLOCK_C):
-        channel = ((C - 1) // BLOCK_C - i) * BLOCK_C + tl.arange(0, BLOCK_C)
-        tiles = ()
-        for k in tl.static_range(CHUNKS):
-            tiles += (_load(hidden, layers + k * LAYERS, channel, plane, L, C, "evict_first"),)
-        acc = tl.zeros([DEPTHS, BLOCK_C], tl.float32)
-        for k in tl.static_range(CHUNKS):
-            acc = _dot(high[k], tiles[k], acc)
-            if dtype != tl.float32:
-                acc = _dot(low[k], tiles[k], acc)
-        acc = acc - offset[:, None]
-        if dtype == tl.float16:
-            acc = acc * (1.0 / gain)
-        tl.store(
-            out + depth.to(tl.int64)[:, None] * plane + token * C + channel[None, :],
-            acc.to(dtype),
-            mask=(depth < D)[:, None] & (channel < C)[None, :],
-            eviction_policy="evict_first",
-        )
+        for c in tl.range(0, C, BLOCK_C):
+            channel = c + tl.arange(0, BLOCK_C)
+            tiles = ()
+            for k in tl.static_range(CHUNKS):
+                tiles += (_load(hidden + token * C, layers + k * LAYERS, channel, plane, L, C, "evict_first"),)
+            acc = tl.zeros([DEPTHS, BLOCK_C], tl.float32) - offset[:, None]
+            for k in tl.static_range(CHUNKS):
+                acc = _dot(high[k], tiles[k], acc)
+                if dtype != tl.float32:
+                    acc = _dot(low[k], tiles[k], acc)
+            if dtype == tl.float16:
+                acc = acc * (1.0 / gain)
+            tl.store(
+                out + depth.to(tl.int64)[:, None] * plane + token * C + channel[None, :],
+                acc.to(dtype),
+                mask=(depth < D)[:, None] & (channel < C)[None, :],
+                eviction_policy="evict_first",
+            )
+        token += stride
 
 
 @triton.autotune(
