@@ -2,8 +2,9 @@
 # All that needs a CUDA device: its tests and its figures, in under eight minutes. From anywhere, in any environment
 # that has torch, triton and transformers:
 #
-#     [PYTHON=python3] [WHEELS=folder of pure Python wheels] [OUT=docs/results/gpu] benchmarks/gpu.sh
+#     [PYTHON=python3] [WHEELS=folder of pure Python wheels] [OUT=docs/results/gpu] benchmarks/gpu.sh [STEP...]
 #
+# The steps are mix, sampling, backbone, train_step and tests, by default all of them.
 # Nothing is fetched: the wheels (pytest, jaxtyping, beartype, ...) are unpacked beside the results' scratch and found
 # by PYTHONPATH. Each step has its own time; one that fails or needs a library that is missing leaves the others be.
 set -uo pipefail
@@ -37,8 +38,10 @@ good=0
 bad=0
 
 # step NAME SECONDS COMMAND...: the command's output goes to NAME.log; a missing library is no failure.
+wanted=" ${*:-mix sampling backbone train_step tests} "
 step() {
     local name=$1 limit=$2 began=$SECONDS code=0 missing
+    [[ $wanted == *" $name "* ]] || return 0
     shift 2
     echo "== $name: $*"
     timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
@@ -58,9 +61,15 @@ step() {
     fi
 }
 
+step mix 60 "$python" benchmarks/mix_gpu.py --out "$out/mix.json"
+step sampling 120 "$python" benchmarks/sampling.py --scale paper --device cuda --others 1 --repeats 2 \
+    --out "$out/sampling.json"
+step backbone 60 "$python" benchmarks/backbone.py --out "$out/backbone.json"
+step train_step 50 "$python" benchmarks/train_step.py --scale paper --device cuda --steps 5 --out "$out/train_step.json"
+
 # Of the files with tests for a GPU, those that can be imported here.
 mapfile -t marked < <(grep -rl --include='test_*.py' 'pytest.mark.gpu' tests | sort)
-timeout --kill-after=5 60 "$python" -m pytest -p no:cacheprovider --collect-only -q -m gpu \
+timeout --kill-after=5 30 "$python" -m pytest -p no:cacheprovider --collect-only -q -m gpu \
     --continue-on-collection-errors "${marked[@]}" >"$out/collected.log" 2>&1
 files=()
 for file in "${marked[@]}"; do
@@ -71,12 +80,10 @@ for file in "${marked[@]}"; do
     fi
 done
 
-step tests 130 "$python" -m pytest -p no:cacheprovider -m gpu -rs "${files[@]}"
-step mix 80 "$python" benchmarks/mix_gpu.py --out "$out/mix.json"
-step sampling 110 "$python" benchmarks/sampling.py --scale paper --device cuda --others 1 \
-    --out "$out/sampling.json"
-step backbone 60 "$python" benchmarks/backbone.py --out "$out/backbone.json"
-step train_step 90 "$python" benchmarks/train_step.py --scale paper --device cuda --out "$out/train_step.json"
+# Most of their time is compiling kernels, which pytest-xdist spreads over the cores.
+spread=()
+"$python" -c 'import xdist' 2>/dev/null && spread=(-n 8 -p no:benchmark)
+step tests 120 "$python" -m pytest -p no:cacheprovider -m gpu -rs --durations 5 "${spread[@]}" "${files[@]}"
 
 echo
 printf '%s\n' "${summary[@]}" | tee "$out/summary.txt"

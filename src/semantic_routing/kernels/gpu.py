@@ -154,25 +154,37 @@ def _config(warps: int, block: int, stages: int, registers: int | None = None, *
     return triton.Config({"BLOCK_C": block, **options}, num_warps=warps, num_stages=stages, maxnreg=registers)
 
 
-def _tiles(warps: int, block: int, stages: int, registers: int | None, resident: int, hold: int = 0) -> triton.Config:
-    return _config(warps, block, stages, registers, WARPS=warps, RESIDENT=resident, HOLD=hold)
+def _tiles(
+    warps: int,
+    block: int,
+    stages: int,
+    resident: int,
+    *,
+    held: int = 1,
+    ahead: int = 1,
+    fetch: int = 1,
+    registers: int | None = None,
+) -> triton.Config:
+    """``held`` states a warp at a time while moments are taken."""
+    return _config(warps, block, stages, registers, HELD=held * warps, RESIDENT=resident, AHEAD=ahead, FETCH=fetch)
 
 
 _FORWARD = [
-    _tiles(8, 128, 3, 128, 2),
-    _tiles(8, 128, 2, 128, 2),
-    _tiles(8, 256, 2, 128, 2),
-    _tiles(8, 64, 3, 128, 2),
-    _tiles(8, 128, 3, 128, 2, hold=1),
-    _tiles(8, 128, 3, None, 1),
-    _tiles(4, 128, 3, 168, 3),
-    _tiles(4, 128, 2, 168, 3, hold=1),
-    _tiles(4, 128, 3, 128, 4),
-    _tiles(4, 64, 4, 128, 4),
-    _tiles(4, 128, 3, None, 2),
-    _tiles(16, 128, 2, 64, 2),
-    _tiles(16, 256, 2, None, 1),
-    _tiles(16, 128, 3, None, 1),
+    _tiles(8, 256, 2, 1),
+    _tiles(8, 256, 2, 1, held=2),
+    _tiles(8, 128, 4, 1, held=2),
+    _tiles(16, 256, 2, 1),
+    _tiles(16, 256, 2, 1, ahead=2),
+    _tiles(4, 128, 3, 2),
+    _tiles(4, 128, 3, 2, held=2),
+    _tiles(4, 128, 3, 2, ahead=2),
+    _tiles(4, 256, 2, 2, held=2),
+    _tiles(8, 128, 3, 2, registers=128),
+    _tiles(8, 256, 2, 2, registers=128),
+    _tiles(4, 128, 3, 3, registers=168),
+    _tiles(4, 128, 3, 3, registers=168, held=2),
+    _tiles(4, 128, 3, 4, registers=128),
+    _tiles(4, 128, 3, 4, registers=128, fetch=0),
 ]
 _BACKWARD = [
     _config(4, 128, 3, 168),
@@ -183,7 +195,7 @@ _BACKWARD = [
     _config(8, 128, 3),
 ]
 if INTERPRETED:  # nothing to measure
-    _FORWARD, _BACKWARD = [_tiles(1, 64, 1, None, 1)], [_config(4, 64, 1)]
+    _FORWARD, _BACKWARD = [_tiles(1, 64, 1, 1, fetch=0)], [_config(4, 64, 1)]
 
 
 @triton.jit
@@ -205,6 +217,24 @@ def _load(token, row, channel, plane, rows, C: tl.constexpr, POLICY: tl.constexp
         mask=(row < rows)[:, None] & (channel < C)[None, :],
         other=0.0,
         eviction_policy=POLICY,
+    )
+
+
+@triton.jit
+@no_type_check
+def _fetch(token, plane, L: tl.constexpr, C: tl.constexpr):
+    """Have the second-level cache read a token's states [L, C], without waiting for them."""
+    LINE: tl.constexpr = 1024 // token.dtype.element_ty.primitive_bitwidth  # of 128 bytes
+    LINES: tl.constexpr = (C + LINE - 1) // LINE
+    line = tl.minimum(tl.arange(0, triton.next_power_of_2(L * LINES)), L * LINES - 1)
+    address = token + (line // LINES).to(tl.int64) * plane + line % LINES * LINE
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [address.to(tl.int64, bitcast=True)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
     )
 
 
@@ -230,17 +260,17 @@ def _forward(
     LAYERS: tl.constexpr,
     SPAN: tl.constexpr,
     VECTOR: tl.constexpr,
-    WARPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    HELD: tl.constexpr,
     RESIDENT: tl.constexpr,
-    HOLD: tl.constexpr,
+    AHEAD: tl.constexpr,
+    FETCH: tl.constexpr,
 ):
     """Every so manieth token for ``DEPTHS`` depths: first its states' moments, then their products."""
     GROUPS: tl.constexpr = (D + DEPTHS - 1) // DEPTHS
     CHUNKS: tl.constexpr = (L + LAYERS - 1) // LAYERS
-    ROWS: tl.constexpr = WARPS * VECTOR // SPAN  # layers whose states the program's registers hold
+    ROWS: tl.constexpr = HELD * VECTOR // SPAN  # layers whose states the program's registers hold
     PIECES: tl.constexpr = (C + SPAN - 1) // SPAN
-    FIRST: tl.constexpr = "evict_last" if HOLD else ""
     depth = tl.program_id(0) % GROUPS * DEPTHS + tl.arange(0, DEPTHS)
     stride = tl.num_programs(0) // GROUPS
     layers = tl.arange(0, LAYERS)
@@ -251,12 +281,12 @@ def _forward(
 
     token = (tl.program_id(0) // GROUPS).to(tl.int64)
     while token < tokens:
-        for k in tl.range(0, (L + ROWS - 1) // ROWS):
+        for k in tl.range(0, (L + ROWS - 1) // ROWS, num_stages=AHEAD):
             layer = rows + k * ROWS
             pieces = ()
             total = tl.zeros([ROWS, SPAN], tl.float32)
             for i in tl.static_range(PIECES):
-                pieces += (_load(hidden + token * C, layer, span + i * SPAN, plane, L, C, FIRST),)
+                pieces += (_load(hidden + token * C, layer, span + i * SPAN, plane, L, C, ""),)
                 total += pieces[i].to(tl.float32)
             centre = tl.sum(total, 1) / C
             squares = tl.zeros([ROWS, SPAN], tl.float32)
@@ -269,6 +299,9 @@ def _forward(
             tl.store(mean + place, centre, mask=layer < L)
             tl.store(rstd + place, 1.0 / tl.sqrt(tl.sum(squares, 1) / C + LN_EPS), mask=layer < L)
         tl.debug_barrier()  # what other threads stored is read below
+        following = token + stride
+        if FETCH:
+            _fetch(hidden + tl.minimum(following, tokens - 1) * C, plane, L, C)
 
         scales = ()
         gain = 1.0
@@ -312,7 +345,7 @@ def _forward(
                 mask=(depth < D)[:, None] & (channel < C)[None, :],
                 eviction_policy="evict_first",
             )
-        token += stride
+        token = following
 
 
 @triton.autotune(
