@@ -67,23 +67,25 @@ step sampling 120 "$python" benchmarks/sampling.py --scale paper --device cuda -
 step backbone 60 "$python" benchmarks/backbone.py --out "$out/backbone.json"
 step train_step 50 "$python" benchmarks/train_step.py --scale paper --device cuda --steps 5 --out "$out/train_step.json"
 
-# Of the files with tests for a GPU, those that can be imported here.
-mapfile -t marked < <(grep -rl --include='test_*.py' 'pytest.mark.gpu' tests | sort)
-timeout --kill-after=5 30 "$python" -m pytest -p no:cacheprovider --collect-only -q -m gpu \
-    --continue-on-collection-errors "${marked[@]}" >"$out/collected.log" 2>&1
-files=()
-for file in "${marked[@]}"; do
-    if grep -q "^ERROR $file" "$out/collected.log"; then
-        summary+=("$file: skipped, it cannot be imported here; see $out/collected.log")
-    else
-        files+=("$file")
-    fi
-done
+if [[ $wanted == *" tests "* ]]; then
+    # Of the files with tests for a GPU, those that can be imported here.
+    mapfile -t marked < <(grep -rl --include='test_*.py' 'pytest.mark.gpu' tests | sort)
+    timeout --kill-after=5 30 "$python" -m pytest -p no:cacheprovider --collect-only -q -m gpu \
+        --continue-on-collection-errors "${marked[@]}" >"$out/collected.log" 2>&1
+    files=()
+    for file in "${marked[@]}"; do
+        if grep -q "^ERROR $file" "$out/collected.log"; then
+            summary+=("$file: skipped, it cannot be imported here; see $out/collected.log")
+        else
+            files+=("$file")
+        fi
+    done
 
-# Most of their time is compiling kernels, which pytest-xdist spreads over the cores.
-spread=()
-"$python" -c 'import xdist' 2>/dev/null && spread=(-n 8 -p no:benchmark)
-step tests 120 "$python" -m pytest -p no:cacheprovider -m gpu -rs --durations 5 "${spread[@]}" "${files[@]}"
+    # Most of their time is compiling kernels, which pytest-xdist spreads over the cores.
+    spread=()
+    "$python" -c 'import xdist' 2>/dev/null && spread=(-n 8 -p no:benchmark)
+    step tests 120 "$python" -m pytest -p no:cacheprovider -m gpu -rs --durations 5 "${spread[@]}" "${files[@]}"
+fi
 
 echo
 printf '%s\n' "${summary[@]}" | tee "$out/summary.txt"
