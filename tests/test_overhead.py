@@ -102,8 +102,27 @@ def test_all_products_add_attention_and_mixing() -> None:
     assert mixing <= rest <= mixing * 1.2
 
 
-def test_latency_is_measured_on_a_device() -> None:
-    row = measure("time", text_tokens=6, scale=TINY, device=torch.device("cpu"))
+def test_bytes_of_mixing_are_the_closed_form() -> None:
+    cfg, tokens = TINY.model, 2 * 6
+    for arm, layers, mixes, passes in (
+        ("penultimate", 1, 1, 1),
+        ("uniform", cfg.text_layers, 1, 1),
+        ("depth", cfg.text_layers, cfg.depth, 1),
+        ("time", cfg.text_layers, 1, 7),
+        ("joint", cfg.text_layers, cfg.depth, 7),
+    ):
+        row = measure(arm, text_tokens=6, scale=TINY)
+        assert row.mix_bytes_ours == tokens * cfg.text_width * 2 * (layers + passes * mixes), arm
+        assert row.mix_bytes_paper == 7 * 22 * cfg.text_width * (10 * layers + 4 * mixes), arm
+    assert measure("fusedit", text_tokens=6, scale=TINY).mix_bytes_paper == 0
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_latency_is_measured_on_a_device(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr("semantic_routing.overhead.compile_network", seen.append)  # a minute here, tested elsewhere
+    row = measure("time", text_tokens=6, scale=TINY, device=torch.device("cpu"), compiled=compiled)
+    assert len(seen) == compiled
     assert row.latency is not None
     assert row.latency > 0
     assert row.peak_memory is None
@@ -129,12 +148,14 @@ def test_json_and_table() -> None:
         flops_paper=469.4e12,
         flops_ours=433.5e12,
         flops_ours_all=476.0e12,
+        mix_bytes_paper=59.8e9,
+        mix_bytes_ours=19.66e6,
         text_tokens=32,
         latency=1.25,
         peak_memory=3 * 2**30,
     )
     last = table([row]).splitlines()[-1]
-    assert last == "| S2 depth | 2,246.7 | 469.4 | 433.5 | 476.0 | 32 | 1.250 | 3.00 |"
+    assert last == "| S2 depth | 2,246.7 | 469.4 | 433.5 | 476.0 | 59.8 | 0.020 | 32 | 1.250 | 3.00 |"
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

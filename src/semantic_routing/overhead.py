@@ -2,7 +2,8 @@
 
 Products are counted on the meta device (``flops.py``). The paper counts products with weight matrices only, and its
 reference prepares the text again at every step from prompts padded to 512 tokens; this program prepares it once
-wherever routing does not depend on time, and does not pad.
+wherever routing does not depend on time, and does not pad. Mixing the language model's layers is bytes rather than
+products: the reference writes and reads a float32 copy of every state at every step, this program reads each once.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from semantic_routing.flops import (
 )
 from semantic_routing.fusedit import make_model
 from semantic_routing.fusion import ALIASES, ARMS, parse_arm
-from semantic_routing.generate import autocast
+from semantic_routing.generate import autocast, compile_network, rounded_once
 from semantic_routing.recipes import toy
 from semantic_routing.sampler import euler, guided, schedule
 
@@ -88,6 +89,10 @@ class Overhead:
     """What this program does at ``text_tokens``, counted as the paper counts: products with weights."""
     flops_ours_all: float
     """What this program does at ``text_tokens``, all products counted."""
+    mix_bytes_paper: float
+    """What mixing must move to and from memory, the reference's way: see ``mix_bytes``."""
+    mix_bytes_ours: float
+    """What it must move in this program, at ``text_tokens``."""
     text_tokens: int
     """Length of both prompts in this program's numbers."""
     latency: float | None = None
@@ -97,7 +102,12 @@ class Overhead:
 
 
 def measure(
-    arm: str, *, text_tokens: int = 32, scale: Scale | None = None, device: torch.device | None = None
+    arm: str,
+    *,
+    text_tokens: int = 32,
+    scale: Scale | None = None,
+    device: torch.device | None = None,
+    compiled: bool = False,
 ) -> Overhead:
     """What a picture costs with this arm, for prompts of ``text_tokens``; timed where a device is given.
 
@@ -116,13 +126,15 @@ def measure(
     reference = _count_encoder(scale, scale.padded_tokens) + (padded + image) * scale.steps
     prepared = scale.steps if model.depends_on_time else 1
     ours = _count_encoder(scale, text_tokens) + text * prepared + image * scale.steps
-    latency, peak = (None, None) if device is None else _time(cfg, scale, text_tokens, device)
+    latency, peak = (None, None) if device is None else _time(cfg, scale, text_tokens, device, compiled)
     return Overhead(
         arm=cfg.arm,
         params=sum(p.numel() for p in model.parameters()),
         flops_paper=float(reference.weights),
         flops_ours=float(ours.weights),
         flops_ours_all=float(ours.total),
+        mix_bytes_paper=mix_bytes(cfg, scale.padded_tokens, scale.steps, reference=True),
+        mix_bytes_ours=mix_bytes(cfg, text_tokens, prepared, reference=False),
         text_tokens=text_tokens,
         latency=latency,
         peak_memory=peak,
@@ -141,6 +153,8 @@ class OverheadArguments:
     """Length of a prompt in this program's own numbers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where latency and memory are measured; "auto" measures where there is a CUDA device."""
+    compile: bool = False
+    """Compile the network that is timed, as semroute sample --compile does."""
     json: Path | None = None
     """Write the numbers as JSON to this file, or with no name or "-" to the standard output instead of the table."""
 
@@ -152,7 +166,8 @@ def run_overhead(args: OverheadArguments) -> str:
     if not args.arms:
         raise ValueError(f"nothing to measure: name some of the arms {', '.join(ARMS)}")
     arms = [parse_arm(arm) for arm in args.arms]
-    rows = [measure(arm, text_tokens=args.text_tokens, scale=SCALES[args.scale], device=device) for arm in arms]
+    how: dict[str, Any] = {"scale": SCALES[args.scale], "device": device, "compiled": args.compile}
+    rows = [measure(arm, text_tokens=args.text_tokens, **how) for arm in arms]
     if args.json is None:
         return table(rows)
     text = json.dumps(to_json(rows), indent=2)
@@ -162,24 +177,41 @@ def run_overhead(args: OverheadArguments) -> str:
     return table(rows)
 
 
+def mix_bytes(cfg: DiTConfig, tokens: int, passes: int, *, reference: bool) -> float:
+    """The least that mixing two prompts' states ``passes`` times moves to and from memory, in bytes.
+
+    The reference reads each state in bfloat16, writes and reads its normalised copy in float32, and writes every mix in
+    float32, at every pass. This program reads each state that is weighed once for all passes, in bfloat16, and writes
+    every mix in bfloat16. The paper's B1 normalises one layer, and FuseDiT mixes none.
+    """
+    if cfg.arm == "fusedit":
+        return 0.0
+    layers = 1 if cfg.arm == "penultimate" else cfg.text_layers
+    mixes = cfg.depth if cfg.arm in ("depth", "joint") else 1
+    moved = passes * (layers * (2 + 4 + 4) + mixes * 4) if reference else 2 * layers + passes * mixes * 2
+    return float(GUIDED * tokens * cfg.text_width * moved)
+
+
 def to_json(rows: Sequence[Overhead]) -> dict[str, Any]:
     """``{"arms": {arm: {"params": ..., "flops_paper": ..., "flops_ours": ..., ...}}}``, FLOPs as plain numbers."""
     return {"arms": {row.arm: {k: v for k, v in asdict(row).items() if k != "arm"} for row in rows}}
 
 
 def table(rows: Sequence[Overhead]) -> str:
-    """The rows as a Markdown table: parameters in millions, FLOPs in T."""
+    """The rows as a Markdown table: parameters in millions, FLOPs in T, bytes in GB."""
     labels = {arm: f"{label.upper()} {arm}" for label, arm in ALIASES.items()} | {"fusedit": "FuseDiT"}
     lines = [
         "| arm | params (M) | FLOPs, paper (T) | ours, so counted (T) | ours, all (T) "
-        "| tokens | latency (s) | peak (GiB) |",
-        "| --- |" + " ---: |" * 7,
+        "| mix, paper (GB) | ours (GB) | tokens | latency (s) | peak (GiB) |",
+        "| --- |" + " ---: |" * 9,
     ]
     for row in rows:
         cells = [
             labels[row.arm],
             f"{row.params / 1e6:,.1f}",
             *(f"{x / 1e12:,.1f}" for x in (row.flops_paper, row.flops_ours, row.flops_ours_all)),
+            f"{row.mix_bytes_paper / 1e9:,.1f}",
+            f"{row.mix_bytes_ours / 1e9:,.3f}",
             str(row.text_tokens),
             "–" if row.latency is None else f"{row.latency:.3f}",
             "–" if row.peak_memory is None else f"{row.peak_memory / 2**30:.2f}",
@@ -201,20 +233,25 @@ def _count_encoder(scale: Scale, tokens: int) -> Products:
     return count_language_model(layer, GUIDED, tokens) * scale.model.text_layers
 
 
-def _time(cfg: DiTConfig, scale: Scale, tokens: int, device: torch.device) -> tuple[float, int | None]:
+def _time(cfg: DiTConfig, scale: Scale, tokens: int, device: torch.device, compiled: bool) -> tuple[float, int | None]:
     """Seconds and, on CUDA, peak bytes of sampling one latent as ``semroute sample`` does, with random weights."""
     with device:
         model = make_model(cfg).eval().requires_grad_(False)
+    if compiled:
+        compile_network(model)
+    bf16 = has_bfloat16(device)
     prompt = blank_features(cfg, 1, tokens, device)
+    prompt = prompt.to(dtype=torch.bfloat16) if bf16 else prompt
     x = torch.randn(1, cfg.channels, scale.latent_size, scale.latent_size, device=device)
 
     def sample(steps: int) -> None:
-        euler(guided(model, prompt, prompt, scale=6.0), x, schedule(steps))
+        times = schedule(steps)
+        euler(guided(model, prompt, prompt, scale=6.0, times=times), x, times)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    with torch.no_grad(), autocast(device, has_bfloat16(device)):
-        sample(2)  # kernels are chosen and loaded at the first steps
+    with torch.no_grad(), autocast(device, bf16), rounded_once(model, bf16):
+        sample(3)  # kernels are made, chosen and loaded at the first steps
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""sum_l w_l LayerNorm(H_l) on CUDA, in Triton: each state is read from memory once, each fused depth is written once.
+"""sum_l w_l LayerNorm(H_l) on CUDA, in Triton: nothing but the states, the depths and two numbers a state in memory.
 
 Bytes. A token has L states and D depths of C channels, in bfloat16 2 C (L + D) bytes: forward reads the states and
 writes the depths, backward reads both, and all else (moments, weights, partial sums) is below 1 % of it. At the paper's
@@ -6,18 +6,16 @@ size (L = 36, D = 24, C = 2560) that is 307 kB a token, and 10.07 GB for 64 prom
 of copying 5.03 GB. The products, padded to the matrix units' tiles and twice for the weights' halves, are less than a
 quarter of what an H100 or H200 multiplies in that time.
 
-Forward. A state must be whole before its deviation is known, so a program takes one token and goes over its L states
-twice: for the moments, then, last channels first, for the products. Between the two a token is 184 kB. One or two
-programs are on each of 132 processors, on average half between their two touches: 12 to 24 MB of the 50 MB that the
-second-level cache holds, so the second touch need not go to memory. The cache is told so: first touches are kept,
-second touches and results are given up first. While one program waits for memory, others multiply, and every wait is
-for many loads at once: a warp has whole rows of 256 channels in flight, and reduces them without a barrier.
+Forward. A state must be whole before its deviation is known, so a program goes over a token's states twice: for the
+moments, a few layers at a time held in registers whole, and for the products. A token is 184 kB, and on an H200 the
+second-level cache keeps none of it from the first touch to the second: the time is that of 16.1 GB, 0.60 of a copy's.
+Fetching the next token ahead only adds a third touch (``docs/log.md``).
 
 Backward. The products of a token's gradients and its states are over the channels: one pass, its tiles copied
 asynchronously, several stages ahead. No atomic additions: a program adds up ``TOKENS`` tokens, torch the programs.
-What both reach of the speed of a copy is for ``benchmarks/mix_gpu.py`` to say.
+An H200 runs it at 0.96 of the speed of a copy.
 
-Precision. Moments are merged run by run (Chan, Golub and LeVeque 1979), so an offset costs nothing. Products of
+Precision. Deviations are from a mean that is known before, so an offset costs nothing. Products of
 bfloat16 or float16 are exact and are summed in float32; a weight w_l / σ_l is the sum of two halves in the states'
 type, 16 bits or more, and the offset takes the means by the same halves, so that what is lost of a weight multiplies
 H_l - μ_l and not H_l. Sums run in an order that a configuration fixes; which one is the fastest is measured once a
@@ -154,37 +152,16 @@ def _config(warps: int, block: int, stages: int, registers: int | None = None, *
     return triton.Config({"BLOCK_C": block, **options}, num_warps=warps, num_stages=stages, maxnreg=registers)
 
 
-def _tiles(
-    warps: int,
-    block: int,
-    stages: int,
-    resident: int,
-    *,
-    held: int = 1,
-    ahead: int = 1,
-    fetch: int = 1,
-    registers: int | None = None,
-) -> triton.Config:
-    """``held`` states a warp at a time while moments are taken."""
-    return _config(warps, block, stages, registers, HELD=held * warps, RESIDENT=resident, AHEAD=ahead, FETCH=fetch)
+def _resident(warps: int, block: int, stages: int, registers: int, resident: int) -> triton.Config:
+    """``resident`` programs on every processor."""
+    return _config(warps, block, stages, registers, WARPS=warps, RESIDENT=resident)
 
 
 _FORWARD = [
-    _tiles(8, 256, 2, 1),
-    _tiles(8, 256, 2, 1, held=2),
-    _tiles(8, 128, 4, 1, held=2),
-    _tiles(16, 256, 2, 1),
-    _tiles(16, 256, 2, 1, ahead=2),
-    _tiles(4, 128, 3, 2),
-    _tiles(4, 128, 3, 2, held=2),
-    _tiles(4, 128, 3, 2, ahead=2),
-    _tiles(4, 256, 2, 2, held=2),
-    _tiles(8, 128, 3, 2, registers=128),
-    _tiles(8, 256, 2, 2, registers=128),
-    _tiles(4, 128, 3, 3, registers=168),
-    _tiles(4, 128, 3, 3, registers=168, held=2),
-    _tiles(4, 128, 3, 4, registers=128),
-    _tiles(4, 128, 3, 4, registers=128, fetch=0),
+    _resident(4, 128, 3, 128, 4),
+    _resident(4, 128, 3, 168, 3),
+    _resident(4, 64, 4, 128, 4),
+    _resident(8, 128, 3, 128, 2),
 ]
 _BACKWARD = [
     _config(4, 128, 3, 168),
@@ -195,7 +172,7 @@ _BACKWARD = [
     _config(8, 128, 3),
 ]
 if INTERPRETED:  # nothing to measure
-    _FORWARD, _BACKWARD = [_tiles(1, 64, 1, 1, fetch=0)], [_config(4, 64, 1)]
+    _FORWARD, _BACKWARD = [_resident(1, 64, 1, 255, 1)], [_config(4, 64, 1)]
 
 
 @triton.jit
@@ -217,24 +194,6 @@ def _load(token, row, channel, plane, rows, C: tl.constexpr, POLICY: tl.constexp
         mask=(row < rows)[:, None] & (channel < C)[None, :],
         other=0.0,
         eviction_policy=POLICY,
-    )
-
-
-@triton.jit
-@no_type_check
-def _fetch(token, plane, L: tl.constexpr, C: tl.constexpr):
-    """Have the second-level cache read a token's states [L, C], without waiting for them."""
-    LINE: tl.constexpr = 1024 // token.dtype.element_ty.primitive_bitwidth  # of 128 bytes
-    LINES: tl.constexpr = (C + LINE - 1) // LINE
-    line = tl.minimum(tl.arange(0, triton.next_power_of_2(L * LINES)), L * LINES - 1)
-    address = token + (line // LINES).to(tl.int64) * plane + line % LINES * LINE
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [address.to(tl.int64, bitcast=True)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
     )
 
 
@@ -261,15 +220,13 @@ def _forward(
     SPAN: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    HELD: tl.constexpr,
+    WARPS: tl.constexpr,
     RESIDENT: tl.constexpr,
-    AHEAD: tl.constexpr,
-    FETCH: tl.constexpr,
 ):
     """Every so manieth token for ``DEPTHS`` depths: first its states' moments, then their products."""
     GROUPS: tl.constexpr = (D + DEPTHS - 1) // DEPTHS
     CHUNKS: tl.constexpr = (L + LAYERS - 1) // LAYERS
-    ROWS: tl.constexpr = HELD * VECTOR // SPAN  # layers whose states the program's registers hold
+    ROWS: tl.constexpr = WARPS * VECTOR // SPAN  # layers whose states the program's registers hold
     PIECES: tl.constexpr = (C + SPAN - 1) // SPAN
     depth = tl.program_id(0) % GROUPS * DEPTHS + tl.arange(0, DEPTHS)
     stride = tl.num_programs(0) // GROUPS
@@ -281,7 +238,7 @@ def _forward(
 
     token = (tl.program_id(0) // GROUPS).to(tl.int64)
     while token < tokens:
-        for k in tl.range(0, (L + ROWS - 1) // ROWS, num_stages=AHEAD):
+        for k in tl.range(0, (L + ROWS - 1) // ROWS):
             layer = rows + k * ROWS
             pieces = ()
             total = tl.zeros([ROWS, SPAN], tl.float32)
@@ -299,9 +256,6 @@ def _forward(
             tl.store(mean + place, centre, mask=layer < L)
             tl.store(rstd + place, 1.0 / tl.sqrt(tl.sum(squares, 1) / C + LN_EPS), mask=layer < L)
         tl.debug_barrier()  # what other threads stored is read below
-        following = token + stride
-        if FETCH:
-            _fetch(hidden + tl.minimum(following, tokens - 1) * C, plane, L, C)
 
         scales = ()
         gain = 1.0
@@ -345,7 +299,7 @@ def _forward(
                 mask=(depth < D)[:, None] & (channel < C)[None, :],
                 eviction_policy="evict_first",
             )
-        token = following
+        token += stride
 
 
 @triton.autotune(
