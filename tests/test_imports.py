@@ -23,6 +23,7 @@ ORDER = [
     # the network
     "features",
     "flow",
+    "ragged",
     "layers",
     "kernels",
     "kernels.native",
@@ -39,6 +40,7 @@ ORDER = [
     "tiny_lm",
     "codec",
     "clock",
+    "recording",
     "sampler",
     # what there is to learn
     "data",
