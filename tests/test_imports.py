@@ -24,6 +24,7 @@ ORDER = [
     "features",
     "flow",
     "ragged",
+    "varlen",
     "layers",
     "kernels",
     "kernels.native",

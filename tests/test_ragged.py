@@ -19,8 +19,9 @@ from semantic_routing import dit
 from semantic_routing.dit import DiT, DiTConfig
 from semantic_routing.features import TextFeatures
 from semantic_routing.fusedit import make_model
-from semantic_routing.ragged import Ragged, is_worthwhile, ragged_attention
+from semantic_routing.ragged import Ragged, is_worthwhile
 from semantic_routing.sampler import euler, guided, schedule
+from semantic_routing.varlen import ragged_attention
 
 TIMES = schedule(4)
 

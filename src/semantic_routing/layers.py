@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from semantic_routing.ragged import Ragged, ragged_attention
+from semantic_routing.ragged import Ragged
 
 ACTIVATIONS = {"gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
 
@@ -60,7 +60,6 @@ class RMSNorm(nn.Module):
         return (h * self.weight).to(x.dtype)
 
 
-@torch.compiler.assume_constant_result  # a constant of the graph, which is compiled for one grid
 def rope_2d(height: int, width: int, head_dim: int, theta: float, device: torch.device) -> Rope:
     """Cosines and sines of 2-D rotary positions for a grid of ``height`` x ``width`` tokens, each [S, hd/2].
 
@@ -68,6 +67,11 @@ def rope_2d(height: int, width: int, head_dim: int, theta: float, device: torch.
     Made once per grid and kept.
     """
     return _rope_tables(height, width, head_dim, theta, device)
+
+
+# A constant of the graph, which is compiled for one grid: what torch.compiler.assume_constant_result does, without
+# loading the compiler for those who compile nothing.
+rope_2d._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=64)
@@ -171,7 +175,12 @@ class CrossAttention(nn.Module):
     def forward(self, x: Float[Tensor, "B S W"], text: BlockText) -> Float[Tensor, "B S W"]:
         k, v, mask, ragged = text
         q = self.q_norm(self.q(x).unflatten(-1, (-1, self.head_dim))).transpose(1, 2).to(k.dtype)
-        out = attention(q, k, v, mask) if ragged is None else ragged_attention(q, k, v, ragged)
+        if ragged is None:
+            out = attention(q, k, v, mask)
+        else:
+            from semantic_routing.varlen import ragged_attention
+
+            out = ragged_attention(q, k, v, ragged)
         return self.out(out.transpose(1, 2).flatten(2))
 
 

@@ -269,12 +269,12 @@ _COSTLY = {
     _ATEN._scaled_dot_product_flash_attention.default,
     _ATEN._scaled_dot_product_efficient_attention.default,
     _ATEN._scaled_dot_product_cudnn_attention.default,
-    torch.ops.torch_attn._varlen_attn.default,
 }
 
 
 def _keep_products(ctx: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _COSTLY else CheckpointPolicy.PREFER_RECOMPUTE
+    costly = op in _COSTLY or op.namespace == "torch_attn"  # attention without padding (varlen.py)
+    return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def place_encoder(encoder: TextEncoder, cfg: ParallelConfig, world: World, *, compiled: bool) -> TextEncoder:

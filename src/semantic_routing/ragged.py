@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
-
-GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-"""torch before 2.13 shares key heads among query heads without being asked."""
 
 
 class Ragged(NamedTuple):
@@ -48,14 +43,3 @@ def without_padding(mask: Bool[Tensor, "B N"]) -> tuple[Ragged | None, Int[Tenso
 def packed(x: Tensor, places: Int[Tensor, " T"], axis: int) -> Tensor:
     """``x`` with its axes B and N, from ``axis`` on, made 1 and T: its tokens at ``places``."""
     return x.flatten(axis, axis + 1).index_select(axis, places).unsqueeze(axis)
-
-
-def ragged_attention(
-    q: Float[Tensor, "B H S hd"], k: Float[Tensor, "1 Hkv T hd"], v: Float[Tensor, "1 Hkv T hd"], ragged: Ragged
-) -> Float[Tensor, "B H S hd"]:
-    """Softmax attention of each sample's queries to its own prompt; H/Hkv query heads share each key head."""
-    B, _, S, _ = q.shape
-    starts = torch.arange(0, (B + 1) * S, S, dtype=torch.int32, device=q.device)
-    rows, keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-    out = cast(Tensor, varlen_attn(rows, keys, values, starts, ragged.ends, S, ragged.longest, **GROUPED))
-    return out.unflatten(0, (B, S)).transpose(1, 2)
