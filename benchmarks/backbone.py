@@ -11,18 +11,18 @@ computed again would not count.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
+from results import save
 from sampling import matrix_rate, network, prompts, seconds
 
 from semantic_routing.dit import DiTConfig
 from semantic_routing.flops import META, blank_features, count, count_image
 from semantic_routing.fusedit import make_model
 from semantic_routing.generate import compile_network, rounded_once
-from semantic_routing.manifest import hardware, manifest
+from semantic_routing.manifest import hardware
 from semantic_routing.parallel import ParallelConfig, World, parallelize
 
 WANTED = 0.55
@@ -90,12 +90,7 @@ def main() -> int:
     for name, share in shares.items():
         sys.stdout.write(f"{name:32} {1e3 * times[name]:8.1f} ms {counted[name] / 1e12:7.1f} TFLOP ")
         sys.stdout.write(f"{share:6.3f} of the rate   wanted >= {WANTED}\n")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        found = {"flop": counted, "seconds": times, "rate": rate, "shares": shares, "wanted": WANTED}
-        args.out.write_text(json.dumps(found, indent=2) + "\n")
-        facts = manifest(settings={k: str(v) for k, v in vars(args).items()}, seeds={"weights": 0})
-        args.out.with_name(args.out.stem + "-manifest.json").write_text(json.dumps(facts, indent=2) + "\n")
+    save(args, {"flop": counted, "seconds": times, "rate": rate, "shares": shares, "wanted": WANTED}, weights=0)
     return 0
 
 

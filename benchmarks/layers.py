@@ -11,16 +11,15 @@ layers side by side: what of them an average loses.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from results import save
 from torch import Tensor
 
 from semantic_routing.data.sources import DataConfig, open_data
-from semantic_routing.manifest import manifest
 from semantic_routing.text_encoder import TextEncoder, TextEncoderConfig
 
 RIDGE = 1e-3
@@ -68,11 +67,7 @@ def main() -> None:
     write(f"{'from':10}" + "".join(f"{f'to {i + 1}':>8}" for i in layers) + "\n")
     for name, row in rows.items():
         write(f"{name:10}" + "".join(f"{value:8.3f}" for value in row) + "\n")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"r2": rows, "tokens": fit.shape[1]}, indent=2) + "\n")
-        facts = manifest(settings={k: str(v) for k, v in vars(args).items()}, seeds={"captions": 1})
-        args.out.with_name(args.out.stem + "-manifest.json").write_text(json.dumps(facts, indent=2) + "\n")
+    save(args, {"r2": rows, "tokens": fit.shape[1]}, captions=1)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,13 @@ from pathlib import Path
 
 import torch
 from reference import stack_normalise_einsum
+from results import save
 from torch import Tensor
 
 from semantic_routing.device import keep_freed_memory
 from semantic_routing.fusion import mix
 from semantic_routing.kernels import native
-from semantic_routing.manifest import hardware, manifest
+from semantic_routing.manifest import hardware
 
 LAYERS, BATCH, LENGTH, CHANNELS, DEPTHS = 36, 4, 256, 2560, 24
 WEIGHTS = {"depth": (1, DEPTHS), "joint": (BATCH, DEPTHS), "uniform": (1, 1)}
@@ -127,11 +128,7 @@ def main() -> None:
         write(f"  extra memory: naive {extra['naive'] / 2**20:.0f} MiB, ours {extra['ours'] / 2**20:.0f} MiB, ")
         write(f"{extra['ours'] / extra['naive']:.3f}{wanted}\n")
         rows[arm] = row | {"extra memory": extra}
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"form": form, "rows": rows}, indent=2) + "\n")
-        facts = manifest(settings={"arms": args.arms}, seeds={"states": 0})
-        args.out.with_name(args.out.stem + "-manifest.json").write_text(json.dumps(facts, indent=2) + "\n")
+    save(args, {"form": form, "rows": rows}, states=0)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ Times are medians by CUDA events.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -22,9 +21,10 @@ from typing import Any
 
 import torch
 from reference import stack_normalise_einsum
+from results import save
 from torch import Tensor
 
-from semantic_routing.manifest import hardware, manifest
+from semantic_routing.manifest import hardware
 
 LAYERS, CHANNELS, DEPTHS = 36, 2560, 24
 TARGETS = {"forward": 0.75, "backward": 0.65}
@@ -124,9 +124,9 @@ def main() -> int:
     kernels = {"forward": gpu._forward, "backward": gpu._backward}
     for name, kernel in kernels.items():
         write(f"{name}: {kernel.best_config}\n")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        found = {
+    save(
+        args,
+        {
             "prompts": prompts,
             "bytes": counted,
             "copy bytes a second": copied,
@@ -136,10 +136,9 @@ def main() -> int:
             "ratios": ratios,
             "difference": difference,
             "milliseconds of configurations": {name: timings(kernel) for name, kernel in kernels.items()},
-        }
-        args.out.write_text(json.dumps(found, indent=2) + "\n")
-        facts = manifest(settings={k: str(v) for k, v in vars(args).items()}, seeds={"states": 0})
-        args.out.with_name(args.out.stem + "-manifest.json").write_text(json.dumps(facts, indent=2) + "\n")
+        },
+        states=0,
+    )
     return 0
 
 

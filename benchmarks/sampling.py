@@ -10,7 +10,6 @@ and the floor, the time of the network's own products at the rate of one large p
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import torch
 from reference import padded, velocity
+from results import save
 from torch import Tensor, nn
 
 from semantic_routing.device import keep_freed_memory
@@ -28,7 +28,7 @@ from semantic_routing.features import TextFeatures
 from semantic_routing.flops import count_image
 from semantic_routing.fusedit import make_model
 from semantic_routing.generate import compile_network, rounded_once
-from semantic_routing.manifest import hardware, manifest
+from semantic_routing.manifest import hardware
 from semantic_routing.sampler import euler, extrapolated, guided, join, schedule
 
 SCALES = {
@@ -151,11 +151,7 @@ def main() -> None:
         low, high = TARGETS[args.scale].get(name, (None, None))
         wanted = "" if low is None and high is None else f"   wanted {f'>= {low}' if low else f'<= {high}'}"
         write(f"{name:22} {value:6.3f}{wanted}\n")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"rows": rows, "ratios": found, "floor": floor, "rate": rate}, indent=2) + "\n")
-        facts = manifest(settings={k: str(v) for k, v in vars(args).items()}, seeds={"weights": 0})
-        args.out.with_name(args.out.stem + "-manifest.json").write_text(json.dumps(facts, indent=2) + "\n")
+    save(args, {"rows": rows, "ratios": found, "floor": floor, "rate": rate}, weights=0)
 
 
 def ratios(rows: dict[str, dict[str, float]]) -> dict[str, float]:

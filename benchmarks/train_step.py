@@ -13,7 +13,6 @@ needs and compiles the blocks. Peak memory is beside the time.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from reference import padded, velocity
+from results import save
 from sampling import matrix_rate, network, seconds
 from torch.optim import Muon
 
@@ -33,7 +33,7 @@ from semantic_routing.device import keep_freed_memory
 from semantic_routing.dit import DiTConfig
 from semantic_routing.features import TextFeatures
 from semantic_routing.flow import path, velocity_loss
-from semantic_routing.manifest import hardware, manifest
+from semantic_routing.manifest import hardware
 from semantic_routing.parallel import ParallelConfig, World, parallelize
 from semantic_routing.recipes import toy
 from semantic_routing.text_encoder import TextEncoderConfig
@@ -146,11 +146,7 @@ def main() -> None:
     for key, wanted in TARGETS[args.scale].items():
         if key in last:
             sys.stdout.write(f"{key}: {first[key] / last[key]:.2f}, wanted >= {wanted:.2f}\n")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"rows": rows, "floor": floor}, indent=2) + "\n")
-        facts = manifest(settings={k: str(v) for k, v in vars(args).items()}, seeds={"weights": 0})
-        args.out.with_name(args.out.stem + "-manifest.json").write_text(json.dumps(facts, indent=2) + "\n")
+    save(args, {"rows": rows, "floor": floor}, weights=0)
 
 
 if __name__ == "__main__":

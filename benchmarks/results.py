@@ -1,0 +1,23 @@
+"""Writes what a benchmark found, with its manifest beside it."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from semantic_routing.checkpoint import write_text
+from semantic_routing.manifest import manifest
+
+
+def save(args: Namespace, found: dict[str, Any], **seeds: int) -> None:
+    """``found`` to ``args.out``, where that is given, and NAME-manifest.json beside it."""
+    if args.out is None:
+        return
+    path: Path = args.out
+    path.parent.mkdir(parents=True, exist_ok=True)
+    settings = {name: str(value) for name, value in vars(args).items()}
+    write_text(path, json.dumps(found, indent=2) + "\n")
+    facts = manifest(settings=settings, seeds=seeds)
+    write_text(path.with_name(f"{path.stem}-manifest.json"), json.dumps(facts, indent=2) + "\n")
