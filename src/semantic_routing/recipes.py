@@ -20,6 +20,11 @@ TOY_SAMPLING = SampleConfig(sampler="ancestral", steps=100, guidance=3.0, shift=
 SMALL_SAMPLING = replace(TOY_SAMPLING, batch=506)
 """The same for small ones, in batches for a GPU."""
 
+GATED = ("time", "joint", "time-state", "joint-state")
+GATE_RATE = 2e-5
+"""Learning rate of gates. AdamW moves a gate's logits through all of its 512 hidden channels at once, some hundred times
+as fast as logits that are parameters themselves: at the network's rate gates fall onto one layer (docs/log.md)."""
+
 
 def toy(arm: str) -> TrainConfig:
     """Minutes on two CPU cores: 32x32 pictures of shapes in pixels, a tiny language model made on the spot."""
@@ -49,6 +54,7 @@ def toy(arm: str) -> TrainConfig:
             name="muon",
             lr=2e-3,
             muon_lr=0.02,
+            router_lr=GATE_RATE if arm in GATED else None,
             betas=(0.9, 0.99),
             weight_decay=0.01,
             warmup=50,

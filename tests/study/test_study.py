@@ -16,6 +16,7 @@ from scipy.stats import ttest_1samp
 from semantic_routing.errors import TrainingFailed
 from semantic_routing.evaluate.scores import CORRECT, Record
 from semantic_routing.fusion import ARMS
+from semantic_routing.recipes import GATE_RATE
 from semantic_routing.study import plan, results, runner
 from semantic_routing.study.plan import StudyArguments, evaluation_folder, jobs, stages
 from semantic_routing.study.results import over_seeds
@@ -35,6 +36,9 @@ def test_every_arm_runs_with_every_seed_and_only_learned_ones_with_every_rate(tm
     plain, fast = by_name["depth-seed1"].config, by_name["depth-rate10-seed1"].config
     assert (plain.seed, plain.steps, plain.optim.router_lr) == (1, 70, None)
     assert fast.optim.router_lr == pytest.approx(10 * plain.optim.lr)
+    slow, gates = by_name["joint-seed1"].config, by_name["joint-rate10-seed1"].config
+    assert slow.optim.router_lr == GATE_RATE
+    assert gates.optim.router_lr == pytest.approx(10 * GATE_RATE)
     assert {(job.config.model.width, job.config.batch) for job in found} == {(192, 128)}
     assert by_name["joint-seed0"].clocks == ("shifted", "calibrated")
     assert by_name["depth-seed0"].clocks == ()

@@ -140,7 +140,10 @@ def jobs(args: StudyArguments) -> list[Job]:
         for arm in args.all_arms:
             recipe = RECIPES[args.scale](arm)
             for rate in args.router_rates if arm in LEARNED else (1.0,):
-                optim = recipe.optim if rate == 1 else replace(recipe.optim, router_lr=recipe.optim.lr * rate)
+                optim = recipe.optim
+                if rate != 1:
+                    own = optim.lr if optim.router_lr is None else optim.router_lr
+                    optim = replace(optim, router_lr=own * rate)
                 config = replace(recipe, optim=optim, seed=seed, steps=args.steps or recipe.steps, preview_every=0)
                 clocks = args.clocks if arm in TIMED else ()
                 found.append(Job(arm=arm, rate=rate, seed=seed, config=config, clocks=clocks))
