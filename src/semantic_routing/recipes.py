@@ -22,8 +22,8 @@ SMALL_SAMPLING = replace(TOY_SAMPLING, batch=506)
 
 GATED = ("time", "joint", "time-state", "joint-state")
 GATE_RATE = 2e-5
-"""Learning rate of gates. AdamW moves a gate's logits through all of its 512 hidden channels at once, a hundred times as
-fast as logits that are parameters themselves: at the network's rate gates fall onto one layer (docs/log.md)."""
+"""Learning rate of gates. AdamW moves a gate's logits through all of its 512 hidden channels, a hundred times as fast
+as logits that are parameters themselves: at the network's rate gates fall onto one layer (docs/log.md)."""
 
 
 def toy(arm: str) -> TrainConfig:
