@@ -131,7 +131,7 @@ def accuracy_figure(rows: Sequence[Row]) -> Drawn:
         axes.plot(100 * np.array(number.seeds), np.full(len(number.seeds), place), "o", color=INK, markersize=3)
     axes.set_yticks(places, [_label(row) for row in rows])
     axes.invert_yaxis()
-    label_axes(axes, "accuracy (%): interval over prompts, a point for each seed", "")
+    label_axes(axes, "accuracy (%)\ninterval over prompts, a point for each seed", "")
     values = np.array([[n.mean, *n.over_prompts] for n in numbers])
     return Drawn(
         name="accuracy", title="Overall accuracy", figure=figure, rows=[row.name for row in rows],
