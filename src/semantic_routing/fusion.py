@@ -24,6 +24,8 @@ ARMS: tuple[str, ...] = get_args(Arm)
 """The paper's."""
 EXTRA_ARMS = ("hard", "attention", "time-state", "joint-state")
 """Beyond the paper: two baselines of other models, and S1 and S3 that are told the time by the latent itself."""
+GATED = ("time", "joint", "time-state", "joint-state")
+"""Whose routers are gates that are told a time."""
 ALIASES = dict(zip(("b1", "b2", "b3", "s1", "s2", "s3"), ARMS, strict=False))
 
 
@@ -159,7 +161,7 @@ def make_router(arm: str, layers: int, depth: int, width: int) -> Router:
         return FixedRouter([[1 / layers] * layers])
     if arm in ("static", "depth"):
         return LogitRouter(layers, rows=depth if arm == "depth" else 1)
-    if arm in ("time", "joint", "time-state", "joint-state"):
+    if arm in GATED:
         return GateRouter(layers, gates=depth if arm.startswith("joint") else 1)
     if arm == "hard":  # block d reads one layer, from shallow to deep
         read = [max(0, round((block + 1) * layers / depth) - 1) for block in range(depth)]

@@ -9,6 +9,7 @@ from semantic_routing.codec import CodecConfig
 from semantic_routing.data.sources import DataConfig
 from semantic_routing.dit import DiTConfig
 from semantic_routing.flow import TimeConfig
+from semantic_routing.fusion import GATED
 from semantic_routing.generate import TINY, SampleConfig
 from semantic_routing.optim import OptimConfig
 from semantic_routing.parallel import ParallelConfig
@@ -20,7 +21,6 @@ TOY_SAMPLING = SampleConfig(sampler="ancestral", steps=100, guidance=3.0, shift=
 SMALL_SAMPLING = replace(TOY_SAMPLING, batch=506)
 """The same for small ones, in batches for a GPU."""
 
-GATED = ("time", "joint", "time-state", "joint-state")
 GATE_RATE = 2e-5
 """Learning rate of gates. AdamW moves a gate's logits through all of its 512 hidden channels, a hundred times as fast
 as logits that are parameters themselves: at the network's rate gates fall onto one layer (docs/log.md)."""

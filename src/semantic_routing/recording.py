@@ -21,14 +21,15 @@ class Recording:
     def __init__(self, model: Backbone) -> None:
         self.model = model
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.sizes: list[tuple[torch.Size, torch.dtype]] = []
-        """Of the last call."""
+        self.sizes: tuple[object, ...] = ()
+        """Of the last call: what a graph holds fast."""
 
     def __call__(
         self, x: Float[Tensor, "B Ch h w"], t: Float[Tensor, " T"], context: TextContext
     ) -> Float[Tensor, "B Ch h w"]:
         given = [x, t, *_tensors(context)]
-        sizes = [(y.shape, y.dtype) for y in given]
+        longest = None if context.ragged is None else context.ragged.longest
+        sizes = (longest, *((y.shape, y.dtype) for y in given))
         if sizes != self.sizes:
             self.sizes, self.graph = sizes, None
             self.inputs = x.clone(), t.clone(), _copied(context)

@@ -13,14 +13,14 @@ import tyro
 
 from semantic_routing.clock import parse_clock
 from semantic_routing.config import to_dict
-from semantic_routing.fusion import ARMS, parse_arm
+from semantic_routing.fusion import ARMS, GATED, parse_arm
 from semantic_routing.generate import SampleConfig
 from semantic_routing.recipes import RECIPES, SMALL_SAMPLING, TOY_SAMPLING
 from semantic_routing.train_config import TrainConfig
 
 TIMED = ("time", "joint")
 """Arms whose gates can be told another time while sampling (Table 3)."""
-LEARNED = ("static", "depth", "time", "joint", "attention", "time-state", "joint-state")
+LEARNED = ("static", "depth", "attention", *GATED)
 """Arms whose routers have parameters, and so a learning rate of their own."""
 CALIBRATED = "calibrated"
 """The clock that is measured for each run."""
