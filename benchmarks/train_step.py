@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -113,9 +114,8 @@ def paper_rows(steps: int, device: torch.device, batch: int, cfg: DiTConfig) -> 
             rows[name]["memory"] = torch.cuda.max_memory_allocated() / 1e9
 
     model = network(cfg, device).requires_grad_().train()
-    slow = padded(features)
-    measure("reference", lambda x, t: velocity(model, slow, x, t), model)
-    del model, slow
+    measure("reference", partial(velocity, model, padded(features)), model)
+    del model
     model = network(cfg, device).requires_grad_().train()
     model = parallelize(model, ParallelConfig(), World(device=device), bf16=True, compiled=True)
     measure("ours", lambda x, t: model(x, t, model.prepare_text(features)), model)

@@ -113,3 +113,7 @@ def tiny_run(tiny_config: Callable[..., TrainConfig], tmp_path_factory: pytest.T
     out = tmp_path_factory.mktemp("runs") / "tiny"
     start(tiny_config(), out)
     return out
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--golden", action="store_true", help="print golden losses instead of comparing them")

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import pytest
 
+from semantic_routing.arms import PAPER_ARMS
 from semantic_routing.config import from_dict, nearest, read_config, to_dict
-from semantic_routing.fusion import ARMS
 from semantic_routing.recipes import RECIPES
 from semantic_routing.train import TrainConfig
 
@@ -33,7 +33,7 @@ class Outer:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", PAPER_ARMS)
 def test_every_recipe_survives_json(recipe: str, arm: str, tmp_path: Path) -> None:
     cfg = RECIPES[recipe](arm)
     assert cfg.model.arm == arm

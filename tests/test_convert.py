@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from semantic_routing.arms import PAPER_ARMS
 from semantic_routing.convert import (
     UpstreamFuseDiT,
     from_upstream,
@@ -26,7 +27,6 @@ from semantic_routing.convert import (
     upstream_config,
     upstream_forward,
 )
-from semantic_routing.fusion import ARMS
 from semantic_routing.upstream_files import read_upstream
 
 Weights = dict[str, Tensor]
@@ -45,7 +45,7 @@ CONFIG: dict[str, Any] = {
     "text_intermediate_size": 36,
     "text_rope_theta": 5e5,
     "mrope_section": [2, 1, 1],
-    "rope_theta": {arm: 3e3 for arm in ARMS if arm != "fusedit"},
+    "rope_theta": {arm: 3e3 for arm in PAPER_ARMS if arm != "fusedit"},
     "fusedit_first_llm_layer": 1,
 }
 MLP_WIDTH = 44
@@ -271,7 +271,7 @@ def naive_single(w: Weights, config: dict[str, Any], arm: str, inputs: Weights) 
 # --- the numbers ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", PAPER_ARMS)
 def test_golden_case(shared: Path, arm: str) -> None:
     folder = shared / "golden" / "upstream"
     case = load_file(folder / f"{arm}.safetensors")
@@ -281,7 +281,7 @@ def test_golden_case(shared: Path, arm: str) -> None:
     torch.testing.assert_close(upstream_forward(model, **inputs), case["output"], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", PAPER_ARMS)
 @pytest.mark.parametrize(
     ("sizes", "height", "width"),
     [
@@ -299,7 +299,7 @@ def test_equals_a_naive_copy(arm: str, sizes: dict[str, int], height: int, width
     torch.testing.assert_close(upstream_forward(model, **inputs), expected, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", PAPER_ARMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_round_trip(arm: str, dtype: torch.dtype) -> None:
     weights = {name: x.to(dtype) for name, x in random_weights(CONFIG, arm).items()}

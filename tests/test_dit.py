@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from semantic_routing.arms import PAPER_ARMS
 from semantic_routing.dit import Backbone, Block, DiT, DiTConfig, TextContext, patchify, unpatchify
 from semantic_routing.features import TextFeatures
 from semantic_routing.flow import path, velocity_from_image
 from semantic_routing.fusedit import FuseBlock, make_model
-from semantic_routing.fusion import ARMS, mix
+from semantic_routing.fusion import mix
 from semantic_routing.layers import BlockText, TimeEmbedding, rope_2d
 
 CFG = DiTConfig(
@@ -28,7 +29,7 @@ CFG = DiTConfig(
     text_layers=5,
     fusedit_first_layer=1,
 )
-ROUTED = [arm for arm in ARMS if arm != "fusedit"]
+ROUTED = [arm for arm in PAPER_ARMS if arm != "fusedit"]
 TIMED = ["time", "joint"]
 CONDITIONINGS = ["none", "adaln-zero", "adaln-single", "addition"]
 IMAGE = (3, 4, 6)
@@ -92,7 +93,7 @@ def test_patch_embedding_is_a_strided_convolution() -> None:
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", PAPER_ARMS)
 def test_every_arm_and_conditioning_runs_starts_at_zero_and_learns(arm: str, conditioning: str) -> None:
     model = make_model(replace(CFG, arm=arm, conditioning=conditioning))
     x, t = some_image()
@@ -219,7 +220,7 @@ def test_untrained_image_prediction_is_the_velocity_to_zero() -> None:
 # --- text ---
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", PAPER_ARMS)
 def test_padding_never_changes_an_image(arm: str) -> None:
     model, features = trained(replace(CFG, arm=arm)), some_text()
     x, t = some_image()
@@ -240,7 +241,7 @@ def test_padding_never_changes_an_image(arm: str) -> None:
     torch.testing.assert_close(run(model, x[1:], t[1:], alone), expected[1:], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", PAPER_ARMS)
 def test_text_changes_its_own_sample_only(arm: str) -> None:
     model, features = trained(replace(CFG, arm=arm)), some_text()
     x, t = some_image()
@@ -299,14 +300,14 @@ PAPER_PARAMETERS = {
 """The reference's counts at the paper's scale, exact; the paper's Table 4 gives them in millions."""
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", PAPER_ARMS)
 def test_paper_scale_has_the_references_parameter_count(arm: str) -> None:
     with torch.device("meta"):
         model = make_model(DiTConfig(arm=arm))
     assert sum(p.numel() for p in model.parameters()) == PAPER_PARAMETERS[arm]
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", PAPER_ARMS)
 def test_shapes_can_be_worked_out_without_memory(arm: str) -> None:
     with torch.device("meta"):
         model, features = (

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from semantic_routing.arms import PAPER_ARMS
 from semantic_routing.dit import DiT, DiTConfig, patchify, unpatchify
 from semantic_routing.features import TextFeatures
 from semantic_routing.fusedit import FuseDiT, make_model, turned_back
-from semantic_routing.fusion import ARMS
 from semantic_routing.layers import apply_rope, rope_2d
 
 CFG = DiTConfig(
@@ -130,6 +130,6 @@ def test_more_blocks_than_layers_are_refused() -> None:
         FuseDiT(replace(CFG, depth=4))
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", PAPER_ARMS)
 def test_make_model_knows_every_arm(arm: str) -> None:
     assert type(make_model(replace(CFG, arm=arm))) is (FuseDiT if arm == "fusedit" else DiT)

@@ -7,20 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from semantic_routing.arms import ARMS, PAPER_ARMS, parse_arm
 from semantic_routing.fusion import (
-    ARMS,
-    EXTRA_ARMS,
     AttentionRouter,
     GateRouter,
     LogitRouter,
     Router,
     make_router,
     mix,
-    parse_arm,
 )
 from semantic_routing.kernels.mix import BLOCK_TOKENS
 
-ROUTED = [arm for arm in ARMS if arm != "fusedit"]
+ROUTED = [arm for arm in PAPER_ARMS if arm != "fusedit"]
 TIMED = ["time", "joint"]
 LAYERS, DEPTH, WIDTH = 6, 3, 8
 
@@ -302,8 +300,8 @@ def test_the_gradient_of_attention_over_layers_is_autograds() -> None:
 
 def test_arm_names_and_labels() -> None:
     labels = ["B1", "b2", "B3", "S1", "s2", "S3", "FuseDiT"]
-    assert [parse_arm(label) for label in labels] == list(ARMS)
-    assert [parse_arm(arm) for arm in (*ARMS, *EXTRA_ARMS)] == [*ARMS, *EXTRA_ARMS]
+    assert [parse_arm(label) for label in labels] == list(PAPER_ARMS)
+    assert [parse_arm(arm) for arm in ARMS] == list(ARMS)
     with pytest.raises(ValueError, match=r"unknown arm 'Detph'; did you mean 'depth'\?"):
         parse_arm("Detph")
     with pytest.raises(ValueError, match="unknown arm 'xyz'; known: penultimate, uniform"):

@@ -20,10 +20,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from semantic_routing.arms import ARMS, PAPER_ARMS
 from semantic_routing.checkpoint import EMA, MODEL, STATE, find_checkpoint
 from semantic_routing.codec import PixelCodec
 from semantic_routing.fusedit import make_model
-from semantic_routing.fusion import ARMS, EXTRA_ARMS
 from semantic_routing.generate import (
     TINY,
     Bundle,
@@ -49,7 +49,7 @@ def bundles(tiny_config: Callable, tiny_encoder: Path) -> dict[str, Bundle]:
     torch.manual_seed(0)
     encoder = TextEncoder.from_pretrained(tiny_config().text)
     found = {}
-    for arm in (*ARMS, *EXTRA_ARMS):
+    for arm in ARMS:
         model = make_model(tiny_config(arm).model).requires_grad_(False)
         for p in model.parameters():
             if p.eq(0).all():
@@ -65,7 +65,7 @@ def final(bundle: Bundle, prompts: list[str], images: list[tuple[int, int]], cfg
     return seen[-1]
 
 
-@pytest.mark.parametrize("arm", [*ARMS, *EXTRA_ARMS])
+@pytest.mark.parametrize("arm", ARMS)
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_an_image_depends_on_neither_its_batch_nor_other_prompts(
@@ -80,7 +80,7 @@ def test_an_image_depends_on_neither_its_batch_nor_other_prompts(
     assert torch.equal(final(bundle, PROMPTS[::-1], names[::-1], cfg).flip(0), together)
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", PAPER_ARMS)
 def test_an_image_depends_on_its_prompt_its_name_and_the_seed(bundles: dict[str, Bundle], arm: str) -> None:
     bundle = bundles[arm]
     first = final(bundle, ["a red circle"], [(0, 0)])

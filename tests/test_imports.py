@@ -21,6 +21,7 @@ ORDER = [
     "manifest",
     "processes",
     # the network
+    "arms",
     "features",
     "flow",
     "ragged",

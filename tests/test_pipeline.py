@@ -20,12 +20,12 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor
 
+from semantic_routing.arms import PAPER_ARMS
 from semantic_routing.codec import PixelCodec, VAECodec
 from semantic_routing.device import has_bfloat16
 from semantic_routing.dit import DiTConfig
 from semantic_routing.export import make_pipeline
 from semantic_routing.fusedit import make_model
-from semantic_routing.fusion import ARMS
 from semantic_routing.generate import Bundle, SampleConfig
 from semantic_routing.pipeline import SemanticRoutingPipeline
 from semantic_routing.sampler import noise_for, schedule
@@ -113,7 +113,7 @@ def draw(pipe: SemanticRoutingPipeline, **options: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("guidance", [1.0, GUIDANCE])
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", PAPER_ARMS)
 def test_pixels_are_those_of_sample(make_bundle: MakeBundle, arm: str, guidance: float) -> None:
     bundle = make_bundle(arm)
     names = [(0, 0), (1, 0)]

@@ -160,7 +160,7 @@ def test_what_comes_from_files_is_text_and_never_markup(reported):
 def test_page_says_what_was_trained_and_how(reported):
     page, metrics, _ = reported
     for fact in (
-        "S2 (depth)",
+        "S2 depth",
         f"{metrics['parameters']:,} parameters",
         "400 steps of 64 images, 25,600 images in all",
         "4 layers of width 8",

@@ -11,12 +11,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from semantic_routing.arms import PAPER_ARMS
 from semantic_routing.clock import Clock, shifted
 from semantic_routing.dit import Backbone, DiTConfig, TextContext
 from semantic_routing.features import TextFeatures
 from semantic_routing.fusedit import make_model
-from semantic_routing.fusion import ARMS
-from semantic_routing.sampler import SAMPLERS, ancestral, euler, guided, heun, join, noise_for, schedule, text_velocity
+from semantic_routing.generate import SampleConfig
+from semantic_routing.sampler import (
+    SAMPLERS,
+    Sampler,
+    euler,
+    euler_ancestral,
+    guided,
+    heun,
+    join,
+    noise_for,
+    renoise,
+    schedule,
+    text_velocity,
+)
 
 CFG = DiTConfig(
     depth=2, width=16, heads=2, kv_heads=1, head_dim=8, mlp_width=16, channels=3, text_width=12, text_layers=3,
@@ -117,7 +130,7 @@ def test_the_callback_sees_every_step_as_it_begins(method: Callable) -> None:
     seen: list[tuple[int, float, Tensor, Tensor]] = []
     times = schedule(4, 2.0)
     x = torch.randn(2, 3)
-    end = method(lambda x, t: -x + t[:, None], x, times, lambda i, t, x, v: seen.append((i, float(t), x, v)))
+    end = method(lambda x, t: -x + t[:, None], x, times, callback=lambda i, t, x, v: seen.append((i, float(t), x, v)))
     assert [(i, t) for i, t, _, _ in seen] == list(enumerate(times[:-1].tolist()))
     assert torch.equal(seen[0][2], x)
     for (_, t, x, v), after in zip(seen, [*(s[2] for s in seen[1:]), end], strict=True):
@@ -151,7 +164,7 @@ def repeated(features: TextFeatures, count: int) -> TextFeatures:
     return TextFeatures(features.hidden[:, rows], features.mask[rows], features.keys[:, rows], features.values[:, rows])
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", PAPER_ARMS)
 @pytest.mark.parametrize("null_length", [1, 7])
 def test_guidance_is_null_plus_scale_times_the_difference(arm: str, null_length: int) -> None:
     model = model_of(arm)
@@ -194,7 +207,7 @@ def test_join_pads_to_the_longer_and_keeps_every_token(first: int, second: int) 
 # --- the text, once ---
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", PAPER_ARMS)
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_text_is_prepared_once_unless_routing_depends_on_time(arm: str, scale: float, sampler: str) -> None:
@@ -202,11 +215,11 @@ def test_text_is_prepared_once_unless_routing_depends_on_time(arm: str, scale: f
     record = Record(model)
     velocity = guided(model, text((5, 2), 5), text((1,), 1), scale)
     SAMPLERS[sampler](velocity, torch.randn(2, *IMAGE), schedule(steps))
-    evaluations = steps if sampler == "euler" else 2 * steps - 1
+    evaluations = 2 * steps - 1 if sampler == "heun" else steps
     assert len(record.batches) == evaluations
     halves = 1 if scale == 1 else 2
     assert len(record.prepared) == halves * (evaluations if arm in TIMED else 1)
-    if arm in TIMED and sampler == "euler":  # at the very time of each step
+    if arm in TIMED and sampler != "heun":  # at the very time of each step
         for half in range(halves):
             assert [float(t[0]) for t in record.prepared[half::halves]] == schedule(steps)[:-1].tolist()
 
@@ -221,12 +234,13 @@ def test_steps_to_come_are_prepared_together(
     """As many as there is room for, with the same pictures."""
     model, times, x = model_of(arm), schedule(7, 2.0), torch.randn(2, *IMAGE)
     prompts, null = text((5, 2), 5), text((1,), 1)
-    expected = SAMPLERS[sampler](guided(model, prompts, null, 3.0, told), x, times)
+    fresh = lambda step: torch.full_like(x, step / 10)  # noqa: E731
+    expected = SAMPLERS[sampler](guided(model, prompts, null, 3.0, told), x, times, noise=fresh)
     monkeypatch.setattr("semantic_routing.sampler.PLANNED_BYTES", budget)
     record, together = Record(model), []
     plan = model.prepare_steps
     model.prepare_steps = lambda features, t: together.append(len(t)) or plan(features, t)
-    found = SAMPLERS[sampler](guided(model, prompts, null, 3.0, told, times), x, times)
+    found = SAMPLERS[sampler](guided(model, prompts, null, 3.0, told, times), x, times, noise=fresh)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     if budget == 2**28:
         assert together == [8, 8]
@@ -240,7 +254,7 @@ def test_steps_to_come_are_prepared_together(
 
 
 def test_prepared_steps_are_those_prepared_alone() -> None:
-    for arm in ARMS:
+    for arm in PAPER_ARMS:
         model, prompts, times = model_of(arm), text((5, 2), 5), torch.tensor([0.1, 0.5, 0.9])
         for context, t in zip(model.prepare_steps(prompts, times), times, strict=True):
             alone = model.prepare_text(prompts, t[None])
@@ -248,7 +262,7 @@ def test_prepared_steps_are_those_prepared_alone() -> None:
             torch.testing.assert_close(context.values, alone.values)
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", PAPER_ARMS)
 def test_preparing_once_or_at_every_step_is_the_same(arm: str) -> None:
     """What is reused over steps and halves gives the velocity that a fresh preparation would."""
     model, prompts = model_of(arm), text((5, 2), 5)
@@ -290,7 +304,8 @@ def test_noise_is_standard_normal_and_uncorrelated() -> None:
     assert float(between.abs().max()) < 5.5 / noise.shape[1] ** 0.5
 
 
-def test_ancestral_lands_on_what_it_predicts_and_renews_the_noise() -> None:
+@pytest.mark.parametrize("sampler", [renoise, euler_ancestral])
+def test_stochastic_samplers_land_on_what_they_predict_and_renew_the_noise(sampler: Sampler) -> None:
     target, drawn = torch.full((2, 3), 0.5), []
 
     def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -300,24 +315,72 @@ def test_ancestral_lands_on_what_it_predicts_and_renews_the_noise() -> None:
         drawn.append(step)
         return torch.full((2, 3), float(step + 1))
 
-    seen = []
-    out = ancestral(velocity, torch.randn(2, 3), schedule(4), lambda i, t, x, v: seen.append(x), fresh=fresh)
+    seen: list[Tensor] = []
+    out = sampler(velocity, torch.randn(2, 3), schedule(4), noise=fresh, callback=lambda i, t, x, v: seen.append(x))
     torch.testing.assert_close(out, target)
     assert drawn == [0, 1, 2]  # none after the last step
-    torch.testing.assert_close(seen[2], 0.5 * torch.full((2, 3), 2.0) + 0.5 * target)
+    if sampler is renoise:
+        torch.testing.assert_close(seen[2], 0.5 * torch.full((2, 3), 2.0) + 0.5 * target)
+    else:  # from t = 1/4 to 1/2, (1/2)^2 (1/2)^2 / (3/4)^2 = 1/9 of the noise's variance is kept: 1 and then fresh 2
+        noise = (1 / 9) ** 0.5 * 1.0 + (8 / 9) ** 0.5 * 2.0
+        torch.testing.assert_close(seen[2], 0.5 * torch.full((2, 3), noise) + 0.5 * target)
 
 
-def test_ancestral_keeps_a_gaussian() -> None:
-    torch.manual_seed(0)
-    mean, std = 0.7, 0.4  # data of this law: its exact denoiser in closed form
+MEAN, STD = 0.7, 0.4
+"""Of the Gaussian data whose exact denoiser is known in closed form."""
 
-    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        t = t[:, None]
-        image = mean + t * std**2 / ((t * std) ** 2 + (1 - t) ** 2) * (x - t * mean)
-        return (image - x) / (1 - t)
 
-    out = ancestral(velocity, torch.randn(20_000, 1), schedule(400), fresh=lambda step: torch.randn(20_000, 1))
-    assert out.mean().item() == pytest.approx(mean, abs=0.02)
+def gain(t: float) -> float:
+    """How much the best estimate of the Gaussian's image moves with x_t."""
+    return t * STD**2 / ((t * STD) ** 2 + (1 - t) ** 2)
+
+
+def exact_velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    image = MEAN + gain(float(t)) * (x - t * MEAN)
+    return (image - x) / (1 - t)
+
+
+def expected_std(sampler: Sampler, times: list[float]) -> float:
+    """The deviation that a stochastic sampler gives the Gaussian: each of its steps is linear in x and fresh noise."""
+    variance = 1.0
+    for t, s in pairwise(times):
+        if s == 1:
+            return gain(t) * variance**0.5
+        kept = 0.0 if sampler is renoise else t * (1 - s) / (s * (1 - t))
+        # x_s = s (MEAN + g (x - t MEAN)) + (1 - s) kept (x - t image) / (1 - t) + fresh
+        linear = s * gain(t) + (1 - s) * kept * (1 - t * gain(t)) / (1 - t)
+        variance = linear**2 * variance + (1 - s) ** 2 * (1 - kept**2)
+    raise AssertionError("the last time is 1")
+
+
+@pytest.mark.parametrize("shift", [1.0, 4.0])
+@pytest.mark.parametrize("steps", [2, 25, 400])
+@pytest.mark.parametrize("sampler", [renoise, euler_ancestral])
+def test_stochastic_samplers_give_a_gaussian_its_closed_forms(sampler: Sampler, steps: int, shift: float) -> None:
+    n, times = 20_000, schedule(steps, shift)
+    out = sampler(exact_velocity, torch.randn(n, 1), times)
+    expected = expected_std(sampler, times.double().tolist())
+    assert out.mean().item() == pytest.approx(MEAN, abs=5 * expected / n**0.5)
+    assert out.std().item() == pytest.approx(expected, rel=5 / (2 * n) ** 0.5)
+
+
+def test_the_ancestral_step_converges_to_the_datas_law_and_renoising_does_not() -> None:
+    times = schedule(1600).double().tolist()
+    assert expected_std(euler_ancestral, times) == pytest.approx(STD, abs=0.002)
+    assert expected_std(renoise, times) == pytest.approx(0.28, abs=0.005)
+
+
+@pytest.mark.parametrize("sampler", [euler, heun])
+def test_deterministic_samplers_converge_to_a_gaussian(sampler: Sampler) -> None:
+    n = 20_000
+    x = torch.randn(n, 1)
+    out = sampler(exact_velocity, x, schedule(400))
+    torch.testing.assert_close(out, MEAN + STD * x, atol=0.01, rtol=0)  # the flow of a Gaussian is linear
+
+
+def test_the_old_spelling_of_renoise_is_read_with_a_warning() -> None:
+    with pytest.warns(FutureWarning, match="euler-ancestral is the true"):
+        assert SampleConfig(sampler="ancestral") == SampleConfig(sampler="renoise")
 
 
 def test_renewed_noise_depends_on_the_step_and_not_on_the_batch() -> None:

@@ -39,7 +39,7 @@ def train(args: list[str]) -> None:
         raise ValueError(str(error)) from error
     from semantic_routing import train as training
     from semantic_routing.arguments import parse
-    from semantic_routing.fusion import parse_arm
+    from semantic_routing.arms import DEFAULT_ARM, parse_arm
     from semantic_routing.recipes import RECIPES
 
     if given.resume is not None:
@@ -52,7 +52,7 @@ def train(args: list[str]) -> None:
         if recipe or given.arm:
             raise ValueError("--config is a whole configuration: leave out the recipe and --arm")
     elif recipe in RECIPES or (given.help and not recipe):
-        default = RECIPES[recipe or "toy"](parse_arm(given.arm or "depth"))
+        default = RECIPES[recipe or "toy"](parse_arm(given.arm or DEFAULT_ARM))
     else:
         what = f"unknown recipe {recipe!r}" if recipe else "semroute train needs a recipe first"
         raise ValueError(f"{what}; {nearest(recipe, list(RECIPES))}")

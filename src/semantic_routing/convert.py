@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from semantic_routing.arms import ARMS, PAPER_ARMS, parse_arm
 from semantic_routing.dit import Backbone, DiTConfig
 from semantic_routing.features import TextFeatures
 from semantic_routing.fusedit import FuseDiT, make_model
-from semantic_routing.fusion import parse_arm
 from semantic_routing.layers import sinusoidal
 from semantic_routing.upstream_files import LazyTensors, raise_if_any, read_upstream, renamed, unwrapped
 
@@ -58,14 +58,15 @@ def from_upstream(state_dict: Mapping[str, Tensor], config: Mapping[str, Any], a
     and ``mrope_section``. Raises ValueError naming both sides where weights, sizes and arm do not agree.
     """
     arm = parse_arm(arm)
+    _check_of_paper(arm)
     source = unwrapped(state_dict)
     text: Mapping[str, Tensor] = {}
-    if arm == "fusedit":
+    if ARMS[arm].reads_keys:
         source, text = _split_fusedit(source)
     cfg = _dit_config(source, config, arm)
     language_model = _language_model(text, config) if text else None
     with torch.device("meta"):
-        model = UpstreamFuseDiT(cfg, language_model) if arm == "fusedit" else make_model(cfg)
+        model = UpstreamFuseDiT(cfg, language_model) if ARMS[arm].reads_keys else make_model(cfg)
     _fill(model, _rules(cfg), source, f"a {arm} model of this configuration")
     return model
 
@@ -78,13 +79,14 @@ def to_upstream(model: Backbone) -> dict[str, Tensor]:
     where they can. Raises ValueError for models that the reference does not have.
     """
     cfg = model.cfg
+    _check_of_paper(cfg.arm)
     if (cfg.conditioning, cfg.prediction) != ("none", "velocity"):
         raise ValueError(
             f"a model with conditioning={cfg.conditioning!r} and prediction={cfg.prediction!r} has no known "
             "counterpart: only conditioning='none' with prediction='velocity' can be converted"
         )
     own = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    prefix = "dit." if cfg.arm == "fusedit" else ""
+    prefix = "dit." if cfg.strategy.reads_keys else ""
     result: dict[str, Tensor] = {}
     for rule in _rules(cfg):
         parts = rule.form.split(own[rule.target])
@@ -102,7 +104,7 @@ def upstream_config(model: Backbone) -> dict[str, Any]:
     config: dict[str, Any] = {theirs: getattr(cfg, ours) for ours, theirs in SIZES.items()}
     config["rope_theta"] = {cfg.arm: cfg.rope_theta}
     config["hidden_act"] = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == cfg.activation)
-    if cfg.arm == "fusedit":
+    if cfg.strategy.reads_keys:
         config["fusedit_first_llm_layer"] = cfg.fusedit_first_layer
     if isinstance(model, UpstreamFuseDiT) and model.language_model is not None:
         text = model.language_model.config
@@ -230,7 +232,7 @@ def _rules(cfg: DiTConfig) -> list[Rule]:
     ]
     for d in range(cfg.depth):
         rules += _block_rules(cfg, f"blocks.{d}.", f"layers.{d}.")
-    if cfg.arm == "fusedit":
+    if cfg.strategy.reads_keys:
         return rules
     return [
         *rules,
@@ -253,7 +255,7 @@ def _block_rules(cfg: DiTConfig, ours: str, theirs: str) -> Iterator[Rule]:
         "mlp.gate_up": ("mlp.gate_proj mlp.up_proj", _rows(cfg.mlp_width, cfg.mlp_width)),
         "mlp.down": ("mlp.down_proj", SAME),
     }
-    if cfg.arm != "fusedit":
+    if not cfg.strategy.reads_keys:
         table |= {
             "cross.q": ("cross_attn.q_proj", SAME),
             "cross.kv": ("cross_attn.text_k_proj cross_attn.text_v_proj", _rows(key, key)),
@@ -267,21 +269,26 @@ def _block_rules(cfg: DiTConfig, ours: str, theirs: str) -> Iterator[Rule]:
 
 def _router_rules(cfg: DiTConfig) -> Iterator[Rule]:
     """The router's logits or gates: one for all blocks, or one for each."""
-    if cfg.arm == "static":
-        yield Rule("router.logits", ("text_fusion_weight",), STACKED)
-    elif cfg.arm == "depth":
-        yield Rule("router.logits", tuple(f"text_fusion_weights.{d}" for d in range(cfg.depth)), STACKED)
-    elif cfg.arm in ("time", "joint"):
-        gates = ["text_fusion_module"]
-        if cfg.arm == "joint":
-            gates = [f"text_fusion_modules.{d}" for d in range(cfg.depth)]
+    arm = cfg.strategy
+    if not arm.learned:
+        return
+    what = "module" if arm.by_time else "weight"
+    names = tuple(f"text_fusion_{what}s.{d}" for d in range(cfg.depth)) if arm.by_block else (f"text_fusion_{what}",)
+    if not arm.by_time:
+        yield Rule("router.logits", names, STACKED)
+    else:
         for target, source, form in (
             ("w1", "0.weight", GATE_IN),
             ("b1", "0.bias", GATE_BIAS),
             ("w2", "2.weight", GATE_OUT),
             ("b2", "2.bias", GATE_BIAS),
         ):
-            yield Rule(f"router.{target}", tuple(f"{gate}.weight_generator.{source}" for gate in gates), form)
+            yield Rule(f"router.{target}", tuple(f"{gate}.weight_generator.{source}" for gate in names), form)
+
+
+def _check_of_paper(arm: str) -> None:
+    if not ARMS[arm].paper:
+        raise ValueError(f"the reference implementation has no arm {arm!r}; it has {', '.join(PAPER_ARMS)}")
 
 
 @torch.no_grad()
@@ -317,7 +324,7 @@ def _dit_config(source: Mapping[str, Tensor], config: Mapping[str, Any], arm: st
     if activation not in ACTIVATIONS:
         raise ValueError(f"hidden_act={activation!r} is not known; expected {' or '.join(ACTIVATIONS)}")
     fields: dict[str, Any] = {ours: _size(config, theirs) for ours, theirs in SIZES.items()}
-    if arm == "fusedit":
+    if ARMS[arm].reads_keys:
         fields["fusedit_first_layer"] = _size(config, "fusedit_first_llm_layer", least=0)
     gate = "layers.0.mlp.gate_proj.weight"
     fields["mlp_width"] = len(source[gate]) if gate in source else 1  # without it filling the model says so
@@ -327,10 +334,10 @@ def _dit_config(source: Mapping[str, Tensor], config: Mapping[str, Any], arm: st
 
 def _rope_theta(config: Mapping[str, Any], arm: str) -> float:
     """The base of the image's rotary frequencies; in the reference FuseDiT's is its language model's."""
-    bases = config.get("rope_theta", {}) if arm == "fusedit" else _get(config, "rope_theta")
+    bases = config.get("rope_theta", {}) if ARMS[arm].reads_keys else _get(config, "rope_theta")
     if isinstance(bases, Mapping) and arm in bases:
         return _base("rope_theta", bases[arm])
-    if arm == "fusedit":
+    if ARMS[arm].reads_keys:
         return _base("text_rope_theta", _get(config, "text_rope_theta"))
     if isinstance(bases, Mapping):
         raise ValueError(f"rope_theta of the configuration knows {', '.join(bases)}, but not arm {arm!r}")

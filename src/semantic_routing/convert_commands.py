@@ -13,12 +13,12 @@ from typing import Annotated, Any
 import tyro
 from safetensors.torch import save_file
 
+from semantic_routing.arms import DEFAULT_ARM, parse_arm
 from semantic_routing.checkpoint import EMA, MODEL, STATE, find_checkpoint, write_text, written_whole
 from semantic_routing.codec import HUB_NAME, CodecConfig, PixelCodec
 from semantic_routing.config import to_dict
 from semantic_routing.convert import load_upstream, to_upstream, upstream_config
 from semantic_routing.dit import Backbone
-from semantic_routing.fusion import parse_arm
 from semantic_routing.generate import check_channels, check_encoder, latent_shape, load_model
 from semantic_routing.manifest import manifest
 from semantic_routing.recipes import paper
@@ -39,9 +39,9 @@ class UpstreamArguments:
     """The run's folder to write."""
     image_size: int = 256
     """Side of an image in pixels."""
-    text: TextEncoderConfig = field(default_factory=lambda: paper("depth").text)
+    text: TextEncoderConfig = field(default_factory=lambda: paper(DEFAULT_ARM).text)
     """The language model it was trained with; the default is the paper's."""
-    codec: CodecConfig = field(default_factory=lambda: paper("depth").codec)
+    codec: CodecConfig = field(default_factory=lambda: paper(DEFAULT_ARM).codec)
     """What turns its latents into images; the default is the paper's."""
 
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from semantic_routing.arms import ARMS, DEFAULT_ARM, Arm, parse_arm
 from semantic_routing.features import TextFeatures
 from semantic_routing.flow import velocity_from_image
 from semantic_routing.fusion import make_router
@@ -33,12 +34,8 @@ from semantic_routing.ragged import Ragged, is_worthwhile, packed, without_paddi
 class DiTConfig:
     """Sizes of a transformer; the defaults are the paper's (Section 4.1)."""
 
-    arm: str = "depth"
-    """Conditioning strategy: penultimate, uniform, static, time, depth, joint or fusedit.
-
-    Beyond the paper: hard (a fixed layer for each block), attention (of each token over its layers), and
-    time-state and joint-state, whose gates read the time from the noisy latent.
-    """
+    arm: str = DEFAULT_ARM
+    """Conditioning strategy: a name of the table in ``arms.py``."""
     depth: int = 24
     """Number of blocks, D."""
     width: int = 2048
@@ -73,10 +70,16 @@ class DiTConfig:
     """FuseDiT only: the text layer (0-based) that block 0 reads; block i reads layer first + i."""
 
     def __post_init__(self) -> None:
+        parse_arm(self.arm)
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads={self.kv_heads} must divide heads={self.heads}")
         if self.head_dim % 4:
             raise ValueError(f"head_dim={self.head_dim} must be a multiple of 4 for 2-D rotary positions")
+
+    @property
+    def strategy(self) -> Arm:
+        """The arm's row of the table: what its routing depends on."""
+        return ARMS[self.arm]
 
 
 @dataclass(frozen=True)
@@ -245,7 +248,7 @@ class DiT(Backbone):
         nn.init.zeros_(self.text_proj.bias)
         # Last, so that with one seed all arms begin with the same backbone.
         self.router = make_router(cfg.arm, cfg.text_layers, cfg.depth, cfg.text_width)
-        self.noise_level = NoiseLevel() if cfg.arm.endswith("-state") else None
+        self.noise_level = NoiseLevel() if cfg.strategy.time_from == "latent" else None
 
     @property
     def depends_on_time(self) -> bool:

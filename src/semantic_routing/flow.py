@@ -65,21 +65,21 @@ class TimeConfig:
 
 
 def path(
-    image: Float[Tensor, "B *shape"], noise: Float[Tensor, "B *shape"], t: Float[Tensor, " T"]
-) -> Float[Tensor, "B *shape"]:
+    image: Float[Tensor, " B *shape"], noise: Float[Tensor, " B *shape"], t: Float[Tensor, " T"]
+) -> Float[Tensor, " B *shape"]:
     """The noisy image at time t."""
     t = _expand(t, image)
     return (1 - t) * noise + t * image
 
 
-def velocity(image: Float[Tensor, "B *shape"], noise: Float[Tensor, "B *shape"]) -> Float[Tensor, "B *shape"]:
+def velocity(image: Float[Tensor, " B *shape"], noise: Float[Tensor, " B *shape"]) -> Float[Tensor, " B *shape"]:
     """The path's velocity, the same at every time."""
     return image - noise
 
 
 def velocity_from_image(
-    image: Float[Tensor, "B *shape"], noisy: Float[Tensor, "B *shape"], t: Float[Tensor, " T"]
-) -> Float[Tensor, "B *shape"]:
+    image: Float[Tensor, " B *shape"], noisy: Float[Tensor, " B *shape"], t: Float[Tensor, " T"]
+) -> Float[Tensor, " B *shape"]:
     """The velocity that leads from the noisy image at time t to a predicted image: (x - x_t) / (1 - t)."""
     return (image - noisy) / (1 - _expand(t, image)).clamp(min=MIN_REMAINING)
 
@@ -136,7 +136,9 @@ def time_weights(t: Float[Tensor, " B"], cfg: TimeConfig) -> Float[Tensor, " B"]
 
 
 def velocity_loss(
-    predicted: Float[Tensor, "B *shape"], target: Float[Tensor, "B *shape"], weights: Float[Tensor, " B"] | None = None
+    predicted: Float[Tensor, " B *shape"],
+    target: Float[Tensor, " B *shape"],
+    weights: Float[Tensor, " B"] | None = None,
 ) -> Float[Tensor, ""]:
     """Mean squared error of the velocity over batch and pixels, in float32; ``weights`` multiply each sample's."""
     error = (predicted.float() - target.float()).square()

@@ -83,4 +83,4 @@ def turned_back(
 
 def make_model(cfg: DiTConfig) -> Backbone:
     """The network of any arm."""
-    return FuseDiT(cfg) if cfg.arm == "fusedit" else DiT(cfg)
+    return FuseDiT(cfg) if cfg.strategy.reads_keys else DiT(cfg)

@@ -8,25 +8,15 @@ sampling and analysis ask this same function.
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from semantic_routing.config import nearest
+from semantic_routing.arms import ARMS
 from semantic_routing.kernels.mix import LN_EPS, fused_mix, no_autocast
 from semantic_routing.layers import sinusoidal
-
-Arm = Literal["penultimate", "uniform", "static", "time", "depth", "joint", "fusedit"]
-ARMS: tuple[str, ...] = get_args(Arm)
-"""The paper's."""
-EXTRA_ARMS = ("hard", "attention", "time-state", "joint-state")
-"""Beyond the paper: two baselines of other models, and S1 and S3 that are told the time by the latent itself."""
-GATED = ("time", "joint", "time-state", "joint-state")
-"""Whose routers are gates that are told a time."""
-ALIASES = dict(zip(("b1", "b2", "b3", "s1", "s2", "s3"), ARMS, strict=False))
 
 
 class Router(nn.Module):
@@ -142,15 +132,6 @@ class AttentionRouter(Router):
         return logits.softmax(-1)
 
 
-def parse_arm(name: str) -> str:
-    """An arm's name from the name itself or the paper's label (B1 B2 B3 S1 S2 S3 FuseDiT)."""
-    lowered = name.lower()
-    arm = ALIASES.get(lowered, lowered)
-    if arm not in (*ARMS, *EXTRA_ARMS):
-        raise ValueError(f"unknown arm {name!r}; {nearest(lowered, [*ARMS, *EXTRA_ARMS, *ALIASES])}")
-    return arm
-
-
 def make_router(arm: str, layers: int, depth: int, width: int) -> Router:
     """The router of an arm for ``layers`` language-model layers of ``width`` and ``depth`` blocks."""
     if arm == "penultimate":
@@ -159,16 +140,16 @@ def make_router(arm: str, layers: int, depth: int, width: int) -> Router:
         return FixedRouter([[float(layer == layers - 2) for layer in range(layers)]])
     if arm == "uniform":
         return FixedRouter([[1 / layers] * layers])
-    if arm in ("static", "depth"):
-        return LogitRouter(layers, rows=depth if arm == "depth" else 1)
-    if arm in GATED:
-        return GateRouter(layers, gates=depth if arm.startswith("joint") else 1)
     if arm == "hard":  # block d reads one layer, from shallow to deep
         read = [max(0, round((block + 1) * layers / depth) - 1) for block in range(depth)]
         return FixedRouter([[float(layer == chosen) for layer in range(layers)] for chosen in read])
-    if arm == "attention":
+    kind = ARMS[arm]
+    if kind.reads_keys:
+        raise ValueError(f"arm {arm!r} has no router")
+    if kind.by_token:
         return AttentionRouter(layers, width)
-    raise ValueError(f"arm {arm!r} has no router")
+    rows = depth if kind.by_block else 1
+    return GateRouter(layers, rows) if kind.by_time else LogitRouter(layers, rows)
 
 
 def mix(weights: Float[Tensor, "B_or_1 D_or_1 L"], hidden: Float[Tensor, "L B N C"]) -> Float[Tensor, "D_or_1 B N C"]:

@@ -7,9 +7,8 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -30,7 +29,15 @@ from semantic_routing.manifest import manifest
 from semantic_routing.pictures import is_whole, save_png
 from semantic_routing.processes import Processes, processes
 from semantic_routing.prompts import read_prompts
-from semantic_routing.sampler import SAMPLERS, Callback, ancestral, guided, noise_for, schedule
+from semantic_routing.sampler import (
+    SAMPLERS,
+    Callback,
+    SamplerSpelling,
+    guided,
+    noise_for,
+    sampler_name,
+    schedule,
+)
 from semantic_routing.text_encoder import TextEncoder, TextEncoderConfig, TextShape
 
 ALONE = Processes()
@@ -54,8 +61,8 @@ class SampleConfig:
     """Steps of the sampler."""
     guidance: float = 6.0
     """Scale of classifier-free guidance; 1 is none."""
-    sampler: Literal["euler", "heun", "ancestral"] = "euler"
-    """Integrator of the flow, or ancestral: the image predicted and noised anew at every step."""
+    sampler: SamplerSpelling = "euler"
+    """euler and heun integrate the flow, euler-ancestral renews part of the noise, renoise all of it (seeks modes)."""
     shift: float = 1.0
     """Above 1, more steps near the noise."""
     clock: str = NOMINAL
@@ -68,6 +75,7 @@ class SampleConfig:
     """Compile the network: slower to start, faster steps; pixels differ by rounding, also between batch sizes."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "sampler", sampler_name(self.sampler))
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}; sampling needs at least 1")
         if self.batch < 1:
@@ -119,7 +127,7 @@ class Bundle:
 
         In the weights' own type where autocast will not bring the two together.
         """
-        features = self.encoder.encode(list(prompts), with_kv=self.model.cfg.arm == "fusedit")
+        features = self.encoder.encode(list(prompts), with_kv=self.model.cfg.strategy.reads_keys)
         return features.to(self.device, None if self.bf16 else self.model.proj_out.weight.dtype)
 
     def null_features(self) -> TextFeatures:
@@ -144,20 +152,21 @@ class Bundle:
         images: Sequence[tuple[int, int]],
         cfg: SampleConfig,
         callback: Callback | None = None,
-    ) -> Float[Tensor, "B *latent"]:
+    ) -> Float[Tensor, " B *latent"]:
         """The latents of ``sample``'s images; ``callback`` sees every step."""
         shape = self.codec.latent_shape(self.image_size)
         x = noise_for(cfg.seed, images, shape).to(self.device)
-        sampler = SAMPLERS.get(cfg.sampler) or partial(
-            ancestral, fresh=lambda step: noise_for(cfg.seed, images, shape, step).to(self.device)
-        )
         clock = parse_clock(cfg.clock)
-        if clock is not None and self.model.cfg.arm not in ("time", "joint"):
+        if clock is not None and not self.model.cfg.strategy.takes_clock:
             raise ValueError(f"--clock {cfg.clock}: the routing of arm {self.model.cfg.arm} goes by no given time")
+
+        def fresh(step: int) -> Tensor:
+            return noise_for(cfg.seed, images, shape, step).to(self.device)
+
         with torch.no_grad(), autocast(self.device, self.bf16), rounded_once(self.model, self.bf16):
             times = schedule(cfg.steps, cfg.shift)
             velocity = guided(self.model, self.encode(prompts), self.null_features(), cfg.guidance, clock, times)
-            return sampler(velocity, x, times, callback)
+            return SAMPLERS[cfg.sampler](velocity, x, times, noise=fresh, callback=callback)
 
 
 def autocast(device: torch.device, bf16: bool) -> torch.autocast | nullcontext[None]:
@@ -214,7 +223,7 @@ def read_run_config(folder: Path) -> dict[str, Any]:
 def check_encoder(shape: TextShape, cfg: DiTConfig) -> None:
     """ValueError where a text encoder is not like the one that the transformer was made for."""
     gives, reads = {"layers": len(shape.layers)}, {"layers": cfg.text_layers}
-    if cfg.arm == "fusedit":
+    if cfg.strategy.reads_keys:
         gives |= {"key heads": shape.kv_heads, "head width": shape.head_dim}
         reads |= {"key heads": cfg.kv_heads, "head width": cfg.head_dim}
     else:

@@ -135,9 +135,9 @@ def routing_entropy(model: Backbone) -> dict[str, float]:
     """How widely the blocks read: entropy of their routing weights, and exp of it, the effective number of layers.
 
     Both are means over blocks and, where routing depends on time, over ``flow.FIXED_TIMES``; the first in nats. Nothing
-    for FuseDiT, which has no router. Where the router's parameters are sharded, every process must come here.
+    for arms that have no weights without a text. Where parameters are sharded, every process must come here.
     """
-    if not isinstance(model, DiT):
+    if not isinstance(model, DiT) or not model.cfg.strategy.has_weights:
         return {}
     t = torch.tensor(FIXED_TIMES, device=model.proj_out.weight.device)
     with gathered(model.router):

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 
+from semantic_routing.arms import ARMS, DEFAULT_ARM, PAPER_ARMS, parse_arm
 from semantic_routing.checkpoint import write_text
 from semantic_routing.device import has_bfloat16, pick_device
 from semantic_routing.dit import DiTConfig
@@ -30,7 +31,7 @@ from semantic_routing.flops import (
     qwen3_vl,
 )
 from semantic_routing.fusedit import make_model
-from semantic_routing.fusion import ALIASES, ARMS, parse_arm
+from semantic_routing.fusion import FixedRouter, make_router
 from semantic_routing.generate import autocast, compile_network, rounded_once
 from semantic_routing.recipes import toy
 from semantic_routing.sampler import euler, guided, schedule
@@ -64,7 +65,7 @@ class Scale:
 SCALES = {
     "paper": Scale(),
     "toy": Scale(
-        model=toy("depth").model,
+        model=toy(DEFAULT_ARM).model,
         encoder_heads=4,
         encoder_kv_heads=2,
         encoder_head_dim=32,
@@ -147,7 +148,7 @@ class OverheadArguments:
 
     scale: Literal["paper", "toy"] = "paper"
     """Sizes of the networks and of the picture."""
-    arms: tuple[str, ...] = ARMS
+    arms: tuple[str, ...] = PAPER_ARMS
     """Conditioning strategies."""
     text_tokens: int = 32
     """Length of a prompt in this program's own numbers."""
@@ -184,10 +185,12 @@ def mix_bytes(cfg: DiTConfig, tokens: int, passes: int, *, reference: bool) -> f
     float32, at every pass. This program reads each state that is weighed once for all passes, in bfloat16, and writes
     every mix in bfloat16. The paper's B1 normalises one layer, and FuseDiT mixes none.
     """
-    if cfg.arm == "fusedit":
+    if cfg.strategy.reads_keys:
         return 0.0
-    layers = 1 if cfg.arm == "penultimate" else cfg.text_layers
-    mixes = cfg.depth if cfg.arm in ("depth", "joint") else 1
+    with META:
+        router = make_router(cfg.arm, cfg.text_layers, cfg.depth, cfg.text_width)
+    layers = len(router.used) if isinstance(router, FixedRouter) else cfg.text_layers
+    mixes = cfg.depth if cfg.strategy.by_block else 1
     moved = passes * (layers * (2 + 4 + 4) + mixes * 4) if reference else 2 * layers + passes * mixes * 2
     return float(GUIDED * tokens * cfg.text_width * moved)
 
@@ -199,7 +202,6 @@ def to_json(rows: Sequence[Overhead]) -> dict[str, Any]:
 
 def table(rows: Sequence[Overhead]) -> str:
     """The rows as a Markdown table: parameters in millions, FLOPs in T, bytes in GB."""
-    labels = {arm: f"{label.upper()} {arm}" for label, arm in ALIASES.items()} | {"fusedit": "FuseDiT"}
     lines = [
         "| arm | params (M) | FLOPs, paper (T) | ours, so counted (T) | ours, all (T) "
         "| mix, paper (GB) | ours (GB) | tokens | latency (s) | peak (GiB) |",
@@ -207,7 +209,7 @@ def table(rows: Sequence[Overhead]) -> str:
     ]
     for row in rows:
         cells = [
-            labels[row.arm],
+            ARMS[row.arm].title,
             f"{row.params / 1e6:,.1f}",
             *(f"{x / 1e12:,.1f}" for x in (row.flops_paper, row.flops_ours, row.flops_ours_all)),
             f"{row.mix_bytes_paper / 1e9:,.1f}",

@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from semantic_routing.arms import DEFAULT_ARM, parse_arm
 from semantic_routing.checkpoint import check_writable, checkpoints, find_checkpoint, write_text
 from semantic_routing.config import from_dict
 from semantic_routing.data.loader import Loader
 from semantic_routing.data.sources import open_data
 from semantic_routing.device import keep_freed_memory, pick_device
 from semantic_routing.evaluate.shapes_benchmark import evaluate_shapes
-from semantic_routing.fusion import parse_arm
 from semantic_routing.generate import load_bundle, read_run_config
 from semantic_routing.recipes import TOY_SAMPLING, toy
 from semantic_routing.report import write_report
@@ -36,7 +36,7 @@ class QuickstartArguments:
 
     out: Path = Path("runs/quickstart")
     """Folder of the run; a quickstart that was stopped goes on."""
-    arm: str = "depth"
+    arm: str = DEFAULT_ARM
     """Conditioning strategy (B1 B2 B3 S1 S2 S3 FuseDiT, or their names)."""
     steps: int | None = None
     """Training steps; by default the recipe's, or as many of them as this machine does in nine minutes."""

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from semantic_routing.arms import ARMS
 from semantic_routing.codec import CodecConfig
 from semantic_routing.data.sources import DataConfig
 from semantic_routing.dit import DiTConfig
 from semantic_routing.flow import TimeConfig
-from semantic_routing.fusion import GATED
 from semantic_routing.generate import TINY, SampleConfig
 from semantic_routing.optim import OptimConfig
 from semantic_routing.parallel import ParallelConfig
 from semantic_routing.text_encoder import TextEncoderConfig
 from semantic_routing.train_config import TrainConfig
 
-TOY_SAMPLING = SampleConfig(sampler="ancestral", steps=100, guidance=3.0, shift=4.0, batch=110)
+TOY_SAMPLING = SampleConfig(sampler="renoise", steps=100, guidance=3.0, shift=4.0, batch=110)
 """How toy models are sampled: most steps close to the noise, where the scene is decided."""
 SMALL_SAMPLING = replace(TOY_SAMPLING, batch=506)
 """The same for small ones, in batches for a GPU."""
@@ -54,7 +54,7 @@ def toy(arm: str) -> TrainConfig:
             name="muon",
             lr=2e-3,
             muon_lr=0.02,
-            router_lr=GATE_RATE if arm in GATED else None,
+            router_lr=GATE_RATE if ARMS[arm].by_time else None,
             betas=(0.9, 0.99),
             weight_decay=0.01,
             warmup=50,

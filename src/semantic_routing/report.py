@@ -22,24 +22,13 @@ from PIL import Image
 
 from semantic_routing.analyze.figures import INK, label_axes, new_axes, to_svg
 from semantic_routing.analyze.weights import heatmaps, open_router, plot_heatmap
+from semantic_routing.arms import ARMS, DEFAULT_ARM
 from semantic_routing.checkpoint import find_checkpoint, read_state, write_text, written_whole
 from semantic_routing.data.shapes import GENEVAL_TAGS, TAGS
 from semantic_routing.dit import Backbone
 from semantic_routing.evaluate.scores import MANIFEST, RECORDS, Record, read_records, summarize
-from semantic_routing.fusion import ALIASES
 from semantic_routing.webpage import document
 
-LABELS = {arm: label.upper() for label, arm in ALIASES.items()} | {"fusedit": "FuseDiT"}
-"""The paper's names of the arms."""
-READS = {
-    "penultimate": "every block reads the last layer but one",
-    "uniform": "every block reads the plain average of all layers",
-    "static": "one learned mixture of all layers serves every block",
-    "time": "one learned mixture of all layers that changes with the time serves every block",
-    "depth": "every block learns its own mixture of all layers",
-    "joint": "every block learns its own mixture of all layers, which changes with the time",
-    "fusedit": "every block attends to the keys and values of one language-model layer",
-}
 SHOWN = 3
 """Images of each tag in the sample grid."""
 
@@ -152,7 +141,7 @@ def numbers(r: Results) -> dict[str, Any]:
 
 def page(r: Results) -> str:
     """The whole HTML page."""
-    title = f"Semantic routing: {LABELS[r.arm]} ({r.arm}) after {r.steps:,} steps"
+    title = f"Semantic routing: {ARMS[r.arm].title} after {r.steps:,} steps"
     sections = (
         _header(r, title),
         _section("Training loss", _plot(plot_loss(r.metrics), "training loss by step")),
@@ -190,7 +179,7 @@ def _header(r: Results, title: str) -> str:
         f"{cfg.width}) learned to draw {r.config['image_size']}x{r.config['image_size']} images of "
         f"{escape(data)}: {r.steps:,} steps of {r.config['batch']} images, {r.images_seen:,} images in all. "
         f"Its text comes from {escape(encoder)} with {cfg.text_layers} layers of width {cfg.text_width}. "
-        f"Strategy {escape(LABELS[r.arm])} ({escape(r.arm)}): {escape(READS[r.arm])}.</p>\n</header>\n"
+        f"Strategy {escape(ARMS[r.arm].title)}: {escape(ARMS[r.arm].reads)}.</p>\n</header>\n"
     )
 
 
@@ -304,7 +293,10 @@ def _accuracy_row(name: str, summary: dict[str, Any]) -> str:
 
 
 def _routing(model: Backbone) -> str:
-    if model.cfg.arm == "fusedit":
+    arm = model.cfg.strategy
+    if arm.by_token:
+        return "<p>The weights differ from token to token, so there are none to show without a text.</p>"
+    if arm.reads_keys:
         first, last = model.cfg.fusedit_first_layer + 1, model.cfg.fusedit_first_layer + model.cfg.depth
         return (
             "<p>FuseDiT has no routing weights: its blocks read the keys and values of the language model's layers "
@@ -338,7 +330,7 @@ def _timings(r: Results) -> str:
 
 def _go_on(r: Results) -> str:
     run = shlex.quote(str(r.run))
-    other = "uniform" if r.arm != "uniform" else "depth"
+    other = next(arm for arm in ("uniform", DEFAULT_ARM) if arm != r.arm)
     commands = [
         "# another strategy, then the same questions to it",
         f"semroute train toy --arm {other} --out runs/{other}",
@@ -347,7 +339,7 @@ def _go_on(r: Results) -> str:
         "# your own prompts",
         f'semroute sample {run} --prompt "a red circle above a blue square" --out samples',
     ]
-    if r.arm != "fusedit":
+    if ARMS[r.arm].has_weights:
         commands += ["", "# the routing weights as figures and tables", f"semroute analyze {run} --out figures"]
     return f"<pre>{escape(chr(10).join(commands))}</pre>"
 

@@ -24,6 +24,7 @@ from types import FrameType
 from tqdm import tqdm
 
 from semantic_routing.ahead import one_ahead
+from semantic_routing.arms import parse_arm
 from semantic_routing.checkpoint import check_writable, checkpoints, find_checkpoint, write_text, written_whole
 from semantic_routing.codec import Codec
 from semantic_routing.config import from_dict, to_dict
@@ -34,7 +35,6 @@ from semantic_routing.data.sources import SHAPES, Dataset, open_data
 from semantic_routing.data.stories import story
 from semantic_routing.device import keep_freed_memory
 from semantic_routing.errors import Interrupted
-from semantic_routing.fusion import parse_arm
 from semantic_routing.generate import TEXT_ENCODER, TINY, read_run_config
 from semantic_routing.manifest import manifest
 from semantic_routing.meter import Meter, flops_per_image, peak_flops, peak_memory, routing_entropy

@@ -29,7 +29,7 @@ def test_an_exact_trajectory_is_where_its_clock_says() -> None:
 
 def test_eulers_method_on_a_straight_flow_is_exact() -> None:
     states: list[torch.Tensor] = []
-    final = euler(lambda x, t: FINAL - NOISE, NOISE, schedule(20), lambda i, t, x, v: states.append(x))
+    final = euler(lambda x, t: FINAL - NOISE, NOISE, schedule(20), callback=lambda i, t, x, v: states.append(x))
     found = measure(states, final, TIMES.numpy(), NOISE)
     assert np.abs(found.lead).max() < 1e-3
 

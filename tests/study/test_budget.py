@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from semantic_routing.arms import ARMS, PAPER_ARMS
 from semantic_routing.flops import META, count, count_image, count_language_model, count_text, qwen3_vl
 from semantic_routing.fusedit import make_model
-from semantic_routing.fusion import ARMS, EXTRA_ARMS
 from semantic_routing.generate import check_encoder
 from semantic_routing.meter import flops_per_image
 from semantic_routing.optim import make_optimizers
@@ -100,12 +100,12 @@ def test_the_count_follows_the_work(tmp_path: Path) -> None:
 
 def test_the_network_has_tens_of_millions_of_parameters() -> None:
     with META:
-        sizes = {arm: sum(p.numel() for p in make_model(small(arm).model).parameters()) for arm in (*ARMS, *EXTRA_ARMS)}
+        sizes = {arm: sum(p.numel() for p in make_model(small(arm).model).parameters()) for arm in ARMS}
     assert round(sizes.pop("fusedit") / MILLION) == 37
     assert {round(size / MILLION) for size in sizes.values()} == {41, 42}
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", PAPER_ARMS)
 def test_every_arm_fits_the_tiny_language_model(arm: str) -> None:
     sizes = {name: value.default for name, value in inspect.signature(tiny_lm).parameters.items()}
     config = _model(64, sizes["layers"], sizes["width"]).config

@@ -13,9 +13,9 @@ import pytest
 import torch
 from scipy.stats import ttest_1samp
 
+from semantic_routing.arms import PAPER_ARMS
 from semantic_routing.errors import TrainingFailed
 from semantic_routing.evaluate.scores import CORRECT, Record
-from semantic_routing.fusion import ARMS
 from semantic_routing.recipes import GATE_RATE
 from semantic_routing.study import plan, results, runner
 from semantic_routing.study.plan import StudyArguments, evaluation_folder, jobs, stages
@@ -64,7 +64,7 @@ def test_the_stages_of_a_run_are_commands_of_the_program(tmp_path: Path) -> None
 def test_each_scale_has_its_arms_seeds_and_sampling(tmp_path: Path) -> None:
     toy, small = (jobs(StudyArguments(scale=scale, out=tmp_path)) for scale in ("toy", "small"))
     assert [job.name for job in toy] == ["penultimate-seed0", "uniform-seed0", "depth-seed0"]
-    assert [job.name for job in small] == [f"{arm}-seed{seed}" for seed in range(3) for arm in ARMS]
+    assert [job.name for job in small] == [f"{arm}-seed{seed}" for seed in range(3) for arm in PAPER_ARMS]
     assert {(job.config.model.width, job.config.steps, job.config.batch) for job in small} == {(512, 3000, 256)}
     for scale, batch in (("toy", "110"), ("small", "506")):
         args = StudyArguments(scale=scale, out=tmp_path, arms=("time",), seeds=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -25,6 +25,7 @@ from semantic_routing.evaluate.models import open_model
 from semantic_routing.generate import Bundle, SampleConfig
 from semantic_routing.manifest import manifest
 from semantic_routing.prompts import read_prompts
+from semantic_routing.sampler import SamplerSpelling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +50,8 @@ class AnalyzeArguments:
     """Scales of classifier-free guidance, each measured."""
     steps: tuple[int, ...] = (50,)
     """Numbers of steps, each measured."""
-    sampler: Literal["euler", "heun", "ancestral"] = "euler"
-    """Integrator of the flow, or ancestral: the image predicted and noised anew at every step."""
+    sampler: SamplerSpelling = "euler"
+    """euler and heun integrate the flow, euler-ancestral renews part of the noise, renoise all of it (seeks modes)."""
     shift: float = 1.0
     """Above 1, more steps near the noise."""
     clock: str = NOMINAL

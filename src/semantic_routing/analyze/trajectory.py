@@ -57,16 +57,16 @@ def psnr(error: Float[np.ndarray, "S B"], peak: Float[np.ndarray, " B"]) -> Floa
     return 10 * np.log10(peak**2 / error)
 
 
-def squared_error(a: Float[Tensor, "B *shape"], b: Float[Tensor, "B *shape"]) -> Float[np.ndarray, " B"]:
+def squared_error(a: Float[Tensor, " B *shape"], b: Float[Tensor, " B *shape"]) -> Float[np.ndarray, " B"]:
     """Mean squared error of each sample, summed in float64."""
     return (a.double() - b.double()).square().flatten(1).mean(1).numpy(force=True)
 
 
 def measure(
-    states: Sequence[Float[Tensor, "B *shape"]],
-    final: Float[Tensor, "B *shape"],
+    states: Sequence[Float[Tensor, " B *shape"]],
+    final: Float[Tensor, " B *shape"],
     times: Float[np.ndarray, " S"],
-    other_noise: Float[Tensor, "B *shape"],
+    other_noise: Float[Tensor, " B *shape"],
 ) -> Trajectory:
     """The distances of a sampled path: ``states`` are x at each step's beginning, the first of them the noise."""
     remaining = (1 - np.asarray(times, dtype=np.float64))[:, None] ** 2

@@ -23,7 +23,6 @@ from semantic_routing.checkpoint import EMA, find_checkpoint, open_tensors, read
 from semantic_routing.config import from_dict
 from semantic_routing.dit import Backbone, DiT, DiTConfig
 from semantic_routing.fusedit import make_model
-from semantic_routing.fusion import AttentionRouter
 
 PIPELINE = "model_index.json"
 """The file that makes a folder a pipeline of diffusers."""
@@ -93,7 +92,7 @@ def _of_pipeline(path: Path) -> Opened:
 
 def routes(model: Backbone) -> bool:
     """Whether a model has routing weights that no text is needed for."""
-    return isinstance(model, DiT) and not isinstance(model.router, AttentionRouter)
+    return model.cfg.strategy.has_weights
 
 
 @torch.no_grad()

@@ -34,8 +34,8 @@ class Batch:
 
     images: UInt8[Tensor, "B H W 3"]
     captions: list[str]
-    noise: Float[Tensor, "B *latent"]
-    posterior_noise: Float[Tensor, "B *latent"] | None
+    noise: Float[Tensor, " B *latent"]
+    posterior_noise: Float[Tensor, " B *latent"] | None
     """For the codec's ``encode``; None where it needs none."""
     time_uniform: Float[Tensor, " B"]
     drop_uniform: Float[Tensor, " B"]

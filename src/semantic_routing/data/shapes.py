@@ -35,6 +35,7 @@ from semantic_routing.data.scenes import (
     SHAPES,
     SIZES,
     Dice,
+    Object,
     Scene,
     arrange,
     changed,

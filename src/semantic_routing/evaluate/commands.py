@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -29,6 +29,7 @@ from semantic_routing.evaluate.shapes_benchmark import shapes_benchmark
 from semantic_routing.generate import SampleConfig
 from semantic_routing.processes import processes
 from semantic_routing.recipes import TOY_SAMPLING
+from semantic_routing.sampler import SamplerSpelling
 from semantic_routing.servers import ChatConfig
 
 USAGE = "usage.jsonl"
@@ -67,8 +68,8 @@ class ShapesArguments(EvaluateArguments):
     """Prompts, spread evenly over the eleven tags."""
     prompt_seed: int = 0
     """Which prompts."""
-    sampler: Literal["euler", "heun", "ancestral"] = TOY_SAMPLING.sampler
-    """Integrator of the flow, or ancestral: the image predicted and noised anew at every step."""
+    sampler: SamplerSpelling = TOY_SAMPLING.sampler
+    """euler and heun integrate the flow, euler-ancestral renews part of the noise, renoise all of it (seeks modes)."""
     steps: int = TOY_SAMPLING.steps
     """Steps of the sampler."""
     guidance: float = TOY_SAMPLING.guidance

@@ -105,14 +105,16 @@ def resize_bilinear(image: UInt8[np.ndarray, "h w 3"], size: Size) -> UInt8[np.n
     return (high + 2 >> 2).astype(np.uint8)
 
 
-def _neighbours(n: int, n_out: int) -> tuple[Int[np.ndarray, "out"], Int[np.ndarray, "out"], Float[np.ndarray, "out"]]:
+def _neighbours(
+    n: int, n_out: int
+) -> tuple[Int[np.ndarray, " out"], Int[np.ndarray, " out"], Float[np.ndarray, " out"]]:
     """The two inputs nearest to each output's centre, which may be outside, and the weight of the second."""
     place = ((np.arange(n_out) + 0.5) * (n / n_out) - 0.5).astype(np.float32)
     first = np.floor(place).astype(np.int64)
     return first, first + 1, (place - first).astype(np.float32)
 
 
-def _fixed(weight: Float[np.ndarray, "out"]) -> Int[np.ndarray, "out"]:
+def _fixed(weight: Float[np.ndarray, " out"]) -> Int[np.ndarray, " out"]:
     return np.rint(weight * np.float32(2048)).astype(np.int32)
 
 
@@ -156,9 +158,9 @@ class Resize:
     """A linear map of one axis whose outputs each depend on a few neighbouring inputs."""
 
     weights: Float[Tensor, "out in"]
-    first: Int[np.ndarray, "out"]
+    first: Int[np.ndarray, " out"]
     """First input with a weight, of each output; it never falls."""
-    last: Int[np.ndarray, "out"]
+    last: Int[np.ndarray, " out"]
 
     def touched(self, start: int, stop: int) -> tuple[int, int]:
         """The range of outputs to which any of the inputs ``start`` to ``stop`` - 1 contributes."""

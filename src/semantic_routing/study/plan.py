@@ -11,17 +11,13 @@ from typing import Annotated, Literal
 
 import tyro
 
+from semantic_routing.arms import ARMS, PAPER_ARMS, parse_arm
 from semantic_routing.clock import parse_clock
 from semantic_routing.config import to_dict
-from semantic_routing.fusion import ARMS, GATED, parse_arm
 from semantic_routing.generate import SampleConfig
 from semantic_routing.recipes import RECIPES, SMALL_SAMPLING, TOY_SAMPLING
 from semantic_routing.train_config import TrainConfig
 
-TIMED = ("time", "joint")
-"""Arms whose gates can be told another time while sampling (Table 3)."""
-LEARNED = ("static", "depth", "attention", *GATED)
-"""Arms whose routers have parameters, and so a learning rate of their own."""
 CALIBRATED = "calibrated"
 """The clock that is measured for each run."""
 CALIBRATION = ("--n", "128", "--seed", "1")
@@ -47,7 +43,7 @@ class Scale:
 
 SCALES = {
     "toy": Scale(arms=("penultimate", "uniform", "depth"), seeds=1, sampling=TOY_SAMPLING, at_once=1),
-    "small": Scale(arms=ARMS, seeds=3, sampling=SMALL_SAMPLING, at_once=4),
+    "small": Scale(arms=PAPER_ARMS, seeds=3, sampling=SMALL_SAMPLING, at_once=4),
 }
 
 
@@ -139,13 +135,13 @@ def jobs(args: StudyArguments) -> list[Job]:
     for seed in args.all_seeds:
         for arm in args.all_arms:
             recipe = RECIPES[args.scale](arm)
-            for rate in args.router_rates if arm in LEARNED else (1.0,):
+            for rate in args.router_rates if ARMS[arm].learned else (1.0,):
                 optim = recipe.optim
                 if rate != 1:
                     own = optim.lr if optim.router_lr is None else optim.router_lr
                     optim = replace(optim, router_lr=own * rate)
                 config = replace(recipe, optim=optim, seed=seed, steps=args.steps or recipe.steps, preview_every=0)
-                clocks = args.clocks if arm in TIMED else ()
+                clocks = args.clocks if ARMS[arm].takes_clock else ()
                 found.append(Job(arm=arm, rate=rate, seed=seed, config=config, clocks=clocks))
     return found
 

@@ -15,10 +15,10 @@ from semantic_routing.analyze.distances import mean_similarity
 from semantic_routing.analyze.figures import INK, Drawn, label_axes, new_axes, to_svg
 from semantic_routing.analyze.statistics import js_similarity
 from semantic_routing.analyze.weights import TIME, TIMES, open_router, plot_heatmap, routing_weights
+from semantic_routing.arms import ARMS
 from semantic_routing.checkpoint import write_text
 from semantic_routing.dit import DiT
 from semantic_routing.manifest import manifest
-from semantic_routing.report import LABELS
 from semantic_routing.study.plan import Job, StudyArguments, jobs
 from semantic_routing.study.results import Number, Row, read_rows, results_json
 from semantic_routing.webpage import document
@@ -96,8 +96,8 @@ def _clocks(rows: Sequence[Row]) -> str:
 
 
 def _label(row: Row) -> str:
-    label = LABELS.get(row.arm)
-    return f"{label} {row.name}" if label else row.name
+    label = ARMS[row.arm].label
+    return row.name if label == row.arm else f"{label} {row.name}"
 
 
 def _number(number: Number | None, *, sign: bool = False) -> str:
@@ -144,8 +144,8 @@ def _routing_figures(args: StudyArguments, every: Sequence[Job]) -> list[Drawn]:
     found = []
     for job in (job for job in every if job.seed == 0):
         weights = _weights(args, job)
-        if weights is not None and np.ptp(weights) > 0 and job.arm not in ("penultimate", "hard"):
-            over_time = job.arm in ("time", "time-state")
+        if weights is not None and np.ptp(weights) > 0 and ARMS[job.arm].learned:
+            over_time = not ARMS[job.arm].by_block and ARMS[job.arm].by_time
             values = weights[:, 0] if over_time else weights.mean(0)
             names = [f"{t:g}" for t in TIMES] if over_time else [str(d) for d in range(len(values))]
             axis = TIME if over_time else "block"
@@ -164,7 +164,7 @@ def seed_stability(args: StudyArguments, every: Sequence[Job]) -> dict[str, floa
     by_variant: dict[str, list[Any]] = {}
     for job in every:
         weights = _weights(args, job)
-        if weights is not None and job.arm not in ("penultimate", "uniform", "hard"):
+        if weights is not None and ARMS[job.arm].learned:
             by_variant.setdefault(job.variant, []).append(weights)
     found = {}
     for variant, weights in by_variant.items():
@@ -179,7 +179,7 @@ def seed_stability(args: StudyArguments, every: Sequence[Job]) -> dict[str, floa
 def _weights(args: StudyArguments, job: Job) -> Any:
     """The routing weights of a finished run, [T, D, L]; None where there are none."""
     model = open_router(args.out / "runs" / job.name)
-    if not isinstance(model, DiT) or job.arm == "attention":
+    if not isinstance(model, DiT) or not ARMS[job.arm].has_weights:
         return None
     return routing_weights(model, TIMES)
 
