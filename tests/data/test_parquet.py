@@ -161,11 +161,11 @@ def test_types_that_are_refused(columns: dict[str, Any], said: str, tmp_path: Pa
 
 
 def test_a_caption_that_is_no_utf8_is_damaged_and_a_column_of_nulls_is_none(tmp_path: Path):
-    texts = pa.Array.from_buffers(pa.string(), 2, pa.array(["ok", "??"]).buffers()[:2] + [pa.py_buffer(b"ok\xff\xfe")])
+    texts = pa.Array.from_buffers(pa.string(), 2, [*pa.array(["ok", "??"]).buffers()[:2], pa.py_buffer(b"ok\xff\xfe")])
     columns = {"image": [b"a", b"b"], "text": texts, "prompt": pa.nulls(2)}
     source = open_records(str(write(tmp_path / "a.parquet", columns)))
     assert source.read(0).captions == {"text": ("ok",)}
-    with pytest.raises(DamagedRecord, match="bad captions.*'text' is not UTF-8"):
+    with pytest.raises(DamagedRecord, match=r"bad captions.*'text' is not UTF-8"):
         source.read(1)
 
 
