@@ -2,10 +2,11 @@
 
     python benchmarks/loader_speed.py [--workers 2] [--pictures 512] [--batch 64] [--rounds 5] [--json FILE]
 
-Writes tar shards of JPEGs, indexes them, and feeds squares of 256 pixels with their captions and noise from them. The
-floor is a pool of processes that decode the same bytes from memory and give nothing back. All rows of a round are
-measured one after the other and the median of the rounds' ratios is told, for both the time that passed and the
-processor time of all processes, which other programs on the machine disturb less.
+Writes the same JPEGs as tar shards and as Parquet row groups, and feeds squares of 256 pixels with their captions and
+noise from either. The floor is a pool of processes that decode the same bytes from memory and give nothing back. All
+rows of a round are measured one after the other and the median of the rounds' ratios is told, for both the time that
+passed and the processor time of all processes, which other programs on the machine disturb less. Then one process
+reads an epoch in training order, and the bytes that it asks the system for are told as a multiple of the files'.
 """
 
 from __future__ import annotations
@@ -22,18 +23,24 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
 from semantic_routing.checkpoint import write_text
 from semantic_routing.data.images import decode
 from semantic_routing.data.loader import Loader
-from semantic_routing.data.sources import DataConfig, open_data
+from semantic_routing.data.sources import DataConfig, Dataset, open_data
 from semantic_routing.manifest import manifest
 
 SIZE, LATENT = 256, (16, 32, 32)
+CAPTION = b"a picture that was made for a measurement"
+GROUP = 16
+"""Rows of a row group."""
 WARM = 3
 Seconds = tuple[float, float]
 """That passed, and of processors in all processes; both for one picture."""
@@ -52,11 +59,31 @@ def write_shards(folder: Path, pictures: int, shards: int = 4) -> list[bytes]:
                 file = io.BytesIO()
                 Image.fromarray(pixels).save(file, "JPEG", quality=90)
                 made.append(file.getvalue())
-                for ending, content in ((".jpg", made[-1]), (".txt", b"a picture that was made for a measurement")):
+                for ending, content in ((".jpg", made[-1]), (".txt", CAPTION)):
                     member = tarfile.TarInfo(f"{i:09d}{ending}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
     return made
+
+
+def write_row_groups(folder: Path, pictures: list[bytes], files: int = 4) -> None:
+    """The same pictures and captions in Parquet files."""
+    for file in range(files):
+        rows = pictures[file::files]
+        table = pa.table({"jpg": rows, "txt": [CAPTION.decode()] * len(rows)})
+        pq.write_table(table, folder / f"{file:05d}.parquet", row_group_size=GROUP)
+
+
+def read_times(data: Dataset, folder: Path, batch: int, count: int) -> float:
+    """Bytes that this process asks the system for in one epoch in training order, as a multiple of the files'."""
+
+    def asked() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    before = asked()
+    for step in range(-(-count // batch)):
+        data.load(step, batch, range(min(batch, count - step * batch)))
+    return (asked() - before) / sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
 
 
 def decode_all(pictures: list[bytes]) -> Seconds:
@@ -109,13 +136,22 @@ def main() -> None:
     torch.set_num_threads(1)
     steps = max(args.workers * args.pictures // args.batch, 1)
     with TemporaryDirectory() as scratch:
-        pictures = write_shards(Path(scratch), args.pictures)
-        data = open_data(DataConfig(paths=(scratch,)), image_size=SIZE, seed=0)
-        loader = Loader(data, batch=args.batch, noise_shape=LATENT, posterior=True, workers=args.workers, ahead=2)
-        taken: dict[str, list[Seconds]] = {"floor": [], "loader": []}
+        places = {name: Path(scratch) / name for name in ("tar", "parquet")}
+        for place in places.values():
+            place.mkdir()
+        pictures = write_shards(places["tar"], args.pictures)
+        write_row_groups(places["parquet"], pictures)
+        data = {
+            name: open_data(DataConfig(paths=(str(place),)), image_size=SIZE, seed=0) for name, place in places.items()
+        }
+        feeding: dict[str, Any] = {"batch": args.batch, "noise_shape": LATENT, "posterior": True, "ahead": 2}
+        loaders = {name: Loader(one, workers=args.workers, **feeding) for name, one in data.items()}
+        taken: dict[str, list[Seconds]] = {name: [] for name in ("floor", *loaders)}
         for _ in range(args.rounds):
             taken["floor"].append(floor(pictures, args.workers))
-            taken["loader"].append(fed(loader, args.batch, steps))
+            for name, loader in loaders.items():
+                taken[name].append(fed(loader, args.batch, steps))
+        read = {name: read_times(data[name], places[name], args.batch, len(pictures)) for name in places}
     results: dict[str, dict[str, float]] = {}
     for name, rounds in taken.items():
         ratios = list(zip(rounds, taken["floor"], strict=True))
@@ -132,8 +168,12 @@ def main() -> None:
             f"{name:8} {row['ms_passed']:6.2f} ms passed ({row['ratio_passed']:4.2f} of the floor), "
             f"{row['ms_processor']:6.2f} ms of processors ({row['ratio_processor']:4.2f} of the floor)\n"
         )
+    for name, times in read.items():
+        sys.stdout.write(f"{name:8} {times:6.2f} times its bytes are read in an epoch by one process\n")
     if args.json is not None:
-        facts = manifest(results=results, rounds=taken, kilobytes=kilobytes, settings=vars(args) | {"json": ""})
+        facts = manifest(
+            results=results, rounds=taken, read_times=read, kilobytes=kilobytes, settings=vars(args) | {"json": ""}
+        )
         write_text(args.json, json.dumps(facts, indent=2) + "\n")
 
 

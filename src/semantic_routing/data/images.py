@@ -1,4 +1,4 @@
-"""From the bytes of an image file to RGB pixels, whatever its orientation, palette, depth or transparency."""
+"""From the bytes of an image file to the RGB pixels that viewers show, whatever its orientation, colours or depth."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from io import BytesIO
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
+
+from semantic_routing.data.colours import to_srgb
+from semantic_routing.data.png import high_range, lightened
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 """What is opened. Pillow knows more, but some of those (EPS) run other programs on the file."""
@@ -28,10 +31,14 @@ BROKEN = (
 )
 """What Pillow raises for files that are not pictures, cut short or damaged; warnings only where they are errors."""
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
+_PHOTOMETRIC = 262
+"""The tag of a TIFF that tells what its numbers mean."""
+_COLOURS = {"1": "L", "L": "L", "LA": "L", "La": "L", "CMYK": "CMYK", "LAB": "LAB"}
+"""The mode of the colours alone, where that is not RGB."""
 _OURS = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP", b"\xff\x4f\xff")
 """How files of ``FORMATS`` begin."""
-_FOREIGN = (b"%!PS", b"%PDF", b"8BPS", b"\0\0\1\0", b"<svg", b"\xff\x0a", b"\0\0\0\x0cJXL")
-"""How PostScript, PDF, Photoshop, icon, SVG and JPEG XL files begin."""
+_FOREIGN = (b"%!PS", b"%PDF", b"8BPS", b"\0\0\1\0", b"<svg", b"\xff\x0a", b"\0\0\0\x0cJXL", b"#?RADI", b"v/1\x01")
+"""How PostScript, PDF, Photoshop, icon, SVG, JPEG XL, Radiance and OpenEXR files begin."""
 
 
 class Unusable(ValueError):
@@ -80,6 +87,8 @@ def decode(
         (limits or Limits()).check(image.width, image.height)
         if image.mode == "F":
             raise Unusable("floating point", "pixels have no known range")
+        if function := high_range(data):
+            raise Unusable("high dynamic range", f"its brightness is coded by {function}")
         # A large JPEG is decoded at 1/2, 1/4 or 1/8, but never below twice the size asked for.
         side = 2 * max(height, width)
         image.draft(None, (side, side))
@@ -97,7 +106,7 @@ def open_picture(data: bytes) -> Image.Image:
         raise Unusable("zero bytes", "the file is empty")
     _settle_warnings()
     try:
-        return Image.open(BytesIO(data), formats=FORMATS)
+        return Image.open(BytesIO(lightened(data)), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise Unusable("decompression bomb", str(error)) from error
     except BROKEN as error:
@@ -118,15 +127,22 @@ def _settle_warnings() -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright RGB of 8 bits: EXIF orientation applied, 16 bits scaled down, transparency laid over white."""
+    """Upright sRGB of 8 bits: EXIF orientation and colour profile applied, 16 bits scaled down, white behind alpha."""
+    white_is_zero = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0  # of a TIFF
     with suppress(*BROKEN):  # metadata that cannot be read turns nothing; the pixels are whole
         image = ImageOps.exif_transpose(image)
+    info = image.info
     if image.mode == "I" or image.mode.startswith("I;16"):
-        image = Image.fromarray(_eight_bits(np.asarray(image)))
+        image = _eight_bits(image, white_is_zero and image.mode != "I")
+    elif isinstance(key := info.get("transparency"), tuple) and max(key) > 255:
+        info["transparency"] = tuple(level >> 8 for level in key)  # of 16 bits, and Pillow has read the upper 8
+    colours = _COLOURS.get(image.mode, "RGB")
     if image.mode in _WITH_ALPHA or "transparency" in image.info:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+        seen = to_srgb(image.convert(colours), info)
+        seen.putalpha(image.getchannel("A"))
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), seen).convert("RGB")
+    return to_srgb(image if image.mode == colours else image.convert(colours), info)
 
 
 def centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:
@@ -141,6 +157,12 @@ def centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
 
 
-def _eight_bits(gray: np.ndarray) -> np.ndarray:
+def _eight_bits(image: Image.Image, white_is_zero: bool) -> Image.Image:
+    """Scale 16-bit grey down, and make its transparent level an alpha channel."""
+    levels = np.asarray(image)
     # 65535 / 255 = 257. Mode "I" has 32 bits, but holds 16-bit files in older releases of Pillow.
-    return np.rint(gray.clip(0, 65535) / 257).astype(np.uint8)
+    gray = np.rint(levels.clip(0, 65535) / 257).astype(np.uint8)
+    small = Image.fromarray(255 - gray if white_is_zero else gray)
+    if isinstance(key := image.info.get("transparency"), int):
+        small.putalpha(Image.fromarray(np.where(levels == key, 0, 255).astype(np.uint8)))
+    return small

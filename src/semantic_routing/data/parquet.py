@@ -1,14 +1,11 @@
-"""Parquet files with the pictures' bytes in a column, as img2dataset and Hugging Face write them.
+"""Parquet files with the pictures' bytes in a column, as img2dataset, Hugging Face, polars and pandas write them.
 
-A row group is a shard: it is read whole, with the columns that are needed, and the last few are kept.
+A row group is a shard: it is read whole, with the columns that are needed.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +13,17 @@ import numpy as np
 from jaxtyping import UInt32
 
 from semantic_routing.data.dimensions import dimensions
-from semantic_routing.data.files import Arrays, filesystem, is_url, shard_names
+from semantic_routing.data.files import Arrays, shard_names
 from semantic_routing.data.found import SIZE, Damage, Found
 from semantic_routing.data.images import Unusable
 from semantic_routing.data.records import DamagedRecord, Record, Sharded, caption_fields
-
-try:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-except ImportError as error:
-    raise ValueError('Parquet files need pyarrow: pip install "semantic-routing[data]"') from error
+from semantic_routing.data.row_groups import ERRORS, RowGroups, batches, open_parquet, pa
 
 IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp", "image", "images", "img", "image_bytes", "bytes")
 """Names of the pictures' column, the first that is there."""
+CAPTION_COLUMNS = ("txt", "text", "caption", "captions", "prompt")
+"""Names of columns that are surely meant as captions."""
 KEY_COLUMN = "key"
-KEPT = 2
-"""Row groups kept in memory."""
 
 
 class ParquetRecords(Sharded):
@@ -67,18 +59,11 @@ class ParquetRecords(Sharded):
                 first += rows
         super().__init__(name, names, counts)
         self._sizes = None if sizes is None else Arrays(sizes)
-        self._forget()
+        self._row_groups = RowGroups()
 
-    def _forget(self) -> None:
-        self._lock = threading.Lock()
-        self._kept: OrderedDict[int, Any] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_kept")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._forget()
+    def keep(self, count: int) -> None:
+        """Keep the ``count`` row groups that were read last, as many as are drawn from."""
+        self._row_groups = RowGroups(count)
 
     def read(self, index: int) -> Record:
         """The record of that index; see ``RecordSource.read``."""
@@ -87,13 +72,20 @@ class ParquetRecords(Sharded):
         where = self.shard_name(shard)
         image, others = self._columns[file]
         key = f"{where}/{first + row}"
-        table = self._table(shard, self._paths[file], group, [image, *others])
+        table = self._row_groups.table(self._paths[file], group, [image, *others])
         if isinstance(table, str):
             raise DamagedRecord("unreadable", where, key, f"row group {group}: {table}")
-        values = {name: table.column(name)[row].as_py() for name in [image, *others]}
+        values: dict[str, Any] = {}
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            try:
+                values.setdefault(name, column[row].as_py())  # of several columns of one name, the first
+            except UnicodeDecodeError as error:
+                raise DamagedRecord("bad captions", where, key, f"column {name!r} is not UTF-8") from error
         found = values.pop(image)
         if isinstance(own := values.pop(KEY_COLUMN, None), str):
             key = f"{where}/{own}"
+        if isinstance(found, list) and len(found) > 1:
+            raise DamagedRecord("several pictures", where, key, f"column {image!r} holds {len(found)}; give each a row")
         picture = picture_bytes(found)
         if picture is None:
             raise DamagedRecord("no picture", where, key, f"column {image!r} is null")
@@ -101,38 +93,12 @@ class ParquetRecords(Sharded):
             raise DamagedRecord("zero bytes", where, key, "the picture is empty")
         return Record(key, picture, caption_fields(values.items()))
 
-    def _table(self, shard: int, path: str, group: int, columns: list[str]) -> Any:
-        """The table of a row group, or what is wrong with it."""
-        with self._lock:  # threads that want the same row group shall not each read it
-            table = self._kept.pop(shard, None)
-            if table is None:
-                try:
-                    with open_parquet(path) as file:
-                        table = file.read_row_group(group, columns=columns, use_threads=False)
-                except (OSError, ValueError, pa.ArrowException) as error:
-                    table = str(error)  # kept as well, or each of its records would be tried anew
-            self._kept[shard] = table
-            if len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
-        return table
-
     def dimensions(self) -> UInt32[np.ndarray, "N 2"] | None:
         """Width and height of every picture, 0 where they cannot be told; None where the index does not hold them."""
         if self._sizes is None:
             return None
         files = range(len(self._paths))
         return np.concatenate([np.stack([self._sizes[i]["width"], self._sizes[i]["height"]], axis=1) for i in files])
-
-
-@contextmanager
-def open_parquet(path: str) -> Iterator[Any]:
-    """A ``ParquetFile`` of a local file or a URL; ValueError where it is none."""
-    storage, inner = filesystem(path) if is_url(path) else (None, path)
-    with open(path, "rb") if storage is None else storage.open(inner, "rb") as stream:
-        try:
-            yield pq.ParquetFile(stream)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{path} is no whole Parquet file ({error}); take it out or write it again") from error
 
 
 def scan_parquet(path: str, *, look_inside: bool = False) -> Found:
@@ -144,23 +110,26 @@ def scan_parquet(path: str, *, look_inside: bool = False) -> Found:
             found.rows = np.zeros(file.metadata.num_rows, SIZE)
             first = 0
             for group in range(file.metadata.num_row_groups if look_inside else 0):
-                cells = file.read_row_group(group, columns=[image], use_threads=False).column(0)
-                for row, cell in enumerate(cells, first):
-                    _look(found, row, picture_bytes(cell.as_py()))
-                first += len(cells)
-    except (OSError, ValueError, pa.ArrowException) as error:
+                for batch in batches(file, group, [image]):
+                    for row, cell in enumerate(batch.column(0), first):
+                        _look(found, row, cell.as_py())
+                    first += len(batch)
+    except ERRORS as error:
         found.report(Damage("unreadable", 0, b"", str(error)))
     return found
 
 
-def _look(found: Found, row: int, picture: bytes | None) -> None:
-    if picture is None:
+def _look(found: Found, row: int, cell: Any) -> None:
+    picture = picture_bytes(cell)
+    if isinstance(cell, list) and len(cell) > 1:
+        found.report(Damage("several pictures", row, b"", f"{len(cell)} of them"))
+    elif picture is None:
         found.report(Damage("no picture", row, b"", "null"))
-        return
-    try:
-        found.rows[row] = dimensions(picture)
-    except Unusable as error:
-        found.report(Damage(error.reason, row, b"", error.detail))
+    else:
+        try:
+            found.rows[row] = dimensions(picture)
+        except Unusable as error:
+            found.report(Damage(error.reason, row, b"", error.detail))
 
 
 def _columns(path: str, schema: Any) -> tuple[str, list[str]]:
@@ -168,29 +137,72 @@ def _columns(path: str, schema: Any) -> tuple[str, list[str]]:
     pictures = [field.name for field in schema if _holds_pictures(field.type)]
     image = next((name for name in IMAGE_COLUMNS if name in pictures), None)
     if image is None:
+        columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
         raise ValueError(
             f"{path} has no column of pictures, which is of bytes and called {', '.join(IMAGE_COLUMNS[:5])} ...; "
-            f"its columns: {', '.join(schema.names)}"
+            f"its columns: {columns}"
         )
-    return image, [field.name for field in schema if _holds_text(field.type)]
+    others = [field.name for field in schema if field.name != image and _holds_text(field.type)]
+    named = next((field for field in schema if field.name in CAPTION_COLUMNS and field.name not in others), None)
+    if named is not None and not pa.types.is_null(named.type) and not {*others} - {KEY_COLUMN}:
+        raise ValueError(
+            f"{path}: the column {named.name!r} is of the type {named.type}, and captions are strings or lists of "
+            "strings; write it as such"
+        )
+    return image, others
 
 
 def _holds_pictures(kind: Any) -> bool:
+    kind = _item(kind)
     if pa.types.is_struct(kind):
         return any(kind.field(i).name == "bytes" and _is_bytes(kind.field(i).type) for i in range(kind.num_fields))
     return _is_bytes(kind)
 
 
-def _is_bytes(kind: Any) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
 def _holds_text(kind: Any) -> bool:
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    kind = _item(kind)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
-def picture_bytes(value: Any) -> bytes | None:
-    """What a cell of a pictures' column holds; None where it is null."""
-    return value.get("bytes") if isinstance(value, dict) else value
+def _is_bytes(kind: Any) -> bool:
+    kind = _plain(kind)
+    return any(
+        check(kind)
+        for check in (
+            pa.types.is_binary,
+            pa.types.is_large_binary,
+            pa.types.is_binary_view,
+            pa.types.is_fixed_size_binary,
+        )
+    )
+
+
+def _plain(kind: Any) -> Any:
+    """The type of a column's values, however they are stored."""
+    while True:
+        if isinstance(kind, pa.BaseExtensionType):
+            kind = kind.storage_type
+        elif pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        else:
+            return kind
+
+
+def _item(kind: Any) -> Any:
+    """The type of a column's values or, where they are lists of any sort, of what is in the lists."""
+    kind = _plain(kind)
+    lists = (
+        pa.types.is_list,
+        pa.types.is_large_list,
+        pa.types.is_fixed_size_list,
+        pa.types.is_list_view,
+        pa.types.is_large_list_view,
+    )
+    return _plain(kind.value_type) if any(check(kind) for check in lists) else kind
+
+
+def picture_bytes(cell: Any) -> bytes | None:
+    """What a cell of a pictures' column, or the list in it, holds first; None where that is null."""
+    if isinstance(cell, list):
+        cell = cell[0] if cell else None
+    return cell.get("bytes") if isinstance(cell, dict) else cell

@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 REASONS = (
     "zero bytes",  # the picture is empty
     "no picture",  # a record that has captions only
+    "several pictures",  # in one row of Parquet
     "missing file",  # named by a manifest, and not there
     "unreadable",  # the storage gave an error
     "truncated",  # the file ends inside the record

@@ -128,6 +128,9 @@ class RecordStream:
             self.shapes, self._assigned, counts = [(how.size, how.size)], None, sizes[:, None]
         self._orders = [ShardOrder(seed, column.tolist(), how.window) for column in counts.T]
         self.turns = turns([len(order) for order in self._orders])
+        for source in self.sources:
+            if (keep := getattr(source, "keep", None)) is not None:  # of Parquet, whose shards are read whole
+                keep(min(how.window * len(self._orders), len(source.shards)))
         self._members = lru_cache(maxsize=4 * how.window)(self._find_members)
 
     def __reduce__(self) -> tuple[type[RecordStream], tuple[tuple[RecordSource, ...], int, Reading]]:
