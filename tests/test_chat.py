@@ -17,7 +17,8 @@ import pytest
 
 from semantic_routing.answers import Answer, AnswerCache, Failure, Picture, Question, digest
 from semantic_routing.chat import ChatClient
-from semantic_routing.servers import ChatConfig, read_answer, retry_after
+from semantic_routing.replies import read_answer
+from semantic_routing.servers import ChatConfig, retry_after
 from tests.chat_server import FAULTS, KEY, MODEL, ChatServer, p_yes
 
 VQA = {"max_tokens": 1, "logprobs": True, "top_logprobs": 20}

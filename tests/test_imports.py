@@ -20,6 +20,7 @@ ORDER = [
     "device",
     "manifest",
     "processes",
+    "connection",
     # the network
     "features",
     "flow",
@@ -75,7 +76,6 @@ ORDER = [
     "pictures",
     "webpage",
     "answers",
-    "connection",
     "replies",
     "spoken",
     "servers",

@@ -45,11 +45,19 @@ def way_to(url: str) -> Way:
     """
     parts = urlsplit(url)
     host = parts.hostname or ""
-    proxy, variable = (None, "") if is_local(host) or _is_excepted(host) else _proxy(parts.scheme, host)
+    proxy, variable = (None, "") if is_local(host) or _is_excepted(host) else _proxy(parts.scheme)
     if "https" in (parts.scheme, urlsplit(proxy or "").scheme):
         return Way(proxy=proxy, variable=variable, verify=_certificates())
     # Without trusted certificates it is made at once, and no redirection to https:// goes unverified.
     return Way(proxy=proxy, variable=variable, verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+
+
+def check_hub(name: str) -> None:
+    """Raise ValueError where a model is to come from the Hugging Face hub and the environment spoils the way there."""
+    from huggingface_hub import constants
+
+    if not Path(name).exists() and not constants.HF_HUB_OFFLINE:
+        way_to(constants.ENDPOINT)
 
 
 def is_local(host: str) -> bool:
@@ -74,7 +82,7 @@ def _is_excepted(host: str) -> bool:
     return False
 
 
-def _proxy(scheme: str, host: str) -> tuple[str | None, str]:
+def _proxy(scheme: str) -> tuple[str | None, str]:
     """The proxy of the environment, and what names it."""
     known = getproxies()
     kind = next((kind for kind in (scheme, "all") if known.get(kind)), None)
@@ -82,7 +90,6 @@ def _proxy(scheme: str, host: str) -> tuple[str | None, str]:
         return None, ""
     names = sorted((name for name in os.environ if name.lower() == f"{kind}_proxy" and os.environ[name]), reverse=True)
     variable = names[0] if names else f"the system's {kind} setting"
-    fix = f"unset {variable}, or add {host} to NO_PROXY"
     address = known[kind] if "://" in known[kind] else f"http://{known[kind]}"
     try:
         parts = urlsplit(address)
@@ -92,12 +99,12 @@ def _proxy(scheme: str, host: str) -> tuple[str | None, str]:
     if not usable:
         raise ValueError(
             f"{variable} in the environment names no proxy that can be used; write it like http://HOST:PORT or "
-            f"socks5://HOST:PORT, {fix}"
+            "socks5://HOST:PORT, or unset it"
         )
     if parts.scheme.startswith("socks") and find_spec("socksio") is None:
         raise ValueError(
-            f"{variable} in the environment names a SOCKS proxy, which needs another package: pip install socksio; "
-            f"or {fix}"
+            f"{variable} in the environment names a SOCKS proxy, which needs another package: pip install socksio, "
+            f"or unset {variable}"
         )
     return address, variable
 

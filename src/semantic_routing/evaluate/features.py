@@ -25,6 +25,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from semantic_routing.checkpoint import write_text
+from semantic_routing.connection import check_hub
 from semantic_routing.data.images import BROKEN, FORMATS, to_rgb
 from semantic_routing.device import pick_device
 from semantic_routing.evaluate.benchmark import read_json_lines
@@ -117,6 +118,7 @@ class VisionModel:
     def __init__(self, name: str, device: torch.device) -> None:
         from transformers import AutoImageProcessor, AutoModel
 
+        check_hub(name)
         with quiet_transformers():
             try:
                 self.processor = AutoImageProcessor.from_pretrained(name)

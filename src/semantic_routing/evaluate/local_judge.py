@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from semantic_routing.answers import Failure
+from semantic_routing.connection import check_hub
 from semantic_routing.evaluate.benchmark import Finding, Task, hash_files
 from semantic_routing.evaluate.genai_bench import VQASCORE
 from semantic_routing.evaluate.judge import LEAST_MASS, VQA_TEMPLATES, checked_template, open_rgb, sha256
@@ -60,6 +61,7 @@ class LocalVQAJudge:
         """The model of a folder or of a name on the hub; ValueError where there is none that can judge."""
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
+        check_hub(name_or_path)
         try:
             with quiet_transformers():
                 processor = AutoProcessor.from_pretrained(name_or_path, trust_remote_code=False)

@@ -151,13 +151,9 @@ def _finish(benchmark: Benchmark, out: Path, facts: dict[str, Any], files: dict[
     ]
     summary = without_nan(benchmark.summarize(records))
     chosen = benchmark.prompt_set
-    table = (
-        benchmark.table(summary)
-        + reason_note(unscored(records))
-        + (
-            f"\n{chosen['n']} prompts, {len(records)} images, scored by {scorer_name(facts['scorer'])}; SHA-256 of the "
-            f"prompt set {chosen['sha256']}.\n"
-        )
+    table = f"{benchmark.table(summary)}{reason_note(unscored(records))}\n" + (
+        f"{chosen['n']} prompts, {len(records)} images, scored by {scorer_name(facts['scorer'])}; SHA-256 of the "
+        f"prompt set {chosen['sha256']}.\n"
     )
     write_records(out / RECORDS, records)
     write_text(out / SUMMARY, json.dumps(summary, indent=2, allow_nan=False) + "\n")
