@@ -221,6 +221,13 @@ def test_folders_of_other_images(tmp_path, names, message):
         evaluate_images(benchmark(), tmp_path / "nowhere", tmp_path / "out", Redness())
 
 
+@pytest.mark.parametrize("suffix", [".gif", ".BMP", ".tif", ".webp"])
+def test_images_of_any_format(tmp_path, suffix):
+    images = paint(tmp_path / "images", suffix=suffix)
+    (images / f"._00000{suffix}").write_bytes(b"\0\5\x16\7")
+    assert evaluate_images(benchmark(), images, tmp_path / "out", Redness())["n"]["overall"] == N
+
+
 def test_several_images_a_prompt_and_any_digits(tmp_path):
     (tmp_path / "images").mkdir()
     for name in ("0000_00.png", "0000_01.jpg", "1_0.webp"):
