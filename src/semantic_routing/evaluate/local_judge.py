@@ -15,13 +15,15 @@ from semantic_routing.answers import Failure
 from semantic_routing.connection import check_hub
 from semantic_routing.evaluate.benchmark import Finding, Task, hash_files
 from semantic_routing.evaluate.genai_bench import VQASCORE
-from semantic_routing.evaluate.judge import LEAST_MASS, VQA_TEMPLATES, checked_template, open_rgb, sha256
+from semantic_routing.evaluate.judge import VQA_TEMPLATES, checked_template, open_rgb, sha256
 from semantic_routing.spoken import FirstAnswers
 from semantic_routing.text_encoder import quiet_transformers
 
 YES = "Yes"
 SPELLINGS = (YES, "yes", "YES", " Yes", " yes", "No", "no", "NO", " No", " no")
 """What an answer may begin with."""
+LEAST_MASS = 0.01
+"""Probability that these must have together. Less than of a server's judge: over the whole vocabulary it is exact."""
 ADVICE = {"": "VQAScore needs a judge whose first word is yes or no: one tuned for instructions that does not think"}
 
 
