@@ -32,7 +32,7 @@ def read_answer(body: str) -> Answer:
     try:
         reply = json.loads(body.removeprefix("\ufeff"))
         choice, usage = reply["choices"][0], reply.get("usage") or {}
-        message = {"content": choice["text"]} if "text" in choice else choice["message"]
+        message = choice["message"] if "message" in choice else {"content": choice["text"]}
         text, thought = _content(message.get("content"))
         thought = thought or _thinks(message, usage)
         tokens = _tokens(choice.get("logprobs"))

@@ -85,15 +85,15 @@ def evaluate_features(args: FeaturesArguments) -> str:
     notes, passed_over = [], {}
     if args.reference is not None and args.feature_model is not None:
         model = VisionModel(args.feature_model, device)
-        found = {folder: _listed(folder) for folder in (args.reference, args.images)}
-        real, fake = (model.features(listing.pictures, args.batch) for listing in found.values())
+        listings = [_listed(folder) for folder in (args.reference, args.images)]
+        real, fake = (model.features(listing.pictures, args.batch) for listing in listings)
         summary["fid"] = {"value": frechet_distance(real, fake), "n": len(fake), "reference_n": len(real)}
         kid = kernel_distance(real, fake, subsets=args.subsets, subset_size=args.subset_size, seed=args.seed)
         summary["kid"] = kid | {"n": len(fake), "reference_n": len(real)}
         identities["feature_model"] = model.identity
-        notes = [f"Passed over in {folder}: {listing}." for folder, listing in found.items() if listing.passed_over]
+        passed_over = {str(listing.folder): dict(listing.passed_over) for listing in listings}
+        notes = [f"Passed over in {listing.folder}: {listing}." for listing in listings if listing.passed_over]
         notes += few_note(min(len(real), len(fake)), real.shape[1])
-        passed_over = {str(folder): dict(listing.passed_over) for folder, listing in found.items()}
     if args.clip is not None:
         captions = read_captions(args.captions or args.images / "prompts.jsonl")
         clip = VisionModel(args.clip, device)

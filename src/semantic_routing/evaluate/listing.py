@@ -19,6 +19,7 @@ APPLE, HIDDEN, BROKEN_LINK = "AppleDouble (._ files of macOS)", "hidden", "links
 class Listing:
     """What a folder holds."""
 
+    folder: Path
     pictures: tuple[Path, ...]
     """By name."""
     passed_over: Mapping[str, int]
@@ -52,7 +53,7 @@ def _sorted_out(folder: Path, paths: Iterable[Path]) -> Listing:
             passed[reason] += 1
         else:
             pictures.append(path)
-    return Listing(pictures=tuple(pictures), passed_over=dict(sorted(passed.items())))
+    return Listing(folder=folder, pictures=tuple(pictures), passed_over=dict(sorted(passed.items())))
 
 
 def _reason(path: Path, inside: Path) -> str:
