@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +187,7 @@ def test_what_is_passed_over_is_said(dino, tmp_path):
     assert f"Passed over in {real}" not in table
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["passed_over"] == {str(real): {}, str(fake): counts}
+    assert "| 3 | 3 |" in evaluate_features(replace(args, reference=fake))
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".bmp", ".tif", ".TIFF", ".jpe", ".ppm", ".webp", ".jp2", ".PNG"])
