@@ -67,6 +67,7 @@ def completion(text: str, body: dict[str, Any], wrong: str) -> dict[str, Any]:
         rows = [row for row in rows if row[0] != "Yes"] if wrong == "only-no" else rows
         rows = [row for row in rows if row[0].strip().lower() == "no"] if wrong == "only-no" else rows
         rows = [("maybe", 0.9), ("1", 0.1)] if wrong == "neither" else rows
+        rows = [("So", 0.6), ("Got", 0.39), ("Yes", 2e-6)] if wrong == "prose-first" else rows
         told = [{"token": t, "logprob": 100 * p if wrong == "percent" else math.log(p), "bytes": None} for t, p in rows]
         choice["logprobs"] = {"content": [{**max(told, key=lambda row: row["logprob"]), "top_logprobs": told}]}
     if wrong == "blank":
@@ -77,12 +78,19 @@ def completion(text: str, body: dict[str, Any], wrong: str) -> dict[str, Any]:
         answer = "\n".join(f"{name} Score (1-5): {2 * value + 5}" for name, value in scores(text).items())
     if wrong == "prose":
         answer = "A lovely picture, well done!"
+    if wrong == "thinks":
+        answer = f"<think>Style Score (1-5): 1? Or a picture of a dog?</think>\n\n{answer}"
+    if wrong == "thinking":
+        answer = "<think>Alignment Score (1-5): 1, Coherence Score (1-5): 1, Style Score (1-5): 1?"
+    content: Any = answer
+    if wrong == "parts":
+        content = [{"type": "thinking", "thinking": "A dog?"}, {"type": "text", "text": answer}]
     return {
         "id": "chatcmpl-1",
         "object": "chat.completion",
         "created": 0,
         "model": f"{MODEL}-2026",
-        "choices": [{**choice, "message": {"role": "assistant", "content": answer}}],
+        "choices": [{**choice, "message": {"role": "assistant", "content": content}}],
         "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
     }
 

@@ -17,7 +17,8 @@ import pytest
 
 from semantic_routing.answers import Answer, AnswerCache, Failure, Picture, Question, digest
 from semantic_routing.chat import ChatClient
-from semantic_routing.servers import ChatConfig, read_answer, retry_after
+from semantic_routing.replies import read_answer
+from semantic_routing.servers import ChatConfig, retry_after
 from tests.chat_server import FAULTS, KEY, MODEL, ChatServer, p_yes
 
 VQA = {"max_tokens": 1, "logprobs": True, "top_logprobs": 20}
@@ -301,6 +302,9 @@ def test_cache_entries(tmp_path: Path) -> None:
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")] == [f"{name[:2]}/{name}.json"]
     entry = json.loads(cache.path(name).read_text())
     assert entry["question"]["parts"] == ["one", {"sha256": hashlib.sha256(b"pixels").hexdigest()}]
+    del entry["answer"]["thought"]  # as an earlier version wrote it
+    cache.path(name).write_text(json.dumps(entry))
+    assert cache.get(name) == replace(answer, cached=True)
     cache.remove(name)
     cache.remove(name)
     assert cache.get(name) is None

@@ -87,7 +87,8 @@ class Answer:
 
     text: str
     logprobs: tuple[tuple[str, float], ...] | None
-    """The likeliest first tokens with their log-probabilities; None where the server told none."""
+    """The likeliest first tokens with their log-probabilities; None where the server told none, and empty where the
+    first tokens are of thoughts."""
     model: str
     """As the server names it."""
     finish: str
@@ -98,6 +99,8 @@ class Answer:
     """SHA-256 of the question, its name in the cache."""
     cached: bool = False
     """Whether it was remembered, and so cost nothing."""
+    thought: bool = False
+    """Whether the server told of thoughts beside the text."""
 
 
 @dataclass(frozen=True, kw_only=True)

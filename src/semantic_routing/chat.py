@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from semantic_routing.answers import Answer, AnswerCache, Failure, Question, digest
 from semantic_routing.checkpoint import check_writable
+from semantic_routing.connection import way_to
 from semantic_routing.servers import ChatConfig, Server, import_openai, read_key
 
 T = TypeVar("T")
@@ -50,6 +51,7 @@ class ChatClient:
         if not cfg.replay:  # what is missing is told before any work is done
             import_openai()
             read_key(cfg)
+            way_to(cfg.base_url)
             if cfg.cache is not None:
                 check_writable(cfg.cache)
         self.cfg = cfg

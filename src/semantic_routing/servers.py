@@ -15,6 +15,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from semantic_routing.answers import Answer, Failure, Question
+from semantic_routing.connection import way_to
+from semantic_routing.replies import read_answer
 
 USUAL_KEY = "OPENAI_API_KEY"
 """Where the key is if no variable is named; it need not be there."""
@@ -146,8 +148,13 @@ class Server:
         self.cfg = cfg
         self.pace = Pace(cfg.requests_per_minute)
         self._openai, self._key = import_openai(), read_key(cfg)
+        self._way = way_to(cfg.base_url)
+        # What the environment says about the way is in it already, so the client's library need not look there.
+        http_client = self._openai.DefaultAsyncHttpxClient(
+            proxy=self._way.proxy, verify=self._way.verify, trust_env=False
+        )
         self._client = self._openai.AsyncOpenAI(
-            base_url=cfg.base_url, api_key=self._key, max_retries=0, timeout=cfg.timeout
+            base_url=cfg.base_url, api_key=self._key, max_retries=0, timeout=cfg.timeout, http_client=http_client
         )
 
     async def close(self) -> None:
@@ -167,7 +174,8 @@ class Server:
         except (TimeoutError, openai.APITimeoutError):
             return Failure(reason="timeout", detail=f"no answer within {self.cfg.timeout:g} seconds"), None
         except openai.APIConnectionError as error:
-            return Failure(reason="no connection", detail=self._clean(str(error.__cause__ or error), 300)), None
+            trouble = self._way.explain(self._clean(str(error.__cause__ or error), 300))
+            return Failure(reason="no connection", detail=trouble), None
         except openai.APIStatusError as error:
             wait = retry_after(error.response.headers.get("retry-after"))
             return self._refusal(error.status_code, error.code, self._clean(error.message, 300)), wait
@@ -194,38 +202,6 @@ class Server:
         if len(self._key) > len(KEYLESS):
             text = text.replace(self._key, "[key]")
         return text if longest is None else " ".join(text.split())[:longest]
-
-
-def read_answer(body: str) -> Answer:
-    """The answer in a server's reply; ValueError says where it departs from the protocol."""
-    try:
-        reply = json.loads(body)
-        choice, usage = reply["choices"][0], reply.get("usage") or {}
-        tokens = (choice.get("logprobs") or {}).get("content") or []
-        return Answer(
-            text=_text(choice["message"].get("content") or ""),
-            logprobs=_first_token(tokens[0]) if tokens else None,
-            model=_text(reply.get("model") or ""),
-            finish=_text(choice.get("finish_reason") or ""),
-            prompt_tokens=int(usage.get("prompt_tokens") or 0),
-            completion_tokens=int(usage.get("completion_tokens") or 0),
-        )
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from error
-    except (LookupError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"not a chat completion: {' '.join(body.split())[:300]}") from error
-
-
-def _first_token(found: dict[str, Any]) -> tuple[tuple[str, float], ...]:
-    """The likeliest first tokens, or at least the one that was chosen."""
-    return tuple((_text(row["token"]), float(row["logprob"])) for row in found.get("top_logprobs") or [found])
-
-
-def _text(value: Any) -> str:
-    """Text that can be written to a file: JSON may hold halves of surrogate pairs."""
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not text")
-    return value.encode("utf-8", "replace").decode()
 
 
 def retry_after(header: str | None) -> float | None:

@@ -180,6 +180,53 @@ def test_nothing_paid_for_is_lost_when_the_process_is_killed(tmp_path: Path) -> 
     assert not [*parts.rglob("answers/*/*")]
 
 
+@pytest.mark.behaviour(
+    "Pictures and captions",
+    when="a model that writes captions thinks first, or thinks without an end",
+    then="its thoughts are no part of a caption, and an answer of thoughts alone is a failure with its reason",
+)
+def test_thoughts_are_no_captions(server: ChatServer, tmp_path: Path) -> None:
+    told = {1: "[[thinks]]", 2: "[[parts]]", 3: "[[thinking]]", 4: "[[length]]"}
+    path, out = shard(tmp_path / "0.tar", [encoded(500 + i) for i in range(6)], told), tmp_path / "captions.parquet"
+    summary = recaption(arguments(server, [path], out, show_caption=True, max_failed=0.5))
+    reasons = {" ".join(line.split()[:-1]): int(line.split()[-1]) for line in summary.splitlines() if line[:2] == "  "}
+    assert reasons == {"thoughts without an answer": 1, "cut off": 1}
+    assert [row["key"][-1] for row in rows(out)] == ["0", "1", "2", "5"]
+    for row in rows(out):
+        assert row["caption"].startswith("Alignment Score")
+        assert "dog" not in row["caption"]
+
+
+@pytest.mark.behaviour(
+    "Pictures and captions",
+    when="not one picture got a caption",
+    then="exit code 2 and the first reason; no file is written, and other settings go on into the same place",
+)
+@pytest.mark.parametrize(
+    ("fault", "reason", "setting"),
+    [
+        ("400", r"HTTP 400: .*something is wrong \(400\)", ""),
+        ("length", "cut off: Alignment Score", "--max-tokens"),
+        ("thinking", "thoughts without an answer", "--extra"),
+        ("blank", "empty answer", "--extra"),
+    ],
+)
+def test_captioning_of_which_everything_fails(
+    server: ChatServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str, reason: str, setting: str
+) -> None:
+    told = dict.fromkeys(range(5), f"[[{fault}]]")
+    path, out = shard(tmp_path / "0.tar", [encoded(600 + i) for i in range(5)], told), tmp_path / "captions.parquet"
+    args = arguments(server, [path], out, show_caption=True, max_failed=1.0)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"none of 5 records got a caption; the first: {reason}"):
+            recaption(args)
+        assert not out.exists()
+    said = [line for line in capsys.readouterr().err.split("\n") if "answers cannot be used" in line]
+    assert len(said) == (2 if setting else 0)
+    assert all(setting in line for line in said)
+    assert "5 of 5" in recaption(replace(args, show_caption=False, extra='{"seed": 1}'))
+
+
 def test_another_request_into_the_same_parts_is_refused(server: ChatServer, tmp_path: Path) -> None:
     path, out = shard(tmp_path / "0.tar", [encoded(800)]), tmp_path / "captions.parquet"
     with pytest.raises(ValueError, match=r"which model"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from semantic_routing.evaluate.features import (
     FeaturesArguments,
     VisionModel,
     evaluate_features,
+    few_note,
     frechet_distance,
     images_below,
     kernel_distance,
@@ -128,6 +130,7 @@ def test_fid_and_kid_of_folders(dino, tmp_path):
     assert summary["fid"] == {"value": pytest.approx(frechet_distance(*features), rel=1e-4), "n": 5, "reference_n": 6}
     assert summary["kid"]["subset_size"] == 5
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert "FID from 5 pictures is biased" in table
     digest = manifest["feature_model"]["sha256"]
     assert digest == model.identity["sha256"]
     assert f"SHA-256 {digest}" in table == (tmp_path / "out" / "table.md").read_text()
@@ -158,6 +161,58 @@ def test_clip_score_is_clips_own_likeness(clip, tmp_path):
     assert f"| clipscore | {np.mean(scores):.5f} | {np.std(scores, ddof=1):.5f} | 3 |" in table
 
 
+@pytest.mark.behaviour(
+    "Judges and scores",
+    when="a folder of `evaluate features` holds files of macOS, hidden files, or files that are no pictures",
+    then="they are passed over, and the table says how many of which kind",
+)
+def test_what_is_passed_over_is_said(dino, tmp_path):
+    real, fake = paint(tmp_path / "real", 2), paint(tmp_path / "fake", 3, seed=1)
+    (fake / "0" / "._0.png").write_bytes(b"\0\5\x16\7")
+    (fake / "__MACOSX").mkdir()
+    (fake / "__MACOSX" / "0.png").write_bytes(b"\0\5\x16\7")
+    (fake / ".DS_Store").write_bytes(b"\0")
+    (fake / ".thumbnails").mkdir()
+    (fake / ".thumbnails" / "0.png").write_bytes(b"\0")
+    (fake / "prompts.jsonl").write_text("")
+    (fake / "scan.HEIC").write_bytes(b"\0")
+    (fake / "README").write_text("")
+    (fake / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    args = FeaturesArguments(images=fake, reference=real, feature_model=dino, out=tmp_path / "out", device="cpu")
+    table = evaluate_features(args)
+    assert "| 3 | 2 |" in table
+    counts = {".heic": 1, ".jsonl": 1, "AppleDouble (._ files of macOS)": 2, "hidden": 2, "links to nothing": 1}
+    counts["without a suffix"] = 1
+    assert f"Passed over in {fake}: {', '.join(f'{n} {reason}' for reason, n in counts.items())}.\n" in table
+    assert f"Passed over in {real}" not in table
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["passed_over"] == {str(real): {}, str(fake): counts}
+    assert "| 3 | 3 |" in evaluate_features(replace(args, reference=fake))
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".bmp", ".tif", ".TIFF", ".jpe", ".ppm", ".webp", ".jp2", ".PNG"])
+def test_formats(tmp_path, suffix):
+    Image.new("RGB", (20, 30), "red").save(tmp_path / f"x{suffix}")
+    assert images_below(tmp_path) == [tmp_path / f"x{suffix}"]
+
+
+@pytest.mark.behaviour(
+    "Judges and scores",
+    when="FID is computed from few pictures (fewer than 2,048, or than the model has features)",
+    then="a note says that it is biased and not comparable",
+)
+@pytest.mark.parametrize(
+    ("count", "width", "enough"),
+    [(12, 768, "2,048"), (2047, 768, "2,048"), (2048, 768, ""), (3000, 4096, "4,097"), (4097, 4096, "")],
+)
+def test_few_pictures_are_noted(count, width, enough):
+    notes = few_note(count, width)
+    assert bool(notes) == bool(enough)
+    for note in notes:
+        assert note.startswith(f"FID from {count:,} pictures is biased")
+        assert f"at least {enough} of each" in note
+
+
 def test_what_cannot_be_computed(dino, tmp_path):
     folder = paint(tmp_path / "images", 2)
     with pytest.raises(ValueError, match="nothing to compute"):
@@ -173,6 +228,14 @@ def test_what_cannot_be_computed(dino, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no images"):
         images_below(tmp_path / "empty")
+    (tmp_path / "empty" / "._x.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"holds no images .*, but files that are passed over: 1 AppleDouble"):
+        images_below(tmp_path / "empty")
+    with pytest.raises(ValueError, match="there is no folder of images"):
+        images_below(tmp_path / "nowhere")
+    Image.new("F", (20, 30)).save(tmp_path / "range.tiff")
+    with pytest.raises(ValueError, match=r"range\.tiff has floating-point pixels"):
+        VisionModel(dino, CPU).features([tmp_path / "range.tiff"], 1)
     (folder / "0" / "0.png").write_text("")
     with pytest.raises(ValueError, match=r"0\.png does not open"):
         VisionModel(dino, CPU).features(images_below(folder), 2)

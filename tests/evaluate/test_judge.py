@@ -102,6 +102,12 @@ def test_vqascore_asks_as_the_official_code_does(picture: Path, tmp_path: Path) 
         ({"Yes": 0.0}, 1.0, ""),
         ({"Yes": 2e-4}, 1.0, ""),
         ({"Yesterday": -0.1, "Not": -3.0}, None, "neither yes nor no"),
+        ({"So": -0.6, "Got": -0.8, "Yes": -13.1}, None, "hardly any probability of yes or no: 2.0e-06"),
+        ({"So": -0.6, "Got": -0.8, "No": -12.0}, None, "hardly any probability of yes or no: 6.1e-06"),
+        ({"Yes": -math.inf, "No": -math.inf}, None, "hardly any probability of yes or no: 0"),
+        ({"Okay": -0.1, "yes": -3.7, "No": -3.5}, None, "hardly any probability of yes or no: 5.5e-02"),
+        ({"The": -1.0, "Yes": -1.0, "No": -2.0}, math.exp(-1), ""),
+        ({"\u2581Yes": math.log(0.5), "\u0120yes": math.log(0.25), "No": math.log(0.1)}, 0.75, ""),
         ({}, None, "neither yes nor no"),
         ({"Yes": 93.0, "No": 7.0}, None, "out of scale: not log"),
         ({"Yes": 0.93, "No": 0.07}, None, "out of scale: not log"),
@@ -133,6 +139,31 @@ def test_gaps_of_vqascore_have_their_reasons(server: ChatServer, picture: Path) 
         assert finding.reason.startswith(reason)
     p = chat_server.p_yes('Does this figure show "[[only-no]]"? Please answer Yes or No.')
     assert found[-1].scores == {"vqascore": pytest.approx(1 - (0.9 - 0.9 * p))}
+
+
+@pytest.mark.behaviour(
+    "Judges and scores",
+    when="a judge begins with prose or with thoughts, so that yes and no have hardly any probability",
+    then="it gives no VQAScore; a line after its first answers says how to switch thinking off",
+)
+def test_a_judge_that_begins_with_prose_scores_nothing(
+    server: ChatServer, picture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = tasks(picture, *(f"{number} [[prose-first]]" for number in range(5)), "fine")
+    found = findings(VQAJudge(config(server, concurrency=1)), asked)
+    assert [finding.scores["vqascore"] is None for finding in found] == [True] * 5 + [False]
+    assert {finding.reason for finding in found[:5]} == {"hardly any probability of yes or no: 2.0e-06 together"}
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("semroute: 3 of the first 3 answers cannot be used (hardly any probability of yes or no);")
+    assert """--judge.extra '{"chat_template_kwargs": {"enable_thinking": false}}'""" in line
+
+
+def test_probabilities_of_thoughts_are_no_vqascore(server: ChatServer, picture: Path) -> None:
+    found = findings(VQAJudge(config(server)), tasks(picture, "[[thinks]]", "[[thinking]]", "[[parts]]"))
+    assert [finding.scores["vqascore"] for finding in found[:2]] == [None, None]
+    assert {finding.reason for finding in found[:2]} == {"the judge thinks before it answers"}
+    p = chat_server.p_yes('Does this figure show "[[parts]]"? Please answer Yes or No.')
+    assert found[2].scores == {"vqascore": pytest.approx(p)}  # the first token is that of the text beside the thoughts
 
 
 def test_a_server_without_logprobs_is_refused(server: ChatServer, picture: Path, tmp_path: Path) -> None:
@@ -178,6 +209,43 @@ def test_gaps_of_unified_reward_have_their_reasons(server: ChatServer, picture: 
     assert wrong.reason.count("out of scale") == 3
     assert prose.reason == "alignment unparsed, coherence unparsed, style unparsed"
     assert prose.answer == "A lovely picture, well done!"
+
+
+@pytest.mark.behaviour(
+    "Judges and scores",
+    when="a judge quotes numbers while it thinks, or its answer is cut off by its length",
+    then="they are no scores: the image is counted as unscored with the reason, and a line says what to set",
+)
+@pytest.mark.parametrize(
+    ("fault", "reason", "setting"),
+    [
+        ("thinking", "thoughts without an answer", "enable_thinking"),
+        ("length", "cut off", "max_tokens"),
+        ("blank", "empty answer", "--template"),
+    ],
+)
+def test_thoughts_and_beginnings_are_no_scores(
+    server: ChatServer, picture: Path, capsys: pytest.CaptureFixture[str], fault: str, reason: str, setting: str
+) -> None:
+    asked = tasks(picture, *(f"{number} [[{fault}]]" for number in range(4)))
+    for finding in findings(UnifiedRewardJudge(config(server)), asked):
+        assert finding.scores == {"alignment": None, "coherence": None, "style": None}
+        assert finding.reason == reason
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"3 of the first 3 answers cannot be used ({reason})" in line
+    assert setting in line
+
+
+@pytest.mark.parametrize("dialect", ["thinks", "parts"])
+def test_scores_after_thoughts_are_read(
+    server: ChatServer, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], dialect: str
+) -> None:
+    prompt = f"a cat [[{dialect}]]"
+    told = chat_server.scores(UNIFIED_REWARD_TEMPLATE.read_text().replace("{prompt}", prompt))
+    for _ in range(2):  # from the server, then from the cache
+        (finding,) = findings(UnifiedRewardJudge(config(server, cache=tmp_path)), tasks(picture, prompt))
+        assert finding.scores == {name.lower(): value for name, value in told.items()}
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -276,6 +344,21 @@ def test_local_judge_sees_the_picture(tiny_llava: Path, picture: Path, tmp_path:
     assert seen.scores != white.scores
     assert gone.scores == {"vqascore": None}
     assert gone.reason.startswith("the image does not open")
+
+
+def test_a_local_judge_that_begins_otherwise_scores_nothing(tiny_llava: Path, picture: Path) -> None:
+    judge = LocalVQAJudge.from_pretrained(str(tiny_llava), device=torch.device("cpu"), dtype=torch.float32)
+    head = torch.nn.Linear(judge.model.lm_head.in_features, len(WORDS)).requires_grad_(False)
+    judge.model.lm_head = head
+    head.weight.zero_()
+    head.bias.zero_()
+    head.bias[WORDS.index("Does")] = 14.0
+    (finding,) = findings(judge, tasks(picture, "a red circle"))
+    assert finding.scores == {"vqascore": None}
+    assert finding.reason.startswith("hardly any probability of yes or no: 1.7e-06")
+    head.bias[WORDS.index("No")] = 14.0
+    (finding,) = findings(judge, tasks(picture, "a red circle"))
+    assert finding.scores == {"vqascore": pytest.approx(math.exp(-14) / 2, rel=1e-3)}
 
 
 def test_identity_of_a_local_judge(tiny_llava: Path) -> None:

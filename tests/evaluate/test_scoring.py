@@ -127,6 +127,32 @@ def test_gaps_are_counted_and_tried_again(tmp_path):
     assert sorted(seeing.seen) == [(0, 0), (1, 0), (2, 0), (3, 0)]
 
 
+@pytest.mark.behaviour(
+    "Judges and scores",
+    when="not one image of an evaluation could be scored",
+    then="exit code 2 and the first reason; no results are written, and a mended judge goes on in the same folder",
+)
+@pytest.mark.parametrize(("harm", "reason"), [("blind", "seen"), ("damaged", "does not open"), ("both", "seen")])
+def test_an_evaluation_that_scored_nothing_fails(tmp_path, harm, reason):
+    images, out = paint(tmp_path / "images"), tmp_path / "out"
+    if harm != "blind":
+        for path in sorted(images.iterdir())[: N if harm == "damaged" else 2]:
+            path.write_text("no image")
+    blind = Redness(blind=frozenset(range(N)))
+    with pytest.raises(ValueError, match=rf"none of {N} images could be scored; the first: .*{reason}"):
+        evaluate_images(benchmark(), images, out, blind)
+    assert {path.name for path in out.iterdir()} == {"manifest.json", "records.part-00.jsonl"}
+    paint(images)
+    other = Redness("greenness")
+    assert evaluate_images(benchmark(), images, out, other)["n"]["overall"] == N
+    assert {path.name for path in out.iterdir()} >= {"records.jsonl", "summary.json", "table.md", "index.html"}
+
+
+def test_reasons_of_what_is_not_scored_stand_below_the_table(tmp_path):
+    evaluate_images(benchmark(), paint(tmp_path / "images"), tmp_path / "out", Redness(blind=frozenset({0, 4})))
+    assert "In no mean: 2 unscored correct.\n\nNot scored: 2 seen.\n" in (tmp_path / "out" / "table.md").read_text()
+
+
 def test_a_folder_half_scored_by_another_is_refused_unless_told(tmp_path):
     images, out = paint(tmp_path / "images"), tmp_path / "out"
     with pytest.raises(RuntimeError):
@@ -193,6 +219,13 @@ def test_folders_of_other_images(tmp_path, names, message):
         evaluate_images(benchmark(), tmp_path / "images", tmp_path / "out", Redness())
     with pytest.raises(ValueError, match="there is no folder of images"):
         evaluate_images(benchmark(), tmp_path / "nowhere", tmp_path / "out", Redness())
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".BMP", ".tif", ".webp"])
+def test_images_of_any_format(tmp_path, suffix):
+    images = paint(tmp_path / "images", suffix=suffix)
+    (images / f"._00000{suffix}").write_bytes(b"\0\5\x16\7")
+    assert evaluate_images(benchmark(), images, tmp_path / "out", Redness())["n"]["overall"] == N
 
 
 def test_several_images_a_prompt_and_any_digits(tmp_path):

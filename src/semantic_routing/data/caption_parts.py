@@ -68,26 +68,32 @@ class Parts:
         self._open: dict[int, _Open] = {}
 
     def claim(self, request: dict[str, Any]) -> None:
-        """Note what is asked; ValueError where there are parts that answer another request."""
+        """Note what is asked; ValueError where there are captions that answer another request.
+
+        Parts without any caption give way: what was wrong with their request can be mended.
+        """
         path = self.folder / REQUEST
-        if any(self.folder.glob("part-*.parquet")):
+        parts = sorted(self.folder.glob("part-*.parquet"))
+        if parts:
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 raise ValueError(f"{path} is damaged; delete {self.folder} or choose another --out") from error
             other = [name for name in request if not isinstance(found, dict) or found.get(name) != request[name]]
-            if other:
+            if other and any(row.caption for part in parts for row in self._read(part)):
                 raise ValueError(
                     f"{self.folder} holds captions that were asked for with another {', '.join(other)}; choose "
                     "another --out or delete it"
                 )
+            for part in parts if other else ():
+                part.unlink()
         write_text(path, json.dumps(request, indent=2) + "\n")
 
     def missing(self, kept: Callable[[int], object]) -> Iterator[int]:
         """Positions that have no row, or one that another try may better; ``kept`` hears how many others there are."""
         for first in range(0, self.records, self.size):
             number, last = first // self.size, min(first + self.size, self.records)
-            rows = [row for row in self._read(number) if row.final]
+            rows = [row for row in self._read(self._path(number)) if row.final]
             missing = sorted({*range(first, last)} - {row.position for row in rows})
             kept(len(rows))
             if missing:
@@ -110,14 +116,20 @@ class Parts:
         return part.names
 
     def join(self, out: Path) -> Counter[str]:
-        """Write the captions of all parts to one file; how many records have none, by reason."""
-        reasons: Counter[str] = Counter()
+        """Write the captions of all parts to one file; how many records have none, by reason.
+
+        Raises ValueError, with nothing written, where no record has a caption.
+        """
+        reasons, first = Counter[str](), ""
         schema = self._arrow.schema(CAPTIONS.items())
         with written_whole(out) as scratch, self._parquet.ParquetWriter(scratch, schema) as writer:
             waiting = schema.empty_table()
             for number in range(-(-self.records // self.size)):
                 part = self._parquet.read_table(self._path(number))
-                reasons.update(reason for reason in part["reason"].to_pylist() if reason)
+                for reason, detail in zip(part["reason"].to_pylist(), part["detail"].to_pylist(), strict=True):
+                    if reason:
+                        reasons[reason] += 1
+                        first = first or (f"{reason}: {detail}" if detail else reason)
                 captioned = part.filter(part["caption"].is_valid()).select(schema.names)
                 waiting = self._arrow.concat_tables([waiting, captioned])
                 if len(waiting) >= GROUP:
@@ -125,10 +137,11 @@ class Parts:
                     waiting = schema.empty_table()
             if len(waiting):
                 writer.write_table(waiting)
+            if reasons.total() == self.records:
+                raise ValueError(f"none of {self.records} records got a caption; the first: {first}")
         return reasons
 
-    def _read(self, number: int) -> list[Row]:
-        path = self._path(number)
+    def _read(self, path: Path) -> list[Row]:
         if not path.is_file():
             return []
         try:

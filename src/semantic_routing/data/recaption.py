@@ -32,6 +32,7 @@ from semantic_routing.data.index import open_records
 from semantic_routing.data.records import DamagedRecord, Record, RecordSource
 from semantic_routing.errors import TrainingFailed
 from semantic_routing.servers import ChatConfig
+from semantic_routing.spoken import CUT, THOUGHTS, FirstAnswers, spoken
 
 INSTRUCTION = (
     "Describe this picture in one dense paragraph for someone who is to paint it without having seen it. Name every "
@@ -42,6 +43,13 @@ INSTRUCTION = (
 OLD_CAPTION = "\n\nThe picture was found with this text, which may help, say little or be wrong: "
 """Stands before a record's own caption."""
 ANSWERS = "answers"
+NO_THINKING = 'switch thinking off, as by --extra \'{"chat_template_kwargs": {"enable_thinking": false}}\''
+ADVICE = {
+    CUT: f"give --max-tokens more than now, or {NO_THINKING}",
+    THOUGHTS: NO_THINKING,
+    "": "see that the model takes pictures and knows the request's parameters, which --extra adds and takes out",
+}
+"""What to set where the first answers hold no caption, by reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +107,8 @@ class Records:
 def recaption(args: RecaptionArguments) -> str:
     """Ask for all captions that are missing, write the file and answer with a summary.
 
-    Raises TrainingFailed, with the file written, where more than ``max_failed`` of the records have no caption.
+    Raises TrainingFailed, with the file written, where more than ``max_failed`` of the records have no caption, and
+    ValueError, with none written, where no record has one.
     """
     records = Records([open_records(path, args.index) for path in args.paths])
     if not len(records):
@@ -111,6 +120,7 @@ def recaption(args: RecaptionArguments) -> str:
     parts.claim(_request(args, instruction, len(records)))
     passing = None if args.cache else client.cache
     keys: dict[int, str] = {}
+    first = FirstAnswers(ADVICE)
 
     def question(position: int) -> Question | Failure:
         try:
@@ -126,7 +136,10 @@ def recaption(args: RecaptionArguments) -> str:
     with tqdm(total=len(records), desc="Captioning", unit="image") as bar:
         for position, answer in client.run(parts.missing(bar.update), question):
             name = answer.question if isinstance(answer, Answer) else ""
-            for done in parts.add(_row(position, keys.pop(position), answer), name):
+            row = _row(position, keys.pop(position), answer)
+            if isinstance(answer, Answer):
+                first.note(row.reason)
+            for done in parts.add(row, name):
                 if passing is not None:
                     passing.remove(done)  # its caption is in a part now
             bar.update()
@@ -167,8 +180,8 @@ def _read_instruction(path: Path) -> str:
 
 def _row(position: int, key: str, answer: Answer | Failure) -> Row:
     if isinstance(answer, Answer):
-        caption = answer.text.strip()
-        if caption and answer.finish != "length":
+        caption = spoken(answer)
+        if isinstance(caption, str):
             return Row(
                 position=position,
                 key=key,
@@ -177,7 +190,7 @@ def _row(position: int, key: str, answer: Answer | Failure) -> Row:
                 prompt_tokens=answer.prompt_tokens,
                 completion_tokens=answer.completion_tokens,
             )
-        answer = Failure(reason="cut off" if caption else "empty answer", detail=caption[:200])
+        answer = caption
     return Row(position=position, key=key, reason=answer.reason, detail=answer.detail, final=answer.final)
 
 

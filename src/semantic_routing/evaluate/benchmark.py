@@ -13,10 +13,8 @@ from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+from semantic_routing.evaluate.listing import list_pictures
 from semantic_routing.evaluate.scores import CORRECT, Columns, Record, markdown_table, summarize, tag_columns
-
-SUFFIXES = (".png", ".jpeg", ".jpg", ".webp")
-"""Files that are taken for images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +125,7 @@ class Benchmark:
         """The images in a folder, by (prompt index, image index); ValueError where it is not one of this benchmark."""
         places = {int(prompt.id): index for index, prompt in enumerate(self.prompts)}
         found: dict[tuple[int, int], Path] = {}
-        for path in pictures_in(folder):
+        for path in list_pictures(folder).pictures:
             name, _, image = path.stem.partition("_")
             if not (name.isdecimal() and (image.isdecimal() or not image)):
                 continue
@@ -149,15 +147,6 @@ class Benchmark:
     def table(self, summary: dict[str, Any]) -> str:
         """The summary as a Markdown table."""
         return markdown_table(summary)
-
-
-def pictures_in(folder: Path) -> list[Path]:
-    """The image files directly in a folder, by name; ValueError where there is no such folder."""
-    if not folder.is_dir():
-        raise ValueError(f"there is no folder of images {folder}")
-    return sorted(
-        path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-    )
 
 
 def read_json(path: Path, what: str) -> Any:

@@ -25,12 +25,17 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from semantic_routing.checkpoint import write_text
+from semantic_routing.connection import check_hub
 from semantic_routing.data.images import BROKEN, FORMATS, to_rgb
 from semantic_routing.device import pick_device
-from semantic_routing.evaluate.benchmark import SUFFIXES, read_json_lines
+from semantic_routing.evaluate.benchmark import read_json_lines
+from semantic_routing.evaluate.listing import Listing, list_pictures, suffixes
 from semantic_routing.evaluate.scores import MANIFEST, SUMMARY, TABLE, spread, without_nan
 from semantic_routing.manifest import manifest
 from semantic_routing.text_encoder import quiet_transformers
+
+ENOUGH = 2048
+"""Pictures below which an FID says more of their number than of them; its authors ask for so many, better 10,000."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,24 +82,29 @@ def evaluate_features(args: FeaturesArguments) -> str:
     device = pick_device(args.device)
     summary: dict[str, Any] = {}
     identities = {}
+    notes, passed_over = [], {}
     if args.reference is not None and args.feature_model is not None:
         model = VisionModel(args.feature_model, device)
-        real, fake = (model.features(images_below(folder), args.batch) for folder in (args.reference, args.images))
+        listings = [_listed(folder) for folder in (args.reference, args.images)]
+        real, fake = (model.features(listing.pictures, args.batch) for listing in listings)
         summary["fid"] = {"value": frechet_distance(real, fake), "n": len(fake), "reference_n": len(real)}
         kid = kernel_distance(real, fake, subsets=args.subsets, subset_size=args.subset_size, seed=args.seed)
         summary["kid"] = kid | {"n": len(fake), "reference_n": len(real)}
         identities["feature_model"] = model.identity
+        passed_over = {str(listing.folder): dict(listing.passed_over) for listing in listings}
+        notes = [f"Passed over in {listing.folder}: {listing}." for listing in listings if listing.passed_over]
+        notes += few_note(min(len(real), len(fake)), real.shape[1])
     if args.clip is not None:
         captions = read_captions(args.captions or args.images / "prompts.jsonl")
         clip = VisionModel(args.clip, device)
         scores = [100 * cosine for cosine in clip.caption_cosines(captions, args.batch)]
         summary["clipscore"] = spread([max(score, 0.0) for score in scores])
         identities["clip"] = clip.identity
-    table = features_table(summary, identities)
+    table = features_table(summary, identities, notes)
     if args.out is not None:
         facts = manifest(
             images=str(args.images), reference=str(args.reference), **identities, subsets=args.subsets,
-            subset_size=args.subset_size, seed=args.seed,
+            subset_size=args.subset_size, seed=args.seed, passed_over=passed_over,
         )  # fmt: skip
         write_text(args.out / SUMMARY, json.dumps(without_nan(summary), indent=2) + "\n")
         write_text(args.out / TABLE, table)
@@ -108,6 +118,7 @@ class VisionModel:
     def __init__(self, name: str, device: torch.device) -> None:
         from transformers import AutoImageProcessor, AutoModel
 
+        check_hub(name)
         with quiet_transformers():
             try:
                 self.processor = AutoImageProcessor.from_pretrained(name)
@@ -219,22 +230,38 @@ def _check_enough(real: Tensor, fake: Tensor) -> None:
         raise ValueError(f"{len(fake)} images and {len(real)} reference images are too few; give at least 2 of each")
 
 
-def features_table(summary: dict[str, Any], identities: dict[str, Any]) -> str:
-    """The numbers as a Markdown table, with the models that they depend on."""
+def few_note(count: int, width: int) -> list[str]:
+    """Say that an FID from so few pictures, with features of that width, is biased; nothing where they are enough."""
+    enough = max(ENOUGH, width + 1)
+    if count >= enough:
+        return []
+    return [
+        f"FID from {count:,} pictures is biased upwards, the more the fewer there are, and not comparable with an FID "
+        f"from more: give at least {enough:,} of each for {width:,} features. KID is unbiased."
+    ]
+
+
+def features_table(summary: dict[str, Any], identities: dict[str, Any], notes: Sequence[str] = ()) -> str:
+    """The numbers as a Markdown table, with the models that they depend on, and notes below."""
     lines = ["| | value | std | images | reference images |", "| --- | ---: | ---: | ---: | ---: |"]
     for name, row in summary.items():
         value = row.get("value", row.get("mean"))
         std = f"{row['std']:.5f}" if "std" in row else ""
         lines.append(f"| {name} | {value:.5f} | {std} | {row['n']} | {row.get('reference_n', '')} |")
-    notes = [f"{role.replace('_', ' ')}: {i['name']}, SHA-256 {i['sha256']}" for role, i in identities.items()]
-    return "\n".join(lines) + "\n\n" + "\n\n".join(notes) + "\n"
+    models = [f"{role.replace('_', ' ')}: {i['name']}, SHA-256 {i['sha256']}" for role, i in identities.items()]
+    return "\n".join(lines) + "\n\n" + "\n\n".join([*models, *notes]) + "\n"
 
 
 def images_below(folder: Path) -> list[Path]:
     """All images of a folder and the folders in it; ValueError where there are none."""
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    if not found:
-        raise ValueError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
+    return list(_listed(folder).pictures)
+
+
+def _listed(folder: Path) -> Listing:
+    found = list_pictures(folder, below=True)
+    if not found.pictures:
+        others = f", but files that are passed over: {found}" if found.passed_over else ""
+        raise ValueError(f"{folder} holds no images ({', '.join(sorted(suffixes()))}){others}")
     return found
 
 
@@ -255,9 +282,11 @@ def read_captions(path: Path) -> list[tuple[Path, str]]:
 def _open(path: Path) -> Image.Image:
     try:
         with Image.open(path, formats=FORMATS) as image:
-            return to_rgb(image)
+            if image.mode != "F":
+                return to_rgb(image)
     except BROKEN as error:
         raise ValueError(f"{path} does not open as an image; mend or remove it") from error
+    raise ValueError(f"{path} has floating-point pixels, whose range nobody knows; save it with 8 or 16 bits")
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

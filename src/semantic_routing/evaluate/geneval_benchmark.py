@@ -21,11 +21,11 @@ from semantic_routing.evaluate.benchmark import (
     Finding,
     Prompt,
     Task,
-    pictures_in,
     read_json,
     read_json_lines,
 )
 from semantic_routing.evaluate.geneval import ColorClassifier, Detector, check_metadata, score_image
+from semantic_routing.evaluate.listing import list_pictures
 from semantic_routing.evaluate.scores import CORRECT, Columns, Record, markdown_table, summarize, tag_columns
 
 IMAGES_PER_PROMPT = 4
@@ -67,7 +67,7 @@ class GenEval(Benchmark):
         found: dict[tuple[int, int], Path] = {}
         for place in sorted(path for path in folder.iterdir() if path.is_dir() and path.name.isdecimal()):
             index = self._index(place, by_text)
-            for path in pictures_in(place / "samples") if (place / "samples").is_dir() else ():
+            for path in list_pictures(place / "samples").pictures if (place / "samples").is_dir() else ():
                 if not path.stem.isdecimal():
                     continue
                 image = index, int(path.stem)

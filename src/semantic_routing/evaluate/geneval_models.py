@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from semantic_routing.connection import check_hub
 from semantic_routing.evaluate.benchmark import hash_files
 from semantic_routing.evaluate.geneval_colors import ClipColors
 from semantic_routing.evaluate.geneval_detector import Mask2FormerDetector
@@ -81,6 +82,7 @@ def _folder(place: str | Path, what: str, other: str) -> Path:
 
     if Path(place).is_dir():
         return Path(place)
+    check_hub(str(place))
     try:
         return Path(snapshot_download(str(place), allow_patterns=["*.json", "*.txt", "*.safetensors"]))
     except (OSError, ValueError) as error:  # among them the hub's own for bad names, missing files and no network

@@ -20,7 +20,9 @@ from semantic_routing.data.images import BROKEN, FORMATS, to_rgb
 from semantic_routing.evaluate.benchmark import Finding, Task
 from semantic_routing.evaluate.drawbench import ASPECTS
 from semantic_routing.evaluate.genai_bench import VQASCORE
+from semantic_routing.replies import word
 from semantic_routing.servers import ChatConfig
+from semantic_routing.spoken import CUT, THOUGHTS, FirstAnswers, spoken, without_thoughts
 
 VQA_TEMPLATES = {
     "3.1": 'Does this figure show "{}"? Please answer Yes or No.',
@@ -37,6 +39,19 @@ ENOUGH_BLIND = 5
 """So many answers without logprobs, and none with them, say that the server has none."""
 TOLERANCE = 1e-3
 """How far rounding may bring a probability above 1."""
+LEAST_MASS = 0.1
+"""Probability that yes and no must have together; an answer with less begins otherwise, as those of thinkers do."""
+NO_THINKING = (
+    'switch thinking off, as by --judge.extra \'{"chat_template_kwargs": {"enable_thinking": false}}\' on vLLM and '
+    'SGLang or \'{"reasoning_effort": "none"}\' elsewhere, or judge with a model that does not think'
+)
+VQA_ADVICE = {"": f"VQAScore needs a judge whose first word is yes or no: {NO_THINKING}"}
+REWARD_ADVICE = {
+    CUT: f"let answers be longer, as by --judge.extra '{{\"max_tokens\": 8192}}', or {NO_THINKING}",
+    THOUGHTS: NO_THINKING,
+    "": "judge with a UnifiedReward model, and give the request that it was trained with by --template",
+}
+"""What to set where the first answers of a judge are of no use, by reason."""
 SCORE = re.compile(
     rf"\b({'|'.join(ASPECTS)})[\s*_]*score\b[^:\n]*:[\s*_`]*"
     r"([-+]?\d+(?:\.\d+)?|nan)(?![\w%]|\.\d)(?:[\s*_`]*/\s*(\d+))?",
@@ -53,6 +68,7 @@ class VQAJudge:
         self.client = ChatClient(cfg)
         self.template = checked_template(template, "{}", "the template")
         self._seen = self._blind = 0
+        self._first = FirstAnswers(VQA_ADVICE)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -80,7 +96,9 @@ class VQAJudge:
                 )
             return Finding(scores={VQASCORE: None}, reason="the answer has no logprobs", answer=answer.text)
         self._seen += 1
-        score, reason = p_yes(answer.logprobs)
+        thinks = not answer.logprobs or without_thoughts(answer.text)[1]
+        score, reason = (None, "the judge thinks before it answers") if thinks else p_yes(answer.logprobs)
+        self._first.note("" if score is not None else reason)
         return Finding(scores={VQASCORE: score}, reason=reason, answer=answer.text)
 
 
@@ -95,6 +113,7 @@ class UnifiedRewardJudge:
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"the template {template} cannot be read; it must be a UTF-8 text file") from error
         self.template = checked_template(text, PROMPT, f"the template {template}")
+        self._first = FirstAnswers(REWARD_ADVICE)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -113,22 +132,28 @@ class UnifiedRewardJudge:
         return Question(parts=(picture, text), parameters=UNIFIED_REWARD_PARAMETERS, template=sha256(self.template))
 
     def _read(self, answer: Answer) -> Finding:
-        scores, reason = parse_scores(answer.text)
+        text = spoken(answer)
+        if isinstance(text, Failure):
+            self._first.note(text.reason)
+            return Finding(scores=dict.fromkeys(ASPECTS), reason=text.reason, answer=answer.text)
+        scores, reason = parse_scores(text)
+        self._first.note("" if any(score is not None for score in scores.values()) else reason)
         return Finding(scores=scores, reason=reason, answer=answer.text)
 
 
 def p_yes(logprobs: Sequence[tuple[str, float]]) -> tuple[float | None, str]:
     """P(Yes) from the first token's likeliest choices, or None and the reason.
 
-    The sum over all spellings of yes; where there are none, 1 minus that of no.
+    The sum over all spellings of yes; where there are none, 1 minus that of no. Neither is a judgement where yes and
+    no together are hardly likely.
     """
     if any(not logprob <= TOLERANCE for _, logprob in logprobs):
         return None, "out of scale: not log-probabilities"
-    yes, no = (
-        [math.exp(logprob) for token, logprob in logprobs if token.strip().lower() == word] for word in ("yes", "no")
-    )
+    yes, no = ([math.exp(logprob) for token, logprob in logprobs if word(token) == wanted] for wanted in ("yes", "no"))
     if max(sum(yes), sum(no)) > 1 + TOLERANCE:
         return None, "out of scale: probabilities above 1"
+    if (yes or no) and sum(yes) + sum(no) < LEAST_MASS:
+        return None, f"hardly any probability of yes or no: {sum(yes) + sum(no):.1e} together"
     if yes:
         return min(sum(yes), 1.0), ""
     if no:

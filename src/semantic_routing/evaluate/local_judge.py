@@ -12,12 +12,19 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from semantic_routing.answers import Failure
+from semantic_routing.connection import check_hub
 from semantic_routing.evaluate.benchmark import Finding, Task, hash_files
 from semantic_routing.evaluate.genai_bench import VQASCORE
 from semantic_routing.evaluate.judge import VQA_TEMPLATES, checked_template, open_rgb, sha256
+from semantic_routing.spoken import FirstAnswers
 from semantic_routing.text_encoder import quiet_transformers
 
 YES = "Yes"
+SPELLINGS = (YES, "yes", "YES", " Yes", " yes", "No", "no", "NO", " No", " no")
+"""What an answer may begin with."""
+LEAST_MASS = 0.01
+"""Probability that these must have together. Less than of a server's judge: over the whole vocabulary it is exact."""
+ADVICE = {"": "VQAScore needs a judge whose first word is yes or no: one tuned for instructions that does not think"}
 
 
 class LocalVQAJudge:
@@ -38,7 +45,11 @@ class LocalVQAJudge:
             raise ValueError(f"{name} has no chat template; judge with an instruction-tuned model")
         self.model, self.processor, self.name, self.weights = model.eval(), processor, name, weights
         self.template = checked_template(template, "{}", "the template")
-        self._yes = processor.tokenizer(YES, add_special_tokens=False)["input_ids"][0]
+        spelled = [processor.tokenizer(name, add_special_tokens=False)["input_ids"] for name in SPELLINGS]
+        self._yes = spelled[0][0]
+        whole = {ids[0] for ids in spelled if len(ids) == 1} - {processor.tokenizer.unk_token_id}
+        self._answers = sorted({self._yes} | whole)
+        self._first = FirstAnswers(ADVICE)
 
     @classmethod
     def from_pretrained(
@@ -52,6 +63,7 @@ class LocalVQAJudge:
         """The model of a folder or of a name on the hub; ValueError where there is none that can judge."""
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
+        check_hub(name_or_path)
         try:
             with quiet_transformers():
                 processor = AutoProcessor.from_pretrained(name_or_path, trust_remote_code=False)
@@ -89,12 +101,17 @@ class LocalVQAJudge:
             if isinstance(image, Failure):
                 yield task, Finding(scores={VQASCORE: None}, reason=str(image))
             else:
-                p = self.p_yes(image, self.template.replace("{}", task.prompt.text))
-                yield task, Finding(scores={VQASCORE: p}, reason="")
+                p, mass = self.p_yes(image, self.template.replace("{}", task.prompt.text))
+                reason = "" if mass >= LEAST_MASS else f"hardly any probability of yes or no: {mass:.1e} together"
+                self._first.note(reason)
+                yield task, Finding(scores={VQASCORE: None if reason else p}, reason=reason)
 
     @torch.inference_mode()
-    def p_yes(self, image: Image.Image, question: str) -> float:
-        """Probability of Yes as the first token of the answer: the image first, then the question."""
+    def p_yes(self, image: Image.Image, question: str) -> tuple[float, float]:
+        """Return the probability of Yes as the first token of the answer, and that of all spellings of yes and no.
+
+        The image comes first, then the question.
+        """
         content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
         inputs = self.processor.apply_chat_template(
             [{"role": "user", "content": content}],
@@ -104,4 +121,5 @@ class LocalVQAJudge:
             return_tensors="pt",
         ).to(self.model.device, self.model.dtype)
         logits = self.model(**inputs, logits_to_keep=1).logits[0, -1]
-        return float(logits.double().softmax(dim=-1)[self._yes])
+        found = logits.double().softmax(dim=-1)
+        return float(found[self._yes]), float(found[self._answers].sum())

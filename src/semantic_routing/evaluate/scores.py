@@ -7,6 +7,7 @@ An evaluation's folder holds one line for each image in ``records.jsonl``, ``sum
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from math import isfinite, nan, sqrt
@@ -138,6 +139,12 @@ def gaps(records: Iterable[Record], metrics: Sequence[str]) -> dict[str, int]:
     return {name: n for name, n in found.items() if n}
 
 
+def unscored(records: Iterable[Record]) -> dict[str, int]:
+    """How many images a scorer gave no score, or not all, by the reason, without what stands behind its colon."""
+    found = Counter(record.reason.partition(":")[0] for record in records if record.gap == UNSCORED)
+    return dict(found.most_common())
+
+
 def tag_columns(tags: Iterable[str]) -> Columns:
     """``overall``, the mean over images; ``geneval``, the mean of GenEval's six tags, if all are there; every tag."""
     known = list(dict.fromkeys(tags))
@@ -200,6 +207,11 @@ def _cell(row: Mapping[str, Any]) -> str:
 def gap_note(found: Mapping[str, int]) -> str:
     """The line under a table that says what is in none of its means."""
     return f"\nIn no mean: {', '.join(f'{n} {name}' for name, n in found.items())}.\n" if found else ""
+
+
+def reason_note(found: Mapping[str, int]) -> str:
+    """The line under a table that says why images were not scored."""
+    return f"\nNot scored: {', '.join(f'{n} {reason}' for reason, n in found.items())}.\n" if found else ""
 
 
 def scorer_name(identity: Any) -> str:

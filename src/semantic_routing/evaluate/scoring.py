@@ -35,8 +35,10 @@ from semantic_routing.evaluate.scores import (
     UNSCORED,
     Record,
     parse_record,
+    reason_note,
     record_line,
     scorer_name,
+    unscored,
     without_nan,
     write_records,
 )
@@ -52,16 +54,19 @@ Place = tuple[int, int]
 def check_scorer(benchmark: Benchmark, out: Path, identity: dict[str, Any], *, rescore: bool, job: Processes) -> None:
     """ValueError if ``out`` holds scores of another scorer, or verdicts on what other prompts asked for.
 
-    With ``rescore`` they are deleted instead.
+    A scorer that scored nothing is in nobody's way: what was wrong with it can be mended. With ``rescore`` they are
+    deleted instead.
     """
     if job.first:
-        scored = [*out.glob(PARTS), *out.glob(RECORDS)]
+        written = [*out.glob(PARTS), *out.glob(RECORDS)]
         manifest = read_manifest(out / MANIFEST)
         earlier, prompts = manifest.get("scorer"), manifest.get("prompt_set")
         if rescore:
-            for path in scored:
+            for path in written:
                 path.unlink()
-        elif scored and not same_scorer(earlier, identity):
+            written = []
+        scored = any(_is_scored(record) for record in _read(written))
+        if scored and not same_scorer(earlier, identity):
             raise ValueError(
                 f"{out} was scored, wholly or in part, by {scorer_name(earlier)}, not by {scorer_name(identity)} "
                 f"({_difference(earlier, identity)}); choose another --out, or give --rescore to score all of it again"
@@ -80,7 +85,7 @@ def score_folder(
     """Score the images and write all results to ``out``; the summary.
 
     What was scored before is kept; images that had no score are tried again. ``facts`` is the manifest. Raises
-    ValueError where there is no image at all.
+    ValueError where there is no image at all, and where no image could be scored.
     """
     found = benchmark.find(images)
     if not found:
@@ -134,14 +139,20 @@ def _finish(benchmark: Benchmark, out: Path, facts: dict[str, Any], files: dict[
         raise ValueError(
             f"{len(lost)} images were given to the scorer but not answered, such as {min(lost)}; run it again"
         )
+    if not any(_is_scored(record) for record in by_place.values()):
+        first = min(by_place.values(), key=lambda r: ((UNSCORED, UNREADABLE, MISSING).index(r.gap), r.prompt, r.image))
+        raise ValueError(
+            f"none of {len(files)} images could be scored; the first: {first.reason}; mend that and run it again (all "
+            f"reasons: {_part(out, 0)})"
+        )
     # Scores stay where an image moved, or where a prompt is counted for other skills.
     records = [
         replace(by_place[place], file=file, tags=benchmark.prompts[place[0]].tags) for place, file in files.items()
     ]
     summary = without_nan(benchmark.summarize(records))
     chosen = benchmark.prompt_set
-    table = benchmark.table(summary) + (
-        f"\n{chosen['n']} prompts, {len(records)} images, scored by {scorer_name(facts['scorer'])}; SHA-256 of the "
+    table = f"{benchmark.table(summary)}{reason_note(unscored(records))}\n" + (
+        f"{chosen['n']} prompts, {len(records)} images, scored by {scorer_name(facts['scorer'])}; SHA-256 of the "
         f"prompt set {chosen['sha256']}.\n"
     )
     write_records(out / RECORDS, records)
@@ -184,6 +195,11 @@ def _open(benchmark: Benchmark, place: Place, path: Path | None) -> Task | tuple
         path=path,
         sha256=hashlib.sha256(data).hexdigest(),
     )
+
+
+def _is_scored(record: Record) -> bool:
+    """Whether a record has a score, of whichever metric."""
+    return any(score is not None for score in record.scores.values())
 
 
 def _is_of(record: Record | None, task: Task) -> bool:

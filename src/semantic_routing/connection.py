@@ -1,0 +1,132 @@
+"""The way to a server: which proxies and certificates of the environment it takes, and in words what is wrong there."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import ssl
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+PROXIES = ("http", "https", "socks5", "socks5h")
+"""Kinds of proxy that the client's library knows."""
+CERTIFICATES = (("SSL_CERT_FILE", Path.is_file, "file"), ("SSL_CERT_DIR", Path.is_dir, "folder"))
+"""Variables that name certificates of one's own, what each must be, the first that is set counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How to reach a server."""
+
+    proxy: str | None = field(default=None, repr=False)
+    """Its address, which may hold a password."""
+    variable: str = ""
+    """The environment variable that names the proxy."""
+    verify: ssl.SSLContext | bool = True
+    """Which certificates are trusted; True are those of the system."""
+
+    def explain(self, trouble: str) -> str:
+        """What went wrong on the way, with what of the environment had a part in it."""
+        if self.proxy is not None:
+            trouble += f" (through the proxy that {self.variable} names)"
+        if "CERTIFICATE_VERIFY_FAILED" in trouble:
+            trouble += "; name the file with the certificate of its authority in SSL_CERT_FILE"
+        return trouble
+
+
+def way_to(url: str) -> Way:
+    """Find the way to an address; ValueError names the variable of the environment that spoils it, and the fix.
+
+    A server on this machine is reached without a proxy, and one at http:// without certificates.
+    """
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    proxy, variable = (None, "") if is_local(host) or _is_excepted(host) else _proxy(parts.scheme)
+    if "https" in (parts.scheme, urlsplit(proxy or "").scheme):
+        return Way(proxy=proxy, variable=variable, verify=_certificates())
+    # Without trusted certificates it is made at once, and no redirection to https:// goes unverified.
+    return Way(proxy=proxy, variable=variable, verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+
+
+def check_hub(name: str) -> None:
+    """Raise ValueError where a model is to come from the Hugging Face hub and the environment spoils the way there."""
+    from huggingface_hub import constants
+
+    if not Path(name).exists() and not constants.HF_HUB_OFFLINE:
+        way_to(constants.ENDPOINT)
+
+
+def is_local(host: str) -> bool:
+    """Whether a host is this machine: localhost, 127.0.0.1, ::1 and the like."""
+    name = host.lower().rstrip(".")
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    with suppress(ValueError):
+        address = ipaddress.ip_address(name)
+        return address.is_loopback or address.is_unspecified
+    return False
+
+
+def _is_excepted(host: str) -> bool:
+    """Whether NO_PROXY names the host, or a network that it is in."""
+    if proxy_bypass(host):
+        return True
+    for entry in getproxies().get("no", "").split(","):
+        with suppress(ValueError):
+            if ipaddress.ip_address(host) in ipaddress.ip_network(entry.strip(), strict=False):
+                return True
+    return False
+
+
+def _proxy(scheme: str) -> tuple[str | None, str]:
+    """The proxy of the environment, and what names it."""
+    known = getproxies()
+    kind = next((kind for kind in (scheme, "all") if known.get(kind)), None)
+    if kind is None:
+        return None, ""
+    names = sorted((name for name in os.environ if name.lower() == f"{kind}_proxy" and os.environ[name]), reverse=True)
+    variable = names[0] if names else f"the system's {kind} setting"
+    address = known[kind] if "://" in known[kind] else f"http://{known[kind]}"
+    try:
+        parts = urlsplit(address)
+        usable = parts.scheme in PROXIES and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # no number as its port
+        usable = False
+    if not usable:
+        raise ValueError(
+            f"{variable} in the environment names no proxy that can be used; write it like http://HOST:PORT or "
+            "socks5://HOST:PORT, or unset it"
+        )
+    if parts.scheme.startswith("socks") and find_spec("socksio") is None:
+        raise ValueError(
+            f"{variable} in the environment names a SOCKS proxy, which needs another package: pip install socksio, "
+            f"or unset {variable}"
+        )
+    return address, variable
+
+
+def _certificates() -> ssl.SSLContext | bool:
+    """The certificates that the environment names; True where it names none."""
+    for name, is_there, what in CERTIFICATES:
+        value = os.environ.get(name)
+        if not value:
+            continue
+        fix = f"unset {name}, or let it name a {what} of certificates"
+        # OpenSSL takes several folders, as in PATH.
+        if not any(is_there(Path(part)) for part in ([value] if what == "file" else value.split(os.pathsep))):
+            raise ValueError(f"{name} in the environment names {value}, which is no {what}; {fix}")
+        try:
+            if what == "file":
+                return ssl.create_default_context(cafile=value)
+            return ssl.create_default_context(capath=value)
+        except OSError as error:  # ssl.SSLError among them
+            where = f"{name} in the environment names {value}"
+            keys = os.environ.get("SSLKEYLOGFILE")
+            if keys and error.filename == keys:
+                where, fix = f"SSLKEYLOGFILE in the environment names {keys}", "unset SSLKEYLOGFILE"
+            raise ValueError(f"{where}, which cannot be read ({error.strerror or error}); {fix}") from error
+    return True
