@@ -111,14 +111,31 @@ def test_a_model_on_meta_takes_the_weights(run: Path) -> None:
 # --- whole or not at all ---
 
 
-def test_an_existing_file_or_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+def write_folder(path: Path) -> None:
+    with written_whole(path) as scratch:
+        scratch.mkdir()
+        (scratch / "new").write_text("new")
+
+
+def test_an_existing_file_or_empty_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     write_text(tmp_path / "a" / "b.txt", "first")
     write_text(tmp_path / "a" / "b.txt", "second")
-    for name in ("old", "new"):
-        with written_whole(tmp_path / "folder") as scratch:
-            scratch.mkdir()
-            (scratch / name).write_text(name)
+    (tmp_path / "folder").mkdir()
+    write_folder(tmp_path / "folder")
     assert files(tmp_path) == {"a/b.txt": b"second", "folder/new": b"new"}
+
+
+@pytest.mark.behaviour(
+    "Surroundings",
+    when="a file or folder is to be written where a folder with other files is",
+    then="one line names the place, and the folder stays as it is",
+)
+@pytest.mark.parametrize("write", [write_folder, lambda path: write_text(path, "new")], ids=["folder", "file"])
+def test_a_folder_with_files_is_never_replaced(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    write_text(tmp_path / "photos" / "cat.txt", "a cat")
+    with pytest.raises(ValueError, match=r"cannot write .*photos: (Directory not empty|Is a directory)"):
+        write(tmp_path / "photos")
+    assert files(tmp_path) == {"photos/cat.txt": b"a cat"}
 
 
 class Stopped(Exception):

@@ -16,6 +16,9 @@ ORDER = [
     # what everything may know: configurations, errors and the machine
     "config",
     "errors",
+    "troubles",
+    "stopping",
+    "claims",
     "arguments",
     "device",
     "manifest",
@@ -69,6 +72,7 @@ ORDER = [
     "data.sources",
     "data.rows",
     "data.loader",
+    "origins",
     # runs
     "storage",
     "checkpoint",
@@ -90,6 +94,7 @@ ORDER = [
     "meter",
     "validation",
     "train_config",
+    "run_folder",
     "ahead",
     "trainer",
     "train",
