@@ -85,7 +85,7 @@ def validate(
     Every process of the job must call it; each takes its share, and all get the result: not a number
     where pictures cannot be read any more, which ``troubles`` tells once.
     """
-    sums = error_sums(bundle, pictures, cfg, job, troubles or Troubles())
+    sums = error_sums(bundle, pictures, cfg, job, troubles)
     if job.count > 1:
         dist.all_reduce(sums)
     means = (sums / cfg.samples).tolist()
@@ -95,7 +95,7 @@ def validate(
 
 
 def error_sums(
-    bundle: Bundle, pictures: HeldOut, cfg: ValidationConfig, job: Processes, troubles: Troubles
+    bundle: Bundle, pictures: HeldOut, cfg: ValidationConfig, job: Processes, troubles: Troubles | None = None
 ) -> Float64[Tensor, " T"]:
     """Sum of the errors of one process's share of the pictures, at each time.
 
@@ -105,6 +105,7 @@ def error_sums(
     share = -(-cfg.samples // job.count)
     batch = min(cfg.batch, share)
     own = range(job.rank, cfg.samples, job.count)
+    troubles = troubles or Troubles()
     sums = torch.zeros(len(cfg.times), dtype=torch.float64, device=bundle.device)
     for first in range(0, share, batch):
         rows, filling = list[Row](), [_blank(bundle.image_size)]
