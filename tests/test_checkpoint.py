@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -259,6 +260,50 @@ def test_prune_keeps_the_latest(tmp_path: Path) -> None:
     assert [read_state(folder)["step"] for folder in checkpoints(tmp_path)] == [999_999, 1_000_000]
     prune(tmp_path, 2)
     assert len(checkpoints(tmp_path)) == 2
+
+
+@pytest.mark.behaviour(
+    "Training",
+    when="copies, notes or folders of the user lie among or in a run's checkpoints",
+    then="they are never deleted; a checkpoint with something else in it stays whole",
+)
+def test_prune_deletes_nothing_that_the_run_has_not_written(tmp_path: Path) -> None:
+    state = trained()
+    folders = [save_checkpoint(tmp_path, step, *state, {}) for step in (1, 2, 3, 4)]
+    place = tmp_path / "checkpoints"
+    for name in ("step-0000001-best", "step-favourite", "step-1", "best"):
+        shutil.copytree(folders[0], place / name)
+    for name in ("step-notes.txt", "notes.txt", "step-0000002 (copy).zip", ".step-mine.partial-x", "step-0000000"):
+        (place / name).write_text("mine")
+    (folders[1] / "why.txt").write_text("I keep this one")
+    (place / ".step-0000009.partial-77").mkdir()  # of a killed process, with something of the user's in it
+    (place / ".step-0000009.partial-77" / "note").write_text("mine")
+    before = {
+        name: data for name, data in files(place).items() if not name.startswith(("step-0000001/", "step-0000003/"))
+    }
+    prune(tmp_path, 1)
+    assert files(place) == before
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["step-0000000", "step-0000002", "step-0000004"]
+
+
+def test_copies_beside_checkpoints_are_none_of_them(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, 3, *trained(), {})
+    for name in ("step-0000009-best", "step-9", "step-x"):
+        shutil.copytree(folder, folder.with_name(name))
+    assert checkpoints(tmp_path) == [folder]
+    assert find_checkpoint(tmp_path) == folder
+    assert find_checkpoint(folder.with_name("step-x")).name == "step-x"  # and yet one can be named
+
+
+def test_a_checkpoint_that_is_replaced_leaves_what_a_user_put_into_it(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, 3, *trained(), {})
+    (folder / "why.txt").write_text("mine")
+    (folder / STATE).unlink()
+    assert save_checkpoint(tmp_path, 3, *trained(), {}) == folder
+    assert find_checkpoint(tmp_path) == folder
+    (kept,) = tmp_path.rglob("why.txt")
+    assert kept.read_text() == "mine"
+    assert kept.parent.name.startswith("step-0000003-replaced-")
 
 
 def test_some_are_kept_for_good(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_another_sidecar_is_refused(tiny_config: Make, tmp_path: Path) -> None:
     data, sidecar = photos(tmp_path / "photos", 3), tmp_path / "new.jsonl"
 
     def write(text: str) -> None:
-        rows = [{"key": f"{i}", "caption": f"{text} {i}"} for i in range(3)]
+        rows = [{"key": f"{i}.png", "caption": f"{text} {i}"} for i in range(3)]
         sidecar.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     write("a picture")

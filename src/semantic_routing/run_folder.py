@@ -64,9 +64,9 @@ def _begun(out: Path) -> bool:
     """Whether a run began here, and ended before its first checkpoint."""
     try:
         read_config(TrainConfig, out / CONFIG)
+        return {"model", "text", "codec", "image_size"} <= json.loads((out / CONFIG).read_text(encoding="utf-8")).keys()
     except ValueError:
         return False
-    return True
 
 
 def keep_encoder(made: Path, out: Path) -> None:

@@ -29,6 +29,8 @@ Row = dict[str, int | float]
 """One step's metrics, the step among them."""
 METRICS, IDENTITY = "metrics.jsonl", "wandb.json"
 PROJECT = "semantic-routing"
+SERVICES_OWN = (Exception,)
+"""What services raise where they do not answer: whatever their libraries, and those libraries' libraries, think of."""
 _SECRET = re.compile(r"(?<=://)[^/@\s]*@|(?<=[\w/])\?\S+")
 """In an address: user and password, and the query, where signed addresses keep their signature."""
 
@@ -49,10 +51,6 @@ class Board(Protocol):
 
     def close(self) -> None:
         """Hand over what is left."""
-
-
-BOARD_TROUBLES = (RuntimeError, ValueError)
-"""What services raise beside OSError where they do not answer; some have an ``Error`` of their own."""
 
 
 class Tracker:
@@ -137,7 +135,7 @@ def append(path: Path, text: str) -> None:
 class TensorBoard:
     """Event files in the run's folder."""
 
-    troubles = BOARD_TROUBLES
+    troubles = ()
 
     def __init__(self, out: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -161,8 +159,10 @@ class Wandb:
     Steps are a column rather than wandb's own counter, which drops steps that come again after a crash.
     """
 
+    troubles = SERVICES_OWN
+
     def __init__(self, wandb: Any, out: Path, config: Any) -> None:
-        self.wandb, self.troubles = wandb, (*BOARD_TROUBLES, wandb.Error)
+        self.wandb = wandb
         identity = out / IDENTITY
         known = json.loads(identity.read_text(encoding="utf-8")) if identity.is_file() else {}
         name = os.path.basename(out.absolute())
@@ -188,7 +188,7 @@ class Wandb:
 class Trackio:
     """A run of trackio under the folder's name."""
 
-    troubles = BOARD_TROUBLES
+    troubles = SERVICES_OWN
 
     def __init__(self, trackio: Any, out: Path, step: int, config: Any) -> None:
         self.trackio = trackio

@@ -8,11 +8,13 @@ from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 
 def say(message: str) -> None:
     """Tell the user a line on stderr, if there still is one."""
     with suppress(OSError):
-        sys.stderr.write(f"semroute: {' '.join(message.split())}\n")
+        tqdm.write(f"semroute: {' '.join(message.split())}", file=sys.stderr)  # above a bar, if there is one
 
 
 class Troubles:
