@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,14 +112,31 @@ def test_a_model_on_meta_takes_the_weights(run: Path) -> None:
 # --- whole or not at all ---
 
 
-def test_an_existing_file_or_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+def write_folder(path: Path) -> None:
+    with written_whole(path) as scratch:
+        scratch.mkdir()
+        (scratch / "new").write_text("new")
+
+
+def test_an_existing_file_or_empty_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     write_text(tmp_path / "a" / "b.txt", "first")
     write_text(tmp_path / "a" / "b.txt", "second")
-    for name in ("old", "new"):
-        with written_whole(tmp_path / "folder") as scratch:
-            scratch.mkdir()
-            (scratch / name).write_text(name)
+    (tmp_path / "folder").mkdir()
+    write_folder(tmp_path / "folder")
     assert files(tmp_path) == {"a/b.txt": b"second", "folder/new": b"new"}
+
+
+@pytest.mark.behaviour(
+    "Surroundings",
+    when="a file or folder is to be written where a folder with other files is",
+    then="one line names the place, and the folder stays as it is",
+)
+@pytest.mark.parametrize("write", [write_folder, lambda path: write_text(path, "new")], ids=["folder", "file"])
+def test_a_folder_with_files_is_never_replaced(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    write_text(tmp_path / "photos" / "cat.txt", "a cat")
+    with pytest.raises(ValueError, match=r"cannot write .*photos: (Directory not empty|Is a directory)"):
+        write(tmp_path / "photos")
+    assert files(tmp_path) == {"photos/cat.txt": b"a cat"}
 
 
 class Stopped(Exception):
@@ -242,6 +260,50 @@ def test_prune_keeps_the_latest(tmp_path: Path) -> None:
     assert [read_state(folder)["step"] for folder in checkpoints(tmp_path)] == [999_999, 1_000_000]
     prune(tmp_path, 2)
     assert len(checkpoints(tmp_path)) == 2
+
+
+@pytest.mark.behaviour(
+    "Training",
+    when="copies, notes or folders of the user lie among or in a run's checkpoints",
+    then="they are never deleted; a checkpoint with something else in it stays whole",
+)
+def test_prune_deletes_nothing_that_the_run_has_not_written(tmp_path: Path) -> None:
+    state = trained()
+    folders = [save_checkpoint(tmp_path, step, *state, {}) for step in (1, 2, 3, 4)]
+    place = tmp_path / "checkpoints"
+    for name in ("step-0000001-best", "step-favourite", "step-1", "best"):
+        shutil.copytree(folders[0], place / name)
+    for name in ("step-notes.txt", "notes.txt", "step-0000002 (copy).zip", ".step-mine.partial-x", "step-0000000"):
+        (place / name).write_text("mine")
+    (folders[1] / "why.txt").write_text("I keep this one")
+    (place / ".step-0000009.partial-77").mkdir()  # of a killed process, with something of the user's in it
+    (place / ".step-0000009.partial-77" / "note").write_text("mine")
+    before = {
+        name: data for name, data in files(place).items() if not name.startswith(("step-0000001/", "step-0000003/"))
+    }
+    prune(tmp_path, 1)
+    assert files(place) == before
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["step-0000000", "step-0000002", "step-0000004"]
+
+
+def test_copies_beside_checkpoints_are_none_of_them(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, 3, *trained(), {})
+    for name in ("step-0000009-best", "step-9", "step-x"):
+        shutil.copytree(folder, folder.with_name(name))
+    assert checkpoints(tmp_path) == [folder]
+    assert find_checkpoint(tmp_path) == folder
+    assert find_checkpoint(folder.with_name("step-x")).name == "step-x"  # and yet one can be named
+
+
+def test_a_checkpoint_that_is_replaced_leaves_what_a_user_put_into_it(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, 3, *trained(), {})
+    (folder / "why.txt").write_text("mine")
+    (folder / STATE).unlink()
+    assert save_checkpoint(tmp_path, 3, *trained(), {}) == folder
+    assert find_checkpoint(tmp_path) == folder
+    (kept,) = tmp_path.rglob("why.txt")
+    assert kept.read_text() == "mine"
+    assert kept.parent.name.startswith("step-0000003-replaced-")
 
 
 def test_some_are_kept_for_good(tmp_path: Path) -> None:

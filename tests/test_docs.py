@@ -312,6 +312,8 @@ def test_the_other_pages(
         command = command[: command.index("#")] if "#" in command else command
         if command[:2] == ["train", "toy"]:
             main(smaller(command, *TINY, "--text.name-or-path", str(tiny_encoder)))
+        elif command[:2] == ["train", "--resume"] and "--steps" in command:
+            main([*command[: command.index("--steps")], "--steps", "9"])
         elif command[0] == "evaluate":
             main(smaller(command, "--n", "11", "--steps", "2"))
         elif command[0] == "sample":

@@ -16,6 +16,9 @@ ORDER = [
     # what everything may know: configurations, errors and the machine
     "config",
     "errors",
+    "troubles",
+    "stopping",
+    "claims",
     "arguments",
     "device",
     "manifest",
@@ -74,6 +77,7 @@ ORDER = [
     "data.sources",
     "data.rows",
     "data.loader",
+    "origins",
     # runs
     "storage",
     "checkpoint",
@@ -97,6 +101,7 @@ ORDER = [
     "meter",
     "validation",
     "train_config",
+    "run_folder",
     "ahead",
     "trainer",
     "train",

@@ -73,6 +73,64 @@ def test_tensorboard_shows_numbers_and_pictures(tmp_path: Path) -> None:
     assert (shown.step, shown.height, shown.width) == (7, 4, 5)
 
 
+@pytest.mark.behaviour(
+    "Training",
+    when="metrics, TensorBoard's files, samples or the list of damaged records cannot be written, or a tracker fails",
+    then="that is told once and the run goes on; lines of metrics are written later, if that becomes possible",
+)
+def test_rows_that_cannot_be_written_are_written_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with Tracker(tmp_path, 0) as tracker:
+        tracker.write({"step": 1, "loss": 0.5})
+        path.rename(tmp_path / "kept")
+        path.symlink_to("/dev/full")
+        tracker.write({"step": 2, "loss": 0.25})
+        tracker.write({"step": 3, "loss": 0.125})
+        path.unlink()
+        (tmp_path / "kept").rename(path)
+        tracker.write({"step": 4, "loss": 0.0})
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("semroute: ")]
+    assert told == [f"semroute: {path}: No space left on device; going on without it, and saying so once"]
+
+
+def test_a_line_is_added_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "lines"
+    module.append(path, "first\n")
+    opened = Path.open
+
+    class Full:
+        """A file on a disk that takes three more bytes."""
+
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def __enter__(self) -> Full:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self.file.close()
+
+        def write(self, data: bytes) -> int:
+            return int(self.file.write(data[:3]))
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda self, *args, **how: Full(opened(self, *args, **how)))
+        with pytest.raises(OSError, match=r"No space left on device.*lines"):
+            module.append(path, "second\n")
+    assert path.read_text() == "first\n"
+
+
+def test_lines_that_are_no_metrics_are_cut_out(tmp_path: Path) -> None:
+    broken = '{"step": 2, "lo{"step": 3}\n[]\n{"loss": 1}\n'
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{broken}{{"step": 2}}\n')
+    with Tracker(tmp_path, 9):
+        assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+
+
 # --- services ---
 
 
@@ -157,6 +215,27 @@ def test_wandb_that_refuses_says_how_to_log_in(
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(ValueError, match=r"wandb: no API key configured; log in with `wandb login` or set WANDB_MODE"):
         Tracker(tmp_path, 0, ["wandb"])
+
+
+@pytest.mark.parametrize("service", ["wandb", "trackio"])
+@pytest.mark.parametrize("error", [Service.Error("gone"), ConnectionError("gone"), RuntimeError("gone")])
+def test_a_service_that_fails_ends_nothing(
+    tmp_path: Path, install: Callable[[str], Service], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], service: str, error: Exception,
+) -> None:  # fmt: skip
+    board = install(service)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    with Tracker(tmp_path, 0, [service]) as tracker:
+        for name in ("log", "finish"):
+            monkeypatch.setattr(board, name, fail)
+        for step in (1, 2):
+            tracker.write({"step": step, "loss": 0.5})
+            tracker.picture(step, "samples", PICTURE)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+    assert capsys.readouterr().err.count("gone") == 1
 
 
 def test_trackio_is_told_everything(tmp_path: Path, install: Callable[[str], Service]) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -31,6 +32,7 @@ from semantic_routing.generate import Bundle, SampleConfig, load_bundle
 from semantic_routing.meter import reproducible
 from semantic_routing.optim import OptimConfig
 from semantic_routing.pictures import grid
+from semantic_routing.stopping import ENDING
 from semantic_routing.tiny_lm import tiny_lm
 from semantic_routing.train import resume, start
 from semantic_routing.train_config import TrainConfig
@@ -122,19 +124,24 @@ def test_stops_at_any_steps_and_rare_averages_change_nothing(tiny_config: Make, 
         assert (tmp_path / "whole/samples" / name).read_bytes() == (tmp_path / "stopped/samples" / name).read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.behaviour(
+    "Training",
+    when="a signal ends the run: Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU",
+    then="the step is finished, a checkpoint written, and one line says how to go on",
+)
+@pytest.mark.parametrize("number", ENDING)
 def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(
     tiny_config: Make, tmp_path: Path, number: signal.Signals
 ) -> None:
     out = tmp_path / "a run"
-    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(n) for n in ENDING]
     with pytest.raises(Interrupted) as stopped:
         start(tiny_config(), out, kill_at(3, number))
     assert stopped.value.number == number
     message = str(stopped.value)
     assert message.startswith(f"stopped at step 3 of 8 and wrote {out}/checkpoints/step-0000003; ")
     assert message.endswith(f"go on with: semroute train --resume '{out}'")
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(n) for n in ENDING] == handlers
 
 
 def test_a_second_interrupt_does_not_wait_for_the_step(tiny_config: Make, tmp_path: Path) -> None:
@@ -333,6 +340,41 @@ def test_a_failed_write_leaves_the_checkpoint_before(
             start(cfg, run)
     assert os.listdir(run / "checkpoints") == ["step-0000003"]
     assert_same(resume(run), start(cfg, tmp_path / "whole"))
+
+
+def test_what_is_written_beside_the_checkpoints_cannot_end_a_run(
+    tiny_config: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Metrics, samples and the list of damaged records, on a disk that is full from the second step on."""
+    run, cfg = tmp_path / "run", tiny_config(preview_every=2, steps=6, checkpoint_every=3)
+
+    def fill(step: int) -> None:
+        if step == 1:
+            (run / "metrics.jsonl").unlink()
+            (run / "metrics.jsonl").symlink_to("/dev/full")
+            (run / "samples").write_text("in the way")
+
+    last = start(cfg, run, fill)
+    assert_same(last, start(cfg, tmp_path / "whole"))
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("semroute: ")]
+    assert [line.split(": ")[1] for line in told] == [str(run / "metrics.jsonl"), str(run / "samples")]
+
+
+@pytest.mark.behaviour(
+    "Training", when="the terminal is gone or the disk of its output full", then="the run goes on without its bar"
+)
+def test_output_that_cannot_be_shown_cannot_end_a_run(
+    tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Path("/dev/full").open("w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        start(tiny_config(steps=2), tmp_path / "run")
+        monkeypatch.undo()
+        with pytest.raises(OSError, match="No space left"):
+            full.write("\n")
+        with pytest.raises(OSError, match="No space left"):
+            full.close()
+    assert find_checkpoint(tmp_path / "run").name == "step-0000002"
 
 
 def test_a_run_killed_while_it_wrote_its_first_checkpoint_can_begin_again(tiny_config: Make, tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ import hashlib
 import io
 import json
 import logging
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from semantic_routing.checkpoint import write_text
 from semantic_routing.config import from_dict, to_dict
 
 log = logging.getLogger(__name__)
+ENTRY = re.compile(r"[0-9a-f]{64}\.json")
+"""The name of an answer's file."""
 
 
 @dataclass(frozen=True)
@@ -152,3 +156,12 @@ class AnswerCache:
     def remove(self, name: str) -> None:
         """Forget an answer."""
         self.path(name).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Forget all answers, and leave whatever else is in the folder."""
+        for path in self.folder.glob("??/*.json"):
+            if ENTRY.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+        for folder in (*self.folder.glob("??"), self.folder):
+            with suppress(OSError):  # not empty
+                folder.rmdir()

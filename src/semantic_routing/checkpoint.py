@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -33,22 +34,28 @@ from semantic_routing.storage import SUFFIX, SafetensorsReader, SafetensorsWrite
 MODEL, EMA, OPTIMIZER, RANDOM = (f"{name}{SUFFIX}" for name in ("model", "ema", "optimizer", "random"))
 STATE = "state.json"
 PARTIAL = ".partial-"
+NAME = re.compile(r"step-(\d{7,})")
+"""The name of a checkpoint ..."""
+REMNANT = re.compile(rf"\.{NAME.pattern}{re.escape(PARTIAL)}\w+")
+"""... and of one that is being written or deleted."""
+FILES = re.compile(rf"{re.escape(STATE)}|(model|ema|optimizer|random)(-\d{{5}}-of-\d{{5}})?{re.escape(SUFFIX)}")
+"""What is in it. Nothing else is ever deleted: people keep copies and notes beside and among these files."""
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path`` to write a file or a folder to; flushed and renamed when all went well.
 
-    An existing ``path`` is replaced. Raises ValueError where the place cannot be written.
+    An existing file is replaced, a folder only if it is empty. Raises ValueError where the place cannot be written.
     """
-    scratch = path.with_name(f".{path.name}{PARTIAL}{os.getpid()}")
+    scratch = path.with_name(f".{path.name}{PARTIAL}{secrets.token_hex(4)}")  # no other process has the same
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(scratch)
         yield scratch
         for item in [*scratch.rglob("*"), scratch] if scratch.is_dir() else [scratch]:
             flush(item)
-        _put(scratch, path)
+        scratch.replace(path)
+        flush(path.parent)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         raise ValueError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     finally:
@@ -114,7 +121,7 @@ class Saver:
             (scratch / STATE).write_text(whole + "\n", encoding="utf-8")
             flush(scratch / STATE)
             flush(scratch)
-            _put(scratch, folder)
+            _replace(folder, scratch)
             prune(self.run, self.keep, self.keep_every, last=step)
 
         tensors = {
@@ -263,7 +270,7 @@ def check_whole(folder: Path) -> None:
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints in a run's folder, oldest first; what was never finished has another name."""
-    return sorted((run / "checkpoints").glob("step-*"), key=_step)
+    return sorted((f for f in (run / "checkpoints").glob("step-*") if NAME.fullmatch(f.name)), key=_step)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -292,13 +299,17 @@ def find_checkpoint(path: Path) -> Path:
 def prune(run: Path, keep: int, keep_every: int = 0, *, last: int | None = None) -> None:
     """Delete all but the latest ``keep`` checkpoints of a run, and what killed processes left half-written.
 
+    Nothing goes that a run has not written: neither what has another name, nor a checkpoint with anything else in it.
+
     Those of every ``keep_every``-th step stay, if it is above 0, and those after step ``last``: where a damaged one was
     passed over, the run comes by there again and replaces it.
     """
     found = [folder for folder in checkpoints(run) if last is None or _step(folder) <= last]
     old = [folder for folder in found[:-keep] if not keep_every or _step(folder) % keep_every]
-    for folder in [*old, *(run / "checkpoints").glob(f".step-*{PARTIAL}*")]:
-        _remove(folder)
+    left = [path for path in (run / "checkpoints").glob(f".step-*{PARTIAL}*") if REMNANT.fullmatch(path.name)]
+    for folder in [*old, *left]:
+        if _is_own(folder):
+            _remove(folder)
 
 
 def optimizer_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
@@ -328,8 +339,12 @@ def _below(entries: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 def _step(folder: Path) -> int:
     """The step in a checkpoint's name."""
-    digits = re.search(r"\d+", folder.name)
-    return int(digits[0]) if digits else 0
+    return int(folder.name.removeprefix("step-"))
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether a folder holds what a run writes into a checkpoint, and nothing else."""
+    return folder.is_dir() and not folder.is_symlink() and all(FILES.fullmatch(path.name) for path in folder.iterdir())
 
 
 def _scratch(folder: Path) -> Path:
@@ -337,18 +352,26 @@ def _scratch(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}{PARTIAL}0")
 
 
-def _put(scratch: Path, path: Path) -> None:
-    """Rename; a folder that is in the way goes only when the new one stands in its place."""
-    old = path.with_name(f".{path.name}{PARTIAL}old")
-    if path.is_dir():
+def _replace(folder: Path, scratch: Path) -> None:
+    """Give a checkpoint its name; one in the way goes only when the new one stands in its place.
+
+    Where a user keeps something in that one, it stays under another name.
+    """
+    old = folder.with_name(f".{folder.name}{PARTIAL}old")
+    if folder.exists():
+        if not _is_own(folder):
+            old = folder.with_name(f"{folder.name}-replaced-{secrets.token_hex(4)}")
+        elif old.exists():
+            _remove(old)
+        folder.rename(old)
+    scratch.rename(folder)
+    flush(folder.parent)
+    if old.name.startswith("."):
         _remove(old)
-        path.rename(old)
-    scratch.replace(path)
-    flush(path.parent)
-    _remove(old)
 
 
 def _remove(path: Path) -> None:
+    """Delete what this program has written itself."""
     if path.is_dir():
         shutil.rmtree(path)
     elif path.exists():

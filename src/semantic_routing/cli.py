@@ -23,7 +23,7 @@ def train(args: list[str]) -> None:
     """Train a recipe: semroute train toy --arm depth --steps 2000 --out runs/x
 
     semroute train RECIPE [--arm ARM] [--config FILE] --out DIR [settings]   begin a run
-    semroute train --resume DIR                                             go on with one
+    semroute train --resume DIR [--steps N]                                 go on with one, for more steps than before
 
     Any setting of the recipe can be given, such as --batch 32, --optim.lr 3e-4 or --model.depth 8;
     --data.paths takes your own pictures: shards, tables, manifests, folders. --config starts from a run's config.json.
@@ -43,9 +43,14 @@ def train(args: list[str]) -> None:
     from semantic_routing.recipes import RECIPES
 
     if given.resume is not None:
-        if recipe or rest or given.arm or given.config or given.out:
-            raise ValueError("--resume takes a run's folder and nothing else: its configuration is in its checkpoint")
-        _done(training.resume(Path(given.resume)))
+        named = {arg.partition("=")[0] for arg in rest if arg.startswith("--")}
+        if recipe or given.arm or given.config or given.out or named - {"--steps", "--accept-changes"}:
+            raise ValueError(
+                "--resume takes a run's folder and no settings: they are in its checkpoint; beside it there are only "
+                "--steps N, to train on to step N, and --accept-changes, to go on with data or models that changed"
+            )
+        how = parse(training.ResumeArguments, rest, prog="semroute train --resume DIR")
+        _done(training.resume(Path(given.resume), steps=how.steps, accept_changes=how.accept_changes))
         return
     if given.config is not None:
         default = read_config(training.TrainConfig, Path(given.config))
@@ -247,5 +252,9 @@ def _done(path: Path) -> None:
 
 def _fail(message: str, code: int) -> NoReturn:
     """End with one line on stderr."""
-    sys.stderr.write(f"semroute: {' '.join(message.split())}\n")
+    try:
+        sys.stderr.write(f"semroute: {' '.join(message.split())}\n")
+        sys.stderr.flush()
+    except OSError:  # its disk is full, its terminal gone: the exit code must tell
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     sys.exit(code)

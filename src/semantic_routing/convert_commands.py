@@ -14,7 +14,8 @@ import tyro
 from safetensors.torch import save_file
 
 from semantic_routing.arms import DEFAULT_ARM, parse_arm
-from semantic_routing.checkpoint import EMA, MODEL, STATE, find_checkpoint, write_text, written_whole
+from semantic_routing.checkpoint import EMA, MODEL, STATE, check_writable, find_checkpoint, write_text, written_whole
+from semantic_routing.claims import LOCK, claimed
 from semantic_routing.codec import HUB_NAME, CodecConfig, PixelCodec
 from semantic_routing.config import to_dict
 from semantic_routing.convert import load_upstream, to_upstream, upstream_config
@@ -64,6 +65,12 @@ def convert_upstream(args: UpstreamArguments) -> Path:
     is there already is a ValueError, as is whatever ``load_upstream`` finds wrong, or a text encoder at hand whose
     features the weights do not fit, or a size in pixels that patches do not divide.
     """
+    check_writable(args.out)
+    with claimed(args.out / LOCK, args.out):
+        return _convert_upstream(args)
+
+
+def _convert_upstream(args: UpstreamArguments) -> Path:
     if (args.out / "checkpoints").exists():
         raise ValueError(f"{args.out} already holds a run; choose another --out")
     sizes = _read_sizes(args.config)

@@ -12,7 +12,8 @@ import tyro
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging
 
-from semantic_routing.checkpoint import read_state, written_whole
+from semantic_routing.checkpoint import check_writable, read_state, written_whole
+from semantic_routing.claims import LOCK, claimed
 from semantic_routing.codec import VAECodec
 from semantic_routing.config import to_dict
 from semantic_routing.generate import Bundle, load_bundle
@@ -81,6 +82,12 @@ def export(args: ExportArguments) -> Path:
     """Write the pipeline's folder whole or not at all; returns it."""
     if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
         raise ValueError(f"{args.out} is there already; choose another --out")
+    check_writable(args.out)
+    with claimed(args.out.absolute().parent / f".{args.out.absolute().name}{LOCK}", args.out):
+        return _export(args)
+
+
+def _export(args: ExportArguments) -> Path:
     bundle = load_bundle(args.model, torch.device("cpu"), averaged=args.averaged)
     pipe = make_pipeline(bundle)
     progress = logging.is_progress_bar_enabled()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from semantic_routing.checkpoint import EMA, MODEL, find_checkpoint, load_weights, read_state, write_text
+from semantic_routing.claims import LOCK, claimed
 from semantic_routing.clock import NOMINAL, parse_clock
 from semantic_routing.codec import Codec, CodecConfig, make_codec
 from semantic_routing.config import from_dict
@@ -26,6 +27,7 @@ from semantic_routing.dit import Backbone, DiTConfig
 from semantic_routing.features import TextFeatures
 from semantic_routing.fusedit import make_model
 from semantic_routing.manifest import manifest
+from semantic_routing.origins import FOLDER, KEY, located_model
 from semantic_routing.pictures import is_whole, save_png
 from semantic_routing.processes import Processes, processes
 from semantic_routing.prompts import read_prompts
@@ -45,6 +47,8 @@ TINY = "tiny"
 """Name of the text encoder that a run makes for itself (``tiny_lm.py``) ..."""
 TEXT_ENCODER = "text_encoder"
 """... and the folder of the run that holds it."""
+PROMPTS = "prompts.jsonl"
+"""What sampling says of each image."""
 
 
 GRAPHS = 32
@@ -273,8 +277,10 @@ def load_bundle(path: Path, device: torch.device, *, averaged: bool = True, comp
     config = read_run_config(folder)
     size = config["image_size"]
     model = load_model(folder, averaged=averaged)
-    encoder = open_encoder(from_dict(TextEncoderConfig, config["text"], "text."), folder.parent.parent, device)
-    codec = make_codec(from_dict(CodecConfig, config["codec"], "codec."), device)
+    begun = read_state(folder).get(KEY, {}).get(FOLDER)  # relative paths are meant from there
+    text = located_model(from_dict(TextEncoderConfig, config["text"], "text."), begun)
+    encoder = open_encoder(text, folder.parent.parent, device)
+    codec = make_codec(located_model(from_dict(CodecConfig, config["codec"], "codec."), begun), device)
     check_encoder(encoder.shape, model.cfg)
     check_channels(codec, model.cfg)
     latent_shape(codec, model.cfg, size, size)
@@ -326,14 +332,19 @@ def sample_to_folder(args: SampleArguments) -> Path:
     bundle = load_bundle(args.model, pick_device(args.device), compiled=args.compile)
     names = [(p, i) for p in range(len(prompts)) for i in range(args.images_per_prompt)]
     paths = {name: args.out / f"{name[0]:05d}_{name[1]:02d}.png" for name in names}
-    with processes() as job:
+    with processes() as job, claimed_by_first(args.out, job):
         identity = request(bundle, prompts, args) if job.first else {}  # large weights take a while to hash
         claim_folder(args.out, identity, job, checkpoint=str(bundle.checkpoint))
         sample_missing(bundle, prompts, paths, args, job)
         if job.first:
             rows = [{"file": paths[name].name, "prompt": prompts[name[0]], "image": name[1]} for name in names]
-            write_text(args.out / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            write_text(args.out / PROMPTS, "".join(json.dumps(row) + "\n" for row in rows))
     return args.out
+
+
+def claimed_by_first(out: Path, job: Processes) -> AbstractContextManager[None]:
+    """Keep other commands out of a folder; the first process of the job does so for all."""
+    return claimed(out / LOCK, out) if job.first else nullcontext()
 
 
 def request(bundle: Bundle, prompts: Sequence[str], cfg: SampleConfig) -> dict[str, Any]:
@@ -384,7 +395,7 @@ def _claim(out: Path, identity: dict[str, Any], facts: dict[str, Any]) -> None:
         if not isinstance(found, dict):
             raise ValueError(f"{path} is no manifest of images; choose another --out")
     other = [name for name, value in identity.items() if found.get(name) != value]
-    if other and (found or any(out.rglob("*.png"))):
+    if other and (found or any(out.rglob("*.png")) or (out / PROMPTS).exists()):
         what = ", ".join(f"{name} {found.get(name)} instead of {identity[name]}" for name in other)
         raise ValueError(f"{out} holds other images ({what}); choose another --out or delete it")
     write_text(path, json.dumps(manifest(**identity, **facts), indent=2) + "\n")

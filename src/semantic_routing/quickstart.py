@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 
 from semantic_routing.arms import DEFAULT_ARM, parse_arm
 from semantic_routing.checkpoint import check_writable, checkpoints, find_checkpoint, write_text
+from semantic_routing.claims import claimed
 from semantic_routing.config import from_dict
 from semantic_routing.data.loader import Loader
 from semantic_routing.data.sources import open_data
@@ -23,9 +24,12 @@ from semantic_routing.recipes import TOY_SAMPLING, toy
 from semantic_routing.report import write_report
 from semantic_routing.tiny_lm import tiny_lm
 from semantic_routing.train import TrainConfig, Trainer, resume, start, training_corpus
+from semantic_routing.troubles import Troubles
 
 TRAIN_SECONDS = 540
 """What training may take, so that all of it, installing included, is done in a quarter of an hour."""
+LOCK_FILE = ".quickstart.lock"
+"""Of its own, for the training in the same folder has the usual one."""
 TRIAL_STEPS, WARM_UP = 24, 8
 """Steps of the trial that measures how fast the machine is, and how many of them do not count."""
 
@@ -56,9 +60,14 @@ class QuickstartArguments:
 
 def run_quickstart(args: QuickstartArguments) -> Path:
     """Do it all; returns the report's path."""
-    out, timings = args.out, Timings(args.out / "timings.json")
+    out = args.out
     check_writable(out)
-    cfg = replace(toy(parse_arm(args.arm)), seed=args.seed)
+    with claimed(out / LOCK_FILE, out):
+        return _run(args, replace(toy(parse_arm(args.arm)), seed=args.seed))
+
+
+def _run(args: QuickstartArguments, cfg: TrainConfig) -> Path:
+    out, timings = args.out, Timings(args.out / "timings.json")
     with timings.measured("train"):
         if checkpoints(out):
             _check_same(cfg if args.steps is None else replace(cfg, steps=args.steps), out, args.steps is None)
@@ -125,5 +134,5 @@ class Timings:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
-            if self.path.parent.is_dir():
+            with Troubles().survived(self.path, ValueError):
                 write_text(self.path, json.dumps(self.seconds, indent=2) + "\n")

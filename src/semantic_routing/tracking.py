@@ -6,11 +6,13 @@ commands and environment variables): none is read here, and what looks like one 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,18 +22,26 @@ import numpy as np
 from jaxtyping import UInt8
 
 from semantic_routing.checkpoint import write_text
+from semantic_routing.troubles import Troubles
 
 Service = Literal["tensorboard", "wandb", "trackio"]
 Row = dict[str, int | float]
 """One step's metrics, the step among them."""
 METRICS, IDENTITY = "metrics.jsonl", "wandb.json"
 PROJECT = "semantic-routing"
+SERVICES_OWN = (Exception,)
+"""What services raise where they do not answer: whatever their libraries, and those libraries' libraries, think of."""
 _SECRET = re.compile(r"(?<=://)[^/@\s]*@|(?<=[\w/])\?\S+")
 """In an address: user and password, and the query, where signed addresses keep their signature."""
 
 
 class Board(Protocol):
     """One service that shows scalars and pictures by step."""
+
+    @property
+    def troubles(self) -> tuple[type[Exception], ...]:
+        """What it raises, beside OSError, where it cannot do so."""
+        ...
 
     def scalars(self, step: int, values: Mapping[str, int | float]) -> None:
         """Show a step's finite numbers."""
@@ -53,13 +63,17 @@ class Tracker:
         nested settings, too. ValueError where one is not installed or refuses.
         """
         self.path = out / METRICS
+        self.troubles = Troubles()
+        self._owed: list[str] = []
+        """Lines that could not be written yet."""
         boards = {name: _load(name) for name in services}
-        rows = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]
+        rows = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.is_file() else []
+        kept = [row for row in rows if 0 <= _step(row) <= step]
         write_text(self.path, "".join(row + "\n" for row in kept))
         self.boards: list[Board] = []
         if find_spec("tensorboard") is not None:
-            self.boards.append(TensorBoard(out, step))
+            with self.troubles.survived(TensorBoard.__name__):
+                self.boards.append(TensorBoard(out, step))
         if "wandb" in boards:
             self.boards.append(Wandb(boards["wandb"], out, without_secrets(config)))
         if "trackio" in boards:
@@ -69,26 +83,59 @@ class Tracker:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for board in self.boards:
-            board.close()
+        self._tell(lambda board: board.close())
 
     def write(self, row: Row) -> None:
-        """Append one step's metrics, ``step`` among them; a number that is not finite is null in the file."""
+        """Append one step's metrics, ``step`` among them; a number that is not finite is null in the file.
+
+        What cannot be written is told once and written later, with the next row that can.
+        """
         finite = {name: value for name, value in row.items() if math.isfinite(value)}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({name: finite.get(name) for name in row}) + "\n")
+        self._owed.append(json.dumps({name: finite.get(name) for name in row}) + "\n")
+        with self.troubles.survived(self.path):
+            append(self.path, "".join(self._owed))
+            self._owed.clear()
         step = int(row["step"])
-        for board in self.boards:
-            board.scalars(step, {name: value for name, value in finite.items() if name != "step"})
+        values = {name: value for name, value in finite.items() if name != "step"}
+        self._tell(lambda board: board.scalars(step, values))
 
     def picture(self, step: int, name: str, picture: UInt8[np.ndarray, "H W 3"]) -> None:
         """Show a picture, such as a grid of samples, wherever pictures can be shown."""
+        self._tell(lambda board: board.picture(step, name, picture))
+
+    def _tell(self, act: Callable[[Board], None]) -> None:
+        """Do something on every board; none of them can end the run."""
         for board in self.boards:
-            board.picture(step, name, picture)
+            with self.troubles.survived(type(board).__name__, *board.troubles):
+                act(board)
+
+
+def _step(row: str) -> int:
+    """The step of a line of metrics; -1 of one that is none, such as the last before a crash."""
+    try:
+        return int(json.loads(row)["step"])
+    except (ValueError, KeyError, TypeError):
+        return -1
+
+
+def append(path: Path, text: str) -> None:
+    """Add lines to a file, all or none of them; OSError where it cannot be written."""
+    data = text.encode()
+    with path.open("ab", buffering=0) as file:
+        whole = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            with suppress(OSError):
+                file.truncate(whole)
+            raise
 
 
 class TensorBoard:
     """Event files in the run's folder."""
+
+    troubles = ()
 
     def __init__(self, out: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -111,6 +158,8 @@ class Wandb:
 
     Steps are a column rather than wandb's own counter, which drops steps that come again after a crash.
     """
+
+    troubles = SERVICES_OWN
 
     def __init__(self, wandb: Any, out: Path, config: Any) -> None:
         self.wandb = wandb
@@ -138,6 +187,8 @@ class Wandb:
 
 class Trackio:
     """A run of trackio under the folder's name."""
+
+    troubles = SERVICES_OWN
 
     def __init__(self, trackio: Any, out: Path, step: int, config: Any) -> None:
         self.trackio = trackio

@@ -10,24 +10,21 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 
 from tqdm import tqdm
 
 from semantic_routing.ahead import one_ahead
 from semantic_routing.arms import parse_arm
-from semantic_routing.checkpoint import check_writable, checkpoints, find_checkpoint, write_text, written_whole
+from semantic_routing.checkpoint import check_writable, checkpoints, find_checkpoint, read_state, write_text
+from semantic_routing.claims import LOCK, claimed
 from semantic_routing.codec import Codec
-from semantic_routing.config import from_dict, to_dict
+from semantic_routing.config import to_dict
 from semantic_routing.data.damage import FILE as DAMAGED
 from semantic_routing.data.damage import DamageLog
 from semantic_routing.data.loader import Batch, Loader
@@ -35,16 +32,20 @@ from semantic_routing.data.sources import SHAPES, Dataset, open_data
 from semantic_routing.data.stories import story
 from semantic_routing.device import keep_freed_memory
 from semantic_routing.errors import Interrupted
-from semantic_routing.generate import TEXT_ENCODER, TINY, read_run_config
+from semantic_routing.generate import TINY
 from semantic_routing.manifest import manifest
 from semantic_routing.meter import Meter, flops_per_image, peak_flops, peak_memory, routing_entropy
+from semantic_routing.origins import FOLDER, KEY, changes, data_origins, here
 from semantic_routing.parallel import World, open_world
 from semantic_routing.pictures import save_png
+from semantic_routing.run_folder import check_new, going_on, keep_encoder, latest, located_run, note_steps, run_of
+from semantic_routing.stopping import stop_signals
 from semantic_routing.text_encoder import text_shape
 from semantic_routing.tiny_lm import tiny_lm
 from semantic_routing.tracking import Row, Tracker
 from semantic_routing.train_config import TrainConfig
 from semantic_routing.trainer import Inputs, Trainer
+from semantic_routing.troubles import Troubles, forgiving_stderr, say
 from semantic_routing.validation import HeldOut, held_out, validate
 from semantic_routing.watchdog import Watchdog, job_store
 
@@ -60,8 +61,8 @@ def start(cfg: TrainConfig, out: Path, on_step: OnStep | None = None) -> Path:
     can mend, before anything is written; Interrupted after SIGINT or SIGTERM, TrainingFailed where loss and weights
     stay without finite values. On several processes all end alike, and the first raises.
     """
-    with open_world() as world:
-        world.shared(partial(_check_new, out))
+    with open_world() as world, _claimed(world, out):
+        world.shared(partial(check_new, out))
         world = world.arranged(cfg.parallel, cfg.device)
         data = world.agreed(lambda: open_data(cfg.data, image_size=cfg.image_size, seed=cfg.seed))
         text = cfg.text
@@ -75,44 +76,75 @@ def start(cfg: TrainConfig, out: Path, on_step: OnStep | None = None) -> Path:
 
         def write() -> None:
             if cfg.text.name_or_path == TINY:
-                with written_whole(out / TEXT_ENCODER) as scratch:
-                    shutil.copytree(text.name_or_path, scratch)
+                keep_encoder(Path(text.name_or_path), out)
             write_text(out / "config.json", json.dumps(to_dict(trainer.cfg), indent=2) + "\n")
 
         trainer = world.agreed(make)
+        trainer.record[KEY] |= {"data": world.shared(lambda: data_origins(data)), FOLDER: here()}
         world.shared(write)
         return _run(trainer, data, on_step)
 
 
-def resume(out: Path, on_step: OnStep | None = None) -> Path:
+@dataclass(frozen=True, kw_only=True)
+class ResumeArguments:
+    """Go on with a run."""
+
+    steps: int | None = None
+    """Train on to this step, instead of to the one where the run was to end."""
+    accept_changes: bool = False
+    """Go on although data, captions, text encoder or VAE are no longer those that the run was begun on."""
+
+
+def resume(out: Path, on_step: OnStep | None = None, *, steps: int | None = None, accept_changes: bool = False) -> Path:
     """Go on with the run in the folder ``out`` from its latest whole checkpoint, as ``start`` would have.
 
-    On as many processes as before the run ends bitwise as if it had never stopped.
+    On as many processes as before the run ends bitwise as if it had never stopped. It ends at ``steps``, if given, else
+    where it was to end. ValueError where its data or models are not those that it was begun on, but with
+    ``accept_changes``.
     """
     with open_world() as world:
-        folder = world.shared(partial(_latest, out))
-        cfg = world.agreed(lambda: from_dict(TrainConfig, read_run_config(folder)))
-        world = world.arranged(cfg.parallel, cfg.device)
-        data = world.agreed(lambda: open_data(cfg.data, image_size=cfg.image_size, seed=cfg.seed))
-        trainer = world.agreed(lambda: Trainer(cfg, folder.parent.parent, world))
-        world.agreed(lambda: trainer.load(folder))
-        return _run(trainer, data, on_step)
+        run = world.shared(partial(run_of, out))
+        with _claimed(world, run):
+            folder = world.shared(partial(latest, out))
+            then = world.agreed(lambda: read_state(folder).get(KEY, {}))
+            asked, words = world.shared(partial(going_on, run, folder, steps))
+            cfg = located_run(asked, then.get(FOLDER))
+            if cfg != asked:
+                words.append(f"the run began in another folder, {then[FOLDER]}: relative paths are taken from there")
+            world = world.arranged(cfg.parallel, cfg.device)
+            data = world.agreed(lambda: open_data(cfg.data, image_size=cfg.image_size, seed=cfg.seed))
+            trainer = world.agreed(lambda: Trainer(cfg, run, world))
+            world.agreed(lambda: trainer.load(folder))
+            now = trainer.record[KEY] | {"data": world.shared(lambda: data_origins(data))}
+            words += world.shared(lambda: _accepted(run, changes(then, now), accept_changes))
+            for line in words if world.first else ():
+                say(line)
+            trainer.record = {"config": to_dict(asked), KEY: now | {FOLDER: then.get(FOLDER) or here()}}
+            world.shared(partial(note_steps, run, asked))
+            return _run(trainer, data, on_step)
 
 
-def _check_new(out: Path) -> None:
-    if checkpoints(out):
+@contextmanager
+def _claimed(world: World, out: Path) -> Iterator[None]:
+    """Keep other jobs out of the run's folder; the first process does so for all."""
+    with ExitStack() as held:
+
+        def claim() -> None:
+            check_writable(out)
+            held.enter_context(claimed(out / LOCK, out))
+
+        world.shared(claim)
+        yield
+
+
+def _accepted(run: Path, found: list[str], accepted: bool) -> list[str]:
+    """What is to be told where data or models have changed; ValueError where the user does not know of it."""
+    if found and not accepted:
         raise ValueError(
-            f"{out} already holds a run: go on with `semroute train --resume {out}` or choose another --out"
+            f"this is not what {run} was begun on: {'; '.join(found)}. Put back what was, or go on with it as it is: "
+            f"semroute train --resume {shlex.quote(str(run))} --accept-changes"
         )
-    check_writable(out)
-
-
-def _latest(out: Path) -> Path:
-    """The checkpoint to go on from."""
-    folder = find_checkpoint(out)
-    if folder == out and folder != find_checkpoint(folder.parent.parent):
-        raise ValueError(f"{folder} is not its run's latest checkpoint; move later ones away to go on from there")
-    return folder
+    return [f"going on with what has changed: {one}" for one in found]
 
 
 def training_corpus(data: Dataset, size: int = 20_000) -> list[str]:
@@ -147,7 +179,8 @@ def _run(trainer: Trainer, data: Dataset, on_step: OnStep | None) -> Path:
     tracker = world.agreed(lambda: Tracker(out, first, cfg.track, to_dict(cfg)) if world.first else None)
     with (
         tracker or nullcontext(),
-        _stop_signals() as stop,
+        forgiving_stderr(),
+        stop_signals() as stop,
         Watchdog(cfg.watchdog, job_store(), world.rank, world.count) as dog,
         closing(trainer.saver),
         closing(batches(data, cfg, world, trainer.bundle.codec, first)) as drawn,
@@ -178,6 +211,7 @@ class _Loop:
         self.meter = Meter(self.world.count, peak_flops(self.world.device))
         listed = trainer.out / DAMAGED if self.world.first else None
         self.damage = DamageLog(listed, most=self.cfg.data.max_damaged, counts=trainer.damaged)
+        self.troubles = Troubles()
         self.drawn: deque[Batch] = deque()
         """Batches that are drawn and not trained yet."""
 
@@ -206,7 +240,7 @@ class _Loop:
         if self.pictures is not None and self._now(cfg.validation.every):
             trainer.beat("validating")
             with self.meter.timed("validation"), trainer.averaged() as bundle:
-                found = validate(bundle, self.pictures, cfg.validation, self.world)
+                found = validate(bundle, self.pictures, cfg.validation, self.world, self.troubles)
         if found or self._now(cfg.log_every):
             trainer.beat("logging")
             self.count_damage()
@@ -220,7 +254,8 @@ class _Loop:
                 picture = trainer.preview(self.data.captions(cfg.preview.batch))
             if self.tracker is not None:
                 path = trainer.out / "samples" / f"step-{trainer.step:07d}.png"
-                save_png(path, picture, scale=max(1, 96 // cfg.image_size))
+                with self.troubles.survived(path.parent, ValueError):
+                    save_png(path, picture, scale=max(1, 96 // cfg.image_size))
                 self.tracker.picture(trainer.step, "samples", picture)
 
     def keep(self, stop: Sequence[int]) -> None:
@@ -259,24 +294,3 @@ def _flops(cfg: TrainConfig, inputs: Inputs) -> int:
     """Products of training on a microbatch."""
     images, _, height, width = inputs.latents.shape
     return images * flops_per_image(cfg.model, height, width, inputs.features.mask.shape[1])
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that receives SIGINT and SIGTERM instead of their ending the process; a second SIGINT still does."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # Python delivers signals to the main thread alone
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

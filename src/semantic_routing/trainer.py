@@ -32,6 +32,7 @@ from semantic_routing.fusedit import make_model
 from semantic_routing.generate import Bundle, autocast, locate_encoder
 from semantic_routing.manifest import versions
 from semantic_routing.optim import make_optimizers, set_rates
+from semantic_routing.origins import KEY, model_origins
 from semantic_routing.parallel import World, local, parallelize, place_encoder, reshard, synchronise, whole
 from semantic_routing.pictures import grid
 from semantic_routing.text_encoder import TextEncoder, TextEncoderConfig
@@ -113,10 +114,13 @@ class Trainer:
             model = make_model(cfg.model)
         bf16 = use_bfloat16(cfg.precision, device)
         encoder = TextEncoder.from_pretrained(text or locate_encoder(cfg.text, out))
+        codec = make_codec(cfg.codec, device)
+        self.record: dict[str, Any] = {"config": to_dict(cfg), KEY: model_origins(encoder, codec)}
+        """What every checkpoint tells of the run."""
         self.bundle = Bundle(
             model=parallelize(model, cfg.parallel, world, bf16=bf16, compiled=cfg.compile),
             encoder=place_encoder(encoder, cfg.parallel, world, compiled=cfg.compile),
-            codec=make_codec(cfg.codec, device),
+            codec=codec,
             image_size=cfg.image_size,
             null_prompt=cfg.null_prompt,
             bf16=bf16,
@@ -211,8 +215,7 @@ class Trainer:
             "damaged": self.damaged,
             "processes": self.world.count,
             "versions": versions(),
-            "config": to_dict(self.cfg),
-        }
+        } | self.record
         self.finish_writing()
         self.saver.save(self.step, self.bundle.model, self.ema, self.optimizers, state)
 

@@ -6,6 +6,7 @@ all of that is a function of the configuration: two numbers differ only where th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,9 +20,11 @@ from semantic_routing.data.order import draw, posterior_noise
 from semantic_routing.data.shapes import prompts
 from semantic_routing.data.sources import SHAPES, DataConfig, open_data
 from semantic_routing.data.streams import Row
+from semantic_routing.errors import TrainingFailed
 from semantic_routing.flow import FIXED_TIMES, path, velocity
 from semantic_routing.generate import ALONE, Bundle, autocast
 from semantic_routing.processes import Processes
+from semantic_routing.troubles import Troubles
 
 HeldOut = Callable[[int], Row]
 """The pictures to validate on, by their number from 0."""
@@ -70,12 +73,19 @@ def held_out(cfg: ValidationConfig, data: DataConfig, image_size: int) -> HeldOu
     return lambda i: opened.load(0, cfg.samples, range(i, i + 1))[0][1]
 
 
-def validate(bundle: Bundle, pictures: HeldOut, cfg: ValidationConfig, job: Processes = ALONE) -> dict[str, float]:
+def validate(
+    bundle: Bundle,
+    pictures: HeldOut,
+    cfg: ValidationConfig,
+    job: Processes = ALONE,
+    troubles: Troubles | None = None,
+) -> dict[str, float]:
     """The velocity's mean squared error: ``val_loss``, and at each time ``val_loss_t0.05`` ...
 
-    Every process of the job must call it; each takes its share, and all get the result.
+    Every process of the job must call it; each takes its share, and all get the result: not a number
+    where pictures cannot be read any more, which ``troubles`` tells once.
     """
-    sums = error_sums(bundle, pictures, cfg, job)
+    sums = error_sums(bundle, pictures, cfg, job, troubles)
     if job.count > 1:
         dist.all_reduce(sums)
     means = (sums / cfg.samples).tolist()
@@ -84,7 +94,9 @@ def validate(bundle: Bundle, pictures: HeldOut, cfg: ValidationConfig, job: Proc
     }
 
 
-def error_sums(bundle: Bundle, pictures: HeldOut, cfg: ValidationConfig, job: Processes) -> Float64[Tensor, " T"]:
+def error_sums(
+    bundle: Bundle, pictures: HeldOut, cfg: ValidationConfig, job: Processes, troubles: Troubles | None = None
+) -> Float64[Tensor, " T"]:
     """Sum of the errors of one process's share of the pictures, at each time.
 
     All processes run the network equally often and on batches of one size, as sharding and compilation want it: what
@@ -93,12 +105,24 @@ def error_sums(bundle: Bundle, pictures: HeldOut, cfg: ValidationConfig, job: Pr
     share = -(-cfg.samples // job.count)
     batch = min(cfg.batch, share)
     own = range(job.rank, cfg.samples, job.count)
+    troubles = troubles or Troubles()
     sums = torch.zeros(len(cfg.times), dtype=torch.float64, device=bundle.device)
     for first in range(0, share, batch):
-        rows = [pictures(i) for i in own[first : first + batch]]
-        filling = [rows[0] if rows else pictures(0)] * (batch - len(rows))
-        sums += batch_errors(bundle, rows + filling, cfg.times)[:, : len(rows)].sum(1)
+        rows, filling = list[Row](), [_blank(bundle.image_size)]
+        unread = True
+        with troubles.survived("validation", TrainingFailed):
+            rows = [pictures(i) for i in own[first : first + batch]]
+            filling = [rows[0] if rows else pictures(0)]
+            unread = False
+        sums += batch_errors(bundle, rows + filling * (batch - len(rows)), cfg.times)[:, : len(rows)].sum(1)
+        if unread:
+            sums += math.nan
     return sums
+
+
+def _blank(size: int) -> Row:
+    """A picture that keeps a process in step with the others."""
+    return Row(np.zeros((size, size, 3), np.uint8), "", 0, 0, 0)
 
 
 @torch.no_grad()

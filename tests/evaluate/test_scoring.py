@@ -65,6 +65,31 @@ def files(folder: Path) -> dict[str, str]:
     return {path.name: re.sub(r"\d{4}-\d\d-\d\dT[\d:+]+", "", path.read_text()) for path in kept}
 
 
+@pytest.mark.behaviour(
+    "Judges and scores",
+    when="the user keeps files of his own in a folder of scores, also with --rescore",
+    then="they are never deleted",
+)
+def test_files_of_the_users_stay(tmp_path):
+    images, out = paint(tmp_path / "theirs"), tmp_path / "out"
+    evaluate_images(benchmark(), images, out, Redness())
+    own = {"records.part-best.jsonl", "records.part-1-copy.jsonl", "records.jsonl.bak"}
+    for name in own:
+        (out / name).write_text("mine")
+    evaluate_images(benchmark(), images, out, Redness(name="other"), rescore=True)
+    assert {name: (out / name).read_text() for name in own} == dict.fromkeys(own, "mine")
+
+
+def test_records_of_no_evaluation_are_not_replaced(tmp_path):
+    images, out = paint(tmp_path / "theirs"), tmp_path / "out"
+    out.mkdir()
+    (out / "records.jsonl").write_text("mine")
+    for rescore in (False, True):
+        with pytest.raises(ValueError, match=r"records\.jsonl is there already, and of no evaluation"):
+            evaluate_images(benchmark(), images, out, Redness(), rescore=rescore)
+    assert {path.name: path.read_text() for path in out.iterdir()} == {"records.jsonl": "mine"}
+
+
 def test_a_folder_of_any_tool_is_scored_and_every_score_told(tmp_path):
     images, out = paint(tmp_path / "theirs"), tmp_path / "out"
     summary = evaluate_images(benchmark(), images, out, Redness())

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from semantic_routing.errors import TrainingFailed
+from semantic_routing.troubles import Troubles
 
 FILE = "damaged.jsonl"
 """Name of the list in a run's folder."""
@@ -59,6 +60,7 @@ class DamageLog:
         self.path, self.most, self.enough = path, most, enough
         self._counts = Counter(counts or {})
         self._rows, self._skipped = 0, list[Skipped]()
+        self._troubles = Troubles()
         self._listed: set[tuple[str, str, str]] = set()
         if path is not None and path.is_file():
             whole = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
@@ -109,6 +111,6 @@ class DamageLog:
         if rows and self.path is not None:
             for row in rows:
                 del row["stand_in"]
-            with self.path.open("a", encoding="utf-8") as file:
+            with self._troubles.survived(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
             self._listed |= new.keys()

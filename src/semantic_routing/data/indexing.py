@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from semantic_routing.checkpoint import check_writable, write_text, written_whole
+from semantic_routing.claims import LOCK, claimed
 from semantic_routing.config import from_dict
 from semantic_routing.data.files import Stored
 from semantic_routing.data.found import Found
@@ -43,6 +44,11 @@ def build(paths: Sequence[str], out: Path, *, look_inside: bool = False, workers
     if workers < 1:
         raise ValueError(f"workers is {workers}; it must be at least 1")
     check_writable(out)
+    with claimed(out / LOCK, out):
+        return _build(paths, out, look_inside, workers)
+
+
+def _build(paths: Sequence[str], out: Path, look_inside: bool, workers: int) -> dict[str, Any]:
     found = [discover(path) for path in paths]
     jobs = list(dict.fromkeys((kind, state(kind, path)) for kind, files in found for path in files))
     entries: dict[Job, Entry] = {}

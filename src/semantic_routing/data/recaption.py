@@ -7,7 +7,6 @@ arrives, the answers that are not yet in a part. So a restart asks for what is m
 from __future__ import annotations
 
 import math
-import shutil
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from semantic_routing.answers import Answer, Failure, Picture, Question
 from semantic_routing.chat import ChatClient, Usage
 from semantic_routing.checkpoint import check_writable
+from semantic_routing.claims import LOCK, claimed
 from semantic_routing.data.caption_parts import Parts, Row
 from semantic_routing.data.captions import USUAL
 from semantic_routing.data.dimensions import dimensions
@@ -114,7 +114,12 @@ def recaption(args: RecaptionArguments) -> str:
     if not len(records):
         raise ValueError(f"there are no records in {', '.join(args.paths)}")
     check_writable(args.out.parent)
-    parts = Parts(args.out.with_name(f"{args.out.name}.parts"), len(records), args.part_rows)
+    folder = args.out.with_name(f"{args.out.name}.parts")
+    with claimed(folder / LOCK, args.out):
+        return _recaption(args, records, Parts(folder, len(records), args.part_rows))
+
+
+def _recaption(args: RecaptionArguments, records: Records, parts: Parts) -> str:
     instruction = INSTRUCTION if args.instruction is None else _read_instruction(args.instruction)
     client = ChatClient(args if args.cache else replace(args, cache=parts.folder / ANSWERS))
     parts.claim(_request(args, instruction, len(records)))
@@ -143,8 +148,8 @@ def recaption(args: RecaptionArguments) -> str:
                 if passing is not None:
                     passing.remove(done)  # its caption is in a part now
             bar.update()
-    if passing is not None and passing.folder.exists():
-        shutil.rmtree(passing.folder)  # what a process left that was stopped between writing a part and forgetting
+    if passing is not None:
+        passing.clear()  # what a process left that was stopped between writing a part and forgetting
     return _summary(args, len(records), parts.join(args.out), client.usage)
 
 

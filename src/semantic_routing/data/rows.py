@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import threading
 from dataclasses import dataclass
 from multiprocessing import parent_process
@@ -13,6 +12,7 @@ import numpy as np
 
 from semantic_routing.data.order import draw, posterior_noise
 from semantic_routing.data.sources import Dataset
+from semantic_routing.stopping import leave_to_parent
 
 ENDLESS = 2**48
 """More steps than anybody takes."""
@@ -66,8 +66,7 @@ class RankRows:
 
 def begin_worker(number: int, count: int) -> None:
     """What a worker process does first: leave signals to the training process, and end with it even if it is killed."""
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)
+    leave_to_parent()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

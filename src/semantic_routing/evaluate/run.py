@@ -8,7 +8,15 @@ from typing import Any
 from semantic_routing.evaluate.benchmark import Benchmark, Scorer
 from semantic_routing.evaluate.scores import MANIFEST
 from semantic_routing.evaluate.scoring import check_scorer, read_manifest, score_folder
-from semantic_routing.generate import ALONE, Bundle, SampleConfig, claim_folder, request, sample_missing
+from semantic_routing.generate import (
+    ALONE,
+    Bundle,
+    SampleConfig,
+    claim_folder,
+    claimed_by_first,
+    request,
+    sample_missing,
+)
 from semantic_routing.manifest import manifest
 from semantic_routing.processes import Processes
 
@@ -47,32 +55,33 @@ def evaluate_model(
     What is already in ``out`` is kept, so that a stopped evaluation goes on; ValueError where it belongs to another
     model, sampler, set of prompts or scorer. ``rescore`` scores again what another scorer scored.
     """
-    texts = [prompt.text for prompt in benchmark.prompts]
-    wanted = request(bundle, texts, cfg) if job.first else {}  # large weights take a while to hash
-    earlier = read_manifest(out / MANIFEST)
-    if earlier and job.first:  # other images are refused before any score goes; the manifest stays as it is
-        claim_folder(out, wanted, **{name: fact for name, fact in earlier.items() if name not in wanted})
-    identity = earlier.get("scorer")
-    if scorer is not None:
-        identity = scorer.identity
-        check_scorer(benchmark, out, identity, rescore=rescore, job=job)
-    claim_folder(
-        out,
-        wanted,
-        job,
-        **_facts(benchmark, identity),
-        seed_rule=SEED_RULE,
-        checkpoint=None if bundle.checkpoint is None else str(bundle.checkpoint),
-        bf16=bundle.bf16,
-        **facts,
-    )
-    sample_missing(bundle, texts, {place: out / benchmark.sampled(*place) for place in benchmark.images}, cfg, job)
-    if job.first:
-        benchmark.complete(out)
-    job.wait()
-    if scorer is None:
-        return {}
-    return score_folder(benchmark, out / IMAGES, out, scorer, read_manifest(out / MANIFEST), job)
+    with claimed_by_first(out, job):
+        texts = [prompt.text for prompt in benchmark.prompts]
+        wanted = request(bundle, texts, cfg) if job.first else {}  # large weights take a while to hash
+        earlier = read_manifest(out / MANIFEST)
+        if earlier and job.first:  # other images are refused before any score goes; the manifest stays as it is
+            claim_folder(out, wanted, **{name: fact for name, fact in earlier.items() if name not in wanted})
+        identity = earlier.get("scorer")
+        if scorer is not None:
+            identity = scorer.identity
+            check_scorer(benchmark, out, identity, rescore=rescore, job=job)
+        claim_folder(
+            out,
+            wanted,
+            job,
+            **_facts(benchmark, identity),
+            seed_rule=SEED_RULE,
+            checkpoint=None if bundle.checkpoint is None else str(bundle.checkpoint),
+            bf16=bundle.bf16,
+            **facts,
+        )
+        sample_missing(bundle, texts, {place: out / benchmark.sampled(*place) for place in benchmark.images}, cfg, job)
+        if job.first:
+            benchmark.complete(out)
+        job.wait()
+        if scorer is None:
+            return {}
+        return score_folder(benchmark, out / IMAGES, out, scorer, read_manifest(out / MANIFEST), job)
 
 
 def evaluate_images(
@@ -86,9 +95,10 @@ def evaluate_images(
     **facts: Any,
 ) -> dict[str, Any]:
     """Score a folder of images, made by any tool, that lie as the benchmark's official tools expect; the summary."""
-    check_scorer(benchmark, out, scorer.identity, rescore=rescore, job=job)
-    told = image_origin(benchmark, images) | _facts(benchmark, scorer.identity) | {"images": str(images)} | facts
-    return score_folder(benchmark, images, out, scorer, manifest(**told), job)
+    with claimed_by_first(out, job):
+        check_scorer(benchmark, out, scorer.identity, rescore=rescore, job=job)
+        told = image_origin(benchmark, images) | _facts(benchmark, scorer.identity) | {"images": str(images)} | facts
+        return score_folder(benchmark, images, out, scorer, manifest(**told), job)
 
 
 def image_origin(benchmark: Benchmark, images: Path) -> dict[str, Any]:

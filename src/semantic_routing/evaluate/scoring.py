@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -44,7 +45,7 @@ from semantic_routing.evaluate.scores import (
 )
 from semantic_routing.processes import Processes
 
-PARTS = "records.part-*.jsonl"
+PART = re.compile(r"records\.part-\d{2,}\.jsonl")
 WHEREABOUTS = ("base_url", "versions")
 """What an identity tells that decides no score: where a judge is served, the client's version."""
 Place = tuple[int, int]
@@ -58,9 +59,11 @@ def check_scorer(benchmark: Benchmark, out: Path, identity: dict[str, Any], *, r
     deleted instead.
     """
     if job.first:
-        written = [*out.glob(PARTS), *out.glob(RECORDS)]
+        written = [*_parts(out), *out.glob(RECORDS)]
         manifest = read_manifest(out / MANIFEST)
         earlier, prompts = manifest.get("scorer"), manifest.get("prompt_set")
+        if written and earlier is None:
+            raise ValueError(f"{written[0]} is there already, and of no evaluation; choose another --out")
         if rescore:
             for path in written:
                 path.unlink()
@@ -97,7 +100,7 @@ def score_folder(
         for place in sorted({*benchmark.images, *found})
     }
     if job.first:
-        parts = sorted(out.glob(PARTS))
+        parts = _parts(out)
         kept = _kept(benchmark, [*out.glob(RECORDS), *parts])
         write_text(out / MANIFEST, json.dumps(facts, indent=2) + "\n")
         write_records(_part(out, 0), kept.values())
@@ -133,7 +136,7 @@ def score_folder(
 
 def _finish(benchmark: Benchmark, out: Path, facts: dict[str, Any], files: dict[Place, str]) -> dict[str, Any]:
     """Write the results in order; the summary."""
-    by_place = {(r.prompt, r.image): r for r in _read(sorted(out.glob(PARTS)))}
+    by_place = {(r.prompt, r.image): r for r in _read(_parts(out))}
     lost = files.keys() - by_place.keys()
     if lost:
         raise ValueError(
@@ -159,7 +162,7 @@ def _finish(benchmark: Benchmark, out: Path, facts: dict[str, Any], files: dict[
     write_text(out / SUMMARY, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     write_text(out / TABLE, table)
     write_text(out / PAGE, page(benchmark.name, table, records, facts))
-    for path in out.glob(PARTS):
+    for path in _parts(out):
         path.unlink()
     return summary
 
@@ -252,6 +255,11 @@ def _read(paths: Iterable[Path]) -> list[Record]:
         with suppress(ValueError):
             records += [parse_record(lines[-1], "")] if lines[-1] else []
     return records
+
+
+def _parts(out: Path) -> list[Path]:
+    """The files of all processes that have scored."""
+    return sorted(path for path in out.glob("records.part-*.jsonl") if PART.fullmatch(path.name))
 
 
 def _part(out: Path, rank: int) -> Path:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,10 +17,12 @@ from rich.live import Live
 from rich.table import Table
 
 from semantic_routing.checkpoint import check_writable, write_text
+from semantic_routing.claims import LOCK, claimed
 from semantic_routing.config import to_dict
 from semantic_routing.errors import Interrupted, TrainingFailed
 from semantic_routing.evaluate.scores import MANIFEST
 from semantic_routing.evaluate.scoring import read_manifest
+from semantic_routing.stopping import stop_signals
 from semantic_routing.study.plan import SCALES, Job, Stage, StudyArguments, config_text, evaluation_folder, jobs, stages
 
 POLL_SECONDS = 1.0
@@ -54,7 +53,7 @@ def run_study(args: StudyArguments) -> None:
     check_writable(args.out)
     study_devices(args)
     every = [Progress(job) for job in jobs(args)]
-    with _claimed(args.out), _signals() as stop:
+    with claimed(args.out / LOCK, args.out), stop_signals(patient=True) as stop:
         _check_same(every, args)
         for progress in every:
             progress.todo = [stage for stage in stages(progress.job, args) if not stage.done.exists()]
@@ -237,27 +236,3 @@ def _check_same(every: list[Progress], args: StudyArguments) -> None:
             scored = read_manifest(folder / MANIFEST).get("prompts", {}).get("n", args.n)
             if scored != args.n:
                 raise ValueError(f"{folder} was scored on {scored} prompts; give --n {scored} or choose another --out")
-
-
-@contextmanager
-def _claimed(out: Path) -> Iterator[None]:
-    """Hold the study's lock, which the system frees however this process ends."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another process is at the study in {out}") from error
-        yield
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list that receives SIGINT and SIGTERM."""
-    received: list[int] = []
-    before = {n: signal.signal(n, lambda number, _: received.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
