@@ -68,7 +68,7 @@ class TransformerLora(AuraFlowLoraLoaderMixin):
         adapter_name: str | None = None,
         hotswap: bool = False,
         *,
-        network_alphas: float | Mapping[str, float] | None = None,
+        network_alphas: int | float | Mapping[str, float] | None = None,
         metadata: Mapping[str, Any] | None = None,
         low_cpu_mem_usage: bool = False,
         **options: Any,
