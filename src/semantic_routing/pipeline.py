@@ -66,10 +66,10 @@ class SemanticRoutingPipeline(Components, TransformerLora):
 
         ``null_prompt`` is what the model learned as "no prompt". ``text`` holds fields of ``TextEncoderConfig``
         and ``total_layers``, the depth of the language model that ``text_encoder`` was cut from, and for fusedit
-        ``keys_and_values=True``. ``precision`` is
-        the type of products with float32 weights, as in training and in ``semroute sample``: "auto" is bfloat16
-        where the hardware has it. Weights loaded in a narrower type always run in that type. What is not given the
-        transformer's configuration knows, where the pipeline that it was in left it.
+        ``keys_and_values=True``. ``precision`` is the type of products with float32 weights, as in training and in
+        ``semroute sample``: "auto" is bfloat16 where the hardware has it. Weights loaded in a narrower type always
+        run in that type. What is not given is taken from the transformer's configuration, where the pipeline that it
+        was in left it.
         """
         super().__init__()
         facts = resolve(transformer, image_size=image_size, null_prompt=null_prompt, text=text, precision=precision)
@@ -163,7 +163,7 @@ class SemanticRoutingPipeline(Components, TransformerLora):
             count = len(self._texts("prompt", prompt))
         else:
             count = len(getattr(prompt_embeds, "mask", ()))
-            check_embeds("prompt_embeds", prompt_embeds, cfg, (count,))
+            check_embeds("prompt_embeds", prompt_embeds, cfg, (max(count, 1),))
         if negative_prompt_embeds is not None:
             check_embeds("negative_prompt_embeds", negative_prompt_embeds, cfg, (1, count))
         elif negative_prompt is not None:
@@ -244,12 +244,13 @@ class SemanticRoutingPipeline(Components, TransformerLora):
         back = callback(self, step, timestep, {name: tensors[name] for name in inputs})
         if not isinstance(back, dict):
             raise ValueError(f"callback_on_step_end returned {back!r}; expected the dictionary of tensors that it got")
-        if (prompt := back.get("prompt_embeds", told.prompt)) is not told.prompt:
-            told.prompt = check_embeds("a callback's prompt_embeds", prompt, cfg, (rows,))
-        if (null := back.get("negative_prompt_embeds")) is not None and null is not tensors.get(
-            "negative_prompt_embeds"
-        ):
-            told.null = check_embeds("a callback's negative_prompt_embeds", null, cfg, (1, rows))
+        prompt, null = back.get("prompt_embeds", told.prompt), back.get("negative_prompt_embeds")
+        if prompt is not told.prompt:
+            prompt = check_embeds("a callback's prompt_embeds", prompt, cfg, (rows,))
+            told.prompt = self.as_products_need(prompt)
+        if null is not None and null is not tensors.get("negative_prompt_embeds"):
+            null = check_embeds("a callback's negative_prompt_embeds", null, cfg, (1, rows))
+            told.null = self.as_products_need(null)
         return _checked_latents(back.get("latents", x), tuple(x.shape)).to(x.device, torch.float32)
 
     @property
@@ -287,7 +288,7 @@ def _as(output_type: str, codec: Codec, latents: Tensor) -> Any:
 
 
 def _checked_latents(latents: Any, shape: tuple[int, ...]) -> Tensor:
-    """The latents, if they are a tensor of finite numbers in this shape."""
+    """The latents, if they are a tensor of floating-point numbers in this shape."""
     if not isinstance(latents, Tensor) or not latents.is_floating_point():
         raise ValueError(f"latents are a {type(latents).__name__}; expected a tensor of floating-point numbers")
     if latents.shape != shape:
