@@ -60,7 +60,7 @@ def test_diffusers(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     blocks = fenced("diffusers.md", "python")
     for block in blocks:
         exec(block, names)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     assert Path("same.png").read_bytes() == Path("images/00000_00.png").read_bytes()
     assert Path("circle.png").is_file()
     assert names["pipe"].get_active_adapters() == ["style"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+import semantic_routing
 from semantic_routing.checkpoint import EMA, MODEL, find_checkpoint
 from semantic_routing.cli import main
 from semantic_routing.export import ExportArguments, export
@@ -63,9 +65,45 @@ def test_diffusers_alone_opens_the_folder(tiny_run: Path, tmp_path: Path, monkey
     export(ExportArguments(model=tiny_run, out=tmp_path / "pipe"))
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("sys.path", list(sys.path))
-    folder = str(tmp_path / "pipe")
+    folder, again = str(tmp_path / "pipe"), str(tmp_path / "again")
     pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
     assert type(pipe) is SemanticRoutingPipeline
+    pipe.save_pretrained(again)
+    for place in (folder, again):
+        assert type(DiffusionPipeline.from_pretrained(place, trust_remote_code=True)) is SemanticRoutingPipeline
+
+
+@pytest.mark.behaviour(
+    "diffusers",
+    when="a pipeline was exported before its files named the package and the transformer's config held its facts",
+    then="it loads and draws as before",
+)
+def test_files_name_the_package_and_old_ones_load(tiny_run: Path, tmp_path: Path) -> None:
+    folder = export(ExportArguments(model=tiny_run, out=tmp_path / "pipe"))
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == ["pipeline", "SemanticRoutingPipeline"]
+    assert index["transformer"] == ["semantic_routing", "SemanticRoutingTransformer"]
+    latents = torch.randn(1, 3, 32, 32)
+    options = {"num_inference_steps": 2, "latents": latents, "output_type": "latent"}
+    expected = SemanticRoutingPipeline.from_pretrained(str(folder))("a star", **options).images
+
+    index |= {"_class_name": "SemanticRoutingPipeline"}
+    index |= {"transformer": ["semantic_routing.transformer", "SemanticRoutingTransformer"]}
+    del index["text"]["keys_and_values"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    sizes = json.loads((folder / "transformer" / "config.json").read_text())
+    assert sizes.pop("facts")["image_size"] == 32
+    (folder / "transformer" / "config.json").write_text(json.dumps(sizes))
+    old = SemanticRoutingPipeline.from_pretrained(str(folder))
+    assert torch.equal(old("a star", **options).images, expected)
+    assert torch.equal(SemanticRoutingPipeline(**old.components)("a star", **options).images, expected)
+
+
+def test_the_package_gives_its_face_when_asked() -> None:
+    assert semantic_routing.SemanticRoutingPipeline is SemanticRoutingPipeline
+    assert semantic_routing.SemanticRoutingTransformer.__module__ == "semantic_routing"
+    with pytest.raises(AttributeError, match="has no attribute 'Pipeline'"):
+        _ = semantic_routing.Pipeline
 
 
 @pytest.mark.parametrize(("averaged", "file"), [(True, EMA), (False, MODEL)])

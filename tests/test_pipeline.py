@@ -25,6 +25,7 @@ from semantic_routing.codec import PixelCodec, VAECodec
 from semantic_routing.device import has_bfloat16
 from semantic_routing.dit import DiTConfig
 from semantic_routing.export import make_pipeline
+from semantic_routing.flow_schedulers import set_times
 from semantic_routing.fusedit import make_model
 from semantic_routing.generate import Bundle, SampleConfig
 from semantic_routing.pipeline import SemanticRoutingPipeline
@@ -145,15 +146,15 @@ def test_pixels_of_a_narrow_text_encoder_with_wide_products(make_bundle: MakeBun
 
 @pytest.mark.parametrize("steps", [1, 7, 20, 50])
 def test_euler_takes_this_programs_steps_exactly(pipe: SemanticRoutingPipeline, steps: int) -> None:
-    times = pipe._set_times(steps, torch.device("cpu"))
+    times = set_times(pipe.scheduler, steps, torch.device("cpu"))
     assert torch.equal(times, schedule(steps)[:-1])
     assert torch.equal(-pipe.scheduler.sigmas.diff(), schedule(steps).diff())
     assert torch.equal(pipe.scheduler.timesteps, 1000 * pipe.scheduler.sigmas[:-1])
 
 
-def test_shift_is_the_schedulers(pipe: SemanticRoutingPipeline) -> None:
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    torch.testing.assert_close(pipe._set_times(20, torch.device("cpu")), schedule(20, 3.0)[:-1])
+def test_shift_is_the_schedulers() -> None:
+    times = set_times(FlowMatchEulerDiscreteScheduler(shift=3.0), 20, torch.device("cpu"))
+    torch.testing.assert_close(times, schedule(20, 3.0)[:-1])
 
 
 def test_images_of_one_prompt_follow_each_other(pipe: SemanticRoutingPipeline) -> None:
@@ -314,15 +315,14 @@ def test_callback_can_stop(pipe: SemanticRoutingPipeline) -> None:
     ("options", "message"),
     [
         ({"height": 18, "width": 16}, r"18 x 16 pixels does not divide into .* patches of 4 x 4 pixels"),
-        ({"height": 0}, "multiples of 4"),
+        ({"height": 0}, "height is 0; it must be at least 1"),
         ({"latents": torch.zeros(2, 3, 8, 8)}, r"\(2, 3, 8, 8\), but these images need \(2, 3, 16, 16\)"),
         ({"negative_prompt": ["a", "b", "c"]}, "3 negative prompts for 2 prompts"),
-        ({"num_images_per_prompt": 0}, "2 prompts, 0 images"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0; it must be at least 1"),
         ({"generator": [torch.Generator()] * 3}, "3 generators for 2 images"),
-        ({"height": 16.0}, r"16\.0 x 16 pixels"),
         ({"output_type": "jpeg"}, "unknown output_type 'jpeg'"),
-        ({"num_inference_steps": 0}, "at least 1 step"),
-        ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, r"not \['prompt_embeds'\]"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0; it must be at least 1"),
+        ({"callback_on_step_end_tensor_inputs": ["pooled"]}, r"not \['pooled'\]"),
     ],
 )
 def test_bad_calls(pipe: SemanticRoutingPipeline, options: dict[str, Any], message: str) -> None:
@@ -351,10 +351,11 @@ def test_generators_of_every_image(pipe: SemanticRoutingPipeline) -> None:
 
 def test_components_that_do_not_fit(pipe: SemanticRoutingPipeline, make_bundle: MakeBundle) -> None:
     parts = {"text_encoder": pipe.text_encoder, "tokenizer": pipe.tokenizer, "scheduler": pipe.scheduler}
+    facts = {"image_size": 16, "null_prompt": "gray", "text": {"layers": "all"}}
 
     def around(arm: str = "depth", **sizes: Any) -> SemanticRoutingPipeline:
         transformer = SemanticRoutingTransformer(**asdict(replace(SIZES, arm=arm, **sizes)))
-        return SemanticRoutingPipeline(**parts, transformer=transformer, image_size=16)
+        return SemanticRoutingPipeline(**parts, transformer=transformer, **facts)
 
     with pytest.raises(ValueError, match="gives layers 2, width 64, but this transformer reads layers 2, width 32"):
         around(text_width=32)
@@ -384,7 +385,7 @@ def test_saved_pipeline_draws_the_same(
     pipe = quiet(make_pipeline(make_bundle(latent=True, layers="1", patch=2)))
     pipe.save_pretrained(str(tmp_path))
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"model_index.json", "text_encoder", "tokenizer", "transformer", "scheduler", "vae"}
+    assert names == {"model_index.json", "pipeline.py", "text_encoder", "tokenizer", "transformer", "scheduler", "vae"}
     capsys.readouterr()
     again = quiet(SemanticRoutingPipeline.from_pretrained(str(tmp_path)))
     assert "annotation" not in capsys.readouterr().err  # diffusers warns of types that it does not understand
@@ -396,7 +397,7 @@ def test_configuration_is_the_networks(tmp_path: Path) -> None:
     transformer = SemanticRoutingTransformer(**asdict(SIZES))
     transformer.save_pretrained(str(tmp_path))
     config = json.loads((tmp_path / "config.json").read_text())
-    assert {key: value for key, value in config.items() if key[0] != "_"} == asdict(SIZES)
+    assert {key: value for key, value in config.items() if key[0] != "_"} == asdict(SIZES) | {"facts": None}
     assert SemanticRoutingTransformer.from_pretrained(str(tmp_path)).backbone.cfg == SIZES
     with torch.device("meta"):
         assert SemanticRoutingTransformer().backbone.cfg == DiTConfig()
@@ -569,3 +570,365 @@ def test_vae_tiling(make_bundle: MakeBundle, pipe: SemanticRoutingPipeline) -> N
     assert np.array_equal(image(), whole)
     with pytest.raises(ValueError, match="draws pixels and has no VAE"):
         pipe.enable_vae_tiling()
+
+
+# --- what a pipeline must know ----------------------------------------------------------------------------
+
+
+@pytest.mark.behaviour(
+    "diffusers",
+    when="a pipeline is built from another's components, `SemanticRoutingPipeline(**pipe.components)`",
+    then="it draws the same pictures: size, null prompt, text settings and precision are in the transformer's config",
+)
+@pytest.mark.parametrize("latent", [False, True])
+def test_pipeline_of_anothers_components(make_bundle: MakeBundle, latent: bool) -> None:
+    bundle = make_bundle(layers="2", latent=latent, patch=2)
+    bundle = replace(bundle, config={"precision": "fp32", "text": {"name_or_path": "tiny"}})
+    bundle.encoder.config = replace(bundle.encoder.config, prefix="Draw this: ")
+    pipe = quiet(make_pipeline(bundle))
+    again = quiet(SemanticRoutingPipeline(**pipe.components))
+    for name in ("image_size", "null_prompt", "text", "precision"):
+        assert again.config[name] == pipe.config[name]
+    assert again.config.text["prefix"] == "Draw this: "
+    assert torch.equal(draw(again), draw(pipe))
+
+
+def test_facts_are_in_the_transformers_folder(pipe: SemanticRoutingPipeline, tmp_path: Path) -> None:
+    pipe.transformer.save_pretrained(str(tmp_path))
+    parts = pipe.components | {"transformer": SemanticRoutingTransformer.from_pretrained(str(tmp_path))}
+    again = quiet(SemanticRoutingPipeline(**parts))
+    assert (again.config.image_size, again.config.null_prompt) == (16, "gray")
+    assert torch.equal(draw(again), draw(pipe))
+    assert SemanticRoutingPipeline(**parts, null_prompt="blue").config.null_prompt == "blue"
+
+
+@pytest.mark.behaviour(
+    "diffusers",
+    when="a pipeline is built around a transformer whose config does not tell image size, null prompt or text settings",
+    then="it is refused in one line that names what to give",
+)
+def test_facts_that_nobody_knows(pipe: SemanticRoutingPipeline) -> None:
+    parts = pipe.components | {"transformer": SemanticRoutingTransformer(**asdict(SIZES))}
+    with pytest.raises(ValueError, match="does not tell image_size and null_prompt and text of the model: give them"):
+        SemanticRoutingPipeline(**parts)
+    with pytest.raises(ValueError, match="does not tell null_prompt of the model"):
+        SemanticRoutingPipeline(**parts, image_size=16, text={"layers": "all"})
+
+
+def test_latents_of_another_kind(make_bundle: MakeBundle, pipe: SemanticRoutingPipeline) -> None:
+    latent = make_pipeline(make_bundle(latent=True, patch=2))
+    with pytest.raises(ValueError, match=r"draws latents of a VAE \(factor 2.* but the pipeline decodes pixels"):
+        SemanticRoutingPipeline(**(latent.components | {"vae": None}))
+    with pytest.raises(ValueError, match="draws pixels, but the pipeline decodes latents of a VAE"):
+        SemanticRoutingPipeline(**(pipe.components | {"vae": latent.vae}))
+    latent.vae.register_to_config(scaling_factor=2.0)
+    with pytest.raises(ValueError, match=r"decodes latents of a VAE .*scale 2"):
+        draw(latent)
+
+
+# --- what callbacks change --------------------------------------------------------------------------------
+
+
+@pytest.mark.behaviour(
+    "diffusers",
+    when="a callback changes `_guidance_scale`, `_interrupt`, latents, prompt embeddings or sigmas in mid-course",
+    then="the next step heeds it",
+)
+def test_callback_turns_guidance_off_and_on(pipe: SemanticRoutingPipeline) -> None:
+    def become(scale: float) -> Callable[..., Any]:
+        def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            pipe._guidance_scale = scale
+            return tensors
+
+        return callback
+
+    guided, plain = draw(pipe), draw(pipe, guidance_scale=1.0)
+    for scale in (1.0, 0.0, 9.0):
+        assert not torch.equal(draw(pipe, callback_on_step_end=become(scale)), guided)
+    assert not torch.equal(draw(pipe, guidance_scale=1.0, callback_on_step_end=become(GUIDANCE)), plain)
+    assert torch.equal(draw(pipe, callback_on_step_end=become(GUIDANCE)), guided)
+    cutoff = diffusers.callbacks.SDCFGCutoffCallback(cutoff_step_ratio=0.0)
+    noise = noise_for(0, [(0, 0)], pipe.latent_shape())
+    one = {"num_inference_steps": STEPS, "latents": noise, "output_type": "latent"}
+    off = pipe("a star", guidance_scale=1.0, **one).images
+    step_0 = pipe("a star", callback_on_step_end=cutoff, callback_on_step_end_tensor_inputs=[], **one).images
+    assert step_0.shape == off.shape
+    with pytest.raises(ValueError, match="guidance_scale is nan"):
+        draw(pipe, callback_on_step_end=become(float("nan")))
+
+
+def test_callback_exchanges_the_prompt_and_its_sigmas(make_bundle: MakeBundle) -> None:
+    for arm in ("depth", "joint"):
+        pipe = quiet(make_pipeline(make_bundle(arm)))
+        stars, null = pipe.encode_prompt(["a star"] * 2), pipe.encode_prompt("gray")
+
+        def swap(
+            pipe: Any, step: int, timestep: Any, tensors: dict[str, Any], stars: Any = stars, null: Any = null
+        ) -> dict[str, Any]:
+            return {"prompt_embeds": stars, "negative_prompt_embeds": null}
+
+        def sigmas(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if step == 1:
+                pipe.scheduler.sigmas[2:-1] *= 0.5
+            return tensors
+
+        names = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+        plain = draw(pipe)
+        changed = draw(pipe, callback_on_step_end=swap, callback_on_step_end_tensor_inputs=names)
+        assert not torch.equal(changed, plain)
+        assert not torch.equal(draw(pipe, callback_on_step_end=sigmas), plain)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("back", "message"),
+    [
+        (None, "returned None; expected the dictionary"),
+        ({"latents": torch.zeros(1)}, r"latents have the shape \(1,\)"),
+        ({"prompt_embeds": torch.zeros(2)}, "prompt_embeds is a Tensor; expected what encode_prompt returns"),
+        ({"latents": torch.full((2, 3, 16, 16), torch.nan)}, "the pictures came out as NaN or infinite"),
+    ],
+)
+def test_what_callbacks_may_not_return(pipe: SemanticRoutingPipeline, back: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw(pipe, callback_on_step_end=lambda *_: back)
+
+
+# --- prompts that were encoded before ---------------------------------------------------------------------
+
+
+@pytest.mark.behaviour(
+    "diffusers",
+    when="`encode_prompt` is called in a pipeline without transformer, and its result drawn in one without encoder",
+    then="the pictures are the same to the last bit",
+)
+@pytest.mark.parametrize("arm", ["depth", "joint", "fusedit"])
+def test_encode_once_and_free_the_language_model(make_bundle: MakeBundle, tmp_path: Path, arm: str) -> None:
+    pipe = quiet(make_pipeline(make_bundle(arm)))
+    expected = draw(pipe)
+    pipe.save_pretrained(str(tmp_path))
+    reader = SemanticRoutingPipeline.from_pretrained(str(tmp_path), transformer=None, vae=None)
+    embeds = {"prompt_embeds": reader.encode_prompt(PROMPTS), "negative_prompt_embeds": reader.encode_prompt("gray")}
+    drawer = quiet(SemanticRoutingPipeline.from_pretrained(str(tmp_path), text_encoder=None, tokenizer=None))
+    noise = noise_for(0, [(0, 0), (1, 0)], pipe.latent_shape())
+    options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "latents": noise, "output_type": "latent"}
+    for other in (pipe, drawer):
+        assert torch.equal(other(**embeds, **options).images, expected)
+    with pytest.raises(ValueError, match="has no text encoder and tokenizer to read prompts: give prompt_embeds"):
+        draw(drawer)
+    with pytest.raises(ValueError, match=r"give negative_prompt_embeds, what encode_prompt\('gray'\) says"):
+        drawer(prompt_embeds=embeds["prompt_embeds"])
+    with pytest.raises(ValueError, match="has no transformer to draw with"):
+        reader("a star")
+    drawer.save_pretrained(str(tmp_path / "drawer"))
+    again = quiet(SemanticRoutingPipeline.from_pretrained(str(tmp_path / "drawer")))
+    assert torch.equal(again(**embeds, **options).images, expected)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_embeds_that_do_not_fit(pipe: SemanticRoutingPipeline) -> None:
+    good = pipe.encode_prompt(["a star"])
+    narrow = replace(good, hidden=good.hidden[..., :32])
+    for options, message in (
+        ({"prompt_embeds": good.hidden}, "prompt_embeds is a Tensor; expected what encode_prompt returns"),
+        ({"prompt_embeds": narrow}, "prompt_embeds has 2 layers of width 32, but this transformer reads 2 layers of"),
+        ({"prompt_embeds": replace(good, mask=good.mask & False)}, "True on one token of every prompt"),
+        ({"prompt_embeds": replace(good, hidden=good.hidden * torch.nan)}, "not finite"),
+        ({"prompt": "a", "prompt_embeds": good}, "say the same thing"),
+        ({"prompt": ["a"] * 3, "negative_prompt_embeds": pipe.encode_prompt(["b"] * 2)}, "2 prompts; expected 1 or 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe(**options)
+
+
+# --- numbers ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.behaviour(
+    "diffusers",
+    when="a size, a number of steps or a guidance scale is `np.int64(32)`, `32.0` or a tensor's number",
+    then="it is taken as the number it is; 32.5, True, a text or NaN is refused as what it is",
+)
+def test_numbers_of_any_type(pipe: SemanticRoutingPipeline) -> None:
+    for eight in (np.int64(8), 8.0, np.float32(8), torch.tensor(8), np.array(8)):
+        (image,) = pipe("a", height=eight, width=24, num_inference_steps=eight, num_images_per_prompt=1.0).images
+        assert image.size == (24, 8)
+    guided = draw(pipe)
+    for scale in (np.float64(GUIDANCE), int(GUIDANCE), torch.tensor(GUIDANCE)):
+        assert torch.equal(draw(pipe, guidance_scale=scale), guided)
+    for name in ("height", "num_inference_steps", "num_images_per_prompt"):
+        for value in (8.5, "8", True, [8], float("nan"), torch.ones(2)):
+            with pytest.raises(ValueError, match=f"{name} is .*; expected a whole number"):
+                draw(pipe, **{name: value})
+    for scale in (float("nan"), float("inf"), 1e38, "3", None):
+        with pytest.raises(ValueError, match=r"guidance_scale is .*; expected a number between -1000 and 1000"):
+            draw(pipe, guidance_scale=scale)
+
+
+@pytest.mark.behaviour(
+    "diffusers",
+    when="weights, noise or a LoRA hold NaN",
+    then="the call ends with an error instead of a black picture",
+)
+def test_pictures_that_are_not_finite(pipe: SemanticRoutingPipeline) -> None:
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        draw(pipe, latents=torch.full((2, 3, 16, 16), torch.inf))
+    pipe.transformer.backbone.proj_out.weight.data[0] = torch.nan
+    for kind in ("latent", "pil"):
+        with pytest.raises(ValueError, match="the pictures came out as NaN or infinite"):
+            draw(pipe, output_type=kind)
+
+
+@pytest.mark.behaviour(
+    "diffusers",
+    when="`guidance_scale` is 1 or less",
+    then="the picture is of the prompt alone, without guidance, as in every pipeline of diffusers",
+)
+def test_no_guidance(pipe: SemanticRoutingPipeline) -> None:
+    plain = draw(pipe, guidance_scale=1.0)
+    for scale in (0, 0.5, -2):
+        assert torch.equal(draw(pipe, guidance_scale=scale), plain)
+
+
+def test_sigmas_and_timesteps(pipe: SemanticRoutingPipeline) -> None:
+    expected = draw(pipe)
+    sigmas = [1.0, 0.8, 0.6, 0.4, 0.2]
+    torch.testing.assert_close(draw(pipe, sigmas=sigmas), expected, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(draw(pipe, timesteps=[1000 * s for s in sigmas]), expected, atol=1e-3, rtol=1e-3)
+    assert not torch.equal(draw(pipe, sigmas=np.array([1.0, 0.1])), expected)
+    for options, message in (
+        ({"sigmas": [0.5, 0.8]}, "sigmas must fall from at most 1"),
+        ({"timesteps": [2000, 3]}, "timesteps must fall from at most 1000"),
+        ({"sigmas": [1.0], "timesteps": [1000]}, "say the same thing"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw(pipe, **options)
+    pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+    with pytest.raises(ValueError, match="makes its own sigmas"):
+        draw(pipe, sigmas=sigmas)
+
+
+def test_usual_attributes(make_bundle: MakeBundle, pipe: SemanticRoutingPipeline) -> None:
+    latent = quiet(make_pipeline(make_bundle(latent=True, patch=2)))
+    assert (pipe.vae_scale_factor, latent.vae_scale_factor) == (1, 2)
+    images = pipe.image_processor.postprocess(draw(pipe), output_type="np")
+    assert np.abs(images - draw(pipe, output_type="np")).max() < 0.01
+    whole = draw(latent, output_type="np")
+    latent.enable_vae_slicing()
+    assert latent.vae.use_slicing
+    assert np.abs(draw(latent, output_type="np") - whole).max() < 0.01
+    latent.disable_vae_slicing()
+    with pytest.raises(ValueError, match="has no VAE to slice"):
+        pipe.enable_vae_slicing()
+    assert torch.equal(draw(SemanticRoutingPipeline.from_pipe(pipe)), draw(pipe))
+
+
+# --- LoRA as elsewhere in diffusers -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def styled(pipe: SemanticRoutingPipeline, tmp_path: Path) -> tuple[SemanticRoutingPipeline, Path, Tensor]:
+    """A pipeline, the folder of a LoRA whose alpha is twice its rank, and what the two draw."""
+    from peft import LoraConfig
+
+    torch.manual_seed(3)
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["qkv", "kv"], init_lora_weights=False)
+    exact(pipe).transformer.add_adapter(config)
+    pipe.save_lora_weights(tmp_path)
+    drawn = draw(pipe)
+    pipe.unload_lora_weights()
+    assert (draw(pipe) - drawn).abs().max() > 0.05
+    return pipe, tmp_path, drawn
+
+
+def near(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() < 1e-3)
+
+
+@pytest.mark.behaviour(
+    "diffusers",
+    when="`fuse_lora()` and `unfuse_lora()` are called without arguments, also of a `torch.compile`d transformer",
+    then="the LoRA is in the weights, and out of them again",
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_lora_is_fused_and_changed(styled: tuple[SemanticRoutingPipeline, Path, Tensor], compiled: bool) -> None:
+    pipe, folder, drawn = styled
+    plain = draw(pipe)
+    if compiled:
+        # The wrapper that torch.compile makes, around nothing that would have to be traced.
+        pipe.transformer = torch._dynamo.disable(pipe.transformer)
+        assert hasattr(pipe.transformer, "_orig_mod")
+    pipe.load_lora_weights(folder, adapter_name="style")
+    assert near(draw(pipe), drawn)
+    pipe.fuse_lora(lora_scale=0.5)
+    assert not near(draw(pipe), drawn)
+    pipe.unfuse_lora()
+    pipe.fuse_lora()
+    assert near(draw(pipe), drawn)
+    pipe.unfuse_lora()
+    pipe.set_adapters("style", 0.0)
+    assert near(draw(pipe), plain)
+    pipe.set_adapters(["style"], adapter_weights=[1.0])
+    pipe.disable_lora()
+    assert near(draw(pipe), plain)
+    pipe.enable_lora()
+    assert near(draw(pipe), drawn)
+    assert pipe.get_active_adapters() == ["style"]
+    assert near(draw(pipe, attention_kwargs={"scale": 0.0}), plain)
+    assert near(draw(pipe, joint_attention_kwargs={"scale": 1.0}), drawn)
+    pipe.save_lora_weights(folder / "again")
+    pipe.delete_adapters("style")
+    assert near(draw(pipe), plain)
+    pipe.load_lora_weights(folder / "again")
+    assert near(draw(pipe), drawn)
+
+
+@pytest.mark.behaviour(
+    "diffusers",
+    when="a LoRA comes as a dictionary, or from a file that does not say its alpha",
+    then="the alpha beside its matrices is used; without one it is asked for in one line",
+)
+def test_lora_by_the_usual_names(styled: tuple[SemanticRoutingPipeline, Path, Tensor]) -> None:
+    from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    pipe, folder, drawn = styled
+    name = "pytorch_lora_weights.safetensors"
+    pipe.load_lora_weights(folder, weight_name=name)
+    layers = get_peft_model_state_dict(pipe.transformer, adapter_name="default_0")
+    SemanticRoutingPipeline.save_lora_weights(folder / "bare", transformer_lora_layers=layers)
+    for source, options in (
+        (folder, {"weight_name": name}),
+        (folder / name, {}),
+        (load_file(folder / name), {}),
+        (pipe.lora_state_dict(folder), {}),
+        (layers, {"network_alphas": 4}),
+        (layers, {"metadata": pipe.transformer.peft_config["default_0"].to_dict()}),
+        (folder / "bare", {"network_alphas": 4}),
+    ):
+        pipe.unload_lora_weights()
+        pipe.load_lora_weights(pretrained_model_name_or_path_or_dict=source, **options)
+        assert near(draw(pipe), drawn)
+    pipe.unload_lora_weights()
+    for source in (layers, folder / "bare"):
+        with pytest.raises(ValueError, match="does not say its alpha"):
+            pipe.load_lora_weights(source)
+
+
+def test_lora_calls_that_are_refused(styled: tuple[SemanticRoutingPipeline, Path, Tensor]) -> None:
+    pipe, folder, _ = styled
+    (folder / "broken.safetensors").write_bytes(b"no")
+    for call, message in (
+        (lambda: pipe.load_lora_weights(folder, weight_name="x.bin"), "read from .safetensors alone"),
+        (lambda: pipe.load_lora_weights(folder, weight_name="broken.safetensors"), "no whole safetensors file"),
+        (lambda: pipe.load_lora_weights({"unet.down.lora_A.weight": torch.ones(2, 2)}), "no LoRA of this transformer"),
+        (lambda: pipe.load_lora_weights(folder, lora_scale=2), "unknown argument 'lora_scale'"),
+        (lambda: pipe.save_lora_weights(folder), "has no LoRA to save"),
+        (lambda: pipe.save_lora_weights(folder, safe_serialization=False), "written as .safetensors alone"),
+        (lambda: SemanticRoutingPipeline.save_lora_weights(folder), "give transformer_lora_layers"),
+        (lambda: draw(pipe, attention_kwargs={"scale": 0.5}), "no LoRA is loaded"),
+        (lambda: draw(pipe, attention_kwargs={"ip_adapter": 1}), "takes a LoRA's scale and no more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -48,7 +48,7 @@ strategy **{arm}**; a pipeline of [diffusers](https://huggingface.co/docs/diffus
 ## Use
 
 ```python
-from semantic_routing.pipeline import SemanticRoutingPipeline  # pip install "semantic-routing[diffusers]"
+from semantic_routing import SemanticRoutingPipeline  # pip install "semantic-routing[diffusers]"
 
 pipe = SemanticRoutingPipeline.from_pretrained("this folder, or its name on the hub")
 image = pipe({prompt!r}, num_inference_steps=50, guidance_scale=6.0).images[0]
@@ -61,9 +61,6 @@ The image that `semroute sample --seed 0` draws for prompt 0 starts from the noi
 
 {training}
 """
-
-IMPORT = "from semantic_routing.pipeline import SemanticRoutingPipeline\n"
-"""The folder's ``pipeline.py``, where ``DiffusionPipeline.from_pretrained`` looks for a ``custom_pipeline``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +92,6 @@ def _export(args: ExportArguments) -> Path:
     try:
         with written_whole(args.out) as scratch, quiet_transformers():
             pipe.save_pretrained(str(scratch))
-            (scratch / "pipeline.py").write_text(IMPORT, encoding="utf-8")
             (scratch / "README.md").write_text(model_card(bundle, averaged=args.averaged), encoding="utf-8")
     finally:
         if progress:
@@ -117,7 +113,7 @@ def make_pipeline(bundle: Bundle) -> SemanticRoutingPipeline:
         image_size=bundle.image_size,
         null_prompt=bundle.null_prompt,
         precision=bundle.config.get("precision", "auto"),
-        text=text | {"total_layers": shape.total_layers},
+        text=text | {"total_layers": shape.total_layers, "keys_and_values": bundle.model.cfg.arm == "fusedit"},
     )
 
 

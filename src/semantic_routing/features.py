@@ -38,6 +38,11 @@ class TextFeatures:
                 "batch and length; expected hidden [L, B, N, C] and mask [B, N]"
             )
 
+    def __getitem__(self, prompts: slice) -> TextFeatures:
+        """The features of some of the prompts."""
+        keys, values = (None if x is None else x[:, prompts] for x in (self.keys, self.values))
+        return TextFeatures(self.hidden[:, prompts], self.mask[prompts], keys, values)
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextFeatures:
         """The same features on another device or in another floating-point type."""
 

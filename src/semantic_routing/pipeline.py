@@ -8,154 +8,260 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    FlowMatchLCMScheduler,
-    ImagePipelineOutput,
-    SchedulerMixin,
-)
+from diffusers import AutoencoderKL, ImagePipelineOutput, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from semantic_routing.codec import Codec, PixelCodec, VAECodec
-from semantic_routing.config import from_dict
-from semantic_routing.device import use_bfloat16
+from semantic_routing.codec import Codec
+from semantic_routing.components import Components
+from semantic_routing.conditioning import Conditioning, check_embeds, repeated
+from semantic_routing.facts import latents_of, resolve
 from semantic_routing.features import TextFeatures
-from semantic_routing.generate import check_channels, check_encoder, latent_shape
-from semantic_routing.sampler import Velocity, extrapolated, join, schedule
-from semantic_routing.text_encoder import TextEncoder, TextEncoderConfig
+from semantic_routing.flow_schedulers import Numbers, asked_sigmas, set_times, time_of
+from semantic_routing.lora import TransformerLora, lora_scaled
+from semantic_routing.numerals import Number, finite, whole
 from semantic_routing.transformer import SemanticRoutingTransformer
 
-FLOW_MATCHING = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
-"""Schedulers that always integrate a flow; others do with ``use_flow_sigmas``."""
-PRECISIONS = ("auto", "bf16", "fp32")
+LARGEST_GUIDANCE = 1000.0
+"""Above it no picture is left, and float32 overflows before long."""
 OutputType = Literal["pil", "np", "pt", "latent"]
 OnStepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 """(pipeline, step, timestep, tensors) -> tensors to go on with."""
 
 
-class SemanticRoutingPipeline(DiffusionPipeline, LoraBaseMixin):
+class SemanticRoutingPipeline(Components, TransformerLora):
     """Text to images: a language model, the transformer that reads all its layers, a flow-matching scheduler.
 
-    A model of pixels has no ``vae``. Components can be exchanged as in any pipeline; what does not fit together
-    is a ValueError that names both sides.
+    A model of pixels has no ``vae``. Without ``text_encoder`` and ``tokenizer`` it draws from what ``encode_prompt`` of
+    another said; without ``transformer`` that is all it does. Components can be exchanged as in any pipeline; what does
+    not fit together is a ValueError that names both sides.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _optional_components: ClassVar[list[str]] = ["vae"]
-    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
-    _lora_loadable_modules: ClassVar[list[str]] = ["transformer"]
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    _guidance_scale: Number = 6.0
+    _interrupt = False
+    _num_timesteps = 0
 
     def __init__(
         self,
-        text_encoder: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        transformer: SemanticRoutingTransformer,
+        text_encoder: PreTrainedModel | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        transformer: SemanticRoutingTransformer | None,
         scheduler: SchedulerMixin,
         vae: AutoencoderKL | None = None,
-        image_size: int = 256,
-        null_prompt: str = "",
+        image_size: int | None = None,
+        null_prompt: str | None = None,
         text: dict[str, Any] | None = None,
-        precision: str = "auto",
+        precision: str | None = None,
     ) -> None:
         """``image_size`` is the side of images in pixels unless a call asks for another.
 
         ``null_prompt`` is what the model learned as "no prompt". ``text`` holds fields of ``TextEncoderConfig``
-        and ``total_layers``, the depth of the language model that ``text_encoder`` was cut from. ``precision`` is
-        the type of products with float32 weights, as in training and in ``semroute sample``: "auto" is bfloat16
-        where the hardware has it. Weights loaded in a narrower type always run in that type.
+        and ``total_layers``, the depth of the language model that ``text_encoder`` was cut from, and for fusedit
+        ``keys_and_values=True``. ``precision`` is the type of products with float32 weights, as in training and in
+        ``semroute sample``: "auto" is bfloat16 where the hardware has it. Weights loaded in a narrower type always
+        run in that type. What is not given is taken from the transformer's configuration, where the pipeline that it
+        was in left it.
         """
         super().__init__()
-        if precision not in PRECISIONS:
-            raise ValueError(f"unknown precision {precision!r}; use one of {', '.join(PRECISIONS)}")
+        facts = resolve(transformer, image_size=image_size, null_prompt=null_prompt, text=text, precision=precision)
         self.register_modules(
             text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer, scheduler=scheduler, vae=vae
         )
-        self.register_to_config(image_size=image_size, null_prompt=null_prompt, text=text, precision=precision)
-        self._check_components()
+        self.register_to_config(**facts)
+        if transformer is not None:
+            codec = self.check_components()
+            transformer.register_to_config(facts=facts | {"codec": latents_of(codec)})
 
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str],
+        prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 6.0,
-        num_images_per_prompt: int = 1,
+        height: Number | None = None,
+        width: Number | None = None,
+        num_inference_steps: Number = 50,
+        guidance_scale: Number = 6.0,
+        num_images_per_prompt: Number = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Float[Tensor, "B Ch h w"] | None = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: OnStepEnd | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        *,
+        prompt_embeds: TextFeatures | None = None,
+        negative_prompt_embeds: TextFeatures | None = None,
+        sigmas: Numbers | None = None,
+        timesteps: Numbers | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Images of prompts, those of one prompt after another.
 
-        ``negative_prompt`` takes the null prompt's place in guidance; a ``guidance_scale`` of 1 is none.
-        ``latents`` is the starting noise, by default drawn from ``generator``; ``sampler.noise_for`` gives that of
-        ``semroute sample``. ``output_type`` is "pil", "np" [B, H, W, 3] or "pt" [B, 3, H, W] with values from 0
-        to 1, or "latent". Raises ValueError for what does not fit: components, scheduler, sizes.
+        ``negative_prompt`` takes the null prompt's place in guidance; a ``guidance_scale`` of 1 or less is none, as in
+        all of diffusers: images of the prompt alone. ``prompt_embeds`` and ``negative_prompt_embeds`` are what
+        ``encode_prompt`` says of either, here or in another pipeline. ``latents`` is the starting noise, by default
+        drawn from ``generator``; ``sampler.noise_for`` gives that of ``semroute sample``. ``sigmas``, or ``timesteps``
+        (1000 sigma), take the place of ``num_inference_steps`` equal steps. ``attention_kwargs`` may be {"scale": 0.5},
+        of LoRA's strength. ``output_type`` is "pil", "np" [B, H, W, 3] or "pt" [B, 3, H, W] with values from 0 to 1,
+        or "latent". Callbacks may change ``_guidance_scale``, ``_interrupt``, the scheduler's sigmas and the tensors
+        that they are given. Raises ValueError for what does not fit: components, scheduler, sizes, numbers.
         """
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(prompts, list | tuple) or not all(isinstance(text, str) for text in prompts):
-            raise ValueError(f"prompt is {prompt!r}; expected a text or a list of texts")
-        if not prompts or num_images_per_prompt < 1:
-            raise ValueError(f"nothing to draw: {len(prompts)} prompts, {num_images_per_prompt} images for each")
+        codec = self.check_components()
+        self._guidance_scale, self._interrupt = guidance_scale, False
+        self._scale()  # refused here rather than after the text was read
         if output_type not in get_args(OutputType):
             raise ValueError(f"unknown output_type {output_type!r}; use one of {', '.join(get_args(OutputType))}")
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(f"a callback can have {self._callback_tensor_inputs}, but not {sorted(unknown)}")
-        codec = self._check_components()
-        self._guidance_scale, self._interrupt = guidance_scale, False
+        images = whole("num_images_per_prompt", num_images_per_prompt)
+        asked = asked_sigmas(num_inference_steps, sigmas, timesteps)
+        lora = _lora_scale(attention_kwargs, joint_attention_kwargs)
+        count = self.check_inputs(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        x = self._start((count * images, *self.latent_shape(height, width)), generator, latents)
+        options = (
+            {} if "generator" not in inspect.signature(self.scheduler.step).parameters else {"generator": generator}
+        )
+        set_times(self.scheduler, asked, x.device)
+        with lora_scaled(self.transformer, lora):
+            told = self._conditioning(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, images)
+            x = self._integrate(x, told, options, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        if not x.isfinite().all():
+            raise ValueError(
+                "the pictures came out as NaN or infinite: the weights (or a LoRA's) are damaged, or too large for "
+                f"{self.product_type(x.device)}; look at the weights, or load them with dtype=torch.float32"
+            )
+        result = x if output_type == "latent" else _as(output_type, codec, x)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=result) if return_dict else (result,)
+
+    def check_inputs(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: TextFeatures | None = None,
+        negative_prompt_embeds: TextFeatures | None = None,
+    ) -> int:
+        """The number of prompts; ValueError where they, or what stands for them, are not what a call takes."""
+        if prompt is not None and prompt_embeds is not None:
+            raise ValueError("prompt and prompt_embeds say the same thing; give one of them")
+        if negative_prompt is not None and negative_prompt_embeds is not None:
+            raise ValueError("negative_prompt and negative_prompt_embeds say the same thing; give one of them")
+        cfg = self.transformer.backbone.cfg
+        if prompt_embeds is None:
+            count = len(self._texts("prompt", prompt))
+        else:
+            count = len(getattr(prompt_embeds, "mask", ()))
+            check_embeds("prompt_embeds", prompt_embeds, cfg, (max(count, 1),))
+        if negative_prompt_embeds is not None:
+            check_embeds("negative_prompt_embeds", negative_prompt_embeds, cfg, (1, count))
+        elif negative_prompt is not None:
+            negatives = len(self._texts("negative_prompt", negative_prompt))
+            if negatives not in (1, count):
+                raise ValueError(f"{negatives} negative prompts for {count} prompts; give one, or one for each")
+        elif self.do_classifier_free_guidance and self.text_encoder is None:
+            raise ValueError(
+                "this pipeline has no text encoder to read the null prompt: give negative_prompt_embeds, what "
+                f"encode_prompt({self.config.null_prompt!r}) says, or guidance_scale=1"
+            )
+        return count
+
+    def _texts(self, name: str, texts: Any) -> list[str]:
+        """The texts of an argument as a list."""
+        listed = [texts] if isinstance(texts, str) else texts
+        if not isinstance(listed, list | tuple) or not all(isinstance(text, str) for text in listed):
+            raise ValueError(f"{name} is {texts!r}; expected a text or a list of texts")
+        if not listed:
+            raise ValueError(f"nothing to draw: {name} is an empty list")
+        self.encoder()  # refused here where there is none
+        return list(listed)
+
+    def _start(self, shape: tuple[int, ...], generator: Any, latents: Any) -> Float[Tensor, "B Ch h w"]:
+        """The noise to begin with, as it was given or drawn."""
         device = self._execution_device
-        shape = (len(prompts) * num_images_per_prompt, *self.latent_shape(height, width))
         if isinstance(generator, list) and len(generator) not in (1, shape[0]):
             raise ValueError(f"{len(generator)} generators for {shape[0]} images; give one, or one for each")
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        elif latents.shape != shape:
-            raise ValueError(f"latents have the shape {tuple(latents.shape)}, but these images need {shape}")
-        x = latents.to(device, torch.float32)
-        velocity = self._velocity(prompts, negative_prompt, num_images_per_prompt, guidance_scale, device)
-        times = self._set_times(num_inference_steps, device)
-        accepts_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        options = {"generator": generator} if accepts_generator else {}
+            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        return _checked_latents(latents, shape).to(device, torch.float32)
+
+    def _conditioning(self, prompt: Any, negative: Any, embeds: Any, negative_embeds: Any, images: int) -> Conditioning:
+        """What the transformer is told: ``images`` rows for each prompt."""
+        device = self._execution_device
+
+        def read(texts: Any, known: TextFeatures | None) -> TextFeatures:
+            return self.encode_prompt(texts) if known is None else self.as_products_need(known)
+
+        def read_null() -> TextFeatures:
+            null = read(self.config.null_prompt if negative is None else negative, negative_embeds)
+            return null if len(null.mask) == 1 else repeated(null, images)
+
+        told = Conditioning(
+            self.transformer, repeated(read(prompt, embeds), images), read_null, lambda: self.products(device)
+        )
+        if self.do_classifier_free_guidance:
+            told.null  # noqa: B018  (read now, while the language model is at hand)
+        return told
+
+    def _integrate(
+        self, x: Tensor, told: Conditioning, options: dict[str, Any], callback: Any, inputs: Sequence[str]
+    ) -> Tensor:
+        """The latents that the scheduler ends with; whatever a callback may change is looked at in every step."""
+        self._num_timesteps = len(self.scheduler.timesteps)
+        scheduler, i = self.scheduler, 0
         with self.progress_bar(total=self._num_timesteps) as bar:
-            for i, timestep in enumerate(self.scheduler.timesteps):
-                if self.interrupt:
-                    continue
-                v = velocity(x, times[i, None].to(device))
-                x = self.scheduler.step(-v, timestep, x, return_dict=False, **options)[0]
-                if callback_on_step_end is not None:
-                    tensors = {"latents": x} if "latents" in callback_on_step_end_tensor_inputs else {}
-                    x = callback_on_step_end(self, i, timestep, tensors).pop("latents", x)
+            while i < len(scheduler.timesteps) and not self.interrupt:
+                timestep = scheduler.timesteps[i]
+                v = told.velocity(x, time_of(scheduler, i, x.device), self._scale())
+                x = scheduler.step(-v, timestep, x, return_dict=False, **options)[0]
+                if callback is not None:
+                    x = self._call_back(callback, inputs, i, timestep, x, told)
+                if self.scheduler is not scheduler:
+                    raise ValueError("a callback exchanged the scheduler, which has to last for a whole call")
                 bar.update()
-        images = x if output_type == "latent" else _as(output_type, codec, x)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+                i += 1
+        return x
+
+    def _call_back(
+        self, callback: Any, inputs: Sequence[str], step: int, timestep: Any, x: Tensor, told: Conditioning
+    ) -> Tensor:
+        """Let a callback have and change what it asked for; the latents to go on with."""
+        cfg, rows = self.transformer.backbone.cfg, len(x)
+        tensors = {"latents": x, "prompt_embeds": told.prompt}
+        if "negative_prompt_embeds" in inputs:
+            tensors["negative_prompt_embeds"] = told.null
+        back = callback(self, step, timestep, {name: tensors[name] for name in inputs})
+        if not isinstance(back, dict):
+            raise ValueError(f"callback_on_step_end returned {back!r}; expected the dictionary of tensors that it got")
+        prompt, null = back.get("prompt_embeds", told.prompt), back.get("negative_prompt_embeds")
+        if prompt is not told.prompt:
+            prompt = check_embeds("a callback's prompt_embeds", prompt, cfg, (rows,))
+            told.prompt = self.as_products_need(prompt)
+        if null is not None and null is not tensors.get("negative_prompt_embeds"):
+            null = check_embeds("a callback's negative_prompt_embeds", null, cfg, (1, rows))
+            told.null = self.as_products_need(null)
+        return _checked_latents(back.get("latents", x), tuple(x.shape)).to(x.device, torch.float32)
 
     @property
     def guidance_scale(self) -> float:
         """Scale of guidance of the call in progress, for callbacks."""
-        return self._guidance_scale
+        return self._scale()
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the call in progress is guided: at a scale above 1."""
+        return self._scale() > 1
 
     @property
     def num_timesteps(self) -> int:
@@ -167,142 +273,8 @@ class SemanticRoutingPipeline(DiffusionPipeline, LoraBaseMixin):
         """Whether a callback asked to stop, by setting ``_interrupt``."""
         return self._interrupt
 
-    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """Shape (channels, h, w) of the latents of an image in pixels; ValueError where patches do not divide it."""
-        height, width = (self.config.image_size if side is None else side for side in (height, width))
-        return latent_shape(self.codec(), self.transformer.backbone.cfg, height, width)
-
-    def encode_prompt(self, prompts: Sequence[str]) -> TextFeatures:
-        """What the text encoder says about the prompts, where and as the transformer's products need it."""
-        features = self.encoder().encode(prompts, with_kv=self.transformer.config.arm == "fusedit")
-        device = self._execution_device
-        return features.to(device, torch.float32 if self._product_type(device) == torch.float32 else None)
-
-    def enable_vae_tiling(self) -> None:
-        """Decode large images in overlapping tiles: less memory, other pixels. ValueError for a model of pixels."""
-        self._vae().enable_tiling()
-
-    def disable_vae_tiling(self) -> None:
-        """Decode images whole again."""
-        self._vae().disable_tiling()
-
-    def save_lora_weights(self, save_directory: Path | str, adapter_name: str = "default") -> None:
-        """Write the transformer's LoRA adapter as ``pytorch_lora_weights.safetensors``."""
-        from peft.utils import get_peft_model_state_dict
-
-        layers = get_peft_model_state_dict(self.transformer, adapter_name=adapter_name)
-        config = self.transformer.peft_config[adapter_name].to_dict()
-        metadata = {key: sorted(x) if isinstance(x, set) else x for key, x in config.items()}  # JSON lacks sets
-        self._save_lora_weights(str(save_directory), {"transformer": layers}, {"transformer": metadata})
-
-    def load_lora_weights(self, source: Path | str | dict[str, Tensor], adapter_name: str | None = None) -> None:
-        """Add to the transformer a LoRA adapter that ``save_lora_weights`` wrote."""
-        self.transformer.load_lora_adapter(
-            source if isinstance(source, dict) else str(source),
-            prefix="transformer",
-            adapter_name=adapter_name,
-            use_safetensors=True,
-            _pipeline=self,  # so that offloaded components are put back
-        )
-
-    def _velocity(
-        self,
-        prompts: list[str],
-        negative: str | list[str] | None,
-        images: int,
-        scale: float,
-        device: torch.device,
-    ) -> Velocity:
-        """The guided velocity for ``images`` of each prompt; text is read once, prepared once where time allows."""
-        features = _repeated(self.encode_prompt(prompts), images)
-        if scale != 1:
-            negative = self.config.null_prompt if negative is None else negative
-            nulls = [negative] if isinstance(negative, str) else negative
-            if len(nulls) not in (1, len(prompts)):
-                raise ValueError(f"{len(nulls)} negative prompts for {len(prompts)} prompts; give one, or one for each")
-            null = self.encode_prompt(nulls)
-            features = join(features, null if len(nulls) == 1 else _repeated(null, images))
-        with self._products(device):
-            once = None if self.transformer.depends_on_time else self.transformer.prepare_text(features)
-
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            with self._products(device):
-                context = once
-                if context is None:
-                    context = self.transformer.prepare_text(features, self.transformer.gate_time(x, t))
-                return self.transformer(x, t, context).float()
-
-        return velocity if scale == 1 else extrapolated(velocity, scale)
-
-    def _set_times(self, steps: int, device: torch.device) -> Float[Tensor, " T"]:
-        """Prepare the scheduler for ``steps`` steps; the time t of each of its timesteps.
-
-        Where it takes sigmas it is given this program's schedule, which it may shift. Times are 1 - sigma: some
-        schedulers round their timesteps to integers.
-        """
-        _check_scheduler(self.scheduler)
-        if "sigmas" in inspect.signature(self.scheduler.set_timesteps).parameters:
-            self.scheduler.set_timesteps(sigmas=(1 - schedule(steps)[:-1]).numpy(), device=device)
-        else:
-            self.scheduler.set_timesteps(steps, device=device)
-        self.scheduler.set_begin_index(0)
-        self._num_timesteps = len(self.scheduler.timesteps)
-        sigmas = self.scheduler.sigmas.float().cpu()
-        if len(sigmas) != self._num_timesteps + 1 or sigmas[0] > 1 or (sigmas.diff() > 0).any():
-            raise ValueError(
-                f"{type(self.scheduler).__name__} goes through sigmas from {sigmas[0]:g} to {sigmas[-1]:g}, but flow "
-                "matching needs them to fall from at most 1: leave out its other options for sigmas"
-            )
-        return 1 - sigmas[:-1]
-
-    def _product_type(self, device: torch.device) -> torch.dtype:
-        """The type of matrix products: that of narrow weights, or what ``precision`` says of float32 ones."""
-        dtype = self.transformer.dtype
-        wide = dtype == torch.float32
-        return torch.bfloat16 if wide and use_bfloat16(self.config.precision, device) else dtype
-
-    def _products(self, device: torch.device) -> AbstractContextManager[None]:
-        """A context in which products have their type."""
-        dtype = self._product_type(device)
-        return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-
-    def encoder(self) -> TextEncoder:
-        """The text encoder as training used it."""
-        settings = dict(self.config.text or {})
-        total = settings.pop("total_layers", 0)
-        settings.setdefault("name_or_path", self.text_encoder.name_or_path or "the text encoder")
-        config = from_dict(TextEncoderConfig, settings, "text.")
-        return TextEncoder.from_model(self.text_encoder, self.tokenizer, config, total)
-
-    def codec(self) -> Codec:
-        return PixelCodec() if self.vae is None else VAECodec(self.vae)
-
-    def _vae(self) -> Any:
-        if self.vae is None:
-            raise ValueError("this model draws pixels and has no VAE to tile")
-        return self.vae
-
-    def _check_components(self) -> Codec:
-        """Raise where two components were not made for each other; the codec."""
-        codec = self.codec()
-        check_encoder(self.encoder().shape, self.transformer.backbone.cfg)
-        check_channels(codec, self.transformer.backbone.cfg)
-        return codec
-
-
-def _check_scheduler(scheduler: Any) -> None:
-    """Raise unless the scheduler integrates a flow from sigma 1 to 0."""
-    name, config = type(scheduler).__name__, scheduler.config
-    prediction, flow_sigmas = config.get("prediction_type", "flow_prediction"), config.get("use_flow_sigmas", False)
-    if not (isinstance(scheduler, FLOW_MATCHING) or flow_sigmas) or prediction != "flow_prediction":
-        raise ValueError(
-            f"this transformer predicts a flow's velocity, but {name} with prediction_type={prediction!r} and "
-            f"use_flow_sigmas={flow_sigmas} is not flow matching: use FlowMatchEulerDiscreteScheduler, or a scheduler "
-            "made with use_flow_sigmas=True and prediction_type='flow_prediction'"
-        )
-    for option in ("use_dynamic_shifting", "invert_sigmas"):
-        if config.get(option):
-            raise ValueError(f"{name} has {option}=True, which this transformer was not trained for; make it False")
+    def _scale(self) -> float:
+        return finite("guidance_scale", self._guidance_scale, at_most=LARGEST_GUIDANCE)
 
 
 def _as(output_type: str, codec: Codec, latents: Tensor) -> Any:
@@ -315,11 +287,18 @@ def _as(output_type: str, codec: Codec, latents: Tensor) -> Any:
     return [Image.fromarray(image) for image in pixels.numpy()]
 
 
-def _repeated(features: TextFeatures, times: int) -> TextFeatures:
-    """The features of every prompt ``times`` times in a row."""
+def _checked_latents(latents: Any, shape: tuple[int, ...]) -> Tensor:
+    """The latents, if they are a tensor of floating-point numbers in this shape."""
+    if not isinstance(latents, Tensor) or not latents.is_floating_point():
+        raise ValueError(f"latents are a {type(latents).__name__}; expected a tensor of floating-point numbers")
+    if latents.shape != shape:
+        raise ValueError(f"latents have the shape {tuple(latents.shape)}, but these images need {shape}")
+    return latents
 
-    def repeat(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.repeat_interleave(times, dim=1)
 
-    hidden, mask = features.hidden.repeat_interleave(times, dim=1), features.mask.repeat_interleave(times, dim=0)
-    return TextFeatures(hidden, mask, repeat(features.keys), repeat(features.values))
+def _lora_scale(*given: dict[str, Any] | None) -> float:
+    """What ``attention_kwargs`` may hold, by either of its names: a scale of LoRA, by default 1."""
+    options = {name: value for kwargs in given if kwargs is not None for name, value in kwargs.items()}
+    if unknown := sorted(set(options) - {"scale"}):
+        raise ValueError(f"attention_kwargs hold {unknown}, but this transformer takes a LoRA's scale and no more")
+    return finite("the scale of attention_kwargs", options.get("scale", 1.0), at_most=LARGEST_GUIDANCE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from inspect import Parameter, Signature, signature
+from inspect import Signature, signature
 from typing import Any, ClassVar
 
 import torch
@@ -20,17 +20,18 @@ from semantic_routing.fusedit import make_model
 
 
 def _fields_of_config(init: Any) -> Any:
-    """Show the fields of ``DiTConfig`` as the arguments: diffusers reads a model's settings off its signature."""
-    own = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)
-    init.__signature__ = Signature([own, *signature(DiTConfig).parameters.values()])
+    """Show the fields of ``DiTConfig`` as arguments: diffusers reads a model's settings off its signature."""
+    own, facts, _ = signature(init).parameters.values()
+    init.__signature__ = Signature([own, *signature(DiTConfig).parameters.values(), facts])
     return init
 
 
 class SemanticRoutingTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """A ``Backbone`` with the ``save_pretrained`` and ``from_pretrained`` of diffusers.
 
-    Its configuration is ``DiTConfig``'s, field by field; its weights are those of ``backbone``. Time and sign
-    are this program's (``flow.py``); ``SemanticRoutingPipeline`` translates for schedulers.
+    Its configuration is ``DiTConfig``'s, field by field, and the ``facts`` that pipelines need (``facts.py``); its
+    weights are those of ``backbone``. Time and sign are this program's (``flow.py``); ``SemanticRoutingPipeline``
+    translates for schedulers.
     """
 
     _no_split_modules: ClassVar[list[str]] = ["Block", "FuseBlock"]
@@ -41,7 +42,7 @@ class SemanticRoutingTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     @register_to_config
     @_fields_of_config
-    def __init__(self, **fields: Any) -> None:
+    def __init__(self, *, facts: dict[str, Any] | None = None, **fields: Any) -> None:
         super().__init__()
         self.backbone: Backbone = make_model(DiTConfig(**fields))
 
@@ -73,3 +74,7 @@ class SemanticRoutingTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     ) -> Float[Tensor, "B Ch h w"]:
         """Velocity (data minus noise) at the noisy latents ``x`` and times ``t`` (0 noise, 1 data)."""
         return self.backbone(x, t, context)
+
+
+# Files name the package's face, so that the code may move; see ``semantic_routing.__getattr__``.
+SemanticRoutingTransformer.__module__ = "semantic_routing"
