@@ -493,7 +493,7 @@ def test_no_tokenizer(build: Callable[[], nn.Module], tmp_path: Path) -> None:
 def test_more_tokens_than_positions(tmp_path: Path) -> None:
     sizes = {"vocab_size": 16, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 8}
     save(tmp_path, lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)))
-    with pytest.raises(ValueError, match="max_tokens is 512, but .* has 8 positions"):
+    with pytest.raises(ValueError, match=r"max_tokens is 512, but .* has 8 positions"):
         load(tmp_path)
     assert load(tmp_path, max_tokens=8).encode(["red"]).hidden.shape[-1] == 8
 
