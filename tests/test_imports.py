@@ -42,6 +42,7 @@ ORDER = [
     "flops",
     "optim",
     # text in, images out
+    "text_loading",
     "text_encoder",
     "tiny_lm",
     "codec",

@@ -7,6 +7,7 @@ import json
 import warnings
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -484,11 +485,31 @@ def test_no_tokenizer(build: Callable[[], nn.Module], tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_other_architectures_are_refused(tmp_path: Path) -> None:
+@pytest.mark.behaviour(
+    "Text encoders",
+    when="max_tokens is above the positions that the language model has learned",
+    then="loading refuses it and names both numbers",
+)
+def test_more_tokens_than_positions(tmp_path: Path) -> None:
     sizes = {"vocab_size": 16, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 8}
     save(tmp_path, lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)))
-    with pytest.raises(ValueError, match="GPT2Model is not a supported text encoder"):
+    with pytest.raises(ValueError, match=r"max_tokens is 512, but .* has 8 positions"):
         load(tmp_path)
+    assert load(tmp_path, max_tokens=8).encode(["red"]).hidden.shape[-1] == 8
+
+
+@pytest.mark.behaviour(
+    "Text encoders",
+    when="several threads read prompts with one text encoder",
+    then="each gets what it gets alone, bit for bit",
+)
+def test_threads_share_an_encoder(folder: Path) -> None:
+    encoder = load(folder)
+    prompts = [PROMPT, "blue", "the square"] * 10
+    alone = [encoder.encode([prompt]).hidden for prompt in prompts]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda prompt: encoder.encode([prompt]).hidden, prompts))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 def test_loading_leaves_no_trace_in_transformers_settings(folder: Path) -> None:

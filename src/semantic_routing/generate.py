@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -43,6 +44,9 @@ from semantic_routing.sampler import (
 from semantic_routing.text_encoder import TextEncoder, TextEncoderConfig, TextShape
 
 ALONE = Processes()
+_ROUNDING = threading.Lock()
+_ROUNDED: dict[nn.Module, tuple[int, list[tuple[nn.Parameter, Tensor]]]] = {}
+"""Networks whose weights are rounded now: by how many calls, and what the weights are."""
 TINY = "tiny"
 """Name of the text encoder that a run makes for itself (``tiny_lm.py``) ..."""
 TEXT_ENCODER = "text_encoder"
@@ -184,15 +188,27 @@ def rounded_once(model: nn.Module, bf16: bool) -> Iterator[None]:
 
     Sharded weights stay as they are: they are gathered in bfloat16.
     """
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear)] if bf16 else []
-    exact = [(p, p.data) for m in linears for p in m.parameters() if not isinstance(p.data, DTensor)]
+    if not bf16:
+        yield
+        return
+    with _ROUNDING:  # calls in several threads share the weights: the first rounds, the last puts back
+        users, exact = _ROUNDED.get(model, (0, []))
+        if not users:
+            linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+            exact = [(p, p.data) for m in linears for p in m.parameters() if not isinstance(p.data, DTensor)]
+            for p, x in exact:
+                p.data = x.bfloat16()
+        _ROUNDED[model] = users + 1, exact
     try:
-        for p, x in exact:
-            p.data = x.bfloat16()
         yield
     finally:
-        for p, x in exact:
-            p.data = x
+        with _ROUNDING:
+            users, exact = _ROUNDED.pop(model)
+            if users > 1:
+                _ROUNDED[model] = users - 1, exact
+            else:
+                for p, x in exact:
+                    p.data = x
 
 
 def compile_network(model: Backbone) -> None:
