@@ -51,7 +51,7 @@ class Conditioning:
     def null(self, features: TextFeatures) -> None:
         self._null = features
 
-    def velocity(self, x: Float[Tensor, "B *shape"], t: Float[Tensor, " 1"], scale: float) -> Float[Tensor, "B *shape"]:
+    def velocity(self, x: Float[Tensor, " B *shape"], t: Float[Tensor, " 1"], scale: float) -> Float[Tensor, " B *shape"]:
         """The velocity at latents and time: guided where ``scale`` is above 1, else of the prompts alone."""
         self._read((self.prompt, self.null) if scale > 1 else (self.prompt,))
         return extrapolated(self._velocity, scale)(x, t) if scale > 1 else self._velocity(x, t)
