@@ -38,6 +38,7 @@ ORDER = [
     "flops",
     "optim",
     # text in, images out
+    "storage",
     "text_encoder",
     "tiny_lm",
     "codec",
@@ -71,7 +72,6 @@ ORDER = [
     "data.rows",
     "data.loader",
     # runs
-    "storage",
     "checkpoint",
     "pictures",
     "webpage",

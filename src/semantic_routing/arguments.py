@@ -11,6 +11,25 @@ from typing import Any, TypeVar, get_type_hints
 import tyro
 
 T = TypeVar("T")
+WORDS = {
+    "guidance": ("cfg", "cfg-scale", "guidance-scale", "scale"),
+    "steps": ("num-inference-steps", "sampling-steps", "max-train-steps", "max-steps", "train-steps", "num-steps"),
+    "images-per-prompt": ("n", "num-images-per-prompt", "num-images", "batch-count", "n-samples"),
+    "negative-prompt": ("negative", "neg", "uncond"),
+    "batch": ("batch-size", "train-batch-size", "b"),
+    "lr": ("learning-rate",),
+    "out": ("output-dir", "output", "outdir", "save-path", "o"),
+    "sampler": ("scheduler", "sampler-name", "sampling-method"),
+    "height": ("h", "image-height"),
+    "width": ("w", "image-width"),
+    "image-size": ("resolution", "size"),
+    "model": ("ckpt", "checkpoint", "pretrained-model-name-or-path"),
+    "accumulate": ("gradient-accumulation-steps",),
+    "warmup": ("lr-warmup-steps",),
+    "precision": ("mixed-precision",),
+    "clip": ("max-grad-norm",),
+}
+"""Our options, and what diffusers, kohya, ComfyUI and others call them."""
 
 
 def parse(cls: type[T], args: list[str], *, prog: str, default: T | None = None) -> T:
@@ -24,7 +43,7 @@ def parse(cls: type[T], args: list[str], *, prog: str, default: T | None = None)
     for i, name in enumerate(named):
         if name not in [*known, "--help"]:
             parts = [option for option in known if option.startswith(f"{name}.")]
-            close = parts[:1] or get_close_matches(name, known, n=1, cutoff=0.5)
+            close = parts[:1] or _elsewhere(name, known) or get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]}?" if close else f"{prog} --help lists the options"
             raise ValueError(f"unknown option {name}; {hint}")
         if name in named[:i]:
@@ -39,6 +58,13 @@ def parse(cls: type[T], args: list[str], *, prog: str, default: T | None = None)
         if not end.code:
             raise
         raise ValueError(_unboxed(printed.getvalue()).removeprefix(f"Error parsing {cls.__name__}: ")) from None
+
+
+def _elsewhere(name: str, known: list[str]) -> list[str]:
+    """The option, if there is one, that other programs call ``name``."""
+    ours = next((word for word, theirs in WORDS.items() if name.removeprefix("--") in theirs), None)
+    same = [option for option in known if ours in (option.removeprefix("--"), option.rpartition(".")[2])]
+    return sorted(same, key=lambda option: option.count("."))[:1]
 
 
 def _unboxed(text: str) -> str:

@@ -28,7 +28,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
-from semantic_routing.storage import SUFFIX, SafetensorsReader, SafetensorsWriter, alone, flush, open_tensors
+from semantic_routing.storage import SUFFIX, SafetensorsReader, SafetensorsWriter, alone, as_umask_says, flush, open_tensors
 
 MODEL, EMA, OPTIMIZER, RANDOM = (f"{name}{SUFFIX}" for name in ("model", "ema", "optimizer", "random"))
 STATE = "state.json"
@@ -46,7 +46,9 @@ def written_whole(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(scratch)
         yield scratch
-        for item in [*scratch.rglob("*"), scratch] if scratch.is_dir() else [scratch]:
+        items = [*scratch.rglob("*"), scratch] if scratch.is_dir() else [scratch]
+        as_umask_says(scratch, [item for item in items if item.is_file()])
+        for item in items:
             flush(item)
         _put(scratch, path)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error

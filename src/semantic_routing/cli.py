@@ -68,9 +68,10 @@ def train(args: list[str]) -> None:
 def sample(args: list[str]) -> None:
     """Sample images: semroute sample runs/x --prompt "a red circle" --out images"""
     from semantic_routing.arguments import parse
+    from semantic_routing.evaluate.models import open_model
     from semantic_routing.generate import SampleArguments, sample_to_folder
 
-    _done(sample_to_folder(parse(SampleArguments, args, prog="semroute sample")))
+    _done(sample_to_folder(parse(SampleArguments, args, prog="semroute sample"), open_model))
 
 
 def evaluate(args: list[str]) -> None:

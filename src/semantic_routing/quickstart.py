@@ -50,6 +50,7 @@ class QuickstartArguments:
     def __post_init__(self) -> None:
         if self.prompts < 1:
             raise ValueError(f"prompts is {self.prompts}; scoring needs at least 1")
+        check_guidance(self.guidance)
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps is {self.steps}; it must be at least 1")
 
