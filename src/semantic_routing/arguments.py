@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import math
 from difflib import get_close_matches
 from typing import Any, TypeVar, get_type_hints
 
@@ -51,13 +52,24 @@ def parse(cls: type[T], args: list[str], *, prog: str, default: T | None = None)
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            if default is None:
-                return tyro.cli(cls, args=args, prog=prog)
-            return tyro.cli(cls, args=args, prog=prog, default=default)
+            options = {} if default is None else {"default": default}
+            parsed: T = tyro.cli(cls, args=args, prog=prog, **options)
+            refuse_nan(parsed)
+            return parsed
     except SystemExit as end:
         if not end.code:
             raise
         raise ValueError(_unboxed(printed.getvalue()).removeprefix(f"Error parsing {cls.__name__}: ")) from None
+
+
+def refuse_nan(config: Any, prefix: str = "") -> None:
+    """Raise ValueError where a setting is NaN, which passes every comparison that should refuse it."""
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            refuse_nan(value, f"{name}.")
+        elif any(isinstance(x, float) and math.isnan(x) for x in (value if isinstance(value, tuple) else [value])):
+            raise ValueError(f"{name} is nan; it must be a number")
 
 
 def _elsewhere(name: str, known: list[str]) -> list[str]:

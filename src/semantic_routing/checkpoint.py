@@ -28,7 +28,15 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
-from semantic_routing.storage import SUFFIX, SafetensorsReader, SafetensorsWriter, alone, as_umask_says, flush, open_tensors
+from semantic_routing.storage import (
+    SUFFIX,
+    SafetensorsReader,
+    SafetensorsWriter,
+    alone,
+    as_umask_says,
+    flush,
+    open_tensors,
+)
 
 MODEL, EMA, OPTIMIZER, RANDOM = (f"{name}{SUFFIX}" for name in ("model", "ema", "optimizer", "random"))
 STATE = "state.json"

@@ -6,6 +6,7 @@ Heavy imports wait until the subcommand is known, so that ``semroute --help`` an
 from __future__ import annotations
 
 import argparse
+import getpass
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -195,6 +196,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(0)
     if args[0] not in COMMANDS:
         _fail(f"unknown command {args[0]!r}; {nearest(args[0], list(COMMANDS))}", 2)
+    _name_the_user()
     try:
         COMMANDS[args[0]](args[1:])
     except ValueError as error:
@@ -205,6 +207,14 @@ def main(argv: list[str] | None = None) -> None:
         _fail(str(error), 128 + error.number)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+
+
+def _name_the_user() -> None:
+    """Give a user id that no passwd knows, as in containers, the name that libraries ask for to make their caches."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = f"user-{os.getuid()}"
 
 
 def _run_one_of(

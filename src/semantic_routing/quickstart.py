@@ -18,7 +18,7 @@ from semantic_routing.data.loader import Loader
 from semantic_routing.data.sources import open_data
 from semantic_routing.device import keep_freed_memory, pick_device
 from semantic_routing.evaluate.shapes_benchmark import evaluate_shapes
-from semantic_routing.generate import load_bundle, read_run_config
+from semantic_routing.generate import check_guidance, load_bundle, read_run_config
 from semantic_routing.recipes import TOY_SAMPLING, toy
 from semantic_routing.report import write_report
 from semantic_routing.tiny_lm import tiny_lm

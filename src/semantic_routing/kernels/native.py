@@ -24,6 +24,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from semantic_routing.device import cache_folder
+
 TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 WIDE = 16
 """Channels must be a multiple of it: the floats of a vector in mix.c."""
@@ -164,7 +166,11 @@ def library() -> ctypes.CDLL | None:
             cache.mkdir(parents=True, exist_ok=True)
             _build(compiler, source, built)
         return ctypes.CDLL(str(built))
-    except (OSError, ValueError, subprocess.SubprocessError):  # no home, no room, no rights, a compiler that does not know the language
+    except (
+        OSError,
+        ValueError,
+        subprocess.SubprocessError,
+    ):  # no home, no room, no rights, a compiler that does not know the language
         return None
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
