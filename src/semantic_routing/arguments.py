@@ -52,14 +52,16 @@ def parse(cls: type[T], args: list[str], *, prog: str, default: T | None = None)
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            options = {} if default is None else {"default": default}
-            parsed: T = tyro.cli(cls, args=args, prog=prog, **options)
-            refuse_nan(parsed)
-            return parsed
+            if default is None:
+                parsed = tyro.cli(cls, args=args, prog=prog)
+            else:
+                parsed = tyro.cli(cls, args=args, prog=prog, default=default)
     except SystemExit as end:
         if not end.code:
             raise
         raise ValueError(_unboxed(printed.getvalue()).removeprefix(f"Error parsing {cls.__name__}: ")) from None
+    refuse_nan(parsed)
+    return parsed
 
 
 def refuse_nan(config: Any, prefix: str = "") -> None:
