@@ -18,9 +18,10 @@ def test_pick_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pick_device("cpu") == CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device() == CPU
-    with pytest.raises(ValueError, match="torch sees no CUDA device here; use --device cpu"):
+    with pytest.raises(ValueError, match="torch sees no device 'cuda:0' here; use --device cpu"):
         pick_device("cuda:0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert pick_device() == torch.device("cuda")
     assert pick_device("cuda:1") == torch.device("cuda", 1)
     with pytest.raises(ValueError, match="unknown device 'gpu'; use auto, cpu or cuda"):

@@ -42,6 +42,7 @@ ORDER = [
     "flops",
     "optim",
     # text in, images out
+    "storage",
     "text_loading",
     "text_encoder",
     "tiny_lm",
@@ -80,7 +81,6 @@ ORDER = [
     "data.loader",
     "origins",
     # runs
-    "storage",
     "checkpoint",
     "pictures",
     "webpage",

@@ -5,12 +5,32 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import math
 from difflib import get_close_matches
 from typing import Any, TypeVar, get_type_hints
 
 import tyro
 
 T = TypeVar("T")
+WORDS = {
+    "guidance": ("cfg", "cfg-scale", "guidance-scale", "scale"),
+    "steps": ("num-inference-steps", "sampling-steps", "max-train-steps", "max-steps", "train-steps", "num-steps"),
+    "images-per-prompt": ("n", "num-images-per-prompt", "num-images", "batch-count", "n-samples"),
+    "negative-prompt": ("negative", "neg", "uncond"),
+    "batch": ("batch-size", "train-batch-size", "b"),
+    "lr": ("learning-rate",),
+    "out": ("output-dir", "output", "outdir", "save-path", "o"),
+    "sampler": ("scheduler", "sampler-name", "sampling-method"),
+    "height": ("h", "image-height"),
+    "width": ("w", "image-width"),
+    "image-size": ("resolution", "size"),
+    "model": ("ckpt", "checkpoint", "pretrained-model-name-or-path"),
+    "accumulate": ("gradient-accumulation-steps",),
+    "warmup": ("lr-warmup-steps",),
+    "precision": ("mixed-precision",),
+    "clip": ("max-grad-norm",),
+}
+"""Our options, and what diffusers, kohya, ComfyUI and others call them."""
 
 
 def parse(cls: type[T], args: list[str], *, prog: str, default: T | None = None) -> T:
@@ -24,7 +44,7 @@ def parse(cls: type[T], args: list[str], *, prog: str, default: T | None = None)
     for i, name in enumerate(named):
         if name not in [*known, "--help"]:
             parts = [option for option in known if option.startswith(f"{name}.")]
-            close = parts[:1] or get_close_matches(name, known, n=1, cutoff=0.5)
+            close = parts[:1] or _elsewhere(name, known) or get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]}?" if close else f"{prog} --help lists the options"
             raise ValueError(f"unknown option {name}; {hint}")
         if name in named[:i]:
@@ -33,12 +53,32 @@ def parse(cls: type[T], args: list[str], *, prog: str, default: T | None = None)
     try:
         with contextlib.redirect_stderr(printed):
             if default is None:
-                return tyro.cli(cls, args=args, prog=prog)
-            return tyro.cli(cls, args=args, prog=prog, default=default)
+                parsed = tyro.cli(cls, args=args, prog=prog)
+            else:
+                parsed = tyro.cli(cls, args=args, prog=prog, default=default)
     except SystemExit as end:
         if not end.code:
             raise
         raise ValueError(_unboxed(printed.getvalue()).removeprefix(f"Error parsing {cls.__name__}: ")) from None
+    refuse_nan(parsed)
+    return parsed
+
+
+def refuse_nan(config: Any, prefix: str = "") -> None:
+    """Raise ValueError where a setting is NaN, which passes every comparison that should refuse it."""
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            refuse_nan(value, f"{name}.")
+        elif any(isinstance(x, float) and math.isnan(x) for x in (value if isinstance(value, tuple) else [value])):
+            raise ValueError(f"{name} is nan; it must be a number")
+
+
+def _elsewhere(name: str, known: list[str]) -> list[str]:
+    """The option, if there is one, that other programs call ``name``."""
+    ours = next((word for word, theirs in WORDS.items() if name.removeprefix("--") in theirs), None)
+    same = [option for option in known if ours in (option.removeprefix("--"), option.rpartition(".")[2])]
+    return sorted(same, key=lambda option: option.count("."))[:1]
 
 
 def _unboxed(text: str) -> str:

@@ -29,7 +29,15 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
-from semantic_routing.storage import SUFFIX, SafetensorsReader, SafetensorsWriter, alone, flush, open_tensors
+from semantic_routing.storage import (
+    SUFFIX,
+    SafetensorsReader,
+    SafetensorsWriter,
+    alone,
+    as_umask_says,
+    flush,
+    open_tensors,
+)
 
 MODEL, EMA, OPTIMIZER, RANDOM = (f"{name}{SUFFIX}" for name in ("model", "ema", "optimizer", "random"))
 STATE = "state.json"
@@ -52,7 +60,9 @@ def written_whole(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield scratch
-        for item in [*scratch.rglob("*"), scratch] if scratch.is_dir() else [scratch]:
+        items = [*scratch.rglob("*"), scratch] if scratch.is_dir() else [scratch]
+        as_umask_says(scratch, [item for item in items if item.is_file()])
+        for item in items:
             flush(item)
         scratch.replace(path)
         flush(path.parent)

@@ -6,6 +6,7 @@ Heavy imports wait until the subcommand is known, so that ``semroute --help`` an
 from __future__ import annotations
 
 import argparse
+import getpass
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -73,9 +74,10 @@ def train(args: list[str]) -> None:
 def sample(args: list[str]) -> None:
     """Sample images: semroute sample runs/x --prompt "a red circle" --out images"""
     from semantic_routing.arguments import parse
+    from semantic_routing.evaluate.models import open_model
     from semantic_routing.generate import SampleArguments, sample_to_folder
 
-    _done(sample_to_folder(parse(SampleArguments, args, prog="semroute sample")))
+    _done(sample_to_folder(parse(SampleArguments, args, prog="semroute sample"), open_model))
 
 
 def evaluate(args: list[str]) -> None:
@@ -199,6 +201,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(0)
     if args[0] not in COMMANDS:
         _fail(f"unknown command {args[0]!r}; {nearest(args[0], list(COMMANDS))}", 2)
+    _name_the_user()
     try:
         COMMANDS[args[0]](args[1:])
     except ValueError as error:
@@ -209,6 +212,14 @@ def main(argv: list[str] | None = None) -> None:
         _fail(str(error), 128 + error.number)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+
+
+def _name_the_user() -> None:
+    """Give a user id that no passwd knows, as in containers, the name that libraries ask for to make their caches."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = f"user-{os.getuid()}"
 
 
 def _run_one_of(

@@ -20,6 +20,15 @@ HUB_NAME = r"[\w-][\w.-]*/[\w.-]+"
 """Names on the Hugging Face hub, unlike those of folders that begin with a dot or have more parts."""
 
 
+class NotFiniteError(ValueError):
+    """Pictures that are no pictures: NaN and infinity would be drawn as black or white."""
+
+    def __init__(self, pictures: list[int], message: str = "") -> None:
+        """``pictures`` are their places in the batch."""
+        super().__init__(message or f"pictures {pictures} of the batch are not finite (NaN or infinity)")
+        self.pictures = pictures
+
+
 @dataclass(frozen=True, kw_only=True)
 class CodecConfig:
     """What a model's latents are."""
@@ -70,7 +79,7 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(self, latents: Float[Tensor, "B C h w"]) -> UInt8[Tensor, "B H W 3"]:
-        """Images of latents, clamped to what a pixel can be and rounded."""
+        """Draw the images of latents, clamped to what a pixel can be and rounded; NotFiniteError names those of NaN."""
 
     def to(self, device: torch.device | str) -> Codec:
         """Move to a device, where images and latents are then expected."""
@@ -162,6 +171,8 @@ def _to_signed(images: Tensor) -> Tensor:
 
 
 def _to_pixels(signed: Tensor) -> Tensor:
+    if not (finite := signed.isfinite().flatten(1).all(1)).all():
+        raise NotFiniteError((~finite).nonzero().flatten().tolist())
     pixels = (signed.float() + 1) * 127.5
     return pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 

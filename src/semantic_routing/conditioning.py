@@ -51,7 +51,9 @@ class Conditioning:
     def null(self, features: TextFeatures) -> None:
         self._null = features
 
-    def velocity(self, x: Float[Tensor, " B *shape"], t: Float[Tensor, " 1"], scale: float) -> Float[Tensor, " B *shape"]:
+    def velocity(
+        self, x: Float[Tensor, " B *shape"], t: Float[Tensor, " 1"], scale: float
+    ) -> Float[Tensor, " B *shape"]:
         """The velocity at latents and time: guided where ``scale`` is above 1, else of the prompts alone."""
         self._read((self.prompt, self.null) if scale > 1 else (self.prompt,))
         return extrapolated(self._velocity, scale)(x, t) if scale > 1 else self._velocity(x, t)
@@ -89,7 +91,7 @@ def check_embeds(name: str, features: Any, cfg: DiTConfig, rows: tuple[int, ...]
         counts = " or ".join(map(str, sorted(set(rows))))
         raise ValueError(f"{name} holds {features.mask.shape[0]} prompts; expected {counts}")
     layers, width = features.hidden.shape[0], features.hidden.shape[-1]
-    fused = cfg.arm == "fusedit"  # whose width is of no consequence, as it reads the keys
+    fused = cfg.strategy.reads_keys  # whose width is of no consequence, as it reads the keys
     if layers != cfg.text_layers or (width != cfg.text_width and not fused):
         raise ValueError(
             f"{name} has {layers} layers of width {width}, but this transformer reads {cfg.text_layers} layers of "

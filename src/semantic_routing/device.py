@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from pathlib import Path
 
 import torch
 
@@ -12,7 +13,7 @@ _MALLOC_MMAP_MAX, _MALLOC_TRIM_THRESHOLD, _MALLOC_TOP_PAD = -4, -1, -2
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The named device, or with "auto" a CUDA device where there is one; ValueError if it is not there.
+    """Find the named device, or with "auto" a CUDA device where there is one; ValueError if it is not there.
 
     Processes that torchrun started on one machine take a CUDA device each.
     """
@@ -23,10 +24,40 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"unknown device {name!r}; use auto, cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' was asked for, but torch sees no CUDA device here; use --device cpu")
+        raise ValueError(f"unknown device {name!r}; use auto, cpu or cuda{_seen()}") from error
+    if not _is_here(device):
+        raise ValueError(f"torch sees no device {name!r} here; use --device cpu{_seen()}")
     return device
+
+
+def _is_here(device: torch.device) -> bool:
+    """Whether torch can compute on the device."""
+    if device.type == "cpu":
+        return not device.index
+    if device.type == "cuda":
+        return torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    known = accelerator is not None and accelerator.type == device.type
+    return known and (device.index or 0) < torch.accelerator.device_count()
+
+
+def _seen() -> str:
+    """The devices besides the CPU, as the end of a message."""
+    if not torch.accelerator.is_available():
+        return ""
+    kind = torch.accelerator.current_accelerator()
+    assert kind is not None
+    return "".join(f" or {kind.type}:{i}" for i in range(torch.accelerator.device_count()))
+
+
+def cache_folder() -> Path:
+    """Find the folder of what is made once a machine; ValueError where there is no home to keep it in."""
+    if named := os.environ.get("SEMROUTE_CACHE"):
+        return Path(named).expanduser()
+    try:
+        return Path.home() / ".cache" / "semantic-routing"
+    except RuntimeError as error:
+        raise ValueError("this user has no home folder to keep a cache in; set SEMROUTE_CACHE to a folder") from error
 
 
 def has_bfloat16(device: torch.device) -> bool:

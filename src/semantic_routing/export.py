@@ -113,7 +113,7 @@ def make_pipeline(bundle: Bundle) -> SemanticRoutingPipeline:
         image_size=bundle.image_size,
         null_prompt=bundle.null_prompt,
         precision=bundle.config.get("precision", "auto"),
-        text=text | {"total_layers": shape.total_layers, "keys_and_values": bundle.model.cfg.arm == "fusedit"},
+        text=text | {"total_layers": shape.total_layers, "keys_and_values": bundle.model.cfg.strategy.reads_keys},
     )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from semantic_routing.checkpoint import EMA, MODEL, find_checkpoint, load_weights, read_state, write_text
 from semantic_routing.claims import LOCK, claimed
 from semantic_routing.clock import NOMINAL, parse_clock
-from semantic_routing.codec import Codec, CodecConfig, make_codec
+from semantic_routing.codec import Codec, CodecConfig, NotFiniteError, make_codec
 from semantic_routing.config import from_dict
 from semantic_routing.device import keep_freed_memory, pick_device, use_bfloat16
 from semantic_routing.dit import Backbone, DiTConfig
@@ -33,6 +34,7 @@ from semantic_routing.pictures import is_whole, save_png
 from semantic_routing.processes import Processes, processes
 from semantic_routing.prompts import read_prompts
 from semantic_routing.sampler import (
+    RENOISE_ONCE,
     SAMPLERS,
     Callback,
     SamplerSpelling,
@@ -55,6 +57,8 @@ PROMPTS = "prompts.jsonl"
 """What sampling says of each image."""
 
 
+MOST_GUIDANCE = 1000
+"""Scales of guidance beyond it only overflow."""
 GRAPHS = 32
 """Compiled graphs of one function that are kept."""
 SAFETENSORS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -88,8 +92,15 @@ class SampleConfig:
             raise ValueError(f"steps is {self.steps}; sampling needs at least 1")
         if self.batch < 1:
             raise ValueError(f"batch is {self.batch}; it must be at least 1")
-        if self.shift <= 0:
-            raise ValueError(f"shift is {self.shift}; it must be above 0")
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"shift is {self.shift}; it must be above 0 and finite")
+        check_guidance(self.guidance)
+
+
+def check_guidance(scale: float) -> None:
+    """Raise ValueError for a scale that leaves no picture finite."""
+    if not abs(scale) <= MOST_GUIDANCE:
+        raise ValueError(f"guidance is {scale}; it must be finite, at most {MOST_GUIDANCE}")
 
 
 def locate_encoder(cfg: TextEncoderConfig, run: Path) -> TextEncoderConfig:
@@ -116,6 +127,8 @@ class Bundle:
     codec: Codec
     image_size: int
     """Side of an image in pixels."""
+    size: tuple[int, int] | None = None
+    """Height and width of the images to draw, if not ``image_size`` both."""
     null_prompt: str = ""
     """What stands for "no prompt" in guidance: what dropped prompts were replaced by in training."""
     bf16: bool = False
@@ -125,6 +138,11 @@ class Bundle:
     config: dict[str, Any] = field(default_factory=dict)
     """The run's resolved configuration."""
     _encoded: dict[str, TextFeatures] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width of its images."""
+        return self.size or (self.image_size, self.image_size)
 
     @property
     def device(self) -> torch.device:
@@ -152,7 +170,20 @@ class Bundle:
         callback: Callback | None = None,
     ) -> UInt8[Tensor, "B H W 3"]:
         """One image for each prompt; ``images`` names it by (prompt index, image index) for its noise."""
-        return self.codec.decode(self.sample_latents(prompts, images, cfg, callback))
+        finite: list[Tensor] = []
+
+        def watch(step: int, t: Tensor, x: Tensor, v: Tensor) -> None:
+            finite.append(v.isfinite().flatten(1).all(1))
+            if callback is not None:
+                callback(step, t, x, v)
+
+        try:
+            return self.codec.decode(self.sample_latents(prompts, images, cfg, watch))
+        except NotFiniteError as error:
+            place = error.pictures[0]
+            bad = (~torch.stack(finite)[:, place]).nonzero().flatten().tolist()
+            when = f"from step {bad[0] + 1} of {cfg.steps} on" if bad else "where its latents are decoded"
+            raise NotFiniteError(error.pictures, f"the picture of {prompts[place]!r} is not finite {when}") from error
 
     def sample_latents(
         self,
@@ -162,7 +193,7 @@ class Bundle:
         callback: Callback | None = None,
     ) -> Float[Tensor, " B *latent"]:
         """The latents of ``sample``'s images; ``callback`` sees every step."""
-        shape = self.codec.latent_shape(self.image_size)
+        shape = latent_shape(self.codec, self.model.cfg, *self.pixels)
         x = noise_for(cfg.seed, images, shape).to(self.device)
         clock = parse_clock(cfg.clock)
         if clock is not None and not self.model.cfg.strategy.takes_clock:
@@ -320,7 +351,7 @@ class SampleArguments(SampleConfig):
     """Sample images from a trained run."""
 
     model: Annotated[Path, tyro.conf.Positional]
-    """A run's folder, or one of its checkpoints."""
+    """A run's folder, one of its checkpoints, or a pipeline of semroute export."""
     out: Path
     """Folder to write PNG files to; whole images already there are kept."""
     prompt: tuple[str, ...] = ()
@@ -329,11 +360,27 @@ class SampleArguments(SampleConfig):
     """File of prompts: one a line, or .jsonl or .csv with a column prompt, text or caption."""
     images_per_prompt: int = 1
     """Images for each prompt, each from its own noise."""
+    negative_prompt: str | None = None
+    """What guidance moves away from, instead of the model's null prompt."""
+    height: int | None = None
+    """Height of the images in pixels, if not the model's own."""
+    width: int | None = None
+    """Width of the images in pixels, if not the model's own."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """auto, cpu, cuda, cuda:1 or another that torch knows."""
+
+    def arranged(self, bundle: Bundle) -> Bundle:
+        """Set the model to the size and the negative prompt asked for; ValueError for a size that patches cannot."""
+        size = (self.height or bundle.image_size, self.width or bundle.image_size)
+        for name in ("height", "width"):
+            if (pixels := getattr(self, name)) is not None and pixels < 1:
+                raise ValueError(f"{name} is {pixels}; it must be at least 1")
+        latent_shape(bundle.codec, bundle.model.cfg, *size)
+        null = bundle.null_prompt if self.negative_prompt is None else self.negative_prompt
+        return replace(bundle, size=size, null_prompt=null)
 
 
-def sample_to_folder(args: SampleArguments) -> Path:
+def sample_to_folder(args: SampleArguments, open_model: Callable[..., Bundle] = load_bundle) -> Path:
     """Write ``PPPPP_II.png`` for prompt P and image I, ``prompts.jsonl`` and ``manifest.json``; returns the folder.
 
     Images that are there already are kept, provided that the folder's manifest asks for the same ones. Under
@@ -345,7 +392,7 @@ def sample_to_folder(args: SampleArguments) -> Path:
     if args.images_per_prompt < 1:
         raise ValueError(f"images_per_prompt is {args.images_per_prompt}; it must be at least 1")
     keep_freed_memory()
-    bundle = load_bundle(args.model, pick_device(args.device), compiled=args.compile)
+    bundle = args.arranged(open_model(args.model, pick_device(args.device), compiled=args.compile))
     names = [(p, i) for p in range(len(prompts)) for i in range(args.images_per_prompt)]
     paths = {name: args.out / f"{name[0]:05d}_{name[1]:02d}.png" for name in names}
     with processes() as job, claimed_by_first(args.out, job):
@@ -368,7 +415,7 @@ def request(bundle: Bundle, prompts: Sequence[str], cfg: SampleConfig) -> dict[s
     return {
         "weights_sha256": weights_sha256(bundle.model),
         "null_prompt": bundle.null_prompt,
-        "resolution": bundle.image_size,
+        "resolution": bundle.pixels[0] if len(set(bundle.pixels)) == 1 else [*bundle.pixels],
         "sampler": {f.name: getattr(cfg, f.name) for f in fields(SampleConfig) if f.name != "batch"},
         "prompts": {"n": len(prompts), "sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest()},
     }
@@ -410,6 +457,8 @@ def _claim(out: Path, identity: dict[str, Any], facts: dict[str, Any]) -> None:
             raise ValueError(f"{path} is damaged; delete {out} or choose another --out") from error
         if not isinstance(found, dict):
             raise ValueError(f"{path} is no manifest of images; choose another --out")
+    if isinstance(found.get("sampler"), dict) and found["sampler"].get("sampler") == RENOISE_ONCE:
+        found["sampler"]["sampler"] = "renoise"
     other = [name for name, value in identity.items() if found.get(name) != value]
     if other and (found or any(out.rglob("*.png")) or (out / PROMPTS).exists()):
         what = ", ".join(f"{name} {found.get(name)} instead of {identity[name]}" for name in other)
@@ -429,7 +478,7 @@ def sample_missing(
     Each process of the job samples its share, and returns when all are done.
     """
     share = job.share(list(paths))
-    missing = [name for name in share if not is_whole(paths[name], bundle.image_size)]
+    missing = [name for name in share if not is_whole(paths[name], bundle.pixels)]
     desc = "Sampling" if job.count == 1 else f"Sampling, 1 of {job.count} processes"
     done = len(share) - len(missing)
     with tqdm(total=len(share), initial=done, desc=desc, unit="image", disable=not job.first) as bar:

@@ -29,11 +29,11 @@ def save_png(path: Path, image: UInt8[np.ndarray, "H W 3"], scale: int = 1) -> N
         Image.fromarray(image.repeat(scale, 0).repeat(scale, 1)).save(scratch, format="PNG")
 
 
-def is_whole(path: Path, side: int) -> bool:
-    """Whether there is a square image of this size that opens."""
+def is_whole(path: Path, size: tuple[int, int]) -> bool:
+    """Tell whether there is an image of this height and width that opens."""
     try:
         with Image.open(path) as image:
             image.load()
-            return image.size == (side, side)
+            return image.size == size[::-1]
     except (OSError, SyntaxError):  # Pillow's errors for a file that is missing, cut off, or no PNG
         return False

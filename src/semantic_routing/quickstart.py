@@ -19,7 +19,7 @@ from semantic_routing.data.loader import Loader
 from semantic_routing.data.sources import open_data
 from semantic_routing.device import keep_freed_memory, pick_device
 from semantic_routing.evaluate.shapes_benchmark import evaluate_shapes
-from semantic_routing.generate import load_bundle, read_run_config
+from semantic_routing.generate import check_guidance, load_bundle, read_run_config
 from semantic_routing.recipes import TOY_SAMPLING, toy
 from semantic_routing.report import write_report
 from semantic_routing.tiny_lm import tiny_lm
@@ -54,6 +54,7 @@ class QuickstartArguments:
     def __post_init__(self) -> None:
         if self.prompts < 1:
             raise ValueError(f"prompts is {self.prompts}; scoring needs at least 1")
+        check_guidance(self.guidance)
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps is {self.steps}; it must be at least 1")
 

@@ -38,7 +38,8 @@ Sampler = Callable[..., Tensor]
 """(velocity, x [B, ...], times, *, noise, callback) -> samples [B, ...]."""
 SamplerName = Literal["euler", "heun", "euler-ancestral", "renoise"]
 SamplerSpelling = Literal["euler", "heun", "euler-ancestral", "renoise", "ancestral"]
-"""What settings may say: "ancestral" was the name of ``renoise`` in version 0.1."""
+RENOISE_ONCE = "ancestral"
+"""What version 0.1 called ``renoise``; settings may still say so."""
 
 
 def schedule(steps: int, shift: float = 1.0) -> Float[Tensor, " steps_plus_1"]:
@@ -156,7 +157,7 @@ SAMPLERS: dict[str, Sampler] = {
 
 def sampler_name(spelling: SamplerSpelling) -> SamplerName:
     """Resolve a sampler's spelling in settings; the old one is accepted with a warning."""
-    if spelling != "ancestral":
+    if spelling != RENOISE_ONCE:
         return spelling
     warnings.warn(
         "the sampler once called ancestral is now called renoise, which is taken; euler-ancestral is the true "

@@ -12,7 +12,7 @@ import json
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
@@ -75,6 +75,20 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
+def as_umask_says(path: Path, files: Iterable[Path]) -> None:
+    """Give files the mode that a new file beside ``path`` gets: some libraries leave that of a private temporary one.
+
+    Asking the umask itself would change it for other threads.
+    """
+    probe = path.with_name(f".{path.name}-{os.getpid()}-mode")
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for file in files:
+        if file.stat().st_mode & 0o777 != mode:
+            file.chmod(mode)
+
+
 class SafetensorsWriter(StorageWriter):
     """Writes a state into a folder that exists when ``begin`` returns; the first process alone begins and ends."""
 
@@ -132,6 +146,7 @@ class SafetensorsWriter(StorageWriter):
 def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str] | None) -> None:
     try:
         save_file(tensors, path, header)
+        as_umask_says(path, [path])
         flush(path)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         raise ValueError(f"{path.name}: {getattr(error, 'strerror', None) or error}") from error

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,8 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from semantic_routing.device import has_bfloat16
+from semantic_routing.device import cache_folder, has_bfloat16
 from semantic_routing.optim import OptimConfig, make_optimizers, set_rates
+from semantic_routing.storage import as_umask_says
 from semantic_routing.text_encoder import quiet_transformers
 
 RECIPE = 1  # part of the cache key: raise it when anything below changes the trained weights
@@ -63,7 +63,7 @@ def tiny_lm(
         )
     options = {"recipe": RECIPE, "seed": seed, "layers": layers, "width": width, "steps": steps}
     digest = hashlib.sha256(json.dumps([options, corpus]).encode()).hexdigest()[:16]
-    root = Path(cache_dir or os.environ.get("SEMROUTE_CACHE") or Path.home() / ".cache" / "semantic-routing")
+    root = Path(cache_dir or cache_folder())
     folder = root.expanduser() / f"tiny-lm-{digest}"
     if folder.is_dir():  # renamed into place, so always whole
         return folder
@@ -80,6 +80,7 @@ def tiny_lm(
             model.save_pretrained(written)
         tokenizer.save_pretrained(written)
         (written / "training.json").write_text(json.dumps(options | report, indent=2) + "\n", encoding="utf-8")
+        as_umask_says(written, written.iterdir())
         if not folder.is_dir():  # another process may have been quicker, with the same result
             written.rename(folder)
     return folder

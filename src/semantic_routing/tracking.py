@@ -218,4 +218,7 @@ def _load(name: str) -> Any:
     """A service's library; ValueError where it is missing."""
     if find_spec(name) is None:
         raise ValueError(f'tracking with {name} needs its library: pip install "semantic-routing[track]"')
-    return None if name == "tensorboard" else import_module(name)
+    try:
+        return import_module(name)
+    except Exception as error:  # a broken package raises whatever it likes
+        raise ValueError(f"{name} is installed but cannot be imported: {type(error).__name__}: {error}") from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
@@ -17,13 +18,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import UInt8
 from tqdm import tqdm
 
 from semantic_routing.ahead import one_ahead
 from semantic_routing.arms import parse_arm
 from semantic_routing.checkpoint import check_writable, checkpoints, find_checkpoint, read_state, write_text
 from semantic_routing.claims import LOCK, claimed
-from semantic_routing.codec import Codec
+from semantic_routing.codec import Codec, NotFiniteError
 from semantic_routing.config import to_dict
 from semantic_routing.data.damage import FILE as DAMAGED
 from semantic_routing.data.damage import DamageLog
@@ -251,12 +254,21 @@ class _Loop:
         if cfg.preview_every and trainer.step % cfg.preview_every == 0:
             trainer.beat("sampling")
             with self.meter.timed("sampling"):
-                picture = trainer.preview(self.data.captions(cfg.preview.batch))
-            if self.tracker is not None:
+                picture = self.preview()
+            if self.tracker is not None and picture is not None:
                 path = trainer.out / "samples" / f"step-{trainer.step:07d}.png"
                 with self.troubles.survived(path.parent, ValueError):
                     save_png(path, picture, scale=max(1, 96 // cfg.image_size))
                 self.tracker.picture(trainer.step, "samples", picture)
+
+    def preview(self) -> UInt8[np.ndarray, "H W 3"] | None:
+        """Draw the grid of samples; None where one is not finite, which is told and ends nothing."""
+        try:
+            return self.trainer.preview(self.data.captions(self.cfg.preview.batch))
+        except NotFiniteError as error:
+            if self.world.first:
+                tqdm.write(f"semroute: no samples of step {self.trainer.step}: {error}", file=sys.stderr)
+            return None
 
     def keep(self, stop: Sequence[int]) -> None:
         """Save when it is time, or where any process got a signal: then all end as Interrupted."""

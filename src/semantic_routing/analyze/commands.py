@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +23,7 @@ from semantic_routing.data.shapes import prompts as toy_prompts
 from semantic_routing.device import keep_freed_memory, pick_device
 from semantic_routing.dit import Backbone
 from semantic_routing.evaluate.models import open_model
-from semantic_routing.generate import Bundle, SampleConfig
+from semantic_routing.generate import Bundle, SampleConfig, check_guidance
 from semantic_routing.manifest import manifest
 from semantic_routing.prompts import read_prompts
 from semantic_routing.sampler import SamplerSpelling
@@ -72,6 +73,10 @@ class AnalyzeArguments:
             )
         if self.n < 1 or self.batch < 1 or not self.guidance or not self.steps or min(self.steps) < 2:
             raise ValueError("a trajectory needs n and batch of at least 1, a guidance, and at least 2 steps")
+        for scale in self.guidance:
+            check_guidance(scale)
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"shift is {self.shift}; it must be above 0 and finite")
         if not self.times or not all(0 <= time <= 1 for time in self.times):
             raise ValueError("times are from 0 (noise) to 1 (data), at least one")
         for name in ("times", "blocks", "guidance", "steps"):

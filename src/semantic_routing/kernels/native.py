@@ -24,6 +24,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from semantic_routing.device import cache_folder
+
 TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 WIDE = 16
 """Channels must be a multiple of it: the floats of a vector in mix.c."""
@@ -157,14 +159,18 @@ def library() -> ctypes.CDLL | None:
         return None
     source = files("semantic_routing.kernels").joinpath("mix.c").read_text(encoding="utf-8")
     name = hashlib.sha256("\0".join([source, compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("SEMROUTE_CACHE") or Path.home() / ".cache" / "semantic-routing").expanduser()
-    built = cache / f"mix-{name}.so"
     try:
+        cache = cache_folder()
+        built = cache / f"mix-{name}.so"
         if not built.is_file():
             cache.mkdir(parents=True, exist_ok=True)
             _build(compiler, source, built)
         return ctypes.CDLL(str(built))
-    except (OSError, subprocess.SubprocessError):  # no room, no rights, a compiler that does not know the language
+    except (
+        OSError,
+        ValueError,
+        subprocess.SubprocessError,
+    ):  # no home, no room, no rights, a compiler that does not know the language
         return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -84,7 +85,7 @@ class StudyArguments:
         for clock in self.clocks:
             if clock != CALIBRATED and parse_clock(clock) is None:
                 raise ValueError("every study has the nominal clock; name others")
-        if not self.router_rates or min(self.router_rates) <= 0:
+        if not self.router_rates or not all(0 < rate < math.inf for rate in self.router_rates):
             raise ValueError("router_rates are multiples of a learning rate, above 0")
 
     @property
