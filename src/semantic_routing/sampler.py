@@ -157,7 +157,7 @@ SAMPLERS: dict[str, Sampler] = {
 
 def sampler_name(spelling: SamplerSpelling) -> SamplerName:
     """Resolve a sampler's spelling in settings; the old one is accepted with a warning."""
-    if spelling != RENOISE_ONCE:
+    if spelling != "ancestral":
         return spelling
     warnings.warn(
         "the sampler once called ancestral is now called renoise, which is taken; euler-ancestral is the true "
