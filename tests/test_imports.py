@@ -49,6 +49,7 @@ ORDER = [
     "codec",
     "clock",
     "recording",
+    "text_plan",
     "sampler",
     # what there is to learn
     "data",

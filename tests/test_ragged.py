@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import varlen
 
-from semantic_routing import dit
+from semantic_routing import ragged as ragged_module
 from semantic_routing.dit import DiT, DiTConfig
 from semantic_routing.features import TextFeatures
 from semantic_routing.fusedit import make_model
@@ -51,7 +51,7 @@ def on_cpu(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k
 def ragged(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Text is packed here, too."""
     with monkeypatch.context() as patch:
-        patch.setattr(dit, "is_worthwhile", lambda x: True)
+        patch.setattr(ragged_module, "is_worthwhile", lambda x: True)
         yield patch
 
 
@@ -121,7 +121,7 @@ def unchecked(function: str) -> None:
 
 
 def one_graph() -> None:
-    dit.is_worthwhile = lambda x: True
+    ragged_module.is_worthwhile = lambda x: True
     model, x, t, counter = network("depth"), torch.randn(3, 4, 8, 8), torch.rand(3), CompileCounter()
     for block in model.blocks:
         block.compile(dynamic=False, backend=counter)

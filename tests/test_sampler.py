@@ -236,7 +236,7 @@ def test_steps_to_come_are_prepared_together(
     prompts, null = text((5, 2), 5), text((1,), 1)
     fresh = lambda step: torch.full_like(x, step / 10)  # noqa: E731
     expected = SAMPLERS[sampler](guided(model, prompts, null, 3.0, told), x, times, noise=fresh)
-    monkeypatch.setattr("semantic_routing.sampler.PLANNED_BYTES", budget)
+    monkeypatch.setattr("semantic_routing.text_plan.PLANNED_BYTES", budget)
     record, together = Record(model), []
     plan = model.prepare_steps
     model.prepare_steps = lambda features, t: together.append(len(t)) or plan(features, t)

@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from semantic_routing.dit import DiTConfig, TextContext
+from semantic_routing.dit import DiTConfig
 from semantic_routing.features import TextFeatures
 from semantic_routing.sampler import extrapolated, join
+from semantic_routing.text_plan import TextPlan
 
 
 class Conditioning:
@@ -37,8 +38,7 @@ class Conditioning:
         self._null: TextFeatures | None = None
         self._ask_null = ask_null
         self._parts: tuple[TextFeatures, ...] = ()
-        self._features = prompt
-        self._context: TextContext | None = None
+        self._plan = TextPlan(transformer, prompt)
 
     @property
     def null(self) -> TextFeatures:
@@ -61,16 +61,12 @@ class Conditioning:
     def _read(self, parts: tuple[TextFeatures, ...]) -> None:
         """Make ``parts``, prompts and their null prompts where there is guidance, what the transformer is told."""
         if len(parts) != len(self._parts) or any(a is not b for a, b in zip(parts, self._parts, strict=True)):
-            self._parts, self._features, self._context = parts, join(*parts) if len(parts) > 1 else parts[0], None
+            self._parts = parts
+            self._plan = TextPlan(self._transformer, join(*parts) if len(parts) > 1 else parts[0])
 
     def _velocity(self, x: Tensor, t: Tensor) -> Tensor:
         with self._products():
-            context = self._context
-            if self._transformer.depends_on_time:
-                context = self._transformer.prepare_text(self._features, self._transformer.gate_time(x, t))
-            elif context is None:
-                context = self._context = self._transformer.prepare_text(self._features)
-            return self._transformer(x, t, context).float()
+            return self._transformer(x, t, self._plan.at(x, t)).float()
 
 
 def repeated(features: TextFeatures, times: int) -> TextFeatures:

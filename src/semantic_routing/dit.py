@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -27,7 +27,7 @@ from semantic_routing.layers import (
     zero_,
 )
 from semantic_routing.noise_level import NoiseLevel
-from semantic_routing.ragged import Ragged, is_worthwhile, packed, without_padding
+from semantic_routing.ragged import Layout, Ragged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,42 +263,30 @@ class DiT(Backbone):
 
     def prepare_text(self, features: TextFeatures, t: Float[Tensor, " T"] | None = None) -> TextContext:
         check_text(features, self.cfg)
-        shared = t is None or len(t) == 1 or not self.depends_on_time
-        return self._mixed(features, lambda hidden: self.router(hidden, t)[None], shared)[0]
+        layout = Layout.of(features.hidden, features.mask)
+        if self.depends_on_time and t is not None and len(t) > 1:  # weights differ between samples: mix, then pack
+            mixed = layout.pack(self.router(features.hidden, t))
+        else:  # padding need not even be mixed
+            mixed = self.router(layout.pack(features.hidden), t)
+        return self._keys_and_values(mixed, layout)
 
     def prepare_steps(self, features: TextFeatures, times: Float[Tensor, " T"]) -> list[TextContext]:
         if not self.depends_on_time:
             return super().prepare_steps(features, times)
         check_text(features, self.cfg)
-        return self._mixed(features, lambda hidden: self.router.mix_steps(hidden, times), shared=True)
+        layout = Layout.of(features.hidden, features.mask)
+        steps = self.router.mix_steps(layout.pack(features.hidden), times)
+        return [self._keys_and_values(mixed, layout) for mixed in steps]
 
-    def _mixed(self, features: TextFeatures, mix: Callable[[Tensor], Tensor], shared: bool) -> list[TextContext]:
-        """The text of each time that ``mix`` [T, D or 1, B, N, C] is of, without padding where that pays.
-
-        Padding is not even mixed where all samples have ``shared`` weights.
-        """
-        hidden = features.hidden
-        if not is_worthwhile(hidden):
-            return [self._context(fused, features.mask) for fused in mix(hidden)]
-        ragged, places = without_padding(features.mask)
-        if ragged is None:
-            return [self._context(fused) for fused in mix(hidden)]
-        fused = mix(packed(hidden, places, 1)) if shared else packed(mix(hidden), places, 2)
-        return [self._context(rows, ragged=ragged) for rows in fused]
-
-    def _context(
-        self,
-        fused: Float[Tensor, "D_or_1 B N C"],
-        mask: Bool[Tensor, "B N"] | None = None,
-        ragged: Ragged | None = None,
-    ) -> TextContext:
-        """What the blocks' attention reads of the text that was mixed for them."""
-        text = self.text_proj(self.text_norm(fused))
-        rows = text.expand(len(self.blocks), -1, -1, -1)
+    def _keys_and_values(self, mixed: Float[Tensor, "D_or_1 B N C"], layout: Layout) -> TextContext:
+        """Project the text mixed for each block (Section 3.3), and make the keys and values of its attention."""
+        text = self.text_proj(self.text_norm(mixed)).expand(len(self.blocks), -1, -1, -1)
         blocks = cast(Iterable[Block], self.blocks)
-        pairs = [block.cross.prepare(row) for block, row in zip(blocks, rows, strict=True)]
+        pairs = [block.cross.prepare(row) for block, row in zip(blocks, text, strict=True)]
         keys, values = zip(*pairs, strict=True)
-        return TextContext(keys, values, mask) if ragged is None else ragged_context(keys, values, ragged)
+        if layout.ragged is None:
+            return TextContext(keys, values, layout.mask)
+        return ragged_context(keys, values, layout.ragged)
 
 
 def check_text(features: TextFeatures, cfg: DiTConfig) -> None:

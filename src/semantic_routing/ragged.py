@@ -40,6 +40,29 @@ def without_padding(mask: Bool[Tensor, "B N"]) -> tuple[Ragged | None, Int[Tenso
     return Ragged.of(mask.sum(1), mask.shape[1]), places
 
 
+class Layout(NamedTuple):
+    """How the tokens of a batch of prompts lie in memory: padded behind a mask, or packed one behind the other."""
+
+    mask: Bool[Tensor, "B N"] | None
+    """True on tokens; None where no position is padding."""
+    ragged: Ragged | None = None
+    """Where the prompts are, if they are packed."""
+    places: Int[Tensor, " T"] | None = None
+    """Where the packed tokens are among the padded ones."""
+
+    @classmethod
+    def of(cls, hidden: Tensor, mask: Bool[Tensor, "B N"]) -> Layout:
+        """Choose how to lay out prompts with these states: packed where attention can read that."""
+        if not is_worthwhile(hidden):
+            return cls(mask)
+        ragged, places = without_padding(mask)
+        return cls(None) if ragged is None else cls(None, ragged, places)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Leave padding out of ``x`` [..., B, N, C], which becomes [..., 1, T, C]; a padded layout keeps it."""
+        return x if self.places is None else packed(x, self.places, x.ndim - 3)
+
+
 def packed(x: Tensor, places: Int[Tensor, " T"], axis: int) -> Tensor:
     """``x`` with its axes B and N, from ``axis`` on, made 1 and T: its tokens at ``places``."""
     return x.flatten(axis, axis + 1).index_select(axis, places).unsqueeze(axis)

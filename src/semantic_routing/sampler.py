@@ -23,13 +23,12 @@ from semantic_routing.dit import Backbone, TextContext, ragged_context
 from semantic_routing.features import TextFeatures
 from semantic_routing.ragged import Ragged
 from semantic_routing.recording import Recording
+from semantic_routing.text_plan import TextPlan
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x [B, ...], t [1], the one time of all samples) -> velocity [B, ...]."""
 Contexts = Callable[[Tensor, Tensor], TextContext]
 """(x [B, ...], t [1]) -> the text as the network's blocks read it there."""
-PLANNED_BYTES = 2**28
-"""Most memory for the text of steps to come."""
 Callback = Callable[[int, Tensor, Tensor, Tensor], None]
 """Called after every step with (step, time, x, velocity) as they were at the step's beginning."""
 Noise = Callable[[int], Tensor]
@@ -171,60 +170,18 @@ def sampler_name(spelling: SamplerSpelling) -> SamplerName:
 def text_velocity(
     model: Backbone, features: TextFeatures, clock: Clock | None = None, times: Float[Tensor, " T"] | None = None
 ) -> Velocity:
-    """The model's velocity for these prompts; ``clock`` turns the nominal time into the one that routing is told.
+    """Return the model's velocity for these prompts.
 
-    ``times`` are those that will be asked for, in order, where they are known: see ``contexts``.
+    ``clock`` turns the nominal time into the one that routing is told. ``times`` are those that will be asked for,
+    where they are known: see ``TextPlan``.
     """
-    return reading(model, contexts(model, features, clock, times))
+    return reading(model, TextPlan(model, features, clock=clock, times=times).at)
 
 
 def reading(model: Backbone, text: Contexts) -> Velocity:
-    """The model's velocity with the text as it is at each time."""
+    """Return the model's velocity with the text as it is at each time."""
     network = Recording(model) if model.recorded else model
     return lambda x, t: network(x, t, text(x, t)).float()
-
-
-def contexts(
-    model: Backbone, features: TextFeatures, clock: Clock | None = None, times: Float[Tensor, " T"] | None = None
-) -> Contexts:
-    """The text of these prompts at any time, prepared as seldom as routing allows.
-
-    Once, where routing ignores time. Where it goes by a time that is known beforehand, for as many of ``times`` at once
-    as fit ``PLANNED_BYTES``: that reads the states once instead of at every step, and every step on its own does all
-    else. Where it goes by the latents, at every step.
-    """
-    if not model.depends_on_time:
-        once = model.prepare_text(features)
-        return lambda x, t: once
-    if model.reads_latents:
-        return lambda x, t: model.prepare_text(features, model.gate_time(x, t))
-    told = clock or (lambda t: t)
-    if times is None:
-        return lambda x, t: model.prepare_text(features, told(t))
-    left = times.tolist()
-    planned: dict[float, TextContext] = {}
-
-    def at(x: Tensor, t: Tensor) -> TextContext:
-        time = t.item()
-        if time not in planned:
-            while left and left[0] != time:
-                left.pop(0)
-            steps = left[: _steps_planned(model, features)]
-            if len(steps) < 2:
-                return model.prepare_text(features, told(t))
-            planned.clear()
-            planned.update(zip(steps, model.prepare_steps(features, told(t.new_tensor(steps))), strict=True))
-        return planned[time]
-
-    return at
-
-
-def _steps_planned(model: Backbone, features: TextFeatures) -> int:
-    """Steps whose keys and values, and what they are made from, fit ``PLANNED_BYTES``."""
-    cfg = model.cfg
-    mixes = cfg.depth if cfg.strategy.by_block else 1
-    channels = mixes * cfg.text_width + 2 * cfg.depth * cfg.kv_heads * cfg.head_dim
-    return PLANNED_BYTES // (features.mask.numel() * channels * features.hidden.itemsize)
 
 
 def guided(
@@ -244,13 +201,13 @@ def guided(
         return text_velocity(model, features, clock, times)
     if model.reads_latents:  # the null prompt's text differs from image to image, too
         return extrapolated(text_velocity(model, join(features, null)), scale)
-    halves = [contexts(model, half, clock, times) for half in (features, null)]
+    prompt, nothing = (TextPlan(model, half, clock=clock, times=times) for half in (features, null))
     kept: list[tuple[TextContext, TextContext]] = []
 
     def both(x: Tensor, t: Tensor) -> TextContext:
-        prompt, nothing = (half(x, t) for half in halves)
-        if not kept or kept[0][0] is not prompt:
-            kept[:] = [(prompt, join_contexts(prompt, nothing))]
+        half = prompt.at(x, t)
+        if not kept or kept[0][0] is not half:
+            kept[:] = [(half, join_contexts(half, nothing.at(x, t)))]
         return kept[0][1]
 
     return extrapolated(reading(model, both), scale)

@@ -24,6 +24,7 @@ from semantic_routing.errors import TrainingFailed
 from semantic_routing.flow import FIXED_TIMES, path, velocity
 from semantic_routing.generate import ALONE, Bundle, autocast
 from semantic_routing.processes import Processes
+from semantic_routing.text_plan import TextPlan
 from semantic_routing.troubles import Troubles
 
 HeldOut = Callable[[int], Row]
@@ -139,13 +140,11 @@ def batch_errors(bundle: Bundle, rows: Sequence[Row], times: Sequence[float]) ->
     latents = bundle.codec.encode(images, extra)
     target = velocity(latents, noise)
     features = bundle.encode([row.caption for row in rows])
-    context, errors = None, []
+    plan, errors = TextPlan(model, features), []
     for time in times:
         t = torch.full((len(rows),), time, device=device)
         with autocast(device, bundle.bf16):
             noisy = path(latents, noise, t)
-            if context is None or model.depends_on_time:
-                context = model.prepare_text(features, model.gate_time(noisy, t))
-            predicted = model(noisy, t, context)
+            predicted = model(noisy, t, plan.at(noisy, t))
         errors.append((predicted.float() - target).square().flatten(1).double().mean(1))
     return torch.stack(errors)
