@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,42 +66,12 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_config(tiny_encoder: Path) -> Callable[..., TrainConfig]:
     """Makes the configuration of a run of 8 steps in float32 that takes about a second: (arm, **changes)."""
-    from semantic_routing.dit import DiTConfig
-    from semantic_routing.generate import SampleConfig
-    from semantic_routing.optim import OptimConfig
-    from semantic_routing.text_encoder import TextEncoderConfig
-    from semantic_routing.train import TrainConfig
+    from semantic_routing.recipes import debug
 
     def make(arm: str = "depth", **changes: Any) -> TrainConfig:
-        model = DiTConfig(
-            arm=arm,
-            depth=2,
-            width=32,
-            heads=2,
-            kv_heads=1,
-            head_dim=32,
-            mlp_width=48,
-            patch=8,
-            channels=3,
-            text_width=64,
-            text_layers=2,
-            fusedit_first_layer=0,
-        )
-        defaults = {
-            "image_size": 32,
-            "model": model,
-            "text": TextEncoderConfig(name_or_path=str(tiny_encoder), buckets=(16, 32, 64)),
-            "optim": OptimConfig(lr=1e-2),
-            "steps": 8,
-            "batch": 4,
-            "ema_every": 1,
-            "precision": "fp32",
-            "log_every": 1,
-            "checkpoint_every": 4,
-            "preview": SampleConfig(steps=2, guidance=2.0, batch=3),
-            "device": "cpu",
-        }
-        return TrainConfig(**(defaults | changes))
+        cfg = debug(arm)
+        text = replace(cfg.text, name_or_path=str(tiny_encoder))
+        return replace(cfg, **({"text": text, "preview_every": 0, "device": "cpu"} | changes))
 
     return make
 

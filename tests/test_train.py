@@ -397,7 +397,6 @@ def test_a_folder_with_a_run_is_not_begun_again(tiny_config: Make, tiny_run: Pat
     [
         ({"data": {"paths": ("nowhere",)}}, "nowhere' does not exist"),
         ({"device": "gpu"}, "unknown device 'gpu'"),
-        ({"model": {"arm": "detph"}}, "unknown arm 'detph'; did you mean 'depth'"),
         ({"model": {"channels": 4}}, "latents have 3 channels, but model.channels is 4"),
         ({"model": {"patch": 5}}, "32 x 32 do not divide into patches: model.patch is 5"),
         ({"model": {"arm": "fusedit", "fusedit_first_layer": 1}}, "needs 3 language-model layers, but there are 2"),

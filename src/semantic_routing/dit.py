@@ -70,7 +70,7 @@ class DiTConfig:
     """FuseDiT only: the text layer (0-based) that block 0 reads; block i reads layer first + i."""
 
     def __post_init__(self) -> None:
-        parse_arm(self.arm)
+        object.__setattr__(self, "arm", parse_arm(self.arm))  # "S2" is "depth"
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads={self.kv_heads} must divide heads={self.heads}")
         if self.head_dim % 4:

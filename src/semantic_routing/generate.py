@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -50,9 +51,9 @@ _ROUNDING = threading.Lock()
 _ROUNDED: dict[nn.Module, tuple[int, list[tuple[nn.Parameter, Tensor]]]] = {}
 """Networks whose weights are rounded now: by how many calls, and what the weights are."""
 TINY = "tiny"
-"""Name of the text encoder that a run makes for itself (``tiny_lm.py``) ..."""
+"""Name of the text encoder that a run makes for itself (``tiny_lm.py``); "tiny:4x64" has 4 layers of width 64."""
 TEXT_ENCODER = "text_encoder"
-"""... and the folder of the run that holds it."""
+"""Folder of a run that holds the text encoder made for it."""
 PROMPTS = "prompts.jsonl"
 """What sampling says of each image."""
 
@@ -103,9 +104,20 @@ def check_guidance(scale: float) -> None:
         raise ValueError(f"guidance is {scale}; it must be finite, at most {MOST_GUIDANCE}")
 
 
+def tiny_sizes(name: str) -> dict[str, Any] | None:
+    """Read the sizes of a tiny language model off its name: "tiny", "tiny:LAYERSxWIDTH" or "tiny:LAYERSxWIDTHxSTEPS".
+
+    Returns arguments of ``tiny_lm``; None for the name of another text encoder.
+    """
+    found = re.fullmatch(rf"{TINY}(?::(\d+)x(\d+)(?:x(\d+))?)?", name)
+    if found is None:
+        return None
+    return {key: int(size) for key, size in zip(("layers", "width", "steps"), found.groups(), strict=True) if size}
+
+
 def locate_encoder(cfg: TextEncoderConfig, run: Path) -> TextEncoderConfig:
     """Where a run's text encoder really is: in the run's own folder if it made one, else as named."""
-    if cfg.name_or_path != TINY:
+    if tiny_sizes(cfg.name_or_path) is None:
         return cfg
     folder = run / TEXT_ENCODER
     if not folder.is_dir():

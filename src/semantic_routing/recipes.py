@@ -73,6 +73,41 @@ def toy(arm: str) -> TrainConfig:
     )
 
 
+def debug(arm: str) -> TrainConfig:
+    """Seconds on any machine: a network of two blocks and a language model of two layers, which learn next to nothing.
+
+    To see that an installation, a data set or a change runs from end to end; the tests run it, too.
+    """
+    return TrainConfig(
+        image_size=32,
+        model=DiTConfig(
+            arm=arm,
+            depth=2,
+            width=32,
+            heads=2,
+            kv_heads=1,
+            head_dim=32,
+            mlp_width=48,
+            patch=8,
+            channels=3,
+            text_width=64,
+            text_layers=2,
+            fusedit_first_layer=0,
+        ),
+        text=TextEncoderConfig(name_or_path=f"{TINY}:2x64x5", buckets=(16, 32, 64)),
+        codec=CodecConfig(kind="pixels"),
+        optim=OptimConfig(lr=1e-2),
+        steps=8,
+        batch=4,
+        ema_every=1,
+        precision="fp32",
+        log_every=1,
+        checkpoint_every=4,
+        preview_every=8,
+        preview=SampleConfig(steps=2, guidance=2.0, batch=3),
+    )
+
+
 def small(arm: str) -> TrainConfig:
     """The toy world with a network of 41 million parameters: seven arms and three seeds in half an hour on one GPU.
 
@@ -112,4 +147,4 @@ def paper(arm: str) -> TrainConfig:
     )
 
 
-RECIPES: dict[str, Callable[[str], TrainConfig]] = {"toy": toy, "small": small, "paper": paper}
+RECIPES: dict[str, Callable[[str], TrainConfig]] = {"debug": debug, "toy": toy, "small": small, "paper": paper}

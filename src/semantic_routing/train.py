@@ -23,7 +23,6 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from semantic_routing.ahead import one_ahead
-from semantic_routing.arms import parse_arm
 from semantic_routing.checkpoint import check_writable, checkpoints, find_checkpoint, read_state, write_text
 from semantic_routing.claims import LOCK, claimed
 from semantic_routing.codec import Codec, NotFiniteError
@@ -35,7 +34,7 @@ from semantic_routing.data.sources import SHAPES, Dataset, open_data
 from semantic_routing.data.stories import story
 from semantic_routing.device import keep_freed_memory
 from semantic_routing.errors import Interrupted
-from semantic_routing.generate import TINY
+from semantic_routing.generate import tiny_sizes
 from semantic_routing.manifest import manifest
 from semantic_routing.meter import Meter, flops_per_image, peak_flops, peak_memory, routing_entropy
 from semantic_routing.origins import FOLDER, KEY, changes, data_origins, here
@@ -69,16 +68,17 @@ def start(cfg: TrainConfig, out: Path, on_step: OnStep | None = None) -> Path:
         world = world.arranged(cfg.parallel, cfg.device)
         data = world.agreed(lambda: open_data(cfg.data, image_size=cfg.image_size, seed=cfg.seed))
         text = cfg.text
-        if text.name_or_path == TINY:
-            text = replace(text, name_or_path=world.in_order(lambda: str(tiny_lm(training_corpus(data)))))
+        sizes = tiny_sizes(text.name_or_path)
+        if sizes is not None:
+            text = replace(text, name_or_path=world.in_order(lambda: str(tiny_lm(training_corpus(data), **sizes))))
 
         def make() -> Trainer:
-            shape, arm = text_shape(text), parse_arm(cfg.model.arm)
-            model = replace(cfg.model, arm=arm, text_width=shape.width, text_layers=len(shape.layers))
+            shape = text_shape(text)
+            model = replace(cfg.model, text_width=shape.width, text_layers=len(shape.layers))
             return Trainer(replace(cfg, model=model), out, world, text)
 
         def write() -> None:
-            if cfg.text.name_or_path == TINY:
+            if sizes is not None:
                 keep_encoder(Path(text.name_or_path), out)
             write_text(out / "config.json", json.dumps(to_dict(trainer.cfg), indent=2) + "\n")
 
