@@ -17,6 +17,7 @@ from semantic_routing.fusedit import make_model
 from semantic_routing.parallel import (
     ParallelConfig,
     World,
+    arrange,
     local,
     mesh_shape,
     parallelize,
@@ -68,7 +69,7 @@ def test_what_does_not_fit(cfg: dict, count: int, message: str) -> None:
 
 
 def test_one_process_agrees_with_itself() -> None:
-    world = World().arranged(ParallelConfig(), "cpu")
+    world = arrange(World(), ParallelConfig(), "cpu")
     assert (world.device, world.mesh, world.threads, world.first) == (CPU, None, None, True)
     assert world.agreed(lambda: 3) == world.shared(lambda: 3) == world.in_order(lambda: 3) == 3
     assert world.largest(2, 5) == [2, 5]

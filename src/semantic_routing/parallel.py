@@ -145,16 +145,6 @@ class World(Processes):
         dist.all_reduce(x, dist.ReduceOp.MAX)
         return cast(list[int], x.tolist())
 
-    def arranged(self, cfg: ParallelConfig, device: str = "auto") -> World:
-        """The same processes, laid out as ``cfg`` says; ValueError where their number does not fit it."""
-        own, shape = self.agreed(lambda: (pick_device(device), mesh_shape(cfg, self.count)))
-        if shape is None:
-            return replace(self, device=own)
-        if own.type == "cuda":
-            own = torch.device("cuda", torch.cuda.current_device())
-        mesh = init_device_mesh(own.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-        return replace(self, device=own, mesh=mesh, threads=dist.new_group(backend="gloo", timeout=PATIENCE))
-
 
 @contextmanager
 def open_world() -> Iterator[World]:
@@ -173,6 +163,17 @@ def open_world() -> Iterator[World]:
     finally:
         time.sleep(SETTLE)
         dist.destroy_process_group()
+
+
+def arrange(world: World, cfg: ParallelConfig, device: str = "auto") -> World:
+    """Lay the processes out as ``cfg`` says; ValueError where their number does not fit it."""
+    own, shape = world.agreed(lambda: (pick_device(device), mesh_shape(cfg, world.count)))
+    if shape is None:
+        return replace(world, device=own)
+    if own.type == "cuda":
+        own = torch.device("cuda", torch.cuda.current_device())
+    mesh = init_device_mesh(own.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    return replace(world, device=own, mesh=mesh, threads=dist.new_group(backend="gloo", timeout=PATIENCE))
 
 
 def mesh_shape(cfg: ParallelConfig, count: int) -> tuple[int, ...] | None:

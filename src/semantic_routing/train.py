@@ -38,7 +38,7 @@ from semantic_routing.generate import tiny_sizes
 from semantic_routing.manifest import manifest
 from semantic_routing.meter import Meter, flops_per_image, peak_flops, peak_memory, routing_entropy
 from semantic_routing.origins import FOLDER, KEY, changes, data_origins, here
-from semantic_routing.parallel import World, open_world
+from semantic_routing.parallel import World, arrange, open_world
 from semantic_routing.pictures import save_png
 from semantic_routing.run_folder import check_new, going_on, keep_encoder, latest, located_run, note_steps, run_of
 from semantic_routing.stopping import stop_signals
@@ -65,7 +65,7 @@ def start(cfg: TrainConfig, out: Path, on_step: OnStep | None = None) -> Path:
     """
     with open_world() as world, _claimed(world, out):
         world.shared(partial(check_new, out))
-        world = world.arranged(cfg.parallel, cfg.device)
+        world = arrange(world, cfg.parallel, cfg.device)
         data = world.agreed(lambda: open_data(cfg.data, image_size=cfg.image_size, seed=cfg.seed))
         text = cfg.text
         sizes = tiny_sizes(text.name_or_path)
@@ -114,7 +114,7 @@ def resume(out: Path, on_step: OnStep | None = None, *, steps: int | None = None
             cfg = located_run(asked, then.get(FOLDER))
             if cfg != asked:
                 words.append(f"the run began in another folder, {then[FOLDER]}: relative paths are taken from there")
-            world = world.arranged(cfg.parallel, cfg.device)
+            world = arrange(world, cfg.parallel, cfg.device)
             data = world.agreed(lambda: open_data(cfg.data, image_size=cfg.image_size, seed=cfg.seed))
             trainer = world.agreed(lambda: Trainer(cfg, run, world))
             world.agreed(lambda: trainer.load(folder))
