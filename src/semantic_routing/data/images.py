@@ -13,8 +13,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
-"""What is opened. Pillow knows more, but some of those (EPS) run other programs on the file."""
+from semantic_routing.data.formats import PLAIN, formats, hint
+
+FORMATS = PLAIN
 BROKEN = (
     OSError,
     SyntaxError,
@@ -97,7 +98,7 @@ def open_picture(data: bytes) -> Image.Image:
         raise Unusable("zero bytes", "the file is empty")
     _settle_warnings()
     try:
-        return Image.open(BytesIO(data), formats=FORMATS)
+        return Image.open(BytesIO(data), formats=formats())
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise Unusable("decompression bomb", str(error)) from error
     except BROKEN as error:
@@ -107,7 +108,7 @@ def open_picture(data: bytes) -> Image.Image:
             reason = "truncated" if len(data) < whole else "damaged"
         else:
             reason = "unsupported format" if begin.startswith(_FOREIGN) or begin[4:8] == b"ftyp" else "not an image"
-        raise Unusable(reason, f"{len(data)} bytes that begin with {begin!r}") from error
+        raise Unusable(reason, f"{len(data)} bytes that begin with {begin!r}{hint(begin)}") from error
 
 
 @lru_cache(maxsize=1)

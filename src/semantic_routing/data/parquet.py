@@ -165,14 +165,24 @@ def _look(found: Found, row: int, picture: bytes | None) -> None:
 
 def _columns(path: str, schema: Any) -> tuple[str, list[str]]:
     """The column of pictures, and those that may hold captions or the key."""
-    pictures = [field.name for field in schema if _holds_pictures(field.type)]
-    image = next((name for name in IMAGE_COLUMNS if name in pictures), None)
+    image = picture_column(schema)
     if image is None:
         raise ValueError(
             f"{path} has no column of pictures, which is of bytes and called {', '.join(IMAGE_COLUMNS[:5])} ...; "
             f"its columns: {', '.join(schema.names)}"
         )
-    return image, [field.name for field in schema if _holds_text(field.type)]
+    return image, text_columns(schema)
+
+
+def picture_column(schema: Any) -> str | None:
+    """The name of the column of pictures; None where a schema has none."""
+    pictures = [field.name for field in schema if _holds_pictures(field.type)]
+    return next((name for name in IMAGE_COLUMNS if name in pictures), None)
+
+
+def text_columns(schema: Any) -> list[str]:
+    """The names of the columns of strings and lists of strings."""
+    return [field.name for field in schema if _holds_text(field.type)]
 
 
 def _holds_pictures(kind: Any) -> bool:

@@ -163,14 +163,36 @@ class RecordStream:
         return list(islice(self._captions(), count))
 
     def _captions(self) -> Iterator[str]:
+        for place in self._places():
+            try:
+                yield self._caption(self._record(*place), 0.0, 0.0)
+            except (DamagedRecord, Unusable):
+                continue
+
+    def _places(self) -> Iterator[tuple[int, int, int]]:
+        """Shard, number in it and bucket of the records in the order of training, those of a bucket together."""
         for bucket, order in enumerate(self._orders):
             for position in range(len(order)):
                 _, shard, within = order.locate(position)
-                try:
-                    record = self._record(shard, within, bucket)
-                    yield self._caption(record, 0.0, 0.0)
-                except (DamagedRecord, Unusable):
-                    continue
+                yield shard, within, bucket
+
+    def check_captions(self) -> None:
+        """Raise ValueError where as many records as are tried for a row have no caption, naming what they do have."""
+        there: set[str] = set()
+        read = 0
+        for place in islice(self._places(), ATTEMPTS):
+            try:
+                record = self._record(*place)
+                self._caption(record, 0.0, 0.0)
+                return
+            except DamagedRecord:
+                continue
+            except Unusable:
+                read += 1
+                there |= record.captions.keys()
+        if read:
+            names = ", ".join(source.name for source in self.sources)
+            raise ValueError(f"{names}: {self.how.choice.missing(sorted(there))} (seen in {read} records)")
 
     def _stand_in(self, bucket: int, shard: int, sample: int, epoch: int, attempt: int) -> tuple[int, int]:
         """The shard, and the record of the bucket in it, to be tried next."""
