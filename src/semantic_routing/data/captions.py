@@ -35,7 +35,7 @@ class CaptionChoice:
         return texts[int(text_uniform * len(texts))].strip()
 
     def missing(self, there: Sequence[str]) -> str:
-        """What to do where records only have captions of other keys, or none."""
+        """What to do where records only have captions of other keys, the longest first, or none."""
         wanted = ", ".join(self.weights or self.usual)
         if not there:
             return (

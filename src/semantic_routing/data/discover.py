@@ -95,13 +95,12 @@ def discover(path: str) -> Data:
 def _discover_folder(folder: str) -> Data:
     everything = everything_below(folder)
     kept, splits = without_other_splits(folder, (path for path, _ in everything if _looks_like_data(path)))
-    left_out = Counter({f"in a split beside train, taken by its own path {way}": n for way, n in splits.items()})
+    left_out = Counter({f"of a split other than train (give {way} to take it)": n for way, n in splits.items()})
     left_out["hidden file"] += sum(is_hidden(path) for path in kept)
     there = [path for path in kept if not is_hidden(path)]
     pictures = [path for path in there if _ending(path) in picture_endings()]
-    for path in there:
-        if _ending(path) not in (*picture_endings(), *ENDINGS, *BESIDE):
-            left_out[unknown(_ending(path))] += 1
+    known = {*picture_endings(), *ENDINGS, *BESIDE}
+    left_out.update(unknown(_ending(path)) for path in there if _ending(path) not in known)
     shards = [path for path in there if _ending(path) == ".tar"]
     tables = [path for path in there if _ending(path) == ".parquet"]
     if shards:
@@ -120,8 +119,12 @@ def _discover_folder(folder: str) -> Data:
     else:
         kind, paths = FOLDER, [absolute(folder)]
         left_out["table without pictures"] += len(tables)
-        left_out["manifest in a folder inside"] += sum(_is_manifest(path) for path in there)
+        left_out["manifest in a folder inside, taken by its own path"] += sum(_is_manifest(path) for path in there)
         left_out["no picture"] += _captions_alone(there)
+        if not pictures:
+            besides = told(_counted(left_out))
+            endings = ", ".join(picture_endings())
+            raise ValueError(f"{folder!r} holds no pictures ({endings})" + f"; left out: {besides}" * bool(besides))
     return Data(kind, paths, _counted(left_out))
 
 
@@ -131,7 +134,8 @@ def _counted(left_out: Counter[str]) -> dict[str, int]:
 
 def _looks_like_data(path: str) -> bool:
     """Whether a file may be a picture, a shard, a table or a caption; of hidden ones, those that have such names."""
-    return (not is_hidden(path) and _ending(path) not in ABOUT) or _ending(path) in (*picture_endings(), *ENDINGS)
+    ending = _ending(path)
+    return (not is_hidden(path) and ending not in ABOUT) or ending in ENDINGS or ending in picture_endings()
 
 
 def _with_pictures(tables: Sequence[str]) -> list[str]:

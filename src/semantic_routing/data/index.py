@@ -252,7 +252,7 @@ def _open(name: str, data: Data, index: Index | None) -> RecordSource:
 
         source = FolderRecords(data.paths[0], name=name, sizes=sizes[0] if sizes else None)
     indexed = sum((Counter(entry.damaged) for entry in entries), Counter[str]())
-    source.damaged = dict(+left_out) | source.damaged | dict(indexed)
+    source.damaged = dict(left_out + Counter(source.damaged | indexed))
     if source.damaged:
         _LOG.warning("%s: left out or damaged: %s", name, told(source.damaged))
     return source

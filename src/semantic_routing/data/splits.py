@@ -6,6 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
+from semantic_routing.data.formats import picture_endings
+
 WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -19,7 +21,8 @@ _NAME = re.compile(rf"({'|'.join(sorted(_SPLIT, key=len, reverse=True))})(?=$|[-
 
 
 def without_other_splits(folder: str, paths: Iterable[str]) -> tuple[list[str], Counter[str]]:
-    """The paths below a folder that are of the split ``train`` or of none, and how many others, by what takes them.
+    """The paths below a folder that are of the split ``train`` or of none, and how many pictures and shards of
+    others, by what takes them.
 
     A name counts as that of another split only beside one of ``train``, in the same folder.
     """
@@ -30,10 +33,10 @@ def without_other_splits(folder: str, paths: Iterable[str]) -> tuple[list[str], 
     others: Counter[str] = Counter()
     for path, names in zip(paths, places, strict=True):
         left_out = next((base + name for base, name, split in names if split != "train" and base in trains), "")
-        if left_out:
-            others[left_out] += 1
-        else:
+        if not left_out:
             kept.append(path)
+        elif path.lower().endswith((*picture_endings(), *SHARDS)):  # captions belong to these
+            others[left_out] += 1
     return kept, others
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -178,8 +179,8 @@ class RecordStream:
 
     def check_captions(self) -> None:
         """Raise ValueError where as many records as are tried for a row have no caption, naming what they do have."""
-        there: set[str] = set()
-        read = 0
+        there: Counter[str] = Counter()  # characters by key: captions are longer than names
+        read = False
         for place in islice(self._places(), ATTEMPTS):
             try:
                 record = self._record(*place)
@@ -188,11 +189,12 @@ class RecordStream:
             except DamagedRecord:
                 continue
             except Unusable:
-                read += 1
-                there |= record.captions.keys()
+                read = True
+                there.update({key: len(found[0]) for key, found in record.captions.items()})
         if read:
             names = ", ".join(source.name for source in self.sources)
-            raise ValueError(f"{names}: {self.how.choice.missing(sorted(there))} (seen in {read} records)")
+            longest = [key for key, _ in there.most_common()]
+            raise ValueError(f"{names}: {self.how.choice.missing(longest)}")
 
     def _stand_in(self, bucket: int, shard: int, sample: int, epoch: int, attempt: int) -> tuple[int, int]:
         """The shard, and the record of the bucket in it, to be tried next."""
