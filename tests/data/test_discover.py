@@ -61,23 +61,29 @@ INSTALL = 'unknown format .heic (pip install "semantic-routing[heif]")'
 # -- what is left out --------------------------------------------------------------------------------------------
 
 
+MEMBERS = [("a.jpg", b"x"), ("a.txt", b"x")]
+LEFT_OUT: dict[str, tuple[dict[str, bytes], dict[str, int]]] = {
+    "telephone": (PHONE, {INSTALL: 9}),
+    "other formats": (
+        captioned("a.jpg") | {"b.CR2": b"x", "c.mp4": b"x", "d.psd": b"x"},
+        {"unknown format .cr2": 1, "unknown format .mp4": 1, "unknown format .psd": 1},
+    ),
+    "hidden": (captioned("a.jpg") | {"._a.jpg": b"x", ".b.png": b"x", ".DS_Store": b"x"}, {"hidden file": 2}),
+    "empty": (
+        captioned("a.jpg", "b.jpg") | {"b.jpg": b"", "c.png": picture(), "d.png": picture(), "d.txt": b""},
+        {"zero bytes": 1, "no caption": 2},
+    ),
+    "text alone": (captioned("a.jpg") | {"b.txt": b"of what?", "README.txt": b"x"}, {"no picture": 1}),
+    "in a tar": ({"0.tar": archive([*MEMBERS, ("b.heic", b"x"), ("b.txt", b"x")])}, {INSTALL: 1}),
+    "two kinds": ({"0.tar": archive(MEMBERS), **captioned("b.jpg")}, {"picture beside tar shards": 1}),
+}
+
+
 @pytest.mark.usefixtures("without_heif")
-@pytest.mark.parametrize(
-    ("files", "left_out"),
-    [
-        (PHONE, {INSTALL: 9}),
-        (captioned("a.jpg") | {"b.CR2": b"x", "c.mp4": b"x", "d.psd": b"x"}, {f"unknown format {e}": 1 for e in (".cr2", ".mp4", ".psd")}),
-        (captioned("a.jpg") | {"._a.jpg": b"x", ".b.png": b"x", ".DS_Store": b"x"}, {"hidden file": 2}),
-        (captioned("a.jpg", "b.jpg") | {"b.jpg": b"", "c.png": picture(), "d.png": picture(), "d.txt": b""}, {"zero bytes": 1, "no caption": 2}),
-        (captioned("a.jpg") | {"b.txt": b"of what?", "README.txt": b"x"}, {"no picture": 1}),
-        ({"0.tar": archive([("a.jpg", b"x"), ("a.txt", b"x"), ("b.heic", b"x"), ("b.txt", b"x")])}, {INSTALL: 1}),
-        ({"0.tar": archive([("a.jpg", b"x"), ("a.txt", b"x")]), **captioned("b.jpg")}, {"picture beside tar shards": 1}),
-    ],
-    ids=["telephone", "other formats", "hidden", "empty", "text alone", "in a tar", "two kinds"],
-)  # fmt: skip
+@pytest.mark.parametrize(("files", "left_out"), LEFT_OUT.values(), ids=LEFT_OUT)
 @pytest.mark.behaviour(
     "Pictures and captions",
-    when="a folder holds files that cannot be used (HEIC without pillow-heif, raw or hidden files, empty ones, text without a picture)",
+    when="a folder holds files that cannot be used (HEIC without pillow-heif, raw, hidden or empty files, lone texts)",
     then="every command counts them by their reason, and says what to install where that helps",
 )
 def test_what_is_left_out_is_told_by_every_command(
@@ -140,7 +146,7 @@ LIST = b'{"file_name": "a.jpg", "text": "by the list"}\n'
 @pytest.mark.behaviour(
     "Pictures and captions",
     when="a folder holds data of several kinds",
-    then="it is the first of: tar shards, Parquet with pictures, a manifest, pictures with captions; all else is counted",
+    then="it is the first of: tar shards, Parquet with pictures, a manifest, pictures; all else is counted",
 )
 @pytest.mark.parametrize(
     ("files", "tables", "kind"),
@@ -261,7 +267,8 @@ def test_an_index_of_the_earlier_version_loads(tmp_path: Path):
     (tmp_path / "index" / INDEX).write_text(json.dumps(listed))
     (source,) = open_indexed(tmp_path / "index")
     assert len(source) == 2
-    assert open_records(str(tmp_path / "data"), tmp_path / "index").dimensions().tolist() == [[8, 6]] * 2  # type: ignore[attr-defined]
+    again = open_records(str(tmp_path / "data"), tmp_path / "index")
+    assert again.dimensions().tolist() == [[8, 6]] * 2  # type: ignore[attr-defined]
 
 
 @pytest.mark.behaviour(

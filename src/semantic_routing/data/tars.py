@@ -83,9 +83,9 @@ def _chunks(rows: Iterator[tuple[int, ...]], size: int) -> Iterator[list[tuple[i
 
 
 @lru_cache(maxsize=1)
-def _parts() -> dict[bytes, int]:
-    """Which part of a record a suffix is of."""
-    pictures = {ending[1:].encode(): IMAGE for ending in picture_endings()}
+def _parts(endings: tuple[str, ...]) -> dict[bytes, int]:
+    """Which part of a record a suffix is of; ``endings`` are those of pictures."""
+    pictures = {ending[1:].encode(): IMAGE for ending in endings}
     return pictures | {b"txt": TEXT, b"json": JSON, b"caption": KOHYA}
 
 
@@ -102,7 +102,7 @@ class _Group:
 
     def lost(self) -> list[Damage]:
         """The pictures that are in no record: of names with more dots, or of formats that are not read."""
-        parts, found, strange = _parts(), [], []
+        parts, found, strange = _parts(picture_endings()), [], []
         for member in self.others:
             whole, _, last = member.name.rpartition(b".")
             part = parts.get(last.lower())
@@ -127,7 +127,7 @@ def _rows(headers: Iterable[Member | Damage], found: Found) -> Iterator[tuple[in
     """A row for each group of members with a picture."""
     group: _Group | None = None
     seen: set[int] = set()
-    parts = _parts()
+    parts = _parts(picture_endings())
     for member in headers:
         if isinstance(member, Damage):
             found.report(member)
@@ -161,7 +161,7 @@ def _rows(headers: Iterable[Member | Damage], found: Found) -> Iterator[tuple[in
 def _report_hidden(member: Member, found: Found) -> None:
     """Count a picture whose name begins with a dot, such as those that macOS adds to archives."""
     name = member.name[member.name.rfind(b"/") + 1 :]
-    if name.startswith(b".") and _parts().get(name[name.rfind(b".") + 1 :].lower()) == IMAGE:
+    if name.startswith(b".") and _parts(picture_endings()).get(name[name.rfind(b".") + 1 :].lower()) == IMAGE:
         found.report(Damage("hidden file", member.start, member.name, "a name that begins with a dot"))
 
 
