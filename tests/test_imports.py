@@ -199,7 +199,18 @@ def late():
     assert imported(ast.parse(source)) == {"flow", "dit", "layers", "data.shapes"}
 
 
-EXTRAS = {"accelerate", "diffusers", "fsspec", "grain", "openai", "peft", "pyarrow", "tensorboard", "torchmetrics"}
+EXTRAS = {
+    "accelerate",
+    "diffusers",
+    "fsspec",
+    "grain",
+    "openai",
+    "peft",
+    "pillow_heif",
+    "pyarrow",
+    "tensorboard",
+    "torchmetrics",
+}
 
 
 def at_once(tree: ast.Module) -> ast.Module:

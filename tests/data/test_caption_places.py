@@ -62,6 +62,17 @@ def test_json_in_capitals_and_kohyas_in_a_tar(tmp_path: Path):
     assert captions(tmp_path / "tar") == ["kohya", "yes"]
 
 
+def test_what_was_read_before_stays(tmp_path: Path):
+    """Formats and captions that are read of late give way to those that always were."""
+    old = picture(7)
+    members = [("1.avif", b"x"), ("1.jpg", old), ("1.caption", b"late"), ("1.json", b'{"caption": "early"}')]
+    fill(tmp_path / "tar", {"0.tar": archive(members)})
+    fill(tmp_path / "folder", dict(members[1:]) | {"1.jpg.txt": b"late"})
+    for place in ("tar", "folder"):
+        assert captions(tmp_path / place) == ["early"]
+        assert open_records(str(tmp_path / place)).read(0).image == old
+
+
 @pytest.mark.behaviour(
     "Pictures and captions",
     when="a folder is Hugging Face's ImageFolder (metadata.jsonl, .csv or .parquet with file_name, also in train/)",

@@ -203,11 +203,10 @@ def list_pictures(folder: str, files: Sequence[tuple[str, int]] | None = None) -
     beside = []
     for path in pictures:
         stem, _, own = path.rpartition(".")
-        for ending in BESIDE:
-            found = there.get(stem + ending, "")
-            if not found and (after := there.get(path + ending)):
-                found = f".{own}{after}"  # 1.jpg.txt
-            beside.append(numbers.setdefault(found, len(numbers)))
+        found = [there.get(stem + ending, "") for ending in BESIDE]
+        if not any(found):  # then 1.jpg.txt will do
+            found = [f".{own}{there[path + ending]}" if path + ending in there else "" for ending in BESIDE]
+        beside += [numbers.setdefault(ending, len(numbers)) for ending in found]
     table = np.array(beside, np.uint16).reshape(-1, len(BESIDE))
     empty = {path for path in captions if not sizes[path]}
     return Listing(pictures, [sizes[path] for path in pictures], table, list(numbers), empty)

@@ -162,13 +162,16 @@ def captions_of(text: bytes, extra: bytes, kohya: bytes = b"") -> dict[str, tupl
         except ValueError as error:
             raise ValueError(f".json: {error}") from None
         captions = caption_fields(fields.items() if isinstance(fields, dict) else ())
+    said = {}
     for name, data, ending in (("caption", kohya, ".caption"), ("txt", text, ".txt")):
         try:
             if written := texts(data.decode("utf-8-sig").strip()):
-                captions[name] = written
+                said[name] = written
         except UnicodeDecodeError as error:
             raise ValueError(f"{ending}: byte {error.start + 1} is not UTF-8") from None
-    return captions
+    if "caption" in captions:  # what the JSON says
+        said.pop("caption", None)
+    return captions | said
 
 
 def _encodable(text: str) -> bool:

@@ -21,8 +21,10 @@ from semantic_routing.data.images import Unusable
 from semantic_routing.data.records import DamagedRecord, Record, Sharded, captions_of
 from semantic_routing.data.tar_members import WINDOW, Member, Read, first_member, members
 
-IMAGE, TEXT, JSON, KOHYA = range(4)
-"""The parts of a record; the last stands in for a text that is not there."""
+IMAGE, TEXT, JSON, SPARE, KOHYA = range(5)
+"""The parts of a record; the last two stand in for an image, or for text and JSON, that are not there."""
+COMMON = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2")
+"""Suffixes of images; those of other formats are spare ones."""
 
 ROW = np.dtype(
     [
@@ -85,7 +87,7 @@ def _chunks(rows: Iterator[tuple[int, ...]], size: int) -> Iterator[list[tuple[i
 @lru_cache(maxsize=1)
 def _parts(endings: tuple[str, ...]) -> dict[bytes, int]:
     """Which part of a record a suffix is of; ``endings`` are those of pictures."""
-    pictures = {ending[1:].encode(): IMAGE for ending in endings}
+    pictures = {ending[1:].encode(): IMAGE if ending[1:] in COMMON else SPARE for ending in endings}
     return pictures | {b"txt": TEXT, b"json": JSON, b"caption": KOHYA}
 
 
@@ -96,9 +98,14 @@ class _Group:
 
     def __init__(self, key: bytes, start: int) -> None:
         self.key, self.start = key, start
-        self.members: list[Member | None] = [None] * 4
+        self.members: list[Member | None] = [None] * 5
         self.others: list[Member] = []
         """Of no part."""
+
+    @property
+    def image(self) -> Member | None:
+        """The picture."""
+        return self.members[IMAGE] or self.members[SPARE]
 
     def lost(self) -> list[Damage]:
         """The pictures that are in no record: of names with more dots, or of formats that are not read."""
@@ -109,12 +116,12 @@ class _Group:
             if part is None:
                 strange.append(member)
             # Beside a picture it may be something else, such as a mask, unless it has a caption of its own.
-            elif part == IMAGE and (
-                self.members[IMAGE] is None or any(other.name == whole + b".txt" for other in self.others)
+            elif part in (IMAGE, SPARE) and (
+                self.image is None or any(other.name == whole + b".txt" for other in self.others)
             ):
                 detail = "a record's name ends at the first dot; rename it, or unpack the shard into a folder"
                 found.append(Damage("dots in the name", member.start, member.name, detail))
-        if found or self.members[IMAGE] is not None:
+        if found or self.image is not None:
             return found
         if strange:  # the largest is what there is in place of a picture
             member = max(strange, key=lambda member: member.size)
@@ -152,7 +159,7 @@ def _rows(headers: Iterable[Member | Damage], found: Found) -> Iterator[tuple[in
         first = group.members[part]
         if first is None:
             group.members[part] = member
-        elif part != IMAGE or _key(first.name)[1] == suffix:
+        elif part not in (IMAGE, SPARE) or _key(first.name)[1] == suffix:
             found.report(Damage("duplicate member", member.start, member.name, "the first one is used"))
     if group and (row := _row(group, seen, found)):
         yield row
@@ -161,7 +168,7 @@ def _rows(headers: Iterable[Member | Damage], found: Found) -> Iterator[tuple[in
 def _report_hidden(member: Member, found: Found) -> None:
     """Count a picture whose name begins with a dot, such as those that macOS adds to archives."""
     name = member.name[member.name.rfind(b"/") + 1 :]
-    if name.startswith(b".") and _parts(picture_endings()).get(name[name.rfind(b".") + 1 :].lower()) == IMAGE:
+    if name.startswith(b".") and _parts(picture_endings()).get(name[name.rfind(b".") + 1 :].lower()) in (IMAGE, SPARE):
         found.report(Damage("hidden file", member.start, member.name, "a name that begins with a dot"))
 
 
@@ -174,14 +181,14 @@ def _key(name: bytes) -> tuple[bytes, bytes]:
 
 
 def _row(group: _Group, seen: set[int], found: Found) -> tuple[int, ...] | None:
-    image, text, extra, kohya = group.members
+    image, (_, text, extra, _, kohya) = group.image, group.members
     key, start = group.key, group.start
     if image is None or group.others:
         for damage in group.lost():
             found.report(damage)
     if image is None:
         return None
-    text = text or kohya
+    text = text if text or extra else kohya
     hashed = hash(key)  # 64 bits rather than the name: a shard may hold millions
     if hashed in seen:
         found.report(Damage("repeated key", start, key, "the first such record is used"))
