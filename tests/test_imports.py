@@ -60,6 +60,7 @@ ORDER = [
     "data.order",
     "data.png",
     "data.colours",
+    "data.formats",
     "data.images",
     "data.records",
     "data.found",
@@ -69,7 +70,10 @@ ORDER = [
     "data.tars",
     "data.row_groups",
     "data.parquet",
+    "data.manifest_rows",
+    "data.splits",
     "data.folder",
+    "data.discover",
     "data.index",
     "data.statistics",
     "data.captions",
@@ -216,7 +220,18 @@ def late():
     assert imported(ast.parse(source)) == {"flow", "dit", "layers", "data.shapes"}
 
 
-EXTRAS = {"accelerate", "diffusers", "fsspec", "grain", "openai", "peft", "pyarrow", "tensorboard", "torchmetrics"}
+EXTRAS = {
+    "accelerate",
+    "diffusers",
+    "fsspec",
+    "grain",
+    "openai",
+    "peft",
+    "pillow_heif",
+    "pyarrow",
+    "tensorboard",
+    "torchmetrics",
+}
 
 
 def at_once(tree: ast.Module) -> ast.Module:

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from semantic_routing.data.folder import MANIFESTS, FolderRecords, ManifestRecords
+from semantic_routing.data.folder import FolderRecords, ManifestRecords
 from semantic_routing.data.images import centre_crop, decode
 from semantic_routing.data.index import open_records
+from semantic_routing.data.manifest_rows import MANIFESTS
 from semantic_routing.data.records import DamagedRecord, RecordSource
 
 RNG = np.random.default_rng(0)
@@ -102,7 +103,7 @@ def test_relative_paths_and_byte_order_marks_and_blank_lines(folder: Path, monke
         ({"image": "a\0.png", "text": "x"}, "is no file"),
         ({"image": "../secret.png", "text": "x"}, "lies outside"),
         ({"image": "deep/../../secret.png", "text": "x"}, "lies outside"),
-        ({"image": "/etc/hostname", "text": "x"}, "lies outside"),
+        ({"image": "/nowhere/a.png", "text": "x"}, "'/nowhere/a.png' is no file"),
         ({"image": ".", "text": "x"}, "lies outside"),
         (["a.png", "x"], "found a list"),
         (None, "found missing or null"),

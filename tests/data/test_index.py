@@ -21,8 +21,9 @@ import pytest
 from PIL import Image
 
 from semantic_routing.data import indexing
+from semantic_routing.data.discover import Data, discover
 from semantic_routing.data.files import Arrays, Reader, absolute, expand, files_below, shard_names, stat
-from semantic_routing.data.index import DEFAULT, INDEX, Index, default_folder, discover, open_indexed, open_records
+from semantic_routing.data.index import DEFAULT, INDEX, Index, default_folder, open_indexed, open_records
 from semantic_routing.data.indexing import build
 from semantic_routing.data.records import RecordSource
 from tests.data.test_tars import archive, picture, records
@@ -139,8 +140,8 @@ def test_rows_are_never_unpickled(shards: Path, tmp_path: Path):
 
 def test_what_a_path_means(shards: Path, tmp_path: Path):
     tars = [str(shards / f"{i:05d}.tar") for i in range(3)]
-    assert discover(str(shards)) == ("tar", tars)
-    assert discover(str(shards.parent)) == ("tar", tars)
+    assert discover(str(shards)) == Data("tar", tars, {})
+    assert discover(str(shards.parent)) == Data("tar", tars, {})
     for wrong, message in (
         (str(shards / "*.webp"), "does not exist"),
         (str(shards / "{00003..00004}.tar"), "does not exist"),
@@ -173,7 +174,7 @@ def test_everything_indexed_together_opens_together(shards: Path, tmp_path: Path
     sizes = [source.dimensions() for source in sources if hasattr(source, "dimensions")]
     assert sizes[0] is None  # nothing in the tars is a picture
     assert [size.tolist() for size in sizes[1:]] == [[[8, 6], [8, 6]], [[5, 3]], [[5, 3]]]
-    assert report["damaged"] == {"not an image": 7}
+    assert report["damaged"] == {"not an image": 7, "no caption": 1}
     assert sources[0].damaged == {"not an image": 7}
     with pytest.raises(ValueError, match="several kinds of data"):
         open_records(str(index))
@@ -191,7 +192,7 @@ def test_a_scan_without_an_index_tells_what_it_leaves_out(tmp_path: Path, caplog
         source = open_records(str(tmp_path))
     assert len(source) == 17
     assert f"semroute data index {tmp_path} would spare it" in caplog.text
-    assert "'no picture': 17" in caplog.text
+    assert "17 no picture" in caplog.text
 
 
 # -- building --------------------------------------------------------------------------------------------------

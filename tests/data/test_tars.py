@@ -305,8 +305,8 @@ def test_grouping_is_webdatasets(tmp_path: Path):
         ("00000.tar/e", b"e"),
     ]
     assert read[2].captions == {"txt": ("caption first",)}
-    assert found.damaged == {"no picture": 1}
-    assert found.examples[0]["key"] == "b.dir/c"
+    assert found.damaged == {"hidden file": 1, "no picture": 1, "no caption": 2}
+    assert [row["key"] for row in found.examples if row["reason"] == "no picture"] == ["b.dir/c"]
 
 
 def test_what_is_broken_is_reported_and_the_rest_kept(tmp_path: Path):
@@ -367,7 +367,7 @@ def test_names_are_only_names(tmp_path: Path):
     source, found = scan(tmp_path, raw + stream.getvalue())
     keys = [source.read(i).key for i in range(len(source))]
     assert keys == ["00000.tar/caf\\xe9", *(f"00000.tar/{name[:-4]}" for name in outside)]
-    assert not found.damaged
+    assert found.damaged == {"no caption": 5}
     assert sorted(tmp_path.iterdir()) == [*before, tmp_path / "00000.tar"]
 
 
@@ -396,7 +396,7 @@ def test_dimensions_are_seen_as_decoding_shows_them(tmp_path: Path):
     sizes = source.dimensions()
     assert sizes is not None
     np.testing.assert_array_equal(sizes, [[8, 6], [10, 20], [0, 0], [0, 0], [5, 7]])
-    assert found.damaged == {"not an image": 1, "zero bytes": 1}
+    assert found.damaged == {"not an image": 1, "zero bytes": 1, "no caption": 5}
 
 
 def test_a_row_is_forty_bytes():

@@ -9,6 +9,9 @@ from semantic_routing.data.images import Unusable
 USUAL = ("txt", "text", "caption", "prompt")
 """Where captions are looked for unless keys are given: the first of these that a record has."""
 
+LIKELY = ("caption", "text", "prompt", "description")
+"""Words in the names of keys that hold captions."""
+
 
 class CaptionChoice:
     """Picks one caption of a record by two random numbers."""
@@ -30,6 +33,20 @@ class CaptionChoice:
         if not texts:
             raise Unusable("no caption", f"found {', '.join(sorted(captions)) or 'none at all'}")
         return texts[int(text_uniform * len(texts))].strip()
+
+    def missing(self, there: Sequence[str]) -> str:
+        """What to do where records only have captions of other keys, the longest first, or none."""
+        wanted = ", ".join(self.weights or self.usual)
+        if not there:
+            return (
+                f"no captions ({wanted}); put a .txt file beside each picture, or have them described by "
+                "semroute data recaption and give --data.sidecar"
+            )
+        likely = next((key for key in there if any(word in key.lower() for word in LIKELY)), there[0])
+        return (
+            f"no captions under {wanted}, but there are {', '.join(there)}; choose with --data.caption-keys {likely} "
+            f"(of semroute data preview: --caption-keys {likely})"
+        )
 
     def _key(self, captions: Mapping[str, tuple[str, ...]], uniform: float) -> str:
         if not self.weights:

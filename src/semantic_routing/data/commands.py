@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from semantic_routing.data.index import INDEX, default_folder, open_indexed, open_records
+from semantic_routing.data.index import default_folder, open_all
 from semantic_routing.data.indexing import REPORT, build
 from semantic_routing.data.preview import PreviewArguments, preview
 from semantic_routing.data.recaption import RecaptionArguments, recaption
@@ -61,7 +61,7 @@ def index(args: IndexArguments) -> str:
     report = build(args.paths, out, look_inside=args.dimensions, workers=args.workers)
     lines = [f"{report['records']:,} records in {report['files']:,} files of {report['bytes']:,} bytes"]
     if report["damaged_total"]:
-        lines.append(f"{report['damaged_total']:,} damaged, examples in {out / REPORT}:")
+        lines.append(f"{report['damaged_total']:,} left out or damaged, examples in {out / REPORT}:")
         lines += [f"  {reason:<22}{count:>8,}" for reason, count in report["damaged"].items()]
     return "\n".join([*lines, str(out)])
 
@@ -70,12 +70,7 @@ def stats(args: StatsArguments) -> str:
     """Read a sample and answer with a table."""
     if not args.paths:
         raise ValueError("semroute data stats needs paths of data or an index")
-    sources = []
-    for path in args.paths:
-        if (Path(path) / INDEX).is_file():
-            sources += open_indexed(Path(path))
-        else:
-            sources.append(open_records(path, args.index))
+    sources = [source for path in args.paths for source in open_all(path, args.index)]
     facts = statistics(sources, args.sample)
     return json.dumps(facts, indent=2) if args.json else table(facts)
 

@@ -100,6 +100,28 @@ def files_below(folder: str, endings: Sequence[str]) -> list[str]:
     return sorted(path for path in found if _name(path).endswith(tuple(endings)) and not _name(path).startswith("."))
 
 
+def everything_below(folder: str) -> list[tuple[str, int]]:
+    """All files below a folder, sorted, with their sizes in bytes (-1 for a link to nothing).
+
+    Hidden files are among them, but nothing in hidden folders.
+    """
+    folder = absolute(folder)
+    if is_url(folder):
+        storage, inner = filesystem(folder)
+        facts = storage.find(inner, detail=True)
+        sizes = [1 if one.get("size") is None else one["size"] for one in facts.values()]  # unknown is not nothing
+        return sorted(zip(_urls(folder, inner, list(facts)), sizes, strict=True))
+    found = []
+    for base, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (os.path.join(base, name) for name in names):
+            try:
+                found.append((path, os.stat(path).st_size))
+            except OSError:
+                found.append((path, -1))
+    return sorted(found)
+
+
 def expand(pattern: str) -> list[str]:
     """The paths that a pattern stands for: ``{00000..00127}`` counts, ``*``, ``?``, ``[]`` match what is there."""
     counted = _RANGE.search(pattern)

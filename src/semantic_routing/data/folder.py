@@ -6,43 +6,32 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from io import BytesIO
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, UInt32
+from jaxtyping import UInt16, UInt32
 
 from semantic_routing.data.dimensions import look
-from semantic_routing.data.files import (
-    Arrays,
-    Reader,
-    absolute,
-    files_below,
-    is_file,
-    is_folder,
-    is_url,
-    read_all,
-    stat,
-)
+from semantic_routing.data.files import Arrays, Reader, absolute, everything_below, is_folder, read_all, stat
+from semantic_routing.data.formats import picture_endings
 from semantic_routing.data.found import SIZE, Damage, Found
 from semantic_routing.data.images import Unusable
-from semantic_routing.data.records import DamagedRecord, Record, Sharded, caption_fields, captions_of, parse_json, texts
-
-MANIFESTS = (
-    "metadata.jsonl",
-    "manifest.jsonl",
-    "captions.jsonl",
-    "metadata.json",
-    "manifest.json",
-    "captions.json",
+from semantic_routing.data.manifest_rows import (
+    EXAMPLE,
+    MissingPicture,
+    checked,
+    find_manifest,
+    picture_name,
+    picture_path,
+    rows,
 )
-"""Names under which a folder's manifest is found."""
-EXAMPLE = '{"image": "1.jpg", "text": "a cat"}'
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2")
-"""Endings of the pictures of a folder without a manifest."""
-BESIDE = (".txt", ".json")
-"""Endings of the files of captions beside them."""
+from semantic_routing.data.records import DamagedRecord, Record, Sharded, caption_fields, captions_of, parse_json
+from semantic_routing.data.splits import without_other_splits
+
+BESIDE = (".txt", ".json", ".caption")
+"""Endings of the files of captions beside pictures, in any case; ``.caption`` is kohya's."""
 
 
 class PictureFiles(Sharded):
@@ -73,9 +62,9 @@ class PictureFiles(Sharded):
 
 
 class ManifestRecords(PictureFiles):
-    """Pictures named by a manifest: a JSONL file, or a JSON file with a list, of objects such as
+    """Pictures named by a manifest: a JSONL file, a JSON file with a list, or a table (CSV, Parquet), of rows such as
 
-    ``{"image": "cats/1.jpg", "text": "a cat"}`` or ``{"image": "2.png", "text": ["a dog", "a brown dog"]}``.
+    ``{"image": "cats/1.jpg", "text": "a cat"}`` or ``{"file_name": "2.png", "text": ["a dog", "a brown dog"]}``.
     Other strings and lists of strings are captions as well, under their own names. A record's key is its image, with
     ``#2`` and so on where rows name the same one again.
     """
@@ -86,23 +75,23 @@ class ManifestRecords(PictureFiles):
         """Read and check the whole manifest; local pictures must exist but are not opened yet.
 
         Args:
-            manifest: The manifest, or a folder that holds exactly one of ``MANIFESTS``; a path or URL.
-            root: Folder that the images' paths start from; the manifest's own by default.
+            manifest: The manifest, or a folder that holds exactly one; a path or URL.
+            root: Folder that relative paths of images start from; the manifest's own by default.
             name: What messages call the source; the manifest by default.
             sizes: Array of dtype ``found.SIZE``, from the index.
 
         Raises ValueError at the first row that is not as it should be, naming file and line.
         """
-        self.manifest = find_manifest(str(manifest))
+        self.manifest = find_manifest(absolute(str(manifest)))
         self.root = _root(self.manifest, root)
         # The rows of a JSONL file, of which there may be millions, are read again when they are asked for.
         places = array("q")
         self._rows: list[dict[str, Any]] = []
         self._again: dict[int, int] = {}
         seen: Counter[str] = Counter()
-        for number, (where, start, size, row) in enumerate(_rows(self.manifest)):
+        for number, (where, start, size, row) in enumerate(rows(self.manifest)):
             try:
-                key = _checked(row, self.root)
+                key = checked(row, self.root)
             except ValueError as error:
                 raise ValueError(f"{self.manifest}, {where}: {error}") from None
             seen[key] += 1
@@ -117,17 +106,20 @@ class ManifestRecords(PictureFiles):
         if not count:
             raise ValueError(f"{self.manifest} is empty; add rows such as {EXAMPLE}")
         super().__init__(name or self.manifest, self.manifest.rsplit("/", 1)[-1], count, sizes)
+        self.pictures = len(seen)
+        """How many are named."""
 
     def read(self, index: int) -> Record:
         """The record of that index; see ``RecordSource.read``."""
         try:
             row = self.row(index)
-            path = _path(row["image"], self.root)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            name = row[picture_name(row)]
+            path = picture_path(name, self.root)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             detail = "the manifest is not what it was when the run began"
             raise DamagedRecord("bad captions", self.shard_name(0), f"{index}", detail) from error
-        key = row["image"] + (f"#{self._again[index]}" if index in self._again else "")
-        captions = caption_fields((name, value) for name, value in row.items() if name != "image")
+        key = name + (f"#{self._again[index]}" if index in self._again else "")
+        captions = caption_fields(item for item in row.items() if item[0] != picture_name(row))
         return Record(key, self.picture(key, path), captions)
 
     def row(self, index: int) -> dict[str, Any]:
@@ -140,7 +132,7 @@ class ManifestRecords(PictureFiles):
 
 
 class FolderRecords(PictureFiles):
-    """The pictures below a folder, with their captions in .txt and .json files of the same name, if there are any.
+    """The pictures below a folder, with their captions in files beside them (``BESIDE``), if there are any.
 
     A record's key is its path inside the folder.
     """
@@ -151,10 +143,12 @@ class FolderRecords(PictureFiles):
         Raises ValueError where there are no pictures.
         """
         self.folder = absolute(str(folder))
-        self._paths, self._captioned = _listing(self.folder)
-        if not self._paths:
-            raise ValueError(f"{self.folder!r} holds no pictures ({', '.join(PICTURES)})")
+        found = list_pictures(self.folder)
+        if not found.pictures:
+            raise ValueError(f"{self.folder!r} holds no pictures ({', '.join(picture_endings())})")
+        self._paths, self._beside, self._endings = found.pictures, found.beside, found.endings
         super().__init__(name or self.folder, self.folder.rsplit("/", 1)[-1], len(self._paths), sizes)
+        self.damaged = dict(Counter(damage.reason for damage in found.damages()))
 
     def read(self, index: int) -> Record:
         """The record of that index; see ``RecordSource.read``."""
@@ -163,34 +157,64 @@ class FolderRecords(PictureFiles):
         key = path[len(self.folder) :].lstrip("/")
         image = self.picture(key, path)
         stem = path.rpartition(".")[0]
+        endings = [self._endings[number] for number in self._beside[index].tolist()]
         try:
-            text, extra = (
-                read_all(stem + ending) if beside else b""
-                for ending, beside in zip(BESIDE, self._captioned[index], strict=True)
-            )
-            return Record(key, image, captions_of(text, extra))
+            captions = captions_of(*(read_all(stem + ending) if ending else b"" for ending in endings))
+            return Record(key, image, captions)
         except (OSError, ValueError) as error:
             raise DamagedRecord("bad captions", self.shard_name(0), key, str(error)) from error
 
 
-def find_manifest(path: str) -> str:
-    """The manifest file that ``path`` is or, if it is a folder, holds; ValueError where there is not exactly one."""
-    path = absolute(path)
-    if not is_folder(path):
-        if not is_file(path):
-            raise ValueError(f"{path!r} does not exist; give a manifest file or a folder that holds one")
-        return path
-    found = manifests_in(path)
-    if not found:
-        raise ValueError(f"{path!r} holds no manifest; write one of {', '.join(MANIFESTS)} into it")
-    if len(found) > 1:
-        raise ValueError(f"{path!r} holds several manifests ({', '.join(found)}); give the path of the one to use")
-    return f"{path.rstrip('/')}/{found[0]}"
+@dataclass(frozen=True)
+class Listing:
+    """The pictures below a folder, and what lies beside them."""
+
+    pictures: list[str]
+    sizes: list[int]
+    """In bytes; -1 for a link to nothing."""
+    beside: UInt16[np.ndarray, "N 3"]
+    """Of each picture's files of captions, which of ``endings`` follows the picture's name without its own."""
+    endings: list[str]
+    """Begins with nothing, for where there is none."""
+    empty: set[str]
+    """Files of captions of zero length."""
+
+    def damages(self) -> Iterator[Damage]:
+        """What can be said of the records without reading them."""
+        each = zip(self.pictures, self.sizes, self.beside.tolist(), strict=True)
+        for number, (path, size, beside) in enumerate(each, 1):
+            if size < 1:
+                yield Damage("missing file" if size else "zero bytes", number, os.fsencode(path), path)
+            stem = path.rpartition(".")[0]
+            if all(not found or stem + self.endings[found] in self.empty for found in beside):
+                detail = f"no file of captions beside it ({', '.join(BESIDE)})"
+                yield Damage("no caption", number, os.fsencode(path), detail)
 
 
-def manifests_in(folder: str) -> list[str]:
-    """Which of ``MANIFESTS`` a folder holds."""
-    return [name for name in MANIFESTS if is_file(f"{folder.rstrip('/')}/{name}")]
+def list_pictures(folder: str, files: Sequence[tuple[str, int]] | None = None) -> Listing:
+    """List a folder; ``files`` may give what is below it, with sizes."""
+    sizes = {path: size for path, size in files or everything_below(folder) if not is_hidden(path)}
+    kept, _ = without_other_splits(folder, sizes)
+    pictures = [path for path in kept if path.lower().endswith(picture_endings())]
+    captions = [path for path in kept if path.lower().endswith(BESIDE)]
+    # Sorted, capitals come first, so that of 1.TXT and 1.txt the latter stays.
+    there = {path[: path.rfind(".")] + path[path.rfind(".") :].lower(): path[path.rfind(".") :] for path in captions}
+    numbers = {"": 0}
+    beside = []
+    for path in pictures:
+        stem, _, own = path.rpartition(".")
+        found = [there.get(stem + ending, "") for ending in BESIDE]
+        if not any(found):  # then 1.jpg.txt will do
+            found = [f".{own}{there[path + ending]}" if path + ending in there else "" for ending in BESIDE]
+        beside += [numbers.setdefault(ending, len(numbers)) for ending in found]
+    table = np.array(beside, np.uint16).reshape(-1, len(BESIDE))
+    empty = {path for path in captions if not sizes[path]}
+    return Listing(pictures, [sizes[path] for path in pictures], table, list(numbers), empty)
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a file is hidden by its name, as those are that macOS puts beside others (``._1.jpg``)."""
+    return path.rsplit("/", 1)[-1].startswith(".")
 
 
 def scan_manifest(path: str, *, look_inside: bool = False) -> Found:
@@ -199,9 +223,9 @@ def scan_manifest(path: str, *, look_inside: bool = False) -> Found:
     root = _root(path, None)
     pictures = []
     try:
-        for number, (_, _, _, row) in enumerate(_rows(path), 1):
+        for number, (_, _, _, row) in enumerate(rows(path), 1):
             try:
-                pictures.append((number, _path(_checked(row, root), root)))
+                pictures.append((number, picture_path(checked(row, root), root)))
             except MissingPicture as error:
                 found.report(Damage("missing file", number, b"", str(error)))
             except ValueError as error:
@@ -215,7 +239,11 @@ def scan_manifest(path: str, *, look_inside: bool = False) -> Found:
 def scan_folder(path: str, *, look_inside: bool = False) -> Found:
     """Count the pictures of a folder; ``look_inside`` also finds their dimensions."""
     found = Found(np.empty(0, SIZE))
-    _look(found, list(enumerate(_listing(path)[0], 1)), look_inside)
+    listing = list_pictures(path)
+    for damage in listing.damages():
+        if not look_inside or damage.reason == "no caption":  # the others are seen again from inside
+            found.report(damage)
+    _look(found, list(enumerate(listing.pictures, 1)), look_inside)
     return found
 
 
@@ -231,18 +259,9 @@ def _look(found: Found, pictures: Sequence[tuple[int, str]], look_inside: bool) 
         try:
             row["width"], row["height"] = look(head, stat(path).size)
         except Unusable as error:
-            found.report(Damage(error.reason, number, path.encode(), error.detail))
+            found.report(Damage(error.reason, number, os.fsencode(path), error.detail))
         except OSError as error:
-            found.report(Damage("unreadable", number, path.encode(), str(error)))
-
-
-def _listing(folder: str) -> tuple[list[str], Bool[np.ndarray, "N 2"]]:
-    """The pictures below a folder, and which of the files of ``BESIDE`` each of them has."""
-    files = files_below(folder, (*PICTURES, *BESIDE))
-    pictures = [path for path in files if path.lower().endswith(PICTURES)]
-    others = {path for path in files if path.endswith(BESIDE)}
-    captioned = [[path.rpartition(".")[0] + ending in others for ending in BESIDE] for path in pictures]
-    return pictures, np.array(captioned, dtype=bool).reshape(-1, 2)
+            found.report(Damage("unreadable", number, os.fsencode(path), str(error)))
 
 
 def _root(manifest: str, root: str | Path | None) -> str:
@@ -250,82 +269,3 @@ def _root(manifest: str, root: str | Path | None) -> str:
     if not is_folder(found):
         raise ValueError(f"image root {found!r} is not a folder; give the one of the images")
     return found
-
-
-def _rows(manifest: str) -> Iterator[tuple[str, int, int, Any]]:
-    """Each row of a manifest: words for where it stands, its place in a JSONL file in bytes (0 of 0 elsewhere) and
-    what it holds, which is a ValueError where it is no JSON."""
-    if manifest.lower().endswith(".json"):
-        try:
-            rows = parse_json(read_all(manifest))
-        except ValueError as error:
-            raise ValueError(f"{manifest}: {error}") from None
-        if not isinstance(rows, list):
-            raise ValueError(f"{manifest} holds {_kind(rows)}; expected a list of rows, or name it .jsonl")
-        yield from ((f"row {number}", 0, 0, row) for number, row in enumerate(rows, 1))
-        return
-    start = 0
-    with BytesIO(read_all(manifest)) if is_url(manifest) else open(manifest, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield f"line {number}", start, len(line), parse_json(line)
-                except ValueError as error:
-                    yield f"line {number}", start, len(line), error
-            start += len(line)
-
-
-class MissingPicture(ValueError):
-    """A manifest names a picture that is not there."""
-
-
-def _checked(row: Any, root: str) -> str:
-    """The name of a row's picture, when the row is as it should be."""
-    if isinstance(row, ValueError):
-        raise row
-    if not isinstance(row, dict):
-        raise ValueError(f"found {_kind(row)}; expected an object such as {EXAMPLE}")
-    name = row.get("image")
-    if not isinstance(name, str) or not name:
-        raise ValueError(f'"image" is {_kind(name)}; expected the path of a picture')
-    _check_text(row.get("text"))
-    path = _path(name, root)
-    if not is_url(path) and not os.path.isfile(path):  # at a URL it would take too long
-        raise MissingPicture(f"image {name!r} is no file in {root!r}; correct the path or take the row out")
-    return name
-
-
-def _path(name: str, root: str) -> str:
-    """Where a row's picture is: under the root."""
-    if is_url(root):
-        inner = os.path.normpath(name)
-        if inner.startswith(("/", "..")) or inner == "." or is_url(name):
-            raise ValueError(f"image {name!r} lies outside {root!r}; move it there or give a root that holds it")
-        return f"{root.rstrip('/')}/{inner}"
-    # os.path rather than pathlib: a manifest may have millions of rows.
-    path = os.path.normpath(os.path.join(root, name))
-    if not path.startswith(root.rstrip(os.sep) + os.sep):
-        raise ValueError(f"image {name!r} lies outside {root!r}; move it there or give a root that holds it")
-    return path
-
-
-def _check_text(text: Any) -> None:
-    """Raise where a row's texts are not at least one, each of them text that can be encoded."""
-    given = text if isinstance(text, list) else [text]
-    if not given:
-        raise ValueError('"text" is an empty list; give at least one caption or take the row out')
-    for caption in given:
-        if not isinstance(caption, str) or not caption.strip():
-            raise ValueError(f'"text" is {_kind(caption)}; expected a caption or a list of captions')
-        if not texts(caption):
-            raise ValueError(f'"text" {caption!r} has half of a surrogate pair; correct the text')
-
-
-def _kind(value: Any) -> str:
-    """What a JSON value is, in words."""
-    if value is None:
-        return "missing or null"
-    if isinstance(value, str):
-        return "text" if value.strip() else "empty text"
-    names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return names[type(value)]

@@ -14,10 +14,9 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from semantic_routing.data.colours import to_srgb
+from semantic_routing.data.formats import formats, hint
 from semantic_routing.data.png import high_range, lightened
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
-"""What is opened. Pillow knows more, but some of those (EPS) run other programs on the file."""
 BROKEN = (
     OSError,
     SyntaxError,
@@ -36,7 +35,7 @@ _PHOTOMETRIC = 262
 _COLOURS = {"1": "L", "L": "L", "LA": "L", "La": "L", "CMYK": "CMYK", "LAB": "LAB"}
 """The mode of the colours alone, where that is not RGB."""
 _OURS = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP", b"\xff\x4f\xff")
-"""How files of ``FORMATS`` begin."""
+"""How files of the formats that are read begin."""
 _FOREIGN = (b"%!PS", b"%PDF", b"8BPS", b"\0\0\1\0", b"<svg", b"\xff\x0a", b"\0\0\0\x0cJXL", b"#?RADI", b"v/1\x01")
 """How PostScript, PDF, Photoshop, icon, SVG, JPEG XL, Radiance and OpenEXR files begin."""
 
@@ -106,7 +105,7 @@ def open_picture(data: bytes) -> Image.Image:
         raise Unusable("zero bytes", "the file is empty")
     _settle_warnings()
     try:
-        return Image.open(BytesIO(lightened(data)), formats=FORMATS)
+        return Image.open(BytesIO(lightened(data)), formats=formats())
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise Unusable("decompression bomb", str(error)) from error
     except BROKEN as error:
@@ -116,7 +115,7 @@ def open_picture(data: bytes) -> Image.Image:
             reason = "truncated" if len(data) < whole else "damaged"
         else:
             reason = "unsupported format" if begin.startswith(_FOREIGN) or begin[4:8] == b"ftyp" else "not an image"
-        raise Unusable(reason, f"{len(data)} bytes that begin with {begin!r}") from error
+        raise Unusable(reason, f"{len(data)} bytes that begin with {begin!r}{hint(begin)}") from error
 
 
 @lru_cache(maxsize=1)

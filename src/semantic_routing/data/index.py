@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
@@ -19,7 +20,18 @@ import numpy as np
 from tqdm import tqdm
 
 from semantic_routing.config import from_dict
-from semantic_routing.data.files import Stored, absolute, expand, files_below, is_file, is_folder, is_url, stat
+from semantic_routing.data.discover import (
+    FOLDER,
+    MANIFEST,
+    PARQUET,
+    TAR,
+    UNNAMED,
+    Data,
+    discover,
+    refuse_world,
+    told,
+)
+from semantic_routing.data.files import Stored, absolute, is_url, stat
 from semantic_routing.data.found import SIZE, Found
 from semantic_routing.data.records import RecordSource, Sharded
 from semantic_routing.data.tars import ROW, TarRecords, scan_tar
@@ -30,8 +42,6 @@ DEFAULT = ".semroute-index"
 FORMAT = "semantic-routing index 1"
 MANY = 16
 """Shards from which a missing index is worth a word."""
-TAR, PARQUET, MANIFEST, FOLDER = "tar", "parquet", "manifest", "folder"
-ENDINGS = {".tar": TAR, ".parquet": PARQUET, ".jsonl": MANIFEST, ".json": MANIFEST}
 _LOG = logging.getLogger(__name__)
 
 
@@ -69,11 +79,18 @@ class Index:
             if not isinstance(found, dict) or found.get("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT!r}")
             entries = [from_dict(Entry, entry) for entry in found["entries"]]
+            self.left_out: dict[str, int] = dict(found.get("left_out", {}))
+            home = str(found.get("folder", ""))
         except FileNotFoundError as error:
             raise ValueError(f"{folder} holds no index; write one: semroute data index PATHS --out {folder}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); run semroute data index again") from error
-        self.entries = {entry.path: entry for entry in entries}
+        now = os.path.abspath(folder)
+        self.moved = home not in ("", now)
+        """Whether the index lies elsewhere than where it was written; then its data may have come along."""
+        places = [_moved(entry.path, home, now) if self.moved else entry.path for entry in entries]
+        self.entries = {place: replace(entry, path=place) for place, entry in zip(places, entries, strict=True)}
+        self._scanned_as = {place: entry.path for place, entry in zip(places, entries, strict=True)}
 
     def check(self, kind: str, paths: Sequence[str]) -> list[Entry]:
         """The entries of files; ValueError where one is missing, or the file is not the one that was scanned."""
@@ -82,7 +99,7 @@ class Index:
         if missing:
             raise ValueError(f"the index {self.folder} lacks {missing[0]} ({len(missing)} in all); {again}")
         with ThreadPoolExecutor(16) as pool:  # of URLs each is a request
-            states = list(pool.map(lambda path: state(kind, path), paths))
+            states = list(pool.map(lambda path: state(kind, path, self._scanned_as[path]), paths))
         entries = [self.entries[path] for path in paths]
         for entry, now in zip(entries, states, strict=True):
             if (entry.size, entry.version) != (now.size, now.version):
@@ -90,6 +107,14 @@ class Index:
             if not is_whole(self.folder, entry):
                 raise ValueError(f"{self.folder / entry.rows} is missing or damaged; {again}")
         return entries
+
+
+def _moved(path: str, home: str, now: str) -> str:
+    """Where a file is that was scanned when its index lay at ``home``: as it lay to that, if there is one."""
+    if is_url(path):
+        return path
+    place = os.path.normpath(os.path.join(now, os.path.relpath(path, home)))
+    return place if os.path.exists(place) else path
 
 
 def is_whole(folder: Path, entry: Entry) -> bool:
@@ -101,48 +126,18 @@ def is_whole(folder: Path, entry: Entry) -> bool:
     return rows.shape == (entry.records,) and rows.dtype == (ROW if entry.kind == TAR else SIZE)
 
 
-def discover(path: str) -> tuple[str, list[str]]:
-    """What kind of data a path, pattern or URL means, and its files.
+def state(kind: str, path: str, scanned_as: str = "") -> Stored:
+    """What changes when a file of data does; of a folder of pictures, when one of them does.
 
-    A folder is searched for .tar, then .parquet files, and else is a folder of pictures, with a manifest or without.
-    Raises ValueError where there is nothing, or files of several kinds.
+    ``scanned_as`` is where the folder was when it was scanned, if it has moved since.
     """
-    paths = expand(path)
-    if len(paths) == 1 and is_folder(paths[0]):
-        return _discover_folder(paths[0])
-    if not paths or not all(is_file(found) for found in paths[:1]):
-        raise ValueError(f"{path!r} does not exist; give shards, a Parquet file, a manifest or a folder")
-    kinds = {ENDINGS.get(found[found.rfind(".") :].lower(), "") for found in paths}
-    if "" in kinds:
-        other = next(found for found in paths if found[found.rfind(".") :].lower() not in ENDINGS)
-        hint = "unpack it to .tar: a compressed one has no random access" if ".tar." in other or ".tgz" in other else ""
-        raise ValueError(f"{other} is none of {', '.join(ENDINGS)}; {hint or 'give such files or a folder'}")
-    if len(kinds) > 1:
-        raise ValueError(f"{path!r} means files of several kinds ({', '.join(sorted(kinds))}); give each its own path")
-    kind = kinds.pop()
-    if kind == MANIFEST and len(paths) > 1:
-        raise ValueError(f"{path!r} means several manifests; give each its own path")
-    return kind, paths
-
-
-def _discover_folder(folder: str) -> tuple[str, list[str]]:
-    for ending in (".tar", ".parquet"):
-        if paths := files_below(folder, (ending,)):
-            return ENDINGS[ending], paths
-    from semantic_routing.data.folder import find_manifest, manifests_in
-
-    if manifests_in(folder):
-        return MANIFEST, [find_manifest(folder)]
-    return FOLDER, [folder]
-
-
-def state(kind: str, path: str) -> Stored:
-    """What changes when a file of data does; of a folder of pictures, when one of them does."""
     if kind != FOLDER:
         return stat(path)
-    from semantic_routing.data.folder import PICTURES
+    from semantic_routing.data.folder import list_pictures
 
-    pictures = [stat(picture) for picture in files_below(path, PICTURES)]
+    pictures = [stat(picture) for picture in list_pictures(path).pictures]
+    if scanned_as:
+        pictures = [replace(one, path=scanned_as + one.path.removeprefix(path)) for one in pictures]
     seen = blake2b(repr(pictures).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
     return Stored(path, sum(picture.size for picture in pictures), seen)
 
@@ -180,15 +175,20 @@ def open_records(path: str, index: Path | None = None) -> RecordSource:
 
     Raises ValueError for what is missing, or has changed since the index was made.
     """
+    refuse_world(path)
     if not is_url(path) and (Path(path) / INDEX).is_file():
         sources = open_indexed(Path(path))
         if len(sources) > 1:
             raise ValueError(f"the index {path} is of several kinds of data; give their paths and --index")
         return sources[0]
-    kind, paths = discover(path)
-    if index is None and (default := default_folder(path)) is not None and (default / INDEX).is_file():
-        index = default
-    return _open(path, kind, paths, Index(index) if index is not None else None)
+    data = discover(path)
+    return _open(path, data, _index_of(path, data, index))
+
+
+def open_all(path: str, index: Path | None = None) -> list[RecordSource]:
+    """The records of data as ``open_records`` opens them, or everything that an index knows."""
+    refuse_world(path)
+    return open_indexed(Path(path)) if (Path(path) / INDEX).is_file() else [open_records(path, index)]
 
 
 def open_indexed(folder: Path) -> list[RecordSource]:
@@ -201,31 +201,60 @@ def open_indexed(folder: Path) -> list[RecordSource]:
     apart = [(path, kind, [path]) for kind in (MANIFEST, FOLDER) for path in paths[kind]]
     if not together + apart:
         raise ValueError(f"the index {folder} is empty; run semroute data index with paths of data")
-    return [_open(name, kind, found, index) for name, kind, found in together + apart]
+    # What was left out is not known of each; all of it is said once.
+    all_left_out = [index.left_out, *[{}] * len(index.entries)]
+    return [
+        _open(name, Data(kind, found, left_out), index)
+        for (name, kind, found), left_out in zip(together + apart, all_left_out, strict=False)
+    ]
 
 
-def _open(name: str, kind: str, paths: list[str], index: Index | None) -> RecordSource:
-    entries = index.check(kind, paths) if index is not None else []
+def _index_of(path: str, data: Data, folder: Path | None) -> Index | None:
+    """The index given, or the one in the data's folder unless that was moved there and does not fit."""
+    if folder is not None:
+        return Index(folder)
+    default = default_folder(path)
+    if default is None or not (default / INDEX).is_file():
+        return None
+    index = Index(default)
+    if index.moved:
+        try:
+            index.check(data.kind, data.paths)
+        except ValueError as error:
+            _LOG.warning("%s was written in another place and is not used: %s", default, error)
+            return None
+    return index
+
+
+def _open(name: str, data: Data, index: Index | None) -> RecordSource:
+    """The records of files, of which is said what is left out or damaged."""
+    entries = index.check(data.kind, data.paths) if index is not None else []
     folder = index.folder if index is not None else Path()
-    sizes = (
-        [folder / entry.rows for entry in entries] if entries and all(entry.dimensions for entry in entries) else None
-    )
+    rows = [folder / entry.rows for entry in entries]
+    sizes = rows if entries and all(entry.dimensions for entry in entries) else None
+    left_out = Counter(data.left_out)
     source: Sharded
-    if kind == TAR and entries:
-        rows = [folder / entry.rows for entry in entries]
-        source = TarRecords(name, paths, [entry.records for entry in entries], rows)
-    elif kind == TAR:
-        return _scanned(name, paths)
-    elif kind == PARQUET:
+    if data.kind == TAR and entries:
+        source = TarRecords(name, data.paths, [entry.records for entry in entries], rows)
+    elif data.kind == TAR:
+        source = _scanned(name, data.paths)
+    elif data.kind == PARQUET:
         from semantic_routing.data.parquet import ParquetRecords
 
-        source = ParquetRecords(name, paths, sizes)
-    else:
-        from semantic_routing.data.folder import FolderRecords, ManifestRecords
+        source = ParquetRecords(name, data.paths, sizes)
+    elif data.kind == MANIFEST:
+        from semantic_routing.data.folder import ManifestRecords
 
-        records = ManifestRecords if kind == MANIFEST else FolderRecords
-        source = records(paths[0], name=name, sizes=sizes[0] if sizes else None)
-    source.damaged = dict(sum((Counter(entry.damaged) for entry in entries), Counter()))
+        source = ManifestRecords(data.paths[0], name=name, sizes=sizes[0] if sizes else None)
+        left_out[UNNAMED] += max(data.pictures - source.pictures, 0)
+    else:
+        from semantic_routing.data.folder import FolderRecords
+
+        source = FolderRecords(data.paths[0], name=name, sizes=sizes[0] if sizes else None)
+    indexed = sum((Counter(entry.damaged) for entry in entries), Counter[str]())
+    source.damaged = dict(left_out + Counter(source.damaged | indexed))
+    if source.damaged:
+        _LOG.warning("%s: left out or damaged: %s", name, told(source.damaged))
     return source
 
 
@@ -238,6 +267,4 @@ def _scanned(name: str, paths: Sequence[str]) -> TarRecords:
     ]
     source = TarRecords(name, paths, [len(one.rows) for one in found], [one.rows for one in found])
     source.damaged = dict(sum((one.damaged for one in found), Counter()))
-    if source.damaged:
-        _LOG.warning("%s: damaged and left out: %s; semroute data index lists them", name, source.damaged)
     return source

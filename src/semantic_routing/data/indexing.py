@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
@@ -20,9 +20,11 @@ from tqdm import tqdm
 from semantic_routing.checkpoint import check_writable, write_text, written_whole
 from semantic_routing.claims import LOCK, claimed
 from semantic_routing.config import from_dict
+from semantic_routing.data.discover import UNNAMED, Data, discover
 from semantic_routing.data.files import Stored
+from semantic_routing.data.formats import is_outdated
 from semantic_routing.data.found import Found
-from semantic_routing.data.index import FORMAT, INDEX, Entry, discover, is_whole, scan, state
+from semantic_routing.data.index import FORMAT, INDEX, Entry, is_whole, scan, state
 from semantic_routing.manifest import manifest
 
 REPORT = "report.json"
@@ -43,14 +45,14 @@ def build(paths: Sequence[str], out: Path, *, look_inside: bool = False, workers
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}; it must be at least 1")
+    found = [discover(path) for path in paths]
     check_writable(out)
     with claimed(out / LOCK, out):
-        return _build(paths, out, look_inside, workers)
+        return _build(paths, found, out, look_inside, workers)
 
 
-def _build(paths: Sequence[str], out: Path, look_inside: bool, workers: int) -> dict[str, Any]:
-    found = [discover(path) for path in paths]
-    jobs = list(dict.fromkeys((kind, state(kind, path)) for kind, files in found for path in files))
+def _build(paths: Sequence[str], found: Sequence[Data], out: Path, look_inside: bool, workers: int) -> dict[str, Any]:
+    jobs = list(dict.fromkeys((data.kind, state(data.kind, path)) for data in found for path in data.paths))
     entries: dict[Job, Entry] = {}
     for job in jobs:
         entry = _known(out, job, look_inside)
@@ -62,8 +64,10 @@ def _build(paths: Sequence[str], out: Path, look_inside: bool, workers: int) -> 
             bar.update()
     ordered = [entries[job] for job in jobs]
     listed = [asdict(replace(entry, examples=())) for entry in ordered]
-    write_text(out / INDEX, json.dumps({"format": FORMAT, "entries": listed}, indent=1) + "\n")
-    report = _report(ordered)
+    left_out = _left_out(dict(zip(paths, found, strict=True)).values(), ordered)
+    index = {"format": FORMAT, "folder": os.path.abspath(out), "left_out": left_out, "entries": listed}
+    write_text(out / INDEX, json.dumps(index, indent=1) + "\n")
+    report = _report(ordered, left_out)
     write_text(out / REPORT, json.dumps(report | {"manifest": manifest()}, indent=2) + "\n")
     return report
 
@@ -96,14 +100,18 @@ def _stem(path: str) -> str:
 
 
 def _known(out: Path, job: Job, look_inside: bool) -> Entry | None:
-    """The entry of an earlier scan, when it is whole, of the same bytes, and as thorough as is asked."""
+    """The entry of an earlier scan, when it is whole, of the same bytes, and as thorough as is asked.
+
+    One that passed over what can be read by now is none.
+    """
     kind, file = job
     try:
         entry = from_dict(Entry, json.loads((out / f"{_stem(file.path)}.json").read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return None
     same = (entry.path, entry.kind, entry.size, entry.version) == (file.path, kind, file.size, file.version)
-    return entry if same and entry.dimensions >= look_inside and is_whole(out, entry) else None
+    fits = same and entry.dimensions >= look_inside and not any(map(is_outdated, entry.damaged))
+    return entry if fits and is_whole(out, entry) else None
 
 
 def _write(out: Path, job: Job, found: Found, look_inside: bool) -> Entry:
@@ -127,8 +135,19 @@ def _write(out: Path, job: Job, found: Found, look_inside: bool) -> Entry:
     return entry
 
 
-def _report(entries: Sequence[Entry]) -> dict[str, Any]:
-    damaged = sum((Counter(entry.damaged) for entry in entries), Counter[str]())
+def _left_out(found: Iterable[Data], entries: Sequence[Entry]) -> dict[str, int]:
+    """What is there and in no entry, by reason."""
+    left_out: Counter[str] = Counter()
+    records = {entry.path: entry.records for entry in entries}
+    for data in found:
+        left_out.update(data.left_out)
+        if data.pictures and (named := records[data.paths[0]]):
+            left_out[UNNAMED] += max(data.pictures - named, 0)
+    return dict(+left_out)
+
+
+def _report(entries: Sequence[Entry], left_out: dict[str, int]) -> dict[str, Any]:
+    damaged = sum((Counter(entry.damaged) for entry in entries), Counter[str](left_out))
     return {
         "files": len(entries),
         "records": sum(entry.records for entry in entries),

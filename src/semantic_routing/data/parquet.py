@@ -134,15 +134,14 @@ def _look(found: Found, row: int, cell: Any) -> None:
 
 def _columns(path: str, schema: Any) -> tuple[str, list[str]]:
     """The column of pictures, and those that may hold captions or the key."""
-    pictures = [field.name for field in schema if _holds_pictures(field.type)]
-    image = next((name for name in IMAGE_COLUMNS if name in pictures), None)
+    image = picture_column(schema)
     if image is None:
         columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
         raise ValueError(
             f"{path} has no column of pictures, which is of bytes and called {', '.join(IMAGE_COLUMNS[:5])} ...; "
             f"its columns: {columns}"
         )
-    others = [field.name for field in schema if field.name != image and _holds_text(field.type)]
+    others = [name for name in text_columns(schema) if name != image]
     named = next((field for field in schema if field.name in CAPTION_COLUMNS and field.name not in others), None)
     if named is not None and not pa.types.is_null(named.type) and not {*others} - {KEY_COLUMN}:
         raise ValueError(
@@ -150,6 +149,17 @@ def _columns(path: str, schema: Any) -> tuple[str, list[str]]:
             "strings; write it as such"
         )
     return image, others
+
+
+def picture_column(schema: Any) -> str | None:
+    """The name of the column of pictures; None where a schema has none."""
+    pictures = [field.name for field in schema if _holds_pictures(field.type)]
+    return next((name for name in IMAGE_COLUMNS if name in pictures), None)
+
+
+def text_columns(schema: Any) -> list[str]:
+    """The names of the columns of strings and lists of strings."""
+    return [field.name for field in schema if _holds_text(field.type)]
 
 
 def _holds_pictures(kind: Any) -> bool:

@@ -17,6 +17,9 @@ REASONS = (
     "zero bytes",  # the picture is empty
     "no picture",  # a record that has captions only
     "several pictures",  # in one row of Parquet
+    "no caption",  # a record without a file of captions; the captions may yet come from a sidecar
+    "dots in the name",  # a picture of a tar whose name goes on behind its first dot
+    "hidden file",  # a name that begins with a dot, such as macOS's ._1.jpg
     "missing file",  # named by a manifest, and not there
     "unreadable",  # the storage gave an error
     "truncated",  # the file ends inside the record
@@ -27,7 +30,8 @@ REASONS = (
     "repeated key",  # a second record of the same name in one shard
     "too large",  # for a record
 )
-"""Why a record is damaged, in words that do not vary, so that they can be counted; ``images.Unusable`` adds its own."""
+"""Why a record is damaged or left out, in words that do not vary, so that they can be counted; ``images.Unusable``,
+``formats.unknown`` and ``discover.py`` add their own."""
 
 
 @dataclass(frozen=True)
@@ -146,8 +150,9 @@ def parse_json(data: bytes) -> Any:
         raise ValueError("nested too deeply; expected an object of captions") from None
 
 
-def captions_of(text: bytes, extra: bytes) -> dict[str, tuple[str, ...]]:
-    """The captions of a .txt file (under ``txt``, without the white space around it) and of a .json file beside it.
+def captions_of(text: bytes, extra: bytes, kohya: bytes = b"") -> dict[str, tuple[str, ...]]:
+    """The captions of a .txt file (under ``txt``, without the white space around it), of a .json file and of a
+    .caption file (under ``caption``) beside it.
 
     Raises ValueError that says which of them cannot be read.
     """
@@ -158,11 +163,16 @@ def captions_of(text: bytes, extra: bytes) -> dict[str, tuple[str, ...]]:
         except ValueError as error:
             raise ValueError(f".json: {error}") from None
         captions = caption_fields(fields.items() if isinstance(fields, dict) else ())
-    try:
-        written = texts(text.decode("utf-8-sig").strip())
-    except UnicodeDecodeError as error:
-        raise ValueError(f".txt: byte {error.start + 1} is not UTF-8") from None
-    return captions | {"txt": written} if written else captions
+    said = {}
+    for name, data, ending in (("caption", kohya, ".caption"), ("txt", text, ".txt")):
+        try:
+            if written := texts(data.decode("utf-8-sig").strip()):
+                said[name] = written
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{ending}: byte {error.start + 1} is not UTF-8") from None
+    if "caption" in captions:  # what the JSON says
+        said.pop("caption", None)
+    return captions | said
 
 
 def _encodable(text: str) -> bool:

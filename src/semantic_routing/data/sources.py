@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 from semantic_routing.data.captions import CaptionChoice
+from semantic_routing.data.discover import SHAPES, WORLDS
 from semantic_routing.data.images import Limits
 from semantic_routing.data.index import open_records
 from semantic_routing.data.order import Mixture, stream_seed
 from semantic_routing.data.sidecar import RECAPTION, Sidecar
 from semantic_routing.data.streams import Reading, RecordStream, Row, ShapesStream, Stream
 
-SHAPES = "shapes"
-"""The name of the toy world."""
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,8 @@ class DataConfig:
     """What a run is trained on, and how it is read."""
 
     paths: tuple[str, ...] = (SHAPES,)
-    """The toy world "shapes", or WebDataset shards, Parquet files, manifests or folders: paths, patterns or URLs."""
+    """The toy world "shapes", or WebDataset shards, Parquet files, manifests or folders: paths, patterns or URLs.
+    A folder of your own that has the toy world's name is "./shapes"."""
     weights: tuple[float, ...] = ()
     """How often each path comes, such as 70 20 10; by default each record of all paths once an epoch."""
     index: str = ""
@@ -118,7 +121,7 @@ class Dataset:
 
 
 def open_data(cfg: DataConfig, *, image_size: int, seed: int) -> Dataset:
-    """Open the sources of a run; ValueError for what is missing or not indexed.
+    """Open the sources of a run; ValueError for what is missing, not indexed or without captions.
 
     Args:
         cfg: The data.
@@ -136,6 +139,9 @@ def open_data(cfg: DataConfig, *, image_size: int, seed: int) -> Dataset:
         flip=cfg.flip,
         multiple=cfg.bucket_multiple if cfg.buckets else 0,
     )
+    for world in WORLDS:
+        if world in cfg.paths and os.path.exists(world):
+            _LOG.warning("%s means the toy world; what lies here under that name is ./%s", world, world)
     index = Path(cfg.index) if cfg.index else None
     groups = [[path] for path in cfg.paths] if cfg.weights else [list(cfg.paths)]
     streams: list[Stream] = []
@@ -144,5 +150,7 @@ def open_data(cfg: DataConfig, *, image_size: int, seed: int) -> Dataset:
         if paths == [SHAPES]:
             streams.append(ShapesStream(own, image_size))
         else:
-            streams.append(RecordStream([open_records(path, index) for path in paths], own, how))
+            stream = RecordStream([open_records(path, index) for path in paths], own, how)
+            stream.check_captions()
+            streams.append(stream)
     return Dataset(cfg, streams, image_size=image_size)

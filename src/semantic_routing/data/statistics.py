@@ -78,7 +78,7 @@ def table(facts: dict[str, Any]) -> str:
         lines.append(f"{name[:23]:<24}{'' if share is None else f'{share:.1%}':>8}{cells}")
     lines += ["", "width : height"]
     lines += [f"  {name:<14}{share:>7.1%}  {'#' * round(40 * share)}" for name, share in facts["aspect"].items()]
-    for where, title in (("scan", "damaged, found by scanning"), ("sample", "damaged, among those read")):
+    for where, title in (("scan", "left out or damaged, found by scanning"), ("sample", "damaged, among those read")):
         found = facts["damaged"][where]
         lines += ["", f"{title}: {sum(found.values()):,}", *(f"  {reason:<22}{n:>8,}" for reason, n in found.items())]
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -166,14 +167,37 @@ class RecordStream:
         return list(islice(self._captions(), count))
 
     def _captions(self) -> Iterator[str]:
+        for place in self._places():
+            try:
+                yield self._caption(self._record(*place), 0.0, 0.0)
+            except (DamagedRecord, Unusable):
+                continue
+
+    def _places(self) -> Iterator[tuple[int, int, int]]:
+        """Shard, number in it and bucket of the records in the order of training, those of a bucket together."""
         for bucket, order in enumerate(self._orders):
             for position in range(len(order)):
                 _, shard, within = order.locate(position)
-                try:
-                    record = self._record(shard, within, bucket)
-                    yield self._caption(record, 0.0, 0.0)
-                except (DamagedRecord, Unusable):
-                    continue
+                yield shard, within, bucket
+
+    def check_captions(self) -> None:
+        """Raise ValueError where as many records as are tried for a row have no caption, naming what they do have."""
+        there: Counter[str] = Counter()  # characters by key: captions are longer than names
+        read = False
+        for place in islice(self._places(), ATTEMPTS):
+            try:
+                record = self._record(*place)
+                self._caption(record, 0.0, 0.0)
+                return
+            except DamagedRecord:
+                continue
+            except Unusable:
+                read = True
+                there.update({key: len(found[0]) for key, found in record.captions.items()})
+        if read:
+            names = ", ".join(source.name for source in self.sources)
+            longest = [key for key, _ in there.most_common()]
+            raise ValueError(f"{names}: {self.how.choice.missing(longest)}")
 
     def _stand_in(self, bucket: int, shard: int, sample: int, epoch: int, attempt: int) -> tuple[int, int]:
         """The shard, and the record of the bucket in it, to be tried next."""

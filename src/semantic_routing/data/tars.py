@@ -1,12 +1,13 @@
 """WebDataset tar shards: the records of a shard from its headers, and random access to them.
 
 Members belong to one record when they lie side by side and have the same key: the path up to the first dot of the
-file's name (WebDataset's rule). Picture, .txt and .json are used, others are left alone.
+file's name (WebDataset's rule). Picture, .txt (or .caption) and .json are used, others are left alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,16 @@ from jaxtyping import Shaped, UInt32
 
 from semantic_routing.data.dimensions import look
 from semantic_routing.data.files import Arrays, Reader, is_url, shard_names
+from semantic_routing.data.formats import picture_endings, unknown
 from semantic_routing.data.found import SIZE, Damage, Found, key_text
 from semantic_routing.data.images import Unusable
 from semantic_routing.data.records import DamagedRecord, Record, Sharded, captions_of
 from semantic_routing.data.tar_members import WINDOW, Member, Read, first_member, members
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2")
-PARTS = tuple(suffix.encode() for suffix in (*IMAGE_SUFFIXES, "txt", "json"))
-IMAGE, TEXT, JSON = range(3)
-_PART = {suffix: {b"txt": TEXT, b"json": JSON}.get(suffix, IMAGE) for suffix in PARTS}
+IMAGE, TEXT, JSON, SPARE, KOHYA = range(5)
+"""The parts of a record; the last two stand in for an image, or for text and JSON, that are not there."""
+COMMON = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2")
+"""Suffixes of images; those of other formats are spare ones."""
 
 ROW = np.dtype(
     [
@@ -82,39 +84,92 @@ def _chunks(rows: Iterator[tuple[int, ...]], size: int) -> Iterator[list[tuple[i
     yield chunk
 
 
+@lru_cache(maxsize=1)
+def _parts(endings: tuple[str, ...]) -> dict[bytes, int]:
+    """Which part of a record a suffix is of; ``endings`` are those of pictures."""
+    pictures = {ending[1:].encode(): IMAGE if ending[1:] in COMMON else SPARE for ending in endings}
+    return pictures | {b"txt": TEXT, b"json": JSON, b"caption": KOHYA}
+
+
+class _Group:
+    """The members of one key that lie side by side."""
+
+    __slots__ = ("key", "members", "others", "start")
+
+    def __init__(self, key: bytes, start: int) -> None:
+        self.key, self.start = key, start
+        self.members: list[Member | None] = [None] * 5
+        self.others: list[Member] = []
+        """Of no part."""
+
+    @property
+    def image(self) -> Member | None:
+        """The picture."""
+        return self.members[IMAGE] or self.members[SPARE]
+
+    def lost(self) -> list[Damage]:
+        """The pictures that are in no record: of names with more dots, or of formats that are not read."""
+        parts, found, strange = _parts(picture_endings()), [], []
+        for member in self.others:
+            whole, _, last = member.name.rpartition(b".")
+            part = parts.get(last.lower())
+            if part is None:
+                strange.append(member)
+            # Beside a picture it may be something else, such as a mask, unless it has a caption of its own.
+            elif part in (IMAGE, SPARE) and (
+                self.image is None or any(other.name == whole + b".txt" for other in self.others)
+            ):
+                detail = "a record's name ends at the first dot; rename it, or unpack the shard into a folder"
+                found.append(Damage("dots in the name", member.start, member.name, detail))
+        if found or self.image is not None:
+            return found
+        if strange:  # the largest is what there is in place of a picture
+            member = max(strange, key=lambda member: member.size)
+            ending = member.name[member.name.rfind(b".") :].decode("ascii", "replace").lower()
+            return [Damage(unknown(ending), member.start, member.name, "a record without a picture that can be read")]
+        return [Damage("no picture", self.start, self.key, "a record without a picture")]
+
+
 def _rows(headers: Iterable[Member | Damage], found: Found) -> Iterator[tuple[int, ...]]:
     """A row for each group of members with a picture."""
-    key = b""
-    start = 0
-    parts: list[Member | None] = [None, None, None]
+    group: _Group | None = None
     seen: set[int] = set()
-    open_group = False
+    parts = _parts(picture_endings())
     for member in headers:
         if isinstance(member, Damage):
             found.report(member)
             # A member that is not all there takes its record with it.
-            if member.name and member.reason == "truncated" and open_group and _key(member.name)[0] == key:
-                open_group = False
+            if member.name and member.reason == "truncated" and group and _key(member.name)[0] == group.key:
+                group = None
             continue
         this, suffix = _key(member.name)
-        if not suffix:
-            continue  # a file that belongs to no record
-        if this != key or not open_group:
-            if open_group and (row := _row(key, start, parts, seen, found)):
-                yield row
-            key, start, parts, open_group = this, member.start, [None, None, None], True
-        part = _PART.get(suffix)
-        if part is None:
-            part = _PART.get(suffix.lower())
-        if part is None:
+        if not suffix:  # a file that belongs to no record
+            _report_hidden(member, found)
             continue
-        first = parts[part]
+        if group is None or this != group.key:
+            if group and (row := _row(group, seen, found)):
+                yield row
+            group = _Group(this, member.start)
+        part = parts.get(suffix)
+        if part is None:
+            part = parts.get(suffix.lower())
+        if part is None:
+            group.others.append(member)
+            continue
+        first = group.members[part]
         if first is None:
-            parts[part] = member
-        elif part != IMAGE or _key(first.name)[1] == suffix:
+            group.members[part] = member
+        elif part not in (IMAGE, SPARE) or _key(first.name)[1] == suffix:
             found.report(Damage("duplicate member", member.start, member.name, "the first one is used"))
-    if open_group and (row := _row(key, start, parts, seen, found)):
+    if group and (row := _row(group, seen, found)):
         yield row
+
+
+def _report_hidden(member: Member, found: Found) -> None:
+    """Count a picture whose name begins with a dot, such as those that macOS adds to archives."""
+    name = member.name[member.name.rfind(b"/") + 1 :]
+    if name.startswith(b".") and _parts(picture_endings()).get(name[name.rfind(b".") + 1 :].lower()) in (IMAGE, SPARE):
+        found.report(Damage("hidden file", member.start, member.name, "a name that begins with a dot"))
 
 
 def _key(name: bytes) -> tuple[bytes, bytes]:
@@ -125,26 +180,31 @@ def _key(name: bytes) -> tuple[bytes, bytes]:
     return name[:dot], name[dot + 1 :]
 
 
-def _row(
-    key: bytes, start: int, parts: Sequence[Member | None], seen: set[int], found: Found
-) -> tuple[int, ...] | None:
-    image, text, extra = parts
+def _row(group: _Group, seen: set[int], found: Found) -> tuple[int, ...] | None:
+    image, (_, text, extra, _, kohya) = group.image, group.members
+    key, start = group.key, group.start
+    if image is None or group.others:
+        for damage in group.lost():
+            found.report(damage)
     if image is None:
-        found.report(Damage("no picture", start, key, "a record without a picture"))
         return None
+    text = text if text or extra else kohya
     hashed = hash(key)  # 64 bits rather than the name: a shard may hold millions
     if hashed in seen:
         found.report(Damage("repeated key", start, key, "the first such record is used"))
         return None
     seen.add(hashed)
-    if max(part.offset + part.size for part in parts if part) - start >= 2**32:
+    if max(part.offset + part.size for part in (image, text, extra) if part) - start >= 2**32:
         found.report(Damage("too large", start, key, "the record has 4 GiB or more"))
         return None
-    if max(part.size if part else 0 for part in (text, extra)) > LARGEST_TEXT:
+    captions = max(text.size if text else 0, extra.size if extra else 0)
+    if captions > LARGEST_TEXT:
         found.report(Damage("too large", start, key, "a caption of more than 16 MiB"))
         return None
     if not image.size:
         found.report(Damage("zero bytes", start, key, "the picture is empty"))
+    if not captions:
+        found.report(Damage("no caption", start, key, "no .txt or .json in the record"))
     row = [start, image.offset - start, image.size]
     for part in (text, extra):
         row += [part.offset - start, part.size] if part else [0, 0]

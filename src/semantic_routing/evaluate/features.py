@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from semantic_routing.checkpoint import write_text
 from semantic_routing.connection import check_hub
-from semantic_routing.data.images import BROKEN, FORMATS, to_rgb
+from semantic_routing.data.formats import formats
+from semantic_routing.data.images import BROKEN, to_rgb
 from semantic_routing.device import pick_device
 from semantic_routing.evaluate.benchmark import read_json_lines
 from semantic_routing.evaluate.listing import Listing, list_pictures, suffixes
@@ -281,7 +282,7 @@ def read_captions(path: Path) -> list[tuple[Path, str]]:
 
 def _open(path: Path) -> Image.Image:
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=formats()) as image:
             if image.mode != "F":
                 return to_rgb(image)
     except BROKEN as error:

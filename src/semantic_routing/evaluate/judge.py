@@ -16,7 +16,8 @@ from PIL import Image
 
 from semantic_routing.answers import Answer, Failure, Picture, Question
 from semantic_routing.chat import ChatClient
-from semantic_routing.data.images import BROKEN, FORMATS, to_rgb
+from semantic_routing.data.formats import formats
+from semantic_routing.data.images import BROKEN, to_rgb
 from semantic_routing.evaluate.benchmark import Finding, Task
 from semantic_routing.evaluate.drawbench import ASPECTS
 from semantic_routing.evaluate.genai_bench import VQASCORE
@@ -181,7 +182,7 @@ def parse_scores(text: str) -> tuple[dict[str, float | None], str]:
 def open_rgb(path: Path) -> Image.Image | Failure:
     """An image file as upright RGB."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=formats()) as image:
             return to_rgb(image)
     except BROKEN as error:
         return Failure(reason="the image does not open", detail=f"{path}: {error}", final=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from semantic_routing.data.images import FORMATS
+from semantic_routing.data.formats import formats
 
 APPLE, HIDDEN, BROKEN_LINK = "AppleDouble (._ files of macOS)", "hidden", "links to nothing"
 
@@ -33,7 +33,7 @@ class Listing:
 @lru_cache(maxsize=1)
 def suffixes() -> frozenset[str]:
     """All endings, such as .png, of the picture files that are opened."""
-    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS)
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in formats())
 
 
 def list_pictures(folder: Path, *, below: bool = False) -> Listing:

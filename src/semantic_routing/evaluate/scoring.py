@@ -22,7 +22,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from semantic_routing.checkpoint import write_text
-from semantic_routing.data.images import BROKEN, FORMATS
+from semantic_routing.data.formats import formats
+from semantic_routing.data.images import BROKEN
 from semantic_routing.evaluate.benchmark import Benchmark, Finding, Scorer, Task
 from semantic_routing.evaluate.page import page
 from semantic_routing.evaluate.scores import (
@@ -186,7 +187,7 @@ def _open(benchmark: Benchmark, place: Place, path: Path | None) -> Task | tuple
         return MISSING, "there is no image"
     try:
         data = path.read_bytes()
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=formats()) as image:
             image.load()
     except BROKEN as error:
         return UNREADABLE, f"the image does not open ({type(error).__name__})"
