@@ -51,14 +51,14 @@ def test_subcommands_are_listed(capsys: pytest.CaptureFixture[str]):
 def test_index_and_then_stats(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     answer = run(capsys, "index", str(shards), "--workers", "1")
     assert answer.startswith("12 records in 1 files of ")
-    assert "2 damaged, examples in" in answer
+    assert "4 left out or damaged, examples in" in answer
     assert answer.endswith(f"{shards / DEFAULT}\n")
     run(capsys, "index", str(shards), "--out", str(tmp_path / "other"), "--dimensions")
     for where in ([str(shards)], [str(tmp_path / "other")], [str(shards), "--index", str(tmp_path / "other")]):
         facts = json.loads(run(capsys, "stats", *where, "--json"))
         assert (facts["records"], facts["shards"], facts["sample"]) == (12, 1, 12)
         looked = str(tmp_path / "other") in where
-        expected = {"no picture": 1, "zero bytes": 1} | ({"not an image": 1} if looked else {})
+        expected = {"no caption": 2, "no picture": 1, "zero bytes": 1} | ({"not an image": 1} if looked else {})
         assert facts["damaged"]["scan"] == expected
         assert facts["damaged"]["sample"] == {"not an image": 1, "zero bytes": 1}
         caption, text = facts["captions"]["caption"], facts["captions"]["txt"]
@@ -70,7 +70,7 @@ def test_index_and_then_stats(shards: Path, tmp_path: Path, capsys: pytest.Captu
         assert {name: share for name, share in facts["aspect"].items() if share} == {"0.8 to 1.25": 0.5, "from 2": 0.5}
     shown = run(capsys, "stats", str(shards))
     assert "12 records in 1 shards; all were read" in shown
-    assert "damaged, found by scanning: 2" in shown
+    assert "left out or damaged, found by scanning: 4" in shown
 
 
 def test_a_sample_is_spread_evenly_over_all_sources():

@@ -174,7 +174,7 @@ def test_a_folder_is_the_first_kind_that_is_there(
 
 def test_a_table_without_pictures_alone_is_refused_as_such(tmp_path: Path):
     table(tmp_path / "0.parquet", url=["x"], caption=["y"])
-    with pytest.raises(ValueError, match=r"no column of pictures.*its columns: url, caption"):
+    with pytest.raises(ValueError, match=r"no column of pictures.*its columns: url \(string\), caption"):
         open_records(str(tmp_path))
 
 
