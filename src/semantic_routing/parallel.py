@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NoReturn, TypeVar, cast
+from typing import Any, Literal, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -34,10 +34,8 @@ from semantic_routing.device import pick_device
 from semantic_routing.dit import Backbone, Block, DiT
 from semantic_routing.errors import TrainingFailed, exit_code
 from semantic_routing.generate import allow_graphs, compile_network
-from semantic_routing.processes import PATIENCE, Processes
+from semantic_routing.processes import PATIENCE, Processes, T
 from semantic_routing.text_encoder import TextEncoder
-
-T = TypeVar("T")
 
 CPU = torch.device("cpu")
 HEAD_START = 1.0
