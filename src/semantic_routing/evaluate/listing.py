@@ -33,7 +33,8 @@ class Listing:
 @lru_cache(maxsize=1)
 def suffixes() -> frozenset[str]:
     """All endings, such as .png, of the picture files that are opened."""
-    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in formats())
+    known = formats()  # first, for this may register another format
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in known)
 
 
 def list_pictures(folder: Path, *, below: bool = False) -> Listing:
