@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import math
 from difflib import get_close_matches
 from typing import Any, TypeVar, get_type_hints
 
 import tyro
+
+from semantic_routing.config import check_finite
 
 T = TypeVar("T")
 WORDS = {
@@ -60,18 +61,8 @@ def parse(cls: type[T], args: list[str], *, prog: str, default: T | None = None)
         if not end.code:
             raise
         raise ValueError(_unboxed(printed.getvalue()).removeprefix(f"Error parsing {cls.__name__}: ")) from None
-    refuse_nan(parsed)
+    check_finite(parsed)
     return parsed
-
-
-def refuse_nan(config: Any, prefix: str = "") -> None:
-    """Raise ValueError where a setting is NaN, which passes every comparison that should refuse it."""
-    for field in dataclasses.fields(config):
-        value, name = getattr(config, field.name), f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(value):
-            refuse_nan(value, f"{name}.")
-        elif any(isinstance(x, float) and math.isnan(x) for x in (value if isinstance(value, tuple) else [value])):
-            raise ValueError(f"{name} is nan; it must be a number")
 
 
 def _elsewhere(name: str, known: list[str]) -> list[str]:

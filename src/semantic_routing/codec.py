@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from semantic_routing.extras import require
+
 HUB_NAME = r"[\w-][\w.-]*/[\w.-]+"
 """Names on the Hugging Face hub, unlike those of folders that begin with a dot or have more parts."""
 
@@ -178,12 +180,7 @@ def _to_pixels(signed: Tensor) -> Tensor:
 
 
 def _load_vae(config: CodecConfig) -> Any:
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError as error:
-        raise ValueError(
-            'a VAE needs the diffusers library; install it with pip install "semantic-routing[diffusers]"'
-        ) from error
+    AutoencoderKL = require("diffusers.models.autoencoders", what="a VAE", extra="diffusers").AutoencoderKL
     place = str(Path(config.name_or_path) / config.subfolder) if config.subfolder else config.name_or_path
     if not Path(place).is_dir() and not re.fullmatch(HUB_NAME, config.name_or_path):
         raise ValueError(f"no VAE at {place!r}; expected a folder or, on the Hugging Face hub, owner/name")
