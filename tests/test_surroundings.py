@@ -23,7 +23,10 @@ from semantic_routing.device import cache_folder
 from semantic_routing.evaluate.features import FeaturesArguments, evaluate_features
 from semantic_routing.evaluate.models import open_pipeline
 from semantic_routing.extras import require
+from semantic_routing.generate import SampleArguments, sample_to_folder
 from semantic_routing.servers import ChatConfig
+from semantic_routing.text_encoder import quiet_transformers
+from semantic_routing.tiny_lm import tiny_lm
 from semantic_routing.tracking import Tracker
 from semantic_routing.train import TrainConfig, start
 
@@ -182,3 +185,32 @@ def test_a_cache_that_cannot_be_written(
     assert told.startswith("semroute: cannot write the cache /")
     assert told.endswith("set SEMROUTE_CACHE")
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.behaviour(
+    "Surroundings",
+    when="commands write files and folders",
+    then="all of them are as readable as the umask says, weights and caches included",
+)
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_all_that_is_written_is_as_the_umask_says(mask: int, tiny_config: Make, tmp_path: Path) -> None:
+    place = tmp_path / "all"
+    before = os.umask(mask)
+    try:
+        tiny_lm(["a red circle", "a blue star"], layers=1, width=64, steps=1, cache_dir=place / "cache")
+        run = place / "run"
+        start(tiny_config(steps=2, checkpoint_every=1, preview_every=1), run)
+        sample_to_folder(SampleArguments(model=run, out=place / "images", prompt=("a star",), steps=1, device="cpu"))
+        picture = next((place / "images").glob("*.png"))
+        (place / "images" / f"{picture.stem}.txt").write_text("a star")
+        with quiet_transformers():
+            main(["export", str(run), "--out", str(place / "pipe")])
+        main(["convert", "ours", str(run), "--out", str(place / "upstream.safetensors")])
+        main(["data", "index", str(place / "images"), "--out", str(place / "index")])
+    finally:
+        os.umask(before)
+    written = [place, *place.rglob("*")]
+    modes = {str(path.relative_to(tmp_path)): path.stat().st_mode & 0o777 for path in written}
+    usual = {str(path.relative_to(tmp_path)): (0o777 if path.is_dir() else 0o666) & ~mask for path in written}
+    assert len({path.suffix for path in written} & {".safetensors", ".json", ".jsonl", ".png", ".md"}) == 5
+    assert modes == usual

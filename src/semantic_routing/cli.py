@@ -35,7 +35,8 @@ def train(args: list[str]) -> None:
     recipe, options = (args[0], args[1:]) if args and not args[0].startswith("-") else ("", args)
     parser = argparse.ArgumentParser(prog="semroute train", add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-h", "--help", action="store_true")
-    for name in ("--arm", "--out", "--resume", "--config"):
+    own = ("--arm", "--out", "--resume", "--config")
+    for name in own:
         parser.add_argument(name)
     try:
         given, rest = parser.parse_known_args(options)
@@ -68,7 +69,8 @@ def train(args: list[str]) -> None:
     if given.help:
         sys.stdout.write(f"{_help(train)}\n\n")
         rest = ["--help"]
-    cfg = parse(training.TrainConfig, rest, prog=f"semroute train {recipe or 'RECIPE'}", default=default)
+    prog = f"semroute train {recipe or 'RECIPE'}"
+    cfg = parse(training.TrainConfig, rest, prog=prog, default=default, beside=own)
     if given.out is None:
         raise ValueError("where should the run be written? give --out, such as --out runs/x")
     _done(training.start(cfg, Path(given.out)))

@@ -63,7 +63,7 @@ class FeaturesArguments:
     seed: int = 0
     """Seed of KID's subsets."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """auto, cpu, cuda, cuda:1 or another that torch knows."""
 
     def __post_init__(self) -> None:
         for name, least in (("batch", 1), ("subsets", 1), ("subset_size", 2)):
