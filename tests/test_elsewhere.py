@@ -26,7 +26,7 @@ from semantic_routing.generate import SampleArguments, SampleConfig, load_bundle
 from semantic_routing.pipeline import SemanticRoutingPipeline
 from semantic_routing.sampler import noise_for
 from semantic_routing.storage import as_umask_says
-from semantic_routing.train import TrainConfig
+from semantic_routing.train import TrainConfig, start
 
 CPU = torch.device("cpu")
 
@@ -106,6 +106,27 @@ def test_nothing_that_is_not_finite_is_scored(tiny_run: Path, tmp_path: Path, va
     with pytest.raises(ValueError, match=r"the picture of .* is not finite from step 1 of 1 on"):
         evaluate_shapes(bundle, tmp_path / "out", n=11, seed=0, cfg=SampleConfig(steps=1))
     assert not [*tmp_path.rglob("*.png"), *tmp_path.rglob("summary.json")]
+
+
+@pytest.mark.behaviour(
+    "Training",
+    when="a preview comes out NaN or infinite",
+    then="that is told with prompt and step, no picture is written, and the run goes on",
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_previews_that_are_not_finite(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, value: float, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    decode = PixelCodec.decode
+    monkeypatch.setattr(PixelCodec, "decode", lambda self, latents: decode(self, torch.full_like(latents, value)))
+    start(tiny_config(steps=2, preview_every=1), tmp_path / "run")
+    told = capsys.readouterr().err
+    for step in (1, 2):
+        assert f"semroute: no samples of step {step}: the picture of " in told
+    assert "is not finite where its latents are decoded" in told
+    assert not list((tmp_path / "run").rglob("samples/*.png"))
+    assert list((tmp_path / "run").rglob("ema.safetensors"))
 
 
 @pytest.mark.behaviour(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from semantic_routing.chat import ChatClient
 from semantic_routing.cli import main
@@ -214,3 +215,20 @@ def test_all_that_is_written_is_as_the_umask_says(mask: int, tiny_config: Make, 
     usual = {str(path.relative_to(tmp_path)): (0o777 if path.is_dir() else 0o666) & ~mask for path in written}
     assert len({path.suffix for path in written} & {".safetensors", ".json", ".jsonl", ".png", ".md"}) == 5
     assert modes == usual
+
+
+@pytest.mark.behaviour(
+    "Surroundings",
+    when="matplotlib finds no folder to keep its settings in",
+    then="it makes a temporary one, and figures are drawn",
+)
+@pytest.mark.parametrize("variable", ["HOME", "MPLCONFIGDIR", "XDG_CONFIG_HOME"])
+def test_figures_without_a_folder_of_settings(variable: str, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    Image.new("RGB", (8, 8)).save(data / "a.png")
+    (data / "a.txt").write_text("black")
+    done = semroute(f"semroute data preview {data} --out {tmp_path / 'grid.png'}", **{variable: "/dev/null"})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "grid.png").is_file()
+    assert "Traceback" not in done.stderr

@@ -172,9 +172,14 @@ def _to_signed(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _to_pixels(signed: Tensor) -> Tensor:
-    if not (finite := signed.isfinite().flatten(1).all(1)).all():
+def check_pictures(pictures: Float[Tensor, " B *picture"]) -> None:
+    """Raise NotFiniteError where pictures or their latents hold NaN or infinity."""
+    if not (finite := pictures.isfinite().flatten(1).all(1)).all():
         raise NotFiniteError((~finite).nonzero().flatten().tolist())
+
+
+def _to_pixels(signed: Tensor) -> Tensor:
+    check_pictures(signed)
     pixels = (signed.float() + 1) * 127.5
     return pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
