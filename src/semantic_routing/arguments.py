@@ -73,9 +73,8 @@ def _meant(name: str, known: list[str]) -> str | None:
         return parts[0]
     if ours := [word for word, theirs in WORDS.items() if name.removeprefix("--") in theirs]:
         same = [option for option in known for word in ours if word in (option[2:], option.rpartition(".")[2])]
-        return min(
-            same, key=lambda option: option.count("."), default=None
-        )  # what is like it would mean something else
+        # None where the command has no such option: one whose name looks alike would mean something else.
+        return min(same, key=lambda option: option.count("."), default=None)
     return next(iter(get_close_matches(name, known, n=1, cutoff=0.5)), None)
 
 
