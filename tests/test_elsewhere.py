@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +15,18 @@ from PIL import Image
 
 from semantic_routing.arguments import parse
 from semantic_routing.checkpoint import written_whole
+from semantic_routing.cli import main
 from semantic_routing.codec import NotFiniteError, PixelCodec
+from semantic_routing.config import read_config, to_dict
 from semantic_routing.device import cache_folder, pick_device
+from semantic_routing.evaluate.models import open_model
+from semantic_routing.evaluate.shapes_benchmark import evaluate_shapes
+from semantic_routing.export import ExportArguments, export
 from semantic_routing.generate import SampleArguments, SampleConfig, load_bundle, sample_to_folder
+from semantic_routing.pipeline import SemanticRoutingPipeline
+from semantic_routing.sampler import noise_for
 from semantic_routing.storage import as_umask_says
+from semantic_routing.train import TrainConfig, start
 
 CPU = torch.device("cpu")
 
@@ -25,13 +35,120 @@ CPU = torch.device("cpu")
     "Sampling", when="an option has the name that another program gives it", then="the error names ours"
 )
 @pytest.mark.parametrize(
-    ("typed", "ours"),
-    [("--cfg", "--guidance"), ("--num-inference-steps", "--steps"), ("--output-dir", "--out"),
-     ("--n", "--images-per-prompt"), ("--neg", "--negative-prompt"), ("--batch-size", "--batch")],
-)  # fmt: skip
-def test_words_of_other_programs(typed: str, ours: str) -> None:
-    with pytest.raises(ValueError, match=rf"did you mean {ours}\?"):
-        parse(SampleArguments, ["run", typed, "3"], prog="x")
+    ("command", "typed", "ours"),
+    [
+        ("sample run", "--cfg", "--guidance"),
+        ("sample run", "--guidance-scale", "--guidance"),
+        ("sample run", "--num-inference-steps", "--steps"),
+        ("sample run", "--output-dir", "--out"),
+        ("sample run", "--n", "--images-per-prompt"),
+        ("sample run", "--negative", "--negative-prompt"),
+        ("sample run", "--batch-size", "--batch"),
+        ("sample run", "--resolution", "--height"),
+        ("train toy", "--batch-size", "--batch"),
+        ("train toy", "--learning-rate", "--optim.lr"),
+        ("train toy", "--max-train-steps", "--steps"),
+        ("train toy", "--output-dir", "--out"),
+        ("train toy", "--resolution", "--image-size"),
+        ("train toy", "--guidance-scale", "--preview.guidance"),
+        ("evaluate shapes", "--checkpoint", "--model"),
+        ("evaluate shapes", "--cfg-scale", "--guidance"),
+        ("evaluate shapes", "--output-dir", "--out"),
+        ("quickstart", "--num-inference-steps", "--steps"),
+        ("quickstart", "--cfg", "--guidance"),
+        ("quickstart", "--output", "--out"),
+    ],
+)
+def test_words_of_other_programs(command: str, typed: str, ours: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*command.split(), typed, "3"])
+    assert capsys.readouterr().err == f"semroute: unknown option {typed}; did you mean {ours}?\n"
+
+
+@pytest.mark.parametrize("typed", ["--learning-rate", "--mixed-precision", "--ckpt"])
+def test_words_for_what_a_command_has_not(typed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["sample", "run", typed, "3"])
+    assert capsys.readouterr().err == f"semroute: unknown option {typed}; semroute sample --help lists the options\n"
+
+
+@pytest.mark.behaviour(
+    "Surroundings",
+    when="a setting is NaN or infinite, on the command line or in a configuration file",
+    then="is refused by its name",
+)
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize("name", ["optim.lr", "prompt_dropout", "data.max_aspect", "preview.shift", "watchdog.grace"])
+def test_settings_are_finite_numbers(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, name: str, value: str
+) -> None:
+    with pytest.raises(ValueError, match=name.rpartition(".")[2]):
+        parse(TrainConfig, [f"--{name.replace('_', '-')}={value}"], prog="x", default=tiny_config())
+    settings = to_dict(tiny_config())
+    inner = settings
+    for part in name.split(".")[:-1]:
+        inner = inner[part]
+    inner[name.rpartition(".")[2]] = "HERE"
+    (tmp_path / "config.json").write_text(json.dumps(settings).replace('"HERE"', value))
+    with pytest.raises(ValueError, match=rf"^{name} is (nan|-?inf); it must be a finite number$"):
+        read_config(TrainConfig, tmp_path / "config.json")
+
+
+@pytest.mark.behaviour(
+    "Judges and scores",
+    when="a picture that is to be scored comes out NaN or infinite",
+    then="the evaluation stops and says so, and nothing is scored",
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nothing_that_is_not_finite_is_scored(tiny_run: Path, tmp_path: Path, value: float) -> None:
+    bundle = load_bundle(tiny_run, CPU)
+    bundle.model.proj_out.weight[0, 0] = value
+    with pytest.raises(ValueError, match=r"the picture of .* is not finite from step 1 of 1 on"):
+        evaluate_shapes(bundle, tmp_path / "out", n=11, seed=0, cfg=SampleConfig(steps=1))
+    assert not [*tmp_path.rglob("*.png"), *tmp_path.rglob("summary.json")]
+
+
+@pytest.mark.behaviour(
+    "Training",
+    when="a preview comes out NaN or infinite",
+    then="that is told with prompt and step, no picture is written, and the run goes on",
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_previews_that_are_not_finite(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, value: float, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    decode = PixelCodec.decode
+    monkeypatch.setattr(PixelCodec, "decode", lambda self, latents: decode(self, torch.full_like(latents, value)))
+    start(tiny_config(steps=2, preview_every=1), tmp_path / "run")
+    told = capsys.readouterr().err
+    for step in (1, 2):
+        assert f"semroute: no samples of step {step}: the picture of " in told
+    assert "is not finite where its latents are decoded" in told
+    assert not list((tmp_path / "run").rglob("samples/*.png"))
+    assert list((tmp_path / "run").rglob("ema.safetensors"))
+
+
+@pytest.mark.behaviour(
+    "Sampling",
+    when="a run and the pipeline exported from it draw the same prompt",
+    then="semroute sample gives the same pixels of both, as does the pipeline's own call from the same noise",
+)
+@pytest.mark.parametrize(("guidance", "negative"), [(1.0, None), (3.0, None), (3.0, "a circle")])
+def test_a_pipeline_draws_what_its_run_does(
+    tiny_run: Path, tmp_path: Path, guidance: float, negative: str | None
+) -> None:
+    export(ExportArguments(model=tiny_run, out=tmp_path / "pipe"))
+    asked = SampleArguments(model=tiny_run, out=tmp_path / "run", prompt=("a star",), steps=2, guidance=guidance,
+                            negative_prompt=negative, device="cpu")  # fmt: skip
+    drawn = [sample_to_folder(replace(asked, model=model, out=tmp_path / out), open_model) / "00000_00.png"
+             for model, out in ((tiny_run, "run"), (tmp_path / "pipe", "pipe-images"))]  # fmt: skip
+    pipe = SemanticRoutingPipeline.from_pretrained(str(tmp_path / "pipe"))
+    noise = noise_for(0, [(0, 0)], pipe.latent_shape())
+    own = pipe("a star", negative_prompt=negative, num_inference_steps=2, guidance_scale=guidance, latents=noise)
+    first, second = (np.asarray(Image.open(path)) for path in drawn)
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(first, np.asarray(own.images[0]))
 
 
 @pytest.mark.behaviour("Surroundings", when="--device names one that torch lacks here", then="is refused in one line")

@@ -149,7 +149,7 @@ def test_nothing_is_overwritten(tiny_run: Path, tmp_path: Path, capsys: pytest.C
 
 
 def test_without_diffusers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(SystemExit, match="2"):
         main(["export", "runs/x", "--out", "pipelines/x"])
     assert 'pip install "semantic-routing[diffusers]"' in capsys.readouterr().err

@@ -16,6 +16,7 @@ ORDER = [
     # what everything may know: configurations, errors and the machine
     "config",
     "errors",
+    "extras",
     "troubles",
     "stopping",
     "claims",

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from semantic_routing.arms import PAPER_ARMS
-from semantic_routing.codec import PixelCodec, VAECodec
+from semantic_routing.codec import NotFiniteError, PixelCodec, VAECodec
 from semantic_routing.device import has_bfloat16
 from semantic_routing.dit import DiTConfig
 from semantic_routing.export import make_pipeline
@@ -778,6 +778,16 @@ def test_pictures_that_are_not_finite(pipe: SemanticRoutingPipeline) -> None:
     for kind in ("latent", "pil"):
         with pytest.raises(ValueError, match="the pictures came out as NaN or infinite"):
             draw(pipe, output_type=kind)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_vae_that_overflows(make_bundle: MakeBundle, value: float) -> None:
+    latent = quiet(make_pipeline(make_bundle(latent=True, patch=2)))
+    latent.vae.decoder.conv_out.bias.data[0] = value
+    assert draw(latent, output_type="latent").isfinite().all()
+    for kind in ("pil", "np", "pt"):
+        with pytest.raises(NotFiniteError, match=r"the pictures came out as NaN or infinite: .* the VAE's"):
+            draw(latent, output_type=kind)
 
 
 @pytest.mark.behaviour(

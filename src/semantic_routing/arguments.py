@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import math
 from difflib import get_close_matches
 from typing import Any, TypeVar, get_type_hints
 
 import tyro
+
+from semantic_routing.config import check_finite
 
 T = TypeVar("T")
 WORDS = {
@@ -21,7 +22,7 @@ WORDS = {
     "lr": ("learning-rate",),
     "out": ("output-dir", "output", "outdir", "save-path", "o"),
     "sampler": ("scheduler", "sampler-name", "sampling-method"),
-    "height": ("h", "image-height"),
+    "height": ("h", "image-height", "resolution", "size"),
     "width": ("w", "image-width"),
     "image-size": ("resolution", "size"),
     "model": ("ckpt", "checkpoint", "pretrained-model-name-or-path"),
@@ -33,8 +34,10 @@ WORDS = {
 """Our options, and what diffusers, kohya, ComfyUI and others call them."""
 
 
-def parse(cls: type[T], args: list[str], *, prog: str, default: T | None = None) -> T:
+def parse(cls: type[T], args: list[str], *, prog: str, default: T | None = None, beside: tuple[str, ...] = ()) -> T:
     """An instance of the dataclass ``cls`` from options; each field is one, nested fields have dots.
+
+    ``beside`` names options that the command itself reads, to be suggested as others are.
 
     Raises ValueError for an unknown option, naming the nearest known one, for one that is given twice, and for a
     value that is missing or wrong. --help ends the process with code 0.
@@ -43,10 +46,10 @@ def parse(cls: type[T], args: list[str], *, prog: str, default: T | None = None)
     named = [arg.split("=", 1)[0].replace("_", "-") for arg in args if arg.startswith("--")]
     for i, name in enumerate(named):
         if name not in [*known, "--help"]:
-            parts = [option for option in known if option.startswith(f"{name}.")]
-            close = parts[:1] or _elsewhere(name, known) or get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]}?" if close else f"{prog} --help lists the options"
-            raise ValueError(f"unknown option {name}; {hint}")
+            meant = _meant(name, [*known, *beside])
+            raise ValueError(
+                f"unknown option {name}; " + (f"did you mean {meant}?" if meant else f"{prog} --help lists the options")
+            )
         if name in named[:i]:
             raise ValueError(f"{name} is given twice; put several values after one {name}")
     printed = io.StringIO()
@@ -60,25 +63,19 @@ def parse(cls: type[T], args: list[str], *, prog: str, default: T | None = None)
         if not end.code:
             raise
         raise ValueError(_unboxed(printed.getvalue()).removeprefix(f"Error parsing {cls.__name__}: ")) from None
-    refuse_nan(parsed)
+    check_finite(parsed)
     return parsed
 
 
-def refuse_nan(config: Any, prefix: str = "") -> None:
-    """Raise ValueError where a setting is NaN, which passes every comparison that should refuse it."""
-    for field in dataclasses.fields(config):
-        value, name = getattr(config, field.name), f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(value):
-            refuse_nan(value, f"{name}.")
-        elif any(isinstance(x, float) and math.isnan(x) for x in (value if isinstance(value, tuple) else [value])):
-            raise ValueError(f"{name} is nan; it must be a number")
-
-
-def _elsewhere(name: str, known: list[str]) -> list[str]:
-    """The option, if there is one, that other programs call ``name``."""
-    ours = next((word for word, theirs in WORDS.items() if name.removeprefix("--") in theirs), None)
-    same = [option for option in known if ours in (option.removeprefix("--"), option.rpartition(".")[2])]
-    return sorted(same, key=lambda option: option.count("."))[:1]
+def _meant(name: str, known: list[str]) -> str | None:
+    """The option that an unknown name is for: the group it begins, another program's word for it, or a near one."""
+    if parts := [option for option in known if option.startswith(f"{name}.")]:
+        return parts[0]
+    if ours := [word for word, theirs in WORDS.items() if name.removeprefix("--") in theirs]:
+        same = [option for option in known for word in ours if word in (option[2:], option.rpartition(".")[2])]
+        # None where the command has no such option: one whose name looks alike would mean something else.
+        return min(same, key=lambda option: option.count("."), default=None)
+    return next(iter(get_close_matches(name, known, n=1, cutoff=0.5)), None)
 
 
 def _unboxed(text: str) -> str:

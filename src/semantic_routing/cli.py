@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import argparse
 import getpass
+import io
 import os
+import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,7 +35,8 @@ def train(args: list[str]) -> None:
     recipe, options = (args[0], args[1:]) if args and not args[0].startswith("-") else ("", args)
     parser = argparse.ArgumentParser(prog="semroute train", add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-h", "--help", action="store_true")
-    for name in ("--arm", "--out", "--resume", "--config"):
+    own = ("--arm", "--out", "--resume", "--config")
+    for name in own:
         parser.add_argument(name)
     try:
         given, rest = parser.parse_known_args(options)
@@ -65,7 +69,8 @@ def train(args: list[str]) -> None:
     if given.help:
         sys.stdout.write(f"{_help(train)}\n\n")
         rest = ["--help"]
-    cfg = parse(training.TrainConfig, rest, prog=f"semroute train {recipe or 'RECIPE'}", default=default)
+    prog = f"semroute train {recipe or 'RECIPE'}"
+    cfg = parse(training.TrainConfig, rest, prog=prog, default=default, beside=own)
     if given.out is None:
         raise ValueError("where should the run be written? give --out, such as --out runs/x")
     _done(training.start(cfg, Path(given.out)))
@@ -153,11 +158,10 @@ def convert(args: list[str]) -> None:
 
 def export(args: list[str]) -> None:
     """Write a diffusers pipeline: semroute export runs/x --out pipelines/x"""
-    from importlib.util import find_spec
-
-    if find_spec("diffusers") is None or find_spec("accelerate") is None:
-        raise ValueError('export needs diffusers: pip install "semantic-routing[diffusers]"')
     from semantic_routing.arguments import parse
+    from semantic_routing.extras import require_diffusers
+
+    require_diffusers("export")
     from semantic_routing.export import ExportArguments
     from semantic_routing.export import export as run_export
 
@@ -192,7 +196,11 @@ COMMANDS: dict[str, Command] = {
 
 def main(argv: list[str] | None = None) -> None:
     """Run ``semroute``; its exit code is 0 done, 1 failed, 2 for what the user can mend, 128 + n after signal n."""
-    args = sys.argv[1:] if argv is None else argv
+    with _output():
+        _run(sys.argv[1:] if argv is None else argv)
+
+
+def _run(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
         sys.stdout.write(_usage())
         sys.exit(0 if args else 2)
@@ -206,12 +214,41 @@ def main(argv: list[str] | None = None) -> None:
         COMMANDS[args[0]](args[1:])
     except ValueError as error:
         _fail(str(error), 2)
+    except BrokenPipeError:
+        raise
     except (TrainingFailed, OSError) as error:
         _fail(str(error), 1)
     except Interrupted as error:
         _fail(str(error), 128 + error.number)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+
+
+@contextmanager
+def _output() -> Iterator[None]:
+    """Write to the standard output whatever it takes; one that is closed early ends the command as SIGPIPE would."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed before the command began
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without our letters
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_output()
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        _drop_output()
+        _fail(f"the standard output cannot be written: {error.strerror}", 1)
+
+
+def _drop_output() -> None:
+    """Keep the interpreter from writing at its end what could not be written."""
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), sys.stdout.fileno())
 
 
 def _name_the_user() -> None:

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from semantic_routing.extras import require
+
 HUB_NAME = r"[\w-][\w.-]*/[\w.-]+"
 """Names on the Hugging Face hub, unlike those of folders that begin with a dot or have more parts."""
 
@@ -170,20 +172,20 @@ def _to_signed(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _to_pixels(signed: Tensor) -> Tensor:
-    if not (finite := signed.isfinite().flatten(1).all(1)).all():
+def check_pictures(pictures: Float[Tensor, " B *picture"]) -> None:
+    """Raise NotFiniteError where pictures or their latents hold NaN or infinity."""
+    if not (finite := pictures.isfinite().flatten(1).all(1)).all():
         raise NotFiniteError((~finite).nonzero().flatten().tolist())
+
+
+def _to_pixels(signed: Tensor) -> Tensor:
+    check_pictures(signed)
     pixels = (signed.float() + 1) * 127.5
     return pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def _load_vae(config: CodecConfig) -> Any:
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError as error:
-        raise ValueError(
-            'a VAE needs the diffusers library; install it with pip install "semantic-routing[diffusers]"'
-        ) from error
+    AutoencoderKL = require("diffusers.models.autoencoders", what="a VAE", extra="diffusers").AutoencoderKL
     place = str(Path(config.name_or_path) / config.subfolder) if config.subfolder else config.name_or_path
     if not Path(place).is_dir() and not re.fullmatch(HUB_NAME, config.name_or_path):
         raise ValueError(f"no VAE at {place!r}; expected a folder or, on the Hugging Face hub, owner/name")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import types
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -52,7 +53,22 @@ def read_config(cls: type[T], path: Path) -> T:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    check_finite(values)
     return from_dict(cls, values)
+
+
+def check_finite(settings: Any, where: str = "") -> None:
+    """Raise ValueError where a setting is NaN, which passes comparisons that should refuse it, or infinite."""
+    if dataclasses.is_dataclass(settings):
+        settings = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    if isinstance(settings, dict):
+        for name, value in settings.items():
+            check_finite(value, f"{where}.{name}" if where else name)
+    elif isinstance(settings, list | tuple):
+        for value in settings:
+            check_finite(value, where)
+    elif isinstance(settings, float) and not math.isfinite(settings):
+        raise ValueError(f"{where} is {settings}; it must be a finite number")
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:

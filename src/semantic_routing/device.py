@@ -52,10 +52,12 @@ def _seen() -> str:
 
 def cache_folder() -> Path:
     """Find the folder of what is made once a machine; ValueError where there is no home to keep it in."""
-    if named := os.environ.get("SEMROUTE_CACHE"):
-        return Path(named).expanduser()
+    named, caches = os.environ.get("SEMROUTE_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
     try:
-        return Path.home() / ".cache" / "semantic-routing"
+        if named:
+            return Path(named).expanduser()
+        # A relative XDG_CACHE_HOME is to be ignored, as its specification says.
+        return (Path(caches) if os.path.isabs(caches) else Path.home() / ".cache") / "semantic-routing"
     except RuntimeError as error:
         raise ValueError("this user has no home folder to keep a cache in; set SEMROUTE_CACHE to a folder") from error
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from semantic_routing.config import nearest
+from semantic_routing.extras import require
 
 SOURCES = {"weight_name", "subfolder", "revision", "cache_dir", "force_download", "local_files_only", "token"}
 SOURCES |= {"proxies", "use_safetensors"}
@@ -80,6 +81,7 @@ class TransformerLora(AuraFlowLoraLoaderMixin):
         ``metadata``, the fields of peft's LoraConfig, are for adapters that lack their own. ValueError for one without
         an alpha, or that is of another network.
         """
+        require("peft", what="a LoRA")
         options["return_lora_metadata"] = True
         found, told = self.lora_state_dict(pretrained_model_name_or_path_or_dict, **options)
         alphas = {name: float(x) for name, x in found.items() if name.endswith(".alpha")}

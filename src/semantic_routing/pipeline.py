@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from semantic_routing.codec import Codec
+from semantic_routing.codec import Codec, NotFiniteError, check_pictures
 from semantic_routing.components import Components
 from semantic_routing.conditioning import Conditioning, check_embeds, repeated
 from semantic_routing.facts import latents_of, resolve
@@ -137,12 +137,15 @@ class SemanticRoutingPipeline(Components, TransformerLora):
         with lora_scaled(self.transformer, lora):
             told = self._conditioning(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, images)
             x = self._integrate(x, told, options, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        if not x.isfinite().all():
-            raise ValueError(
-                "the pictures came out as NaN or infinite: the weights (or a LoRA's) are damaged, or too large for "
-                f"{self.product_type(x.device)}; look at the weights, or load them with dtype=torch.float32"
-            )
-        result = x if output_type == "latent" else _as(output_type, codec, x)
+        try:
+            check_pictures(x)
+            result = x if output_type == "latent" else _as(output_type, codec, x)
+        except NotFiniteError as error:
+            raise NotFiniteError(
+                error.pictures,
+                "the pictures came out as NaN or infinite: the weights (or a LoRA's or the VAE's) are damaged, or too "
+                f"large for {self.product_type(x.device)}; look at the weights, or load them with dtype=torch.float32",
+            ) from error
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=result) if return_dict else (result,)
 

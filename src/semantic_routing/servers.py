@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from semantic_routing.answers import Answer, Failure, Question
 from semantic_routing.connection import way_to
+from semantic_routing.extras import require
 from semantic_routing.replies import read_answer
 
 USUAL_KEY = "OPENAI_API_KEY"
@@ -118,11 +119,7 @@ class Pace:
 
 def import_openai() -> Any:
     """The client's library; ValueError where it is not installed."""
-    try:
-        import openai
-    except ModuleNotFoundError as error:
-        raise ValueError('asking a model needs openai: pip install "semantic-routing[eval]"') from error
-    return openai
+    return require("openai", what="asking a model", extra="eval")
 
 
 def read_key(cfg: ChatConfig) -> str:

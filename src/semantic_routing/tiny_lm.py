@@ -47,11 +47,10 @@ def tiny_lm(
 ) -> Path:
     """Folder of a language model of ``layers`` layers of ``width``, trained on ``captions`` for ``steps``.
 
-    The folder lies in ``cache_dir`` (by default the environment variable SEMROUTE_CACHE, else
-    ``~/.cache/semantic-routing``) under a name made from the arguments and the captions: a second call with
-    the same ones returns at once. It holds the model, the tokenizer and ``training.json`` with the held-out
-    loss. The same arguments give the same weights. Raises ValueError for sizes out of range, fewer than two
-    distinct captions, or a cache that cannot be written.
+    The folder lies in ``cache_dir`` (by default that of ``device.cache_folder``) under a name made from the arguments
+    and the captions: a second call with the same ones returns at once. It holds the model, the tokenizer and
+    ``training.json`` with the held-out loss. The same arguments give the same weights. Raises ValueError for sizes out
+    of range, fewer than two distinct captions, or a cache that cannot be written.
     """
     corpus = list(dict.fromkeys(captions))
     if len(corpus) < 2:

@@ -13,7 +13,6 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -22,6 +21,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from semantic_routing.checkpoint import write_text
+from semantic_routing.extras import require
 from semantic_routing.troubles import Troubles
 
 Service = Literal["tensorboard", "wandb", "trackio"]
@@ -29,6 +29,12 @@ Row = dict[str, int | float]
 """One step's metrics, the step among them."""
 METRICS, IDENTITY = "metrics.jsonl", "wandb.json"
 PROJECT = "semantic-routing"
+LIBRARIES = {
+    "tensorboard": "tensorboard.summary.writer.event_file_writer",
+    "wandb": "wandb",
+    "trackio": "trackio",
+}
+"""What is imported for each service."""
 SERVICES_OWN = (Exception,)
 """What services raise where they do not answer: whatever their libraries, and those libraries' libraries, think of."""
 _SECRET = re.compile(r"(?<=://)[^/@\s]*@|(?<=[\w/])\?\S+")
@@ -66,13 +72,13 @@ class Tracker:
         self.troubles = Troubles()
         self._owed: list[str] = []
         """Lines that could not be written yet."""
-        boards = {name: _load(name) for name in services}
+        boards = {name: require(LIBRARIES[name], what=f"--track {name}", extra="track") for name in services}
         rows = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.is_file() else []
         kept = [row for row in rows if 0 <= _step(row) <= step]
         write_text(self.path, "".join(row + "\n" for row in kept))
         self.boards: list[Board] = []
         if find_spec("tensorboard") is not None:
-            with self.troubles.survived(TensorBoard.__name__):
+            with self.troubles.survived(TensorBoard.__name__, ValueError):
                 self.boards.append(TensorBoard(out, step))
         if "wandb" in boards:
             self.boards.append(Wandb(boards["wandb"], out, without_secrets(config)))
@@ -138,6 +144,7 @@ class TensorBoard:
     troubles = ()
 
     def __init__(self, out: Path, step: int) -> None:
+        require(LIBRARIES["tensorboard"], what="writing events", extra="track")
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
@@ -212,13 +219,3 @@ def without_secrets(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_secrets(item) for item in value]
     return _SECRET.sub("", value) if isinstance(value, str) and "://" in value else value
-
-
-def _load(name: str) -> Any:
-    """A service's library; ValueError where it is missing."""
-    if find_spec(name) is None:
-        raise ValueError(f'tracking with {name} needs its library: pip install "semantic-routing[track]"')
-    try:
-        return import_module(name)
-    except Exception as error:  # a broken package raises whatever it likes
-        raise ValueError(f"{name} is installed but cannot be imported: {type(error).__name__}: {error}") from error

@@ -79,7 +79,7 @@ class TrainConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """The loss on pictures that are never trained on."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """auto, cpu, cuda, cuda:1 or another that torch knows."""
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch", "accumulate", "image_size", "ema_every", "max_bad_steps")

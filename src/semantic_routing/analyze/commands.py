@@ -64,7 +64,7 @@ class AnalyzeArguments:
     html: bool = False
     """Also write index.html: one page with everything, the weights under a slider of time."""
     device: str = "auto"
-    """auto, cpu or cuda, for the trajectories."""
+    """For the trajectories: auto, cpu, cuda, cuda:1 or another that torch knows."""
 
     def __post_init__(self) -> None:
         if not self.models:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from semantic_routing.checkpoint import write_text, written_whole
+from semantic_routing.extras import require
 
 REQUEST = "request.json"
 CAPTIONS = {
@@ -57,12 +58,8 @@ class Parts:
 
     def __init__(self, folder: Path, records: int, size: int) -> None:
         """``size`` records make a part."""
-        try:
-            import pyarrow
-            from pyarrow import parquet
-        except ImportError as error:
-            raise ValueError('captions are written with pyarrow: pip install "semantic-routing[data]"') from error
-        self._arrow, self._parquet = pyarrow, parquet
+        self._parquet = require("pyarrow.parquet", what="a file of captions", extra="data")
+        self._arrow = pyarrow = require("pyarrow", what="a file of captions", extra="data")
         self._schema = pyarrow.schema(ROWS.items())
         self.folder, self.records, self.size = folder, records, size
         self._open: dict[int, _Open] = {}

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from semantic_routing.extras import require
+
 OPEN_FILES = 16
 """Local files that a reader keeps open."""
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -47,12 +49,9 @@ def absolute(path: str) -> str:
 
 def filesystem(url: str) -> tuple[Any, str]:
     """The fsspec file system of a URL, and the path inside it."""
+    fsspec = require("fsspec.core", what=url, extra="data")
     try:
-        from fsspec.core import url_to_fs
-    except ImportError as error:
-        raise ValueError(f'{url} needs fsspec: pip install "semantic-routing[data]"') from error
-    try:
-        return url_to_fs(url)
+        return fsspec.url_to_fs(url)
     except ImportError as error:  # fsspec knows the protocol, but not without another package
         raise ValueError(f"{url} cannot be read: {error}") from error
 

@@ -24,6 +24,7 @@ from semantic_routing.data.damage import Skipped
 from semantic_routing.data.rows import RankRows, begin_worker
 from semantic_routing.data.sources import Dataset
 from semantic_routing.errors import TrainingFailed
+from semantic_routing.extras import require
 
 T = TypeVar("T")
 
@@ -132,12 +133,8 @@ def _from_workers(rows: RankRows, workers: int, ahead: int) -> Generator[Batch, 
 
 
 def _grain() -> ModuleType:
-    try:
-        with _without_warnings():  # that there is no JAX to profile with
-            import grain
-    except ImportError as error:
-        raise ValueError('data.workers needs grain: pip install "semantic-routing[data]"') from error
-    return grain
+    with _without_warnings():  # that there is no JAX to profile with
+        return require("grain", what="data.workers", extra="data")
 
 
 @contextmanager

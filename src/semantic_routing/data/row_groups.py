@@ -19,12 +19,10 @@ from typing import Any
 
 from semantic_routing.data.files import Reader, is_url, stat
 from semantic_routing.errors import TrainingFailed
+from semantic_routing.extras import require
 
-try:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-except ImportError as error:
-    raise ValueError('Parquet files need pyarrow: pip install "semantic-routing[data]"') from error
+pq = require("pyarrow.parquet", what="a Parquet file", extra="data")
+pa = require("pyarrow", what="a Parquet file", extra="data")
 
 KEPT_BYTES = 2**29
 """Memory for the row groups that one source keeps in one process; those that need more lie in temporary files."""

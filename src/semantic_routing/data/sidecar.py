@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from semantic_routing.data.files import Reader, is_url, stat
+from semantic_routing.extras import require
 
 RECAPTION = "recaption"
 """The caption key of what a sidecar holds."""
@@ -89,10 +90,7 @@ def _hash(key: str) -> int:
 
 
 def _parquet(path: str) -> Any:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise ValueError('a Parquet sidecar needs pyarrow: pip install "semantic-routing[data]"') from error
+    parquet = require("pyarrow.parquet", what="a Parquet sidecar", extra="data")
     file = parquet.ParquetFile(path)
     missing = [name for name in ("key", "caption") if name not in file.schema_arrow.names]
     if missing:

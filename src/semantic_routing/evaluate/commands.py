@@ -50,7 +50,7 @@ class EvaluateArguments(SampleConfig):
     rescore: bool = False
     """Score anew what another scorer has scored."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """auto, cpu, cuda, cuda:1 or another that torch knows."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,7 +12,6 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from semantic_routing.device import pick_device
 from semantic_routing.evaluate.benchmark import read_json_lines
 from semantic_routing.evaluate.listing import Listing, list_pictures, suffixes
 from semantic_routing.evaluate.scores import MANIFEST, SUMMARY, TABLE, spread, without_nan
+from semantic_routing.extras import require
 from semantic_routing.manifest import manifest
 from semantic_routing.text_encoder import quiet_transformers
 
@@ -64,7 +64,7 @@ class FeaturesArguments:
     seed: int = 0
     """Seed of KID's subsets."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """auto, cpu, cuda, cuda:1 or another that torch knows."""
 
     def __post_init__(self) -> None:
         for name, least in (("batch", 1), ("subsets", 1), ("subset_size", 2)):
@@ -78,8 +78,8 @@ class FeaturesArguments:
 
 def evaluate_features(args: FeaturesArguments) -> str:
     """Compute what the arguments ask for; the table."""
-    if args.reference is not None and find_spec("torchmetrics") is None:
-        raise ValueError('FID and KID need torchmetrics: pip install "semantic-routing[eval]"')
+    if args.reference is not None:
+        require("torchmetrics.image", what="--reference", extra="eval")
     device = pick_device(args.device)
     summary: dict[str, Any] = {}
     identities = {}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from semantic_routing.device import use_bfloat16
+from semantic_routing.extras import require_diffusers
 from semantic_routing.generate import Bundle, compile_network, load_bundle
 
 PIPELINE = "model_index.json"
@@ -26,8 +26,7 @@ def open_model(path: Path, device: torch.device, *, compiled: bool = False) -> B
 
 def open_pipeline(path: Path, device: torch.device) -> Bundle:
     """The parts of an exported pipeline, to be sampled as a run is: with the same samplers, from the same noise."""
-    if find_spec("diffusers") is None or find_spec("accelerate") is None:
-        raise ValueError('a pipeline needs diffusers: pip install "semantic-routing[diffusers]"')
+    require_diffusers("a pipeline")
     from semantic_routing.pipeline import SemanticRoutingPipeline
     from semantic_routing.text_encoder import quiet_transformers
 

@@ -166,11 +166,8 @@ def library() -> ctypes.CDLL | None:
             cache.mkdir(parents=True, exist_ok=True)
             _build(compiler, source, built)
         return ctypes.CDLL(str(built))
-    except (
-        OSError,
-        ValueError,
-        subprocess.SubprocessError,
-    ):  # no home, no room, no rights, a compiler that does not know the language
+    # No home, no room, no rights, a compiler that does not know the language.
+    except (OSError, ValueError, subprocess.SubprocessError):
         return None
 
 
