@@ -175,13 +175,13 @@ def test_what_is_passed_over_is_said(dino, tmp_path):
     (fake / ".thumbnails").mkdir()
     (fake / ".thumbnails" / "0.png").write_bytes(b"\0")
     (fake / "prompts.jsonl").write_text("")
-    (fake / "scan.HEIC").write_bytes(b"\0")
+    (fake / "scan.PSD").write_bytes(b"\0")
     (fake / "README").write_text("")
     (fake / "gone.png").symlink_to(tmp_path / "nowhere.png")
     args = FeaturesArguments(images=fake, reference=real, feature_model=dino, out=tmp_path / "out", device="cpu")
     table = evaluate_features(args)
     assert "| 3 | 2 |" in table
-    counts = {".heic": 1, ".jsonl": 1, "AppleDouble (._ files of macOS)": 2, "hidden": 2, "links to nothing": 1}
+    counts = {".jsonl": 1, ".psd": 1, "AppleDouble (._ files of macOS)": 2, "hidden": 2, "links to nothing": 1}
     counts["without a suffix"] = 1
     assert f"Passed over in {fake}: {', '.join(f'{n} {reason}' for reason, n in counts.items())}.\n" in table
     assert f"Passed over in {real}" not in table
