@@ -200,10 +200,10 @@ class TextEncoder:
         if len(held) < self.shape.layers[-1]:
             raise ValueError(f"{self.config.name_or_path} keeps no keys and values of each layer, which fusedit reads")
         cached = [held[i - 1] for i in self.shape.layers]
-        pairs = [(getattr(c, "keys", None), getattr(c, "values", None)) for c in cached]
-        if any(k is None or v is None or k.shape != v.shape or k.shape != pairs[0][0].shape for k, v in pairs):
+        keys, values = ([getattr(c, name, None) for c in cached] for name in ("keys", "values"))
+        if len({getattr(x, "shape", None) for x in (*keys, *values)}) > 1 or keys[0] is None:
             raise ValueError(f"the layers of {self.config.name_or_path} have unlike keys, which fusedit cannot read")
-        return torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
+        return torch.stack(keys), torch.stack(values)
 
     @contextmanager
     def _at_hand(self) -> Iterator[None]:

@@ -120,6 +120,8 @@ def _is_encoder(model_config: Any) -> bool:
 
 
 def shape_of(config: TextEncoderConfig, stack: Any, total_layers: int | None = None) -> TextShape:
+    if getattr(stack, "is_heterogeneous", False):  # Gemma 4 has heads of its own in some layers
+        stack, total_layers = stack.per_layer_config[0], total_layers or stack.num_hidden_layers
     heads = getattr(stack, "num_attention_heads", None) or 0  # none in Mamba
     total_layers = total_layers or stack.num_hidden_layers
     return TextShape(
@@ -159,7 +161,7 @@ def load_model(config: TextEncoderConfig, model_config: Any, keep: int) -> nn.Mo
     from transformers import AutoModel, AutoModelForTextEncoding
 
     stack, encoder = stack_config(model_config), _is_encoder(model_config)
-    if getattr(stack, "layer_types", None):
+    if vars(stack).get("layer_types"):  # Mamba's follow from its number of layers
         stack.layer_types = stack.layer_types[:keep]
     stack.num_hidden_layers = keep
     if encoder:
