@@ -235,13 +235,14 @@ class TextEncoder:
         rows = self._tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
         limit = self._limit
         if long := [i for i, row in enumerate(rows) if len(row) > limit]:
+            for i in long:
+                self._check_room(texts[i], prompts[i], special)
             dropped = sum(len(rows[i]) - limit for i in long)
             warnings.warn(
                 f"{dropped} tokens dropped from {len(long)} of {len(rows)} prompts, longer than {limit}",
                 stacklevel=3,
             )
             for i in long:  # by the tokenizer, which keeps a closing token such as T5's </s>
-                self._check_room(texts[i], prompts[i], special)
                 cut = self._tokenizer(texts[i], add_special_tokens=special, truncation=True, max_length=limit)
                 rows[i] = cut["input_ids"]
         rows = [row or [self._null_token] for row in rows]
@@ -319,4 +320,4 @@ def _parts(model: Any) -> tuple[nn.ModuleList, bool]:
     if not lists:
         raise ValueError(f"{type(model).__name__} is not a supported text encoder: it has no list of {depth} layers")
     name, layers = min(lists, key=lambda item: item[0].count("."))
-    return layers, "encoder" not in name.split(".") and not name.startswith("block")
+    return layers, "encoder" not in name.split(".") and name != "block"

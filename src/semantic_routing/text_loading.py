@@ -85,6 +85,8 @@ def resolve_layers(layers: str | Sequence[int], total: int) -> tuple[int, ...]:
 UNFIT = {
     "convbert": "its states depend on padding",
     "fnet": "its states depend on padding",
+    "gemma3n_text": "its layers hold four states",
+    "mobilebert": "its states depend on padding",
     "nystromformer": "its states depend on padding",
     "yoso": "its states depend on padding",
     "flaubert": "its layers are no modules",
@@ -186,18 +188,27 @@ def load_tokenizer(config: TextEncoderConfig) -> Any:
     return tokenizer
 
 
+def _cut(stack: Any, keep: int) -> None:
+    """Leave the first ``keep`` layers of a configuration, and what it lists for each of them."""
+    total = stack.num_hidden_layers
+    for name, value in [*vars(stack).items()]:  # layer_types, mlp_layer_types, no_rope_layers
+        if "layer" in name and isinstance(value, list) and len(value) == total:
+            setattr(stack, name, value[:keep])
+    if shared := getattr(stack, "num_kv_shared_layers", None):  # the last ones of Gemma 4
+        stack.num_kv_shared_layers = max(0, shared - (total - keep))
+    stack.num_hidden_layers = keep
+
+
 def load_model(config: TextEncoderConfig, model_config: Any, keep: int) -> nn.Module:
     """The text model with its first ``keep`` layers; the other weights of the files are never read."""
     from transformers import AutoModel, AutoModelForTextEncoding
 
     stack, encoder = stack_config(model_config), _is_encoder(model_config)
-    if vars(stack).get("layer_types"):  # Mamba's follow from its number of layers
-        stack.layer_types = stack.layer_types[:keep]
-    stack.num_hidden_layers = keep
+    _cut(stack, keep)
     if encoder:
         model_config.is_encoder_decoder = False  # T5Gemma's switch for "the encoder alone"
-    if model_type := next((t for t in (model_config.model_type, stack.model_type) if t in UNFIT), None):
-        raise ValueError(f"{model_type} is not supported as a text encoder: {UNFIT[model_type]}")
+    if stack.model_type in UNFIT:
+        raise ValueError(f"{stack.model_type} is not supported as a text encoder: {UNFIT[stack.model_type]}")
     quantised = _quantisation(model_config, stack)
     if quantised and not encoder:
         stack.quantization_config = quantised  # multimodal models have it outside of their text's configuration
