@@ -8,6 +8,7 @@ A model of three random layers is saved, loaded as any other, and its states are
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 import tempfile
 import warnings
@@ -181,7 +182,11 @@ def survey() -> Iterator[Row]:
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     try:
         for name in names():
-            with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), contextlib.redirect_stderr(None):
+            with (
+                tempfile.TemporaryDirectory() as folder,
+                warnings.catch_warnings(),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):
                 warnings.simplefilter("ignore")
                 yield examined(name, Path(folder))
     finally:

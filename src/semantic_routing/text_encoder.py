@@ -192,7 +192,9 @@ class TextEncoder:
         with self._at_hand(), torch.autocast(self.device.type, enabled=False), _recorded(layers) as put_out:
             last = self.model(input_ids=ids, attention_mask=mask.long(), **options).last_hidden_state
         whole = len(layers) == self.shape.total_layers
-        states = [last if whole and i == len(layers) else put_out.get(layers[i - 1]) for i in self.shape.layers]
+        states: list[Any] = [
+            last if whole and i == len(layers) else put_out.get(layers[i - 1]) for i in self.shape.layers
+        ]
         if any(getattr(state, "shape", None) != (*ids.shape, self.shape.width) for state in states):
             raise ValueError(
                 f"{type(self.model).__name__} is not a supported text encoder: its layers hold no one state"
@@ -207,6 +209,8 @@ class TextEncoder:
         if len(held) < self.shape.layers[-1]:
             raise ValueError(f"{self.config.name_or_path} keeps no keys and values of each layer, which fusedit reads")
         cached = [held[i - 1] for i in self.shape.layers]
+        keys: list[Any]
+        values: list[Any]
         keys, values = ([getattr(c, name, None) for c in cached] for name in ("keys", "values"))
         if len({getattr(x, "shape", None) for x in (*keys, *values)}) > 1 or keys[0] is None:
             raise ValueError(f"the layers of {self.config.name_or_path} have unlike keys, which fusedit cannot read")

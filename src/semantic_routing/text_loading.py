@@ -253,7 +253,7 @@ def load_model(config: TextEncoderConfig, model_config: Any, keep: int) -> nn.Mo
 
 def _quantisation(*configs: Any) -> dict[str, Any]:
     """Settings by which weights were quantised, from the first configuration that has them; none: empty."""
-    found = next((q for c in configs if (q := getattr(c, "quantization_config", None))), {})
+    found: Any = next((q for c in configs if (q := getattr(c, "quantization_config", None))), {})
     return found if isinstance(found, dict) else found.to_dict()
 
 
