@@ -45,6 +45,7 @@ ORDER = [
     # text in, images out
     "storage",
     "text_loading",
+    "text_chat",
     "text_encoder",
     "tiny_lm",
     "codec",

@@ -26,6 +26,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from semantic_routing.features import TextFeatures
+from semantic_routing.text_chat import in_chat
 from semantic_routing.text_loading import (
     TextEncoderConfig,
     TextShape,
@@ -33,6 +34,7 @@ from semantic_routing.text_loading import (
     load_model,
     load_tokenizer,
     model_config,
+    positions,
     quiet_transformers,
     resolve_layers,
     shape_of,
@@ -54,12 +56,13 @@ class TextEncoder:
 
     def __init__(self, model: nn.Module, tokenizer: Any, config: TextEncoderConfig, shape: TextShape) -> None:
         """Prefer ``from_pretrained``. ``model`` holds the layers up to ``shape.layers[-1]`` and no more."""
-        check_sizes(model, tokenizer, config)
         _parts(model)  # an unknown architecture is an error now rather than at the first prompt
         self.config = config
         self.shape = shape
         self._model: nn.Module | None = model.eval().requires_grad_(False)
         self._tokenizer = tokenizer
+        self._rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        self._limit = min(config.max_tokens, positions(model) or config.max_tokens)
         self._moving = threading.Lock()
         self._reads_on: torch.device | None = None  # with ``offload``, where the weights are not
 
@@ -76,6 +79,7 @@ class TextEncoder:
         shape = shape_of(config, stack_config(whole))
         tokenizer = load_tokenizer(config)
         model = load_model(config, whole, keep=shape.layers[-1])
+        check_sizes(model, tokenizer, config)
         return cls(model, tokenizer, config, shape).to(device)
 
     @classmethod
@@ -179,14 +183,19 @@ class TextEncoder:
         if with_kv:
             from transformers import DynamicCache
 
+            own = DynamicCache(config=self.model.config).layers
+            if any(hasattr(layer, "conv_states") for layer in own):  # LFM2, Jamba, Qwen3.5
+                raise ValueError(f"{self.config.name_or_path} has layers without keys, which fusedit cannot read")
             options["past_key_values"] = DynamicCache()  # given no config, so sliding layers keep all tokens
         options = {k: v for k, v in options.items() if k in inspect.signature(self.model.forward).parameters}
         # A caller's autocast would change the states from run to run of different settings.
         with self._at_hand(), torch.autocast(self.device.type, enabled=False), _recorded(layers) as put_out:
             last = self.model(input_ids=ids, attention_mask=mask.long(), **options).last_hidden_state
         whole = len(layers) == self.shape.total_layers
-        states = [last if whole and i == len(layers) else put_out[layers[i - 1]] for i in self.shape.layers]
-        if any(state.shape != (*ids.shape, self.shape.width) for state in states):
+        states: list[Any] = [
+            last if whole and i == len(layers) else put_out.get(layers[i - 1]) for i in self.shape.layers
+        ]
+        if any(getattr(state, "shape", None) != (*ids.shape, self.shape.width) for state in states):
             raise ValueError(
                 f"{type(self.model).__name__} is not a supported text encoder: its layers hold no one state"
             )
@@ -200,10 +209,12 @@ class TextEncoder:
         if len(held) < self.shape.layers[-1]:
             raise ValueError(f"{self.config.name_or_path} keeps no keys and values of each layer, which fusedit reads")
         cached = [held[i - 1] for i in self.shape.layers]
-        pairs = [(getattr(c, "keys", None), getattr(c, "values", None)) for c in cached]
-        if any(k is None or v is None or k.shape != v.shape or k.shape != pairs[0][0].shape for k, v in pairs):
+        keys: list[Any]
+        values: list[Any]
+        keys, values = ([getattr(c, name, None) for c in cached] for name in ("keys", "values"))
+        if len({getattr(x, "shape", None) for x in (*keys, *values)}) > 1 or keys[0] is None:
             raise ValueError(f"the layers of {self.config.name_or_path} have unlike keys, which fusedit cannot read")
-        return torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
+        return torch.stack(keys), torch.stack(values)
 
     @contextmanager
     def _at_hand(self) -> Iterator[None]:
@@ -223,11 +234,13 @@ class TextEncoder:
         texts, special = [self.config.prefix + prompt for prompt in prompts], True
         if self.config.chat_template:
             special = False  # the template writes them
-            form = self._chat_form()
-            texts = [self._rendered(form, text) for text in texts]
+            texts = in_chat(self._tokenizer, texts, self.config.name_or_path)
+        self._check_readable(prompts)
         rows = self._tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
-        limit = self.config.max_tokens
+        limit = self._limit
         if long := [i for i, row in enumerate(rows) if len(row) > limit]:
+            for i in long:
+                self._check_room(texts[i], prompts[i], special)
             dropped = sum(len(rows[i]) - limit for i in long)
             warnings.warn(
                 f"{dropped} tokens dropped from {len(long)} of {len(rows)} prompts, longer than {limit}",
@@ -237,39 +250,33 @@ class TextEncoder:
                 cut = self._tokenizer(texts[i], add_special_tokens=special, truncation=True, max_length=limit)
                 rows[i] = cut["input_ids"]
         rows = [row or [self._null_token] for row in rows]
+        if (largest := max(map(max, rows))) >= self._rows:
+            raise ValueError(
+                f"the tokenizer of {self.config.name_or_path!r} gives {largest}, but its model embeds {self._rows}"
+            )
         lengths = torch.tensor([len(row) for row in rows])
         mask = torch.arange(self._bucket(int(lengths.max()))) < lengths[:, None]
-        ids = torch.full(mask.shape, self._tokenizer.pad_token_id or 0)
+        pad = self._tokenizer.pad_token_id or 0
+        ids = torch.full(mask.shape, pad if 0 <= pad < self._rows else 0)
         ids[mask] = torch.tensor([token for row in rows for token in row])
         return ids, mask
 
-    def _chat_form(self) -> int:
-        """Which of ``_messages`` the chat template writes the text of; ValueError where none."""
-        from jinja2 import TemplateError
+    def _check_readable(self, prompts: Sequence[str]) -> None:
+        """ValueError for a prompt that is not blank and of which the tokenizer knows nothing."""
+        rows = self._tokenizer([*prompts], add_special_tokens=False, verbose=False)["input_ids"]
+        unknown = {self._tokenizer.unk_token_id}
+        for prompt, row in zip(prompts, rows, strict=True):
+            if prompt.strip() and not set(row) - unknown and prompt.strip() != self._tokenizer.unk_token:
+                raise ValueError(f"the tokenizer of {self.config.name_or_path!r} knows nothing of {prompt[:80]!r}")
 
-        reason = "it leaves the prompt out"
-        for form in range(len(_messages(""))):
-            try:
-                if "red circle" in self._render(form, "red circle").lower():
-                    return form
-            except (TemplateError, TypeError) as error:
-                reason = str(error)
-        raise ValueError(
-            f"the chat template of {self.config.name_or_path!r} cannot write a prompt ({reason}): set "
-            "chat_template=False"
-        )
-
-    def _render(self, form: int, text: str) -> str:
-        return self._tokenizer.apply_chat_template(_messages(text)[form], tokenize=False, add_generation_prompt=True)
-
-    def _rendered(self, form: int, text: str) -> str:
-        """A prompt in the chat template; ValueError where it is not whole in there, but for case and spaces."""
-        rendered = self._render(form, text)
-        if "".join(text.lower().split()) not in "".join(rendered.lower().split()):
+    def _check_room(self, text: str, prompt: str, special: bool) -> None:
+        """ValueError where what stands before a prompt fills all tokens that are kept."""
+        before = text[: max(0, text.rfind(prompt))]
+        if prompt and before and len(self._tokenizer(before, add_special_tokens=special)["input_ids"]) >= self._limit:
             raise ValueError(
-                f"the chat template of {self.config.name_or_path!r} changes {text!r}: set chat_template=False"
+                f"nothing of {prompt[:80]!r} is left in {self._limit} tokens: shorten prefix or chat template, "
+                "or raise max_tokens"
             )
-        return rendered
 
     @property
     def _null_token(self) -> int:
@@ -283,19 +290,10 @@ class TextEncoder:
         )
 
     def _bucket(self, length: int) -> int:
-        """Smallest bucket that holds ``length`` tokens, never above ``max_tokens``."""
+        """Smallest bucket that holds ``length`` tokens, never above the limit."""
         index = bisect_left(self.config.buckets, length)
-        bucket = self.config.buckets[index] if index < len(self.config.buckets) else self.config.max_tokens
-        return min(bucket, self.config.max_tokens)
-
-
-def _messages(text: str) -> list[list[dict[str, Any]]]:
-    """The forms in which chat templates take a user's text: as it is, as a list of parts, after a system's message."""
-    parts = [{"type": "text", "text": text}]
-    system = [{"role": "system", "content": ""}]
-    plain: list[dict[str, Any]] = [{"role": "user", "content": text}]
-    listed: list[dict[str, Any]] = [{"role": "user", "content": parts}]
-    return [plain, listed, [*system, *plain]]
+        bucket = self.config.buckets[index] if index < len(self.config.buckets) else self._limit
+        return min(bucket, self._limit)
 
 
 @contextmanager
@@ -316,7 +314,7 @@ def _recorded(modules: nn.ModuleList) -> Iterator[dict[nn.Module, Tensor]]:
 
 def _keep(module: nn.Module, inputs: Any, output: Any) -> None:
     if (states := _CALL.get()) is not None:
-        states[module] = output[0] if isinstance(output, tuple) else output  # T5's blocks return tuples
+        states[module] = output[0] if isinstance(output, (tuple, list)) else output  # T5's blocks, GPT's
 
 
 def _parts(model: Any) -> tuple[nn.ModuleList, bool]:
@@ -326,4 +324,4 @@ def _parts(model: Any) -> tuple[nn.ModuleList, bool]:
     if not lists:
         raise ValueError(f"{type(model).__name__} is not a supported text encoder: it has no list of {depth} layers")
     name, layers = min(lists, key=lambda item: item[0].count("."))
-    return layers, "encoder" not in name.split(".") and not name.startswith("block")
+    return layers, "encoder" not in name.split(".") and name != "block"

@@ -82,6 +82,38 @@ def resolve_layers(layers: str | Sequence[int], total: int) -> tuple[int, ...]:
     return chosen
 
 
+UNFIT = {
+    "convbert": "its states depend on padding",
+    "fnet": "its states depend on padding",
+    "gemma3n_text": "its layers hold four states",
+    "mobilebert": "its states depend on padding",
+    "nystromformer": "its states depend on padding",
+    "yoso": "its states depend on padding",
+    "flaubert": "its layers are no modules",
+    "xlm": "its layers are no modules",
+}
+"""Architectures that transformers loads and whose features would be wrong."""
+LIBRARIES = {
+    "aqlm": "aqlm",
+    "auto-round": "auto-round",
+    "awq": "gptqmodel",
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed-tensors",
+    "eetq": "kernels",
+    "fbgemm_fp8": "kernels",
+    "fp8": "kernels",
+    "gptq": "optimum and gptqmodel",
+    "hqq": "hqq",
+    "mxfp4": "kernels",
+    "quanto": "optimum-quanto",
+    "quark": "amd-quark",
+    "spqr": "spqr_quant",
+    "torchao": "torchao",
+    "vptq": "vptq",
+}
+"""What transformers needs to read weights quantised by a method."""
+
+
 def text_shape(config: TextEncoderConfig) -> TextShape:
     """Sizes of an encoder's features, read from the model's configuration without loading its weights."""
     return shape_of(config, stack_config(model_config(config.name_or_path)))
@@ -120,6 +152,8 @@ def _is_encoder(model_config: Any) -> bool:
 
 
 def shape_of(config: TextEncoderConfig, stack: Any, total_layers: int | None = None) -> TextShape:
+    if getattr(stack, "is_heterogeneous", False):  # Gemma 4 has heads of its own in some layers
+        stack, total_layers = stack.per_layer_config[0], total_layers or stack.num_hidden_layers
     heads = getattr(stack, "num_attention_heads", None) or 0  # none in Mamba
     total_layers = total_layers or stack.num_hidden_layers
     return TextShape(
@@ -154,16 +188,30 @@ def load_tokenizer(config: TextEncoderConfig) -> Any:
     return tokenizer
 
 
+def _cut(stack: Any, keep: int) -> None:
+    """Leave the first ``keep`` layers of a configuration, and what it lists for each of them."""
+    total = stack.num_hidden_layers
+    for name, value in [*vars(stack).items()]:  # layer_types, mlp_layer_types, no_rope_layers
+        if "layer" in name and isinstance(value, list) and len(value) == total:
+            setattr(stack, name, value[:keep])
+    if shared := getattr(stack, "num_kv_shared_layers", None):  # the last ones of Gemma 4
+        stack.num_kv_shared_layers = max(0, shared - (total - keep))
+    stack.num_hidden_layers = keep
+
+
 def load_model(config: TextEncoderConfig, model_config: Any, keep: int) -> nn.Module:
     """The text model with its first ``keep`` layers; the other weights of the files are never read."""
     from transformers import AutoModel, AutoModelForTextEncoding
 
     stack, encoder = stack_config(model_config), _is_encoder(model_config)
-    if getattr(stack, "layer_types", None):
-        stack.layer_types = stack.layer_types[:keep]
-    stack.num_hidden_layers = keep
+    _cut(stack, keep)
     if encoder:
         model_config.is_encoder_decoder = False  # T5Gemma's switch for "the encoder alone"
+    if stack.model_type in UNFIT:
+        raise ValueError(f"{stack.model_type} is not supported as a text encoder: {UNFIT[stack.model_type]}")
+    quantised = _quantisation(model_config, stack)
+    if quantised and not encoder:
+        stack.quantization_config = quantised  # multimodal models have it outside of their text's configuration
     try:
         with quiet_transformers():
             model, info = (AutoModelForTextEncoding if encoder else AutoModel).from_pretrained(
@@ -177,11 +225,18 @@ def load_model(config: TextEncoderConfig, model_config: Any, keep: int) -> nn.Mo
                 # Where multimodal checkpoints keep their text model (Qwen-VL, Gemma 3, Mistral 3).
                 key_mapping={r"^(?:model\.)?language_model\.(?:model\.)?": ""},
             )
-    except ImportError as error:
-        raise ValueError(_missing_library(config, model_config, error)) from error
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"no whole safetensors weights in {config.name_or_path!r}: {_first_line(error)}") from error
-    if missing := sorted(info["missing_keys"]):
+    except (ImportError, RuntimeError, ValueError, AssertionError) as error:
+        if quantised:
+            raise ValueError(_unread(config, quantised, error)) from error
+        if isinstance(error, (RuntimeError, AssertionError)):
+            raise
+        raise ValueError(
+            f"{config.name_or_path!r} ({model_config.model_type}) does not load as a text encoder: {_first_line(error)}"
+        ) from error
+    # A pooler, which masked language models are saved without, comes after the states.
+    if missing := sorted(name for name in info["missing_keys"] if not name.startswith("pooler.")):
         raise ValueError(
             f"the weights in {config.name_or_path!r} lack {len(missing)} tensors of its text model, first {missing[0]}"
         )
@@ -196,16 +251,20 @@ def load_model(config: TextEncoderConfig, model_config: Any, keep: int) -> nn.Mo
     return model
 
 
-def _missing_library(config: TextEncoderConfig, model_config: Any, error: ImportError) -> str:
-    """What to do where a library that the weights need is not installed."""
-    quantised = getattr(model_config, "quantization_config", None)
-    if quantised is None:
-        return f"{config.name_or_path!r} needs a library that is not installed: {_first_line(error)}"
-    settings = quantised if isinstance(quantised, dict) else quantised.to_dict()
-    method = settings.get("quant_method", "an unnamed method")
+def _quantisation(*configs: Any) -> dict[str, Any]:
+    """Settings by which weights were quantised, from the first configuration that has them; none: empty."""
+    found: Any = next((q for c in configs if (q := getattr(c, "quantization_config", None))), {})
+    return found if isinstance(found, dict) else found.to_dict()
+
+
+def _unread(config: TextEncoderConfig, quantised: dict[str, Any], error: Exception) -> str:
+    """Say what to do where quantised weights cannot be read here."""
+    method = quantised.get("quant_method", "bitsandbytes" if any("load_in" in key for key in quantised) else "unnamed")
+    method = str(getattr(method, "value", method))
+    need = LIBRARIES.get(method.removesuffix("_4bit").removesuffix("_8bit"), "what this method needs")
     return (
-        f"the weights in {config.name_or_path!r} are quantised ({getattr(method, 'value', method)}): install what "
-        f"this method needs, or use the model's unquantised weights ({_first_line(error)})"
+        f"the weights in {config.name_or_path!r} are quantised ({method}): install {need}, use a GPU where it asks "
+        f"for one, or use the model's unquantised weights ({_first_line(error)})"
     )
 
 
@@ -217,16 +276,22 @@ def check_sizes(model: Any, tokenizer: Any, config: TextEncoderConfig) -> None:
             f"the tokenizer of {config.name_or_path!r} has tokens up to {last}, but its model embeds {rows}: "
             "it belongs to another model"
         )
+    if (known := positions(model)) is not None and known < config.max_tokens:
+        raise ValueError(
+            f"max_tokens is {config.max_tokens}, but {config.name_or_path!r} has {known} positions: lower max_tokens"
+        )
+
+
+def positions(model: nn.Module) -> int | None:
+    """How many positions a model has learned; None where it computes them."""
+    found = []
     for name, module in model.named_modules():
-        if (
-            isinstance(module, nn.Embedding)
-            and ("position" in name or name == "wpe")
-            and module.num_embeddings < config.max_tokens
-        ):
-            raise ValueError(
-                f"max_tokens is {config.max_tokens}, but {config.name_or_path!r} has {module.num_embeddings} "
-                "positions: lower max_tokens"
-            )
+        last = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and (last == "wpe" or "position" in last):
+            # RoBERTa counts from the padding's number on, OPT from an offset.
+            unused = getattr(module, "offset", 0) if module.padding_idx is None else module.padding_idx + 1
+            found.append(module.num_embeddings - unused)
+    return min(found, default=None)
 
 
 @contextmanager

@@ -1,0 +1,46 @@
+"""Prompts in a language model's own chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def in_chat(tokenizer: Any, texts: Sequence[str], name: str) -> list[str]:
+    """Write each text as a user's message; ValueError, with the model's name, where one is not whole in there."""
+    form = _form(tokenizer, name)
+    return [_whole(tokenizer, form, text, name) for text in texts]
+
+
+def _form(tokenizer: Any, name: str) -> int:
+    """Find which of ``_messages`` the chat template writes the text of; ValueError where none."""
+    from jinja2 import TemplateError
+
+    reason = "it leaves the prompt out"
+    for form in range(len(_messages(""))):
+        try:
+            if "red circle" in _render(tokenizer, form, "red circle").lower():
+                return form
+        except (TemplateError, TypeError) as error:
+            reason = " ".join(str(error).split())
+    raise ValueError(f"the chat template of {name!r} cannot write a prompt ({reason}): set chat_template=False")
+
+
+def _render(tokenizer: Any, form: int, text: str) -> str:
+    return tokenizer.apply_chat_template(_messages(text)[form], tokenize=False, add_generation_prompt=True)
+
+
+def _whole(tokenizer: Any, form: int, text: str, name: str) -> str:
+    """Render a text; ValueError where it is not whole in there, but for case and spaces."""
+    rendered = _render(tokenizer, form, text)
+    if "".join(text.lower().split()) not in "".join(rendered.lower().split()):
+        raise ValueError(f"the chat template of {name!r} changes {text!r}: set chat_template=False")
+    return rendered
+
+
+def _messages(text: str) -> list[list[dict[str, Any]]]:
+    """List the forms that chat templates take: a text, a list of parts, a text after a system's message."""
+    system = [{"role": "system", "content": ""}]
+    plain: list[dict[str, Any]] = [{"role": "user", "content": text}]
+    listed: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+    return [plain, listed, [*system, *plain]]
