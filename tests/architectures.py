@@ -206,7 +206,8 @@ def table() -> str:
     text = f"Transformers {transformers.__version__}, by `model_type` of the text model:\n\n"
     text += f"- Loads: {listed('loads')}.\n- Loads, without keys for the deep-fusion baseline: {listed('no keys')}.\n"
     if said["differs"]:
-        text += f"- Loads, but its states are not the model's own (do not use): {'; '.join(r.reason for r in said['differs'])}.\n"
+        unlike = "; ".join(row.reason for row in said["differs"])
+        text += f"- Loads, but its states are not the model's own (do not use): {unlike}.\n"
     text += f"- Not tested, for want of a tiny model: {listed('untested')}.\n\n| refused | reason |\n| --- | --- |\n"
     return text + "".join(f"| {row.name} | {row.reason.replace('|', '')} |\n" for row in said["refused"])
 
