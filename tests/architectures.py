@@ -111,7 +111,7 @@ def tokenizer() -> Any:
 
 
 def examined(name: str, folder: Path) -> Row:
-    """Save, load and compare one architecture. AssertionError where its features are wrong."""
+    """Save, load and compare one architecture. What its features differ in is its reason."""
     try:
         model = build(name)
         model.save_pretrained(folder)
@@ -125,6 +125,8 @@ def examined(name: str, folder: Path) -> Row:
         check(encoder, model, name)
     except ValueError as error:
         return Row(name, "refused", reason(error, folder))
+    except AssertionError as error:
+        return Row(name, "differs", str(error).partition("\n")[0])
     try:
         encoder.encode(PROMPTS, with_kv=True)
     except ValueError as error:
@@ -196,13 +198,16 @@ def survey() -> Iterator[Row]:
 def table() -> str:
     """The part of the page between the markers."""
     rows = list(survey())
-    said = {v: [r for r in rows if r.verdict == v] for v in ("loads", "no keys", "refused", "untested")}
+    said = {v: [r for r in rows if r.verdict == v] for v in ("loads", "no keys", "differs", "refused", "untested")}
 
     def listed(verdict: str) -> str:
         return ", ".join(row.name for row in said[verdict])
 
     text = f"Transformers {transformers.__version__}, by `model_type` of the text model:\n\n"
     text += f"- Loads: {listed('loads')}.\n- Loads, without keys for the deep-fusion baseline: {listed('no keys')}.\n"
+    if said["differs"]:
+        unlike = "; ".join(row.reason for row in said["differs"])
+        text += f"- Loads, but its states are not the model's own (do not use): {unlike}.\n"
     text += f"- Not tested, for want of a tiny model: {listed('untested')}.\n\n| refused | reason |\n| --- | --- |\n"
     return text + "".join(f"| {row.name} | {row.reason.replace('|', '')} |\n" for row in said["refused"])
 
