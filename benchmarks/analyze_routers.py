@@ -22,11 +22,12 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import nn
 
-from semantic_routing.checkpoint import EMA, STATE, write_text
-from semantic_routing.config import to_dict
-from semantic_routing.fusedit import make_model
-from semantic_routing.manifest import manifest
-from semantic_routing.recipes import paper
+from semantic_routing.checkpoint.load import EMA, STATE
+from semantic_routing.common.config import to_dict
+from semantic_routing.common.files import write_text
+from semantic_routing.common.manifest import manifest
+from semantic_routing.model.build import make_model
+from semantic_routing.training.recipes import paper
 
 
 def main() -> None:

@@ -18,12 +18,13 @@ import torch
 from results import save
 from sampling import matrix_rate, network, prompts, seconds
 
-from semantic_routing.dit import DiTConfig
-from semantic_routing.flops import META, blank_features, count, count_image
-from semantic_routing.fusedit import make_model
-from semantic_routing.generate import compile_network, rounded_once
-from semantic_routing.manifest import hardware
-from semantic_routing.parallel import ParallelConfig, World, parallelize
+from semantic_routing.common.distributed import World
+from semantic_routing.common.manifest import hardware
+from semantic_routing.model.build import make_model
+from semantic_routing.model.dit import DiTConfig
+from semantic_routing.model.flops import META, blank_features, count, count_image
+from semantic_routing.model.runtime import compile_network, rounded_once
+from semantic_routing.training.parallelize import ParallelConfig, parallelize
 
 WANTED = 0.55
 TOKENS = 32

@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from semantic_routing.checkpoint import write_text
-from semantic_routing.evaluate.geneval import CLASSES, THRESHOLD
-from semantic_routing.evaluate.geneval_detector import TOP, Geometry, fit, postprocess
-from semantic_routing.manifest import manifest
+from semantic_routing.common.files import write_text
+from semantic_routing.common.manifest import manifest
+from semantic_routing.evaluation.geneval.detector import TOP, Geometry, fit, postprocess
+from semantic_routing.evaluation.geneval.verdict import CLASSES, THRESHOLD
 
 QUERIES, SIDE = 100, 1024
 

@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from semantic_routing.data.tars import scan_tar
+from semantic_routing.data.sources.webdataset import scan_tar
 
 A_SHARD = 10_000
 BLOCK = 512
@@ -82,7 +82,7 @@ def check_sums(paths: list[Path], offsets: np.ndarray) -> None:
 
 def peak(paths: list[str], out: Path) -> tuple[float, float]:
     """MiB of a process before and after indexing."""
-    from semantic_routing.data.indexing import build
+    from semantic_routing.data.sources.index_writer import build
 
     before = high_water()
     build(paths, out)
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--folder", help="where to write the shards; the system's temporary folder by default")
     args = parser.parse_args()
     # Late, and not in worker processes, which begin by reading this file: it needs torch.
-    from semantic_routing.data.indexing import build
+    from semantic_routing.data.sources.index_writer import build
 
     with TemporaryDirectory(dir=args.folder) as scratch:
         folder = Path(scratch)

@@ -24,13 +24,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from semantic_routing.checkpoint import checkpoints, find_checkpoint
-from semantic_routing.config import to_dict
-from semantic_routing.recipes import toy
-from semantic_routing.storage import SafetensorsReader
-from semantic_routing.text_encoder import TextEncoderConfig
-from semantic_routing.tiny_lm import tiny_lm
-from semantic_routing.train_config import TrainConfig
+from semantic_routing.checkpoint.load import checkpoints, find_checkpoint
+from semantic_routing.checkpoint.safetensors_storage import SafetensorsReader
+from semantic_routing.common.config import to_dict
+from semantic_routing.text.loading import TextEncoderConfig
+from semantic_routing.training.config import TrainConfig
+from semantic_routing.training.recipes import toy
+from semantic_routing.training.tiny_lm import tiny_lm
 
 FASTEST = 12
 """Most steps between a start and the next kill."""

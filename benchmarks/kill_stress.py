@@ -27,19 +27,11 @@ from tempfile import TemporaryDirectory
 from torch import equal
 from train_job import TINY, finish, launch, merged, metrics, tiny_encoder
 
-from semantic_routing.checkpoint import (
-    EMA,
-    MODEL,
-    OPTIMIZER,
-    PARTIAL,
-    checkpoints,
-    find_checkpoint,
-    read_tensors,
-    write_text,
-)
-from semantic_routing.manifest import manifest
-from semantic_routing.meter import reproducible
-from semantic_routing.tracking import METRICS
+from semantic_routing.checkpoint.load import EMA, MODEL, OPTIMIZER, checkpoints, find_checkpoint, read_tensors
+from semantic_routing.common.files import PARTIAL, write_text
+from semantic_routing.common.manifest import manifest
+from semantic_routing.training.metrics import reproducible
+from semantic_routing.training.tracking import METRICS
 
 Identity = tuple[Path, int]
 

@@ -31,11 +31,11 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from semantic_routing.checkpoint import write_text
-from semantic_routing.data.images import decode
+from semantic_routing.common.files import write_text
+from semantic_routing.common.images.decode import decode
+from semantic_routing.common.manifest import manifest
+from semantic_routing.data.dataset import DataConfig, Dataset, open_data
 from semantic_routing.data.loader import Loader
-from semantic_routing.data.sources import DataConfig, Dataset, open_data
-from semantic_routing.manifest import manifest
 
 SIZE, LATENT = 256, (16, 32, 32)
 CAPTION = b"a picture that was made for a measurement"

@@ -23,10 +23,10 @@ from reference import stack_normalise_einsum
 from results import save
 from torch import Tensor
 
-from semantic_routing.device import keep_freed_memory
-from semantic_routing.fusion import mix
-from semantic_routing.kernels import native
-from semantic_routing.manifest import hardware
+from semantic_routing.common.device import keep_freed_memory
+from semantic_routing.common.manifest import hardware
+from semantic_routing.model.kernels import mix_cpu as native
+from semantic_routing.model.routing import mix
 
 LAYERS, BATCH, LENGTH, CHANNELS, DEPTHS = 36, 4, 256, 2560, 24
 WEIGHTS = {"depth": (1, DEPTHS), "joint": (BATCH, DEPTHS), "uniform": (1, 1)}

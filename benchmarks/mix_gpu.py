@@ -24,7 +24,7 @@ from reference import stack_normalise_einsum
 from results import save
 from torch import Tensor
 
-from semantic_routing.manifest import hardware
+from semantic_routing.common.manifest import hardware
 
 LAYERS, CHANNELS, DEPTHS = 36, 2560, 24
 TARGETS = {"forward": 0.75, "backward": 0.65}
@@ -80,7 +80,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         sys.stderr.write("benchmarks/mix_gpu.py needs a CUDA device; benchmarks/mix.py measures a CPU\n")
         return 2
-    from semantic_routing.kernels import gpu
+    from semantic_routing.model.kernels import mix_triton as gpu
 
     torch.manual_seed(0)
     prompts = fitting(args.prompts, args.tokens)

@@ -22,13 +22,21 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from semantic_routing.dit import Backbone
-from semantic_routing.flops import META, blank_features, count, count_image, count_language_model, count_text, qwen3_vl
-from semantic_routing.fusedit import make_model
-from semantic_routing.meter import BACKWARD, PEAKS
-from semantic_routing.overhead import SCALES
-from semantic_routing.parallel import text_modules
-from semantic_routing.recipes import paper
+from semantic_routing.analysis.overhead import SCALES
+from semantic_routing.model.build import make_model
+from semantic_routing.model.dit import Backbone
+from semantic_routing.model.flops import (
+    META,
+    blank_features,
+    count,
+    count_image,
+    count_language_model,
+    count_text,
+    qwen3_vl,
+)
+from semantic_routing.training.metrics import BACKWARD, PEAKS
+from semantic_routing.training.parallelize import text_modules
+from semantic_routing.training.recipes import paper
 
 GB, TERA = 1e9, 1e12
 GPUS = (8, 64, 512)

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from semantic_routing.analyze.figures import INK, label_axes, new_axes
+from semantic_routing.analysis.figures import INK, label_axes, new_axes
 
 Rows = list[tuple[str, float, float]]
 """Name, measured and wanted; the larger the better."""

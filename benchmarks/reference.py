@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from semantic_routing.dit import DiT, patchify, unpatchify
-from semantic_routing.features import TextFeatures
-from semantic_routing.layers import apply_rope, rope_2d
+from semantic_routing.model.dit import DiT, patchify, unpatchify
+from semantic_routing.model.layers import apply_rope, rope_2d
+from semantic_routing.text.features import TextFeatures
 
 LONGEST = 512
 

@@ -7,8 +7,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from semantic_routing.checkpoint import write_text
-from semantic_routing.manifest import manifest
+from semantic_routing.common.files import write_text
+from semantic_routing.common.manifest import manifest
 
 
 def save(args: Namespace, found: dict[str, Any], **seeds: int) -> None:

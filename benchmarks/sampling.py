@@ -22,14 +22,15 @@ from reference import padded, velocity
 from results import save
 from torch import Tensor, nn
 
-from semantic_routing.device import keep_freed_memory
-from semantic_routing.dit import DiT, DiTConfig
-from semantic_routing.features import TextFeatures
-from semantic_routing.flops import count_image
-from semantic_routing.fusedit import make_model
-from semantic_routing.generate import compile_network, rounded_once
-from semantic_routing.manifest import hardware
-from semantic_routing.sampler import euler, extrapolated, guided, join, schedule
+from semantic_routing.common.device import keep_freed_memory
+from semantic_routing.common.manifest import hardware
+from semantic_routing.model.build import make_model
+from semantic_routing.model.dit import DiT, DiTConfig
+from semantic_routing.model.flops import count_image
+from semantic_routing.model.runtime import compile_network, rounded_once
+from semantic_routing.sampling.guidance import extrapolated, guided, join
+from semantic_routing.sampling.samplers import euler, schedule
+from semantic_routing.text.features import TextFeatures
 
 SCALES = {
     "mid": DiTConfig(

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from semantic_routing.data.shapes import prompts
-from semantic_routing.tiny_lm import tiny_lm
+from semantic_routing.toy.captions import prompts
+from semantic_routing.training.tiny_lm import tiny_lm
 
 TINY = shlex.split(
     "--batch 8 --no-compile --precision fp32 --log-every 1 --preview-every 0 --preview.steps 2 --preview.batch 4 "

@@ -27,19 +27,20 @@ from results import save
 from sampling import matrix_rate, network, seconds
 from torch.optim import Muon
 
-import semantic_routing.optim
+import semantic_routing.training.optim
+from semantic_routing.common.device import keep_freed_memory
+from semantic_routing.common.distributed import World
+from semantic_routing.common.manifest import hardware
+from semantic_routing.data.dataset import DataConfig, open_data
 from semantic_routing.data.loader import Loader
-from semantic_routing.data.sources import DataConfig, open_data
-from semantic_routing.device import keep_freed_memory
-from semantic_routing.dit import DiTConfig
-from semantic_routing.features import TextFeatures
 from semantic_routing.flow import path, velocity_loss
-from semantic_routing.manifest import hardware
-from semantic_routing.parallel import ParallelConfig, World, parallelize
-from semantic_routing.recipes import toy
-from semantic_routing.text_encoder import TextEncoderConfig
-from semantic_routing.tiny_lm import tiny_lm
-from semantic_routing.train import Trainer
+from semantic_routing.model.dit import DiTConfig
+from semantic_routing.text.features import TextFeatures
+from semantic_routing.text.loading import TextEncoderConfig
+from semantic_routing.training.parallelize import ParallelConfig, parallelize
+from semantic_routing.training.recipes import toy
+from semantic_routing.training.tiny_lm import tiny_lm
+from semantic_routing.training.trainer import Trainer
 
 Rows = dict[str, dict[str, float]]
 TARGETS = {"toy": {"time": 3.0}, "paper": {"time": 1.8, "memory": 1 / 0.6}}
@@ -70,12 +71,12 @@ def toy_rows(steps: int) -> tuple[Rows, float]:
         rows[name] = {"time": sorted(taken)[steps // 2], "first": first}
         return trainer
 
-    batched = semantic_routing.optim.BatchedMuon
-    semantic_routing.optim.BatchedMuon = Muon
+    batched = semantic_routing.training.optim.BatchedMuon
+    semantic_routing.training.optim.BatchedMuon = Muon
     measure("eager autocast")
     keep_freed_memory()
     measure("freed memory kept")
-    semantic_routing.optim.BatchedMuon = batched
+    semantic_routing.training.optim.BatchedMuon = batched
     measure("Muon by batches")
     trainer = measure("compiled", compile=True)
     weights = sum(p.numel() for p in trainer.bundle.model.blocks.parameters() if p.ndim == 2)

@@ -16,8 +16,8 @@ from tempfile import TemporaryDirectory
 
 from train_job import finish, launch, merged, metrics, tiny_encoder
 
-from semantic_routing.checkpoint import write_text
-from semantic_routing.manifest import manifest
+from semantic_routing.common.files import write_text
+from semantic_routing.common.manifest import manifest
 
 WARM_UP = 10
 SETTINGS = ["--no-compile", "--preview-every", "0", "--log-every", "1", "--checkpoint-every", "20"]

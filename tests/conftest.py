@@ -13,7 +13,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from semantic_routing.train import TrainConfig
+    from semantic_routing.training.config import TrainConfig
 
 # Nothing is ever asked of the hub: a name that is no folder fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -58,7 +58,7 @@ CAPTIONS = [
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a language model of 2 layers of 64, in float32."""
-    from semantic_routing.tiny_lm import tiny_lm
+    from semantic_routing.training.tiny_lm import tiny_lm
 
     return tiny_lm(CAPTIONS, layers=2, width=64, steps=5, cache_dir=tmp_path_factory.mktemp("cache"))
 
@@ -66,7 +66,7 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_config(tiny_encoder: Path) -> Callable[..., TrainConfig]:
     """Makes the configuration of a run of 8 steps in float32 that takes about a second: (arm, **changes)."""
-    from semantic_routing.recipes import debug
+    from semantic_routing.training.recipes import debug
 
     def make(arm: str = "depth", **changes: Any) -> TrainConfig:
         cfg = debug(arm)
@@ -79,7 +79,7 @@ def tiny_config(tiny_encoder: Path) -> Callable[..., TrainConfig]:
 @pytest.fixture(scope="session")
 def tiny_run(tiny_config: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a finished run of the depth-wise arm; not to be changed."""
-    from semantic_routing.train import start
+    from semantic_routing.training.loop import start
 
     out = tmp_path_factory.mktemp("runs") / "tiny"
     start(tiny_config(), out)

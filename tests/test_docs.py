@@ -20,19 +20,19 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessorPil
 
-from semantic_routing.checkpoint import find_checkpoint
-from semantic_routing.cli import main
-from semantic_routing.convert import SIZES, from_upstream, to_upstream, upstream_config
-from semantic_routing.dit import DiTConfig
-from semantic_routing.evaluate import geneval_detector
-from semantic_routing.evaluate.judge import VQA_TEMPLATES
-from semantic_routing.fusedit import make_model
+from semantic_routing.checkpoint.load import find_checkpoint
+from semantic_routing.cli.main import main
+from semantic_routing.evaluation.geneval import detector as geneval_detector
+from semantic_routing.evaluation.judges.vqascore import VQA_TEMPLATES
+from semantic_routing.interop.upstream import SIZES, from_upstream, to_upstream, upstream_config
+from semantic_routing.model.build import make_model
+from semantic_routing.model.dit import DiTConfig
 from semantic_routing.study import plan, results, runner
-from semantic_routing.train import start
-from semantic_routing.train_config import TrainConfig
-from tests.chat_server import KEY, MODEL, ChatServer
-from tests.damaged import write_shards
-from tests.tiny_models import SIDE, save_llava, small_clip, small_model, tokenizer
+from semantic_routing.training.config import TrainConfig
+from semantic_routing.training.loop import start
+from tests.helpers.chat_server import KEY, MODEL, ChatServer
+from tests.helpers.damaged import write_shards
+from tests.helpers.tiny_models import SIDE, save_llava, small_clip, small_model, tokenizer
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -179,7 +179,7 @@ def test_study(tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypa
     monkeypatch.setattr(runner, "subprocess", SimpleNamespace(Popen=InThisProcess, DEVNULL=subprocess.DEVNULL))
     monkeypatch.setattr(runner, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(results, "RESAMPLES", 100)
-    monkeypatch.setattr("semantic_routing.generate.compile_network", lambda model: None)
+    monkeypatch.setattr("semantic_routing.model.runtime.compile_network", lambda model: None)
     monkeypatch.setattr(plan, "CALIBRATION", ("--n", "2", "--seed", "1"))
     for name, scale in list(plan.SCALES.items()):
         monkeypatch.setitem(plan.RECIPES, name, lambda arm: tiny_config(arm, steps=1, checkpoint_every=1))

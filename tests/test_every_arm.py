@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from semantic_routing.arms import ARMS, PAPER_ARMS
-from semantic_routing.cli import main
-from semantic_routing.report import write_report
+from semantic_routing.analysis.report import write_report
+from semantic_routing.cli.main import main
+from semantic_routing.model.arms import ARMS, PAPER_ARMS
 from semantic_routing.study.plan import StudyArguments, jobs
-from semantic_routing.train import start
-from semantic_routing.train_config import TrainConfig
+from semantic_routing.training.config import TrainConfig
+from semantic_routing.training.loop import start
 
 
 @pytest.fixture(scope="module", params=ARMS)

@@ -24,7 +24,7 @@ from semantic_routing.flow import (
     velocity_from_image,
     velocity_loss,
 )
-from semantic_routing.sampler import schedule
+from semantic_routing.sampling.samplers import schedule
 
 SHAPE = (4, 3, 5, 2)
 """The last axis is no multiple of the batch, so that time cannot be broadcast along the wrong one."""

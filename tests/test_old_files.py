@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from semantic_routing.checkpoint import find_checkpoint, read_state
-from semantic_routing.cli import main
-from semantic_routing.config import read_config
-from semantic_routing.train_config import TrainConfig
+from semantic_routing.checkpoint.load import find_checkpoint, read_state
+from semantic_routing.cli.main import main
+from semantic_routing.common.config import read_config
+from semantic_routing.training.config import TrainConfig
 
 OLD = Path(__file__).with_name("v0_1")
 pytestmark = pytest.mark.filterwarnings("ignore:the sampler once called ancestral:FutureWarning")
@@ -74,10 +74,10 @@ def test_a_run_is_analysed_and_exported(old: Path, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:__array")  # diffusers reads tensors with an old numpy call
 def test_a_pipeline_draws_as_it_did(old: Path) -> None:
-    from semantic_routing.pipeline import SemanticRoutingPipeline
+    from semantic_routing.interop.pipeline import SemanticRoutingPipeline
 
     index = json.loads((old / "pipeline" / "model_index.json").read_text())
-    assert index["transformer"][0] == "semantic_routing.transformer"
+    assert index["transformer"][0] == "semantic_routing.interop.transformer"
     pipe = SemanticRoutingPipeline.from_pretrained(old / "pipeline")
     drawn = pipe(["a red circle"], num_inference_steps=3, generator=torch.Generator().manual_seed(0)).images[0]
     assert drawn.size == (16, 16)

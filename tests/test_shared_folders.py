@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from semantic_routing.answers import Answer, AnswerCache
-from semantic_routing.claims import LOCK, claimed
-from semantic_routing.cli import main
+from semantic_routing.chat.cache import AnswerCache
+from semantic_routing.chat.messages import Answer
+from semantic_routing.cli.main import main
+from semantic_routing.common.locks import LOCK, claimed
 
 COMMANDS = {
     "sample RUN --prompt a --steps 1 --out out": f"out/{LOCK}",

@@ -15,21 +15,22 @@ import pytest
 import torch
 from PIL import Image
 
-from semantic_routing.chat import ChatClient
-from semantic_routing.cli import main
-from semantic_routing.codec import CodecConfig, make_codec
-from semantic_routing.data.caption_parts import Parts
-from semantic_routing.data.files import filesystem
-from semantic_routing.device import cache_folder
-from semantic_routing.evaluate.features import FeaturesArguments, evaluate_features
-from semantic_routing.evaluate.models import open_pipeline
-from semantic_routing.extras import require
-from semantic_routing.generate import SampleArguments, sample_to_folder
-from semantic_routing.servers import ChatConfig
-from semantic_routing.text_encoder import quiet_transformers
-from semantic_routing.tiny_lm import tiny_lm
-from semantic_routing.tracking import Tracker
-from semantic_routing.train import TrainConfig, start
+from semantic_routing.chat.client import ChatClient
+from semantic_routing.chat.server import ChatConfig
+from semantic_routing.cli.main import main
+from semantic_routing.cli.sample import SampleArguments, sample_to_folder
+from semantic_routing.common.device import cache_folder
+from semantic_routing.common.extras import require
+from semantic_routing.data.sources.storage import filesystem
+from semantic_routing.data.tools.caption_parts import Parts
+from semantic_routing.evaluation.fid import FeaturesArguments, evaluate_features
+from semantic_routing.interop.open import open_pipeline
+from semantic_routing.model.codec import CodecConfig, make_codec
+from semantic_routing.text.loading import quiet_transformers
+from semantic_routing.training.config import TrainConfig
+from semantic_routing.training.loop import start
+from semantic_routing.training.tiny_lm import tiny_lm
+from semantic_routing.training.tracking import Tracker
 
 Make = Callable[..., TrainConfig]
 RAISED = (

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from semantic_routing.common.images.decode import Unusable
 from semantic_routing.data.captions import CaptionChoice
-from semantic_routing.data.images import Unusable
 
 CAPTIONS = {"txt": ("short",), "dense": ("long", "longer"), "url": ("https://x",)}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from semantic_routing.common.errors import TrainingFailed
 from semantic_routing.data.damage import FILE, DamageLog, Skipped
-from semantic_routing.errors import TrainingFailed
 
 
 def skipped(number: int, reason: str = "truncated", stand_in: bool = False) -> Skipped:

@@ -18,12 +18,12 @@ import pytest
 import torch
 from PIL import Image
 
+from semantic_routing.common.errors import TrainingFailed
 from semantic_routing.data.damage import FILE, DamageLog
+from semantic_routing.data.dataset import DataConfig, Dataset, open_data
+from semantic_routing.data.draws import draw, posterior_noise
 from semantic_routing.data.loader import Batch, Loader, prefetch
-from semantic_routing.data.order import draw, posterior_noise
-from semantic_routing.data.sources import DataConfig, Dataset, open_data
-from semantic_routing.errors import TrainingFailed
-from tests.damaged import EVERY, RECORDS, TEN, write_shards
+from tests.helpers.damaged import EVERY, RECORDS, TEN, write_shards
 
 LATENT = (2, 4, 4)
 
@@ -141,7 +141,7 @@ def test_every_damaged_record_is_counted_by_its_reason(data: Dataset, tmp_path: 
 
 
 def test_buckets_give_latents_of_their_shape(tmp_path: Path):
-    from semantic_routing.data.indexing import build
+    from semantic_routing.data.sources.index_writer import build
 
     for i in range(4):
         Image.new("RGB", (32, 18)).save(tmp_path / f"{i}.png")

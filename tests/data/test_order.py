@@ -8,16 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from semantic_routing.data.order import (
-    Mixture,
-    ShardOrder,
-    another,
-    draw,
-    locate,
-    posterior_noise,
-    sample_rng,
-    stream_seed,
-)
+from semantic_routing.data.draws import another, draw, posterior_noise, sample_rng, stream_seed
+from semantic_routing.data.order import Mixture, ShardOrder, locate
 
 LATENT = (2, 4, 4)
 

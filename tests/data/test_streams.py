@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from semantic_routing.common.errors import TrainingFailed
+from semantic_routing.common.images.decode import Limits
 from semantic_routing.data.captions import CaptionChoice
 from semantic_routing.data.damage import Skipped
-from semantic_routing.data.images import Limits
-from semantic_routing.data.records import DamagedRecord, Record, Sharded
+from semantic_routing.data.sources.records import DamagedRecord, Record, Sharded
 from semantic_routing.data.streams import ATTEMPTS, Reading, RecordStream, Row
-from semantic_routing.errors import TrainingFailed
 
 
 class Numbered(Sharded):

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from semantic_routing.arms import ARMS, PAPER_ARMS
-from semantic_routing.flops import META, count, count_image, count_language_model, count_text, qwen3_vl
-from semantic_routing.fusedit import make_model
-from semantic_routing.generate import check_encoder
-from semantic_routing.meter import flops_per_image
-from semantic_routing.optim import make_optimizers
-from semantic_routing.recipes import SMALL_SAMPLING, small
+from semantic_routing.model.arms import ARMS, PAPER_ARMS
+from semantic_routing.model.build import make_model
+from semantic_routing.model.flops import META, count, count_image, count_language_model, count_text, qwen3_vl
+from semantic_routing.sampling.text_to_image import check_encoder
 from semantic_routing.study.plan import CALIBRATION, SCALES, Job, StudyArguments, jobs, stages
-from semantic_routing.text_encoder import TextShape
-from semantic_routing.tiny_lm import _model, tiny_lm
-from semantic_routing.train_config import TrainConfig
+from semantic_routing.text.loading import TextShape
+from semantic_routing.training.config import TrainConfig
+from semantic_routing.training.metrics import flops_per_image
+from semantic_routing.training.optim import make_optimizers
+from semantic_routing.training.recipes import SMALL_SAMPLING, small
+from semantic_routing.training.tiny_lm import _model, tiny_lm
 
 RATE = 0.15 * 790e12
 """FLOP/s: what an H200 multiplies in practice, and the share of it that networks as narrow as these may reach."""

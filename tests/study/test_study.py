@@ -13,16 +13,16 @@ import pytest
 import torch
 from scipy.stats import ttest_1samp
 
-from semantic_routing.arms import PAPER_ARMS
-from semantic_routing.errors import TrainingFailed
-from semantic_routing.evaluate.scores import CORRECT, Record
-from semantic_routing.recipes import GATE_RATE
+from semantic_routing.common.errors import TrainingFailed
+from semantic_routing.evaluation.records import CORRECT, Record
+from semantic_routing.model.arms import PAPER_ARMS
 from semantic_routing.study import plan, results, runner
 from semantic_routing.study.plan import StudyArguments, evaluation_folder, jobs, stages
 from semantic_routing.study.results import over_seeds
 from semantic_routing.study.runner import run_study
 from semantic_routing.study.tables import write_results
-from semantic_routing.train_config import TrainConfig
+from semantic_routing.training.config import TrainConfig
+from semantic_routing.training.recipes import GATE_RATE
 
 
 def test_every_arm_runs_with_every_seed_and_only_learned_ones_with_every_rate(tmp_path: Path) -> None:

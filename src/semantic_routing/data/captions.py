@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from semantic_routing.data.images import Unusable
+from semantic_routing.common.images.decode import Unusable
 
 USUAL = ("txt", "text", "caption", "prompt")
 """Where captions are looked for unless keys are given: the first of these that a record has."""

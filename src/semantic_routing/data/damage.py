@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from semantic_routing.errors import TrainingFailed
-from semantic_routing.troubles import Troubles
+from semantic_routing.common.errors import TrainingFailed
+from semantic_routing.common.troubles import Troubles
 
 FILE = "damaged.jsonl"
 """Name of the list in a run's folder."""

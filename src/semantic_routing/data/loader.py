@@ -20,11 +20,11 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from semantic_routing.common.errors import TrainingFailed
+from semantic_routing.common.extras import require
 from semantic_routing.data.damage import Skipped
-from semantic_routing.data.rows import RankRows, begin_worker
-from semantic_routing.data.sources import Dataset
-from semantic_routing.errors import TrainingFailed
-from semantic_routing.extras import require
+from semantic_routing.data.dataset import Dataset
+from semantic_routing.data.worker import RankRows, begin_worker
 
 T = TypeVar("T")
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from semantic_routing.data.files import Reader, is_url, stat
-from semantic_routing.extras import require
+from semantic_routing.common.extras import require
+from semantic_routing.data.sources.storage import Reader, is_url, stat
 
 RECAPTION = "recaption"
 """The caption key of what a sidecar holds."""

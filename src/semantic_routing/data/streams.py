@@ -12,16 +12,17 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Integer, UInt8
 
+from semantic_routing.common.errors import TrainingFailed
+from semantic_routing.common.images.decode import Limits, Unusable, decode
 from semantic_routing.data.buckets import assign, bucket_shapes, turns
 from semantic_routing.data.captions import CaptionChoice
 from semantic_routing.data.damage import Skipped
-from semantic_routing.data.images import Limits, Unusable, decode
-from semantic_routing.data.order import Mixture, ShardOrder, another, locate, sample_rng
-from semantic_routing.data.records import DamagedRecord, Record, RecordSource
-from semantic_routing.data.shapes import prompts
-from semantic_routing.data.shapes import sample as draw_sample
+from semantic_routing.data.draws import another, sample_rng
+from semantic_routing.data.order import Mixture, ShardOrder, locate
 from semantic_routing.data.sidecar import RECAPTION, Sidecar
-from semantic_routing.errors import TrainingFailed
+from semantic_routing.data.sources.records import DamagedRecord, Record, RecordSource
+from semantic_routing.toy.captions import prompts
+from semantic_routing.toy.captions import sample as draw_sample
 
 ATTEMPTS = 32
 """Records that are tried for one row: the first half from its own shard, then from anywhere."""

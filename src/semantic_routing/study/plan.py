@@ -12,12 +12,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from semantic_routing.arms import ARMS, PAPER_ARMS, parse_arm
-from semantic_routing.clock import parse_clock
-from semantic_routing.config import to_dict
-from semantic_routing.generate import SampleConfig
-from semantic_routing.recipes import RECIPES, SMALL_SAMPLING, TOY_SAMPLING
-from semantic_routing.train_config import TrainConfig
+from semantic_routing.common.config import to_dict
+from semantic_routing.model.arms import ARMS, PAPER_ARMS, parse_arm
+from semantic_routing.sampling.clock import parse_clock
+from semantic_routing.sampling.text_to_image import SampleConfig
+from semantic_routing.training.config import TrainConfig
+from semantic_routing.training.recipes import RECIPES, SMALL_SAMPLING, TOY_SAMPLING
 
 CALIBRATED = "calibrated"
 """The clock that is measured for each run."""

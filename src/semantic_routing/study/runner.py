@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from semantic_routing.checkpoint import check_writable, write_text
-from semantic_routing.claims import LOCK, claimed
-from semantic_routing.config import to_dict
-from semantic_routing.errors import Interrupted, TrainingFailed
-from semantic_routing.evaluate.scores import MANIFEST
-from semantic_routing.evaluate.scoring import read_manifest
-from semantic_routing.stopping import stop_signals
+from semantic_routing.common.config import to_dict
+from semantic_routing.common.errors import Interrupted, TrainingFailed
+from semantic_routing.common.files import check_writable, write_text
+from semantic_routing.common.locks import LOCK, claimed
+from semantic_routing.common.stopping import stop_signals
+from semantic_routing.evaluation.records import MANIFEST
+from semantic_routing.evaluation.scoring import read_manifest
 from semantic_routing.study.plan import SCALES, Job, Stage, StudyArguments, config_text, evaluation_folder, jobs, stages
 
 POLL_SECONDS = 1.0

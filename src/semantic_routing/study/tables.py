@@ -11,17 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from semantic_routing.analyze.distances import mean_similarity
-from semantic_routing.analyze.figures import INK, Drawn, label_axes, new_axes, to_svg
-from semantic_routing.analyze.statistics import js_similarity
-from semantic_routing.analyze.weights import TIME, TIMES, open_router, plot_heatmap, routing_weights
-from semantic_routing.arms import ARMS
-from semantic_routing.checkpoint import write_text
-from semantic_routing.dit import DiT
-from semantic_routing.manifest import manifest
+from semantic_routing.analysis.distances import mean_similarity
+from semantic_routing.analysis.figures import INK, Drawn, label_axes, new_axes, to_svg
+from semantic_routing.analysis.routers import TIME, TIMES, open_router, routing_weights
+from semantic_routing.analysis.statistics import js_similarity
+from semantic_routing.analysis.weights import plot_heatmap
+from semantic_routing.common.files import write_text
+from semantic_routing.common.manifest import manifest
+from semantic_routing.common.webpage import document
+from semantic_routing.model.arms import ARMS
+from semantic_routing.model.dit import DiT
 from semantic_routing.study.plan import Job, StudyArguments, jobs
 from semantic_routing.study.results import Number, Row, read_rows, results_json
-from semantic_routing.webpage import document
 
 METHOD = (
     "Accuracies in percent, the mean over seeds; every run has the same budget, and for one seed the same backbone, "

@@ -1,0 +1,51 @@
+"""How far several models' routings lie apart: over training, and across seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from semantic_routing.analysis.figures import Drawn
+from semantic_routing.analysis.profiles import SIMILARITY, plot_similarity
+from semantic_routing.analysis.routers import TIMES, routing_weights
+from semantic_routing.analysis.statistics import js_divergence, total_variation
+from semantic_routing.model.dit import Backbone
+
+
+def compare_routers(names: Sequence[str], models: Sequence[Backbone]) -> Iterator[Drawn]:
+    """The similarity of every pair of models: 1 - distance, averaged over blocks and 21 times.
+
+    By Jensen-Shannon divergence (base 2) and by total variation, the share of weight that differs. ValueError for
+    models of other layers or blocks.
+    """
+    weights = [routing_weights(model, TIMES) for model in models]
+    for name, found in zip(names, weights, strict=True):
+        if found.shape != weights[0].shape:
+            raise ValueError(
+                f"{name} has {found.shape[1]} blocks reading {found.shape[2]} layers, {names[0]} has "
+                f"{weights[0].shape[1]} reading {weights[0].shape[2]}: only models of one shape can be compared"
+            )
+    stack = np.stack(weights)
+    kinds = (
+        ("jensen-shannon", js_divergence, SIMILARITY),
+        ("total-variation", total_variation, "similarity: 1 - total variation"),
+    )
+    for kind, distance, measure in kinds:
+        values = 1 - distance(stack[:, None], stack[None]).mean((2, 3))
+        places = np.arange(len(names), dtype=float)
+        yield Drawn(
+            name=f"models-{kind}",
+            title=f"Routing of the models, {measure}: {mean_similarity(values):.4f} in the mean over pairs",
+            figure=plot_similarity(values, places, "", names=names, measure=measure),
+            rows=names,
+            columns=names,
+            values=values,
+        )
+
+
+def mean_similarity(values: Float[np.ndarray, "K K"]) -> float:
+    """The mean over all pairs of different models: how stable routing is across seeds."""
+    count = len(values)
+    return float((values.sum() - np.trace(values)) / (count * (count - 1)))

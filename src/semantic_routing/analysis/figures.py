@@ -1,0 +1,88 @@
+"""What all figures share: one look, and files that appear whole with their numbers beside them.
+
+Figures are made through matplotlib's objects, so nothing here touches the global state of pyplot.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from semantic_routing.common.files import written_whole
+
+INK = "#20242c"
+"""Colour of text and axes, and of nothing else: ``to_svg`` replaces it by the page's own."""
+
+
+def new_axes(width: float, height: float, title: str = "") -> tuple[Figure, Axes]:
+    """A figure of ``width`` x ``height`` inches with one plot, open at the top and the right."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=11, color=INK)
+    axes.tick_params(labelsize=9.5, which="both", color=INK, labelcolor=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[:].set_color(INK)
+    return figure, axes
+
+
+def label_axes(axes: Axes, x: str, y: str) -> None:
+    """Name both axes."""
+    axes.set_xlabel(x, fontsize=10.5, color=INK)
+    axes.set_ylabel(y, fontsize=10.5, color=INK)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A figure with the numbers in it."""
+
+    name: str
+    """Of its files."""
+    title: str
+    """What it shows, for a page."""
+    figure: Figure
+    rows: Sequence[str]
+    """Names of the rows of numbers ..."""
+    columns: Sequence[str]
+    """... and of the columns."""
+    values: Float[np.ndarray, "R C"]
+
+    def save(self, folder: Path) -> Path:
+        """Write the figure as .png and .pdf, its numbers as .csv and .npz; returns the .png."""
+        save_figure(self.figure, folder / self.name, self.rows, self.columns, self.values)
+        return folder / f"{self.name}.png"
+
+
+def save_figure(
+    figure: Figure, stem: Path, rows: Sequence[str], columns: Sequence[str], values: Float[np.ndarray, "R C"]
+) -> None:
+    """Write ``stem`` as .png and .pdf and the numbers it shows, a named row each, as .csv and .npz."""
+    for kind in ("png", "pdf"):
+        with written_whole(stem.with_name(f"{stem.name}.{kind}")) as scratch:
+            figure.savefig(scratch, format=kind, dpi=150)
+        figure.set_layout_engine("none")  # once laid out is enough
+    with written_whole(stem.with_name(f"{stem.name}.csv")) as scratch, scratch.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["", *columns])
+        table.writerows([name, *map(float, row)] for name, row in zip(rows, values, strict=True))
+    with written_whole(stem.with_name(f"{stem.name}.npz")) as scratch, scratch.open("wb") as file:
+        np.savez(file, values=values, rows=np.array(rows), columns=np.array(columns))
+
+
+def to_svg(figure: Figure, description: str) -> str:
+    """The figure as an ``<svg>`` element for a page: transparent, its text in the page's own colour."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    drawing = buffer.getvalue()
+    drawing = drawing[drawing.index("<svg") :].replace(INK, "currentColor")
+    return drawing.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1)

@@ -1,0 +1,224 @@
+"""What an arm costs: parameters, matrix products, latency and memory (the paper's Table 4).
+
+Products are counted on the meta device (``flops.py``). The paper counts products with weight matrices only, and its
+reference prepares the text again at every step from prompts padded to 512 tokens; this program prepares it once
+wherever routing does not depend on time, and does not pad. Mixing the language model's layers is bytes rather than
+products: the reference writes and reads a float32 copy of every state at every step, this program reads each once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from semantic_routing.common.device import has_bfloat16
+from semantic_routing.model.arms import ARMS, DEFAULT_ARM, parse_arm
+from semantic_routing.model.build import make_model
+from semantic_routing.model.dit import DiTConfig
+from semantic_routing.model.flops import (
+    META,
+    Products,
+    blank_features,
+    count_image,
+    count_language_model,
+    count_text,
+    qwen3_vl,
+)
+from semantic_routing.model.routing import FixedRouter, make_router
+from semantic_routing.model.runtime import autocast, compile_network, rounded_once
+from semantic_routing.sampling.guidance import guided
+from semantic_routing.sampling.samplers import euler, schedule
+from semantic_routing.training.recipes import toy
+
+GUIDED = 2
+"""Every step sees the picture twice: with the prompt and with the null prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """One picture as Table 4 makes it; the defaults are the paper's (512x512, Qwen3-VL-4B, 50 guided steps)."""
+
+    model: DiTConfig = field(default_factory=DiTConfig)
+    """Sizes of the transformer; its arm is replaced by the one measured."""
+    encoder_heads: int = 32
+    """Query heads of the text encoder; its width and layers are the transformer's text_width and text_layers."""
+    encoder_kv_heads: int = 8
+    """Key and value heads of the text encoder."""
+    encoder_head_dim: int = 128
+    """Channels of a head of the text encoder."""
+    encoder_mlp_width: int = 9728
+    """Hidden channels of the text encoder's gated MLP."""
+    latent_size: int = 64
+    """Side of the latent in its own pixels."""
+    steps: int = 50
+    """Steps of Euler's method, one velocity each."""
+    padded_tokens: int = 512
+    """Length to which the reference pads prompts."""
+
+
+SCALES = {
+    "paper": Scale(),
+    "toy": Scale(
+        model=toy(DEFAULT_ARM).model,
+        encoder_heads=4,
+        encoder_kv_heads=2,
+        encoder_head_dim=32,
+        encoder_mlp_width=384,
+        latent_size=32,
+    ),
+}
+"""Pictures of the recipes; the toy's text encoder is the one that ``tiny_lm`` makes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overhead:
+    """What one picture costs; FLOPs are two for each multiplication and addition of a matrix product."""
+
+    arm: str
+    """Conditioning strategy."""
+    params: int
+    """Parameters of the transformer, without the text encoder's."""
+    flops_paper: float
+    """By the paper: products with weights, text prepared at every step, prompts padded."""
+    flops_ours: float
+    """What this program does at ``text_tokens``, counted as the paper counts: products with weights."""
+    flops_ours_all: float
+    """What this program does at ``text_tokens``, all products counted."""
+    mix_bytes_paper: float
+    """What mixing must move to and from memory, the reference's way: see ``mix_bytes``."""
+    mix_bytes_ours: float
+    """What it must move in this program, at ``text_tokens``."""
+    text_tokens: int
+    """Length of both prompts in this program's numbers."""
+    latency: float | None = None
+    """Seconds of the transformer for a picture, text preparation included; None where not measured."""
+    peak_memory: int | None = None
+    """Most bytes that were in use on the CUDA device meanwhile; None where not measured."""
+
+
+def measure(
+    arm: str,
+    *,
+    text_tokens: int = 32,
+    scale: Scale | None = None,
+    device: torch.device | None = None,
+    compiled: bool = False,
+) -> Overhead:
+    """What a picture costs with this arm, for prompts of ``text_tokens``; timed where a device is given.
+
+    The text encoder runs once on prompt and null prompt, all its layers, which every arm's features need.
+    """
+    if text_tokens < 1:
+        raise ValueError(f"text_tokens is {text_tokens}; a prompt has at least 1")
+    scale = scale or Scale()
+    cfg = replace(scale.model, arm=parse_arm(arm))
+    with META:
+        model = make_model(cfg)
+    padded, _ = count_text(model, GUIDED, scale.padded_tokens)
+    text, context = count_text(model, GUIDED, text_tokens)
+    # An image's products with weights do not depend on the text's length.
+    image = count_image(model, GUIDED, scale.latent_size, scale.latent_size, context)
+    reference = _count_encoder(scale, scale.padded_tokens) + (padded + image) * scale.steps
+    prepared = scale.steps if model.depends_on_time else 1
+    ours = _count_encoder(scale, text_tokens) + text * prepared + image * scale.steps
+    latency, peak = (None, None) if device is None else _time(cfg, scale, text_tokens, device, compiled)
+    return Overhead(
+        arm=cfg.arm,
+        params=sum(p.numel() for p in model.parameters()),
+        flops_paper=float(reference.weights),
+        flops_ours=float(ours.weights),
+        flops_ours_all=float(ours.total),
+        mix_bytes_paper=mix_bytes(cfg, scale.padded_tokens, scale.steps, reference=True),
+        mix_bytes_ours=mix_bytes(cfg, text_tokens, prepared, reference=False),
+        text_tokens=text_tokens,
+        latency=latency,
+        peak_memory=peak,
+    )
+
+
+def mix_bytes(cfg: DiTConfig, tokens: int, passes: int, *, reference: bool) -> float:
+    """The least that mixing two prompts' states ``passes`` times moves to and from memory, in bytes.
+
+    The reference reads each state in bfloat16, writes and reads its normalised copy in float32, and writes every mix in
+    float32, at every pass. This program reads each state that is weighed once for all passes, in bfloat16, and writes
+    every mix in bfloat16. The paper's B1 normalises one layer, and FuseDiT mixes none.
+    """
+    if cfg.strategy.reads_keys:
+        return 0.0
+    with META:
+        router = make_router(cfg.arm, cfg.text_layers, cfg.depth, cfg.text_width)
+    layers = len(router.used) if isinstance(router, FixedRouter) else cfg.text_layers
+    mixes = cfg.depth if cfg.strategy.by_block else 1
+    moved = passes * (layers * (2 + 4 + 4) + mixes * 4) if reference else 2 * layers + passes * mixes * 2
+    return float(GUIDED * tokens * cfg.text_width * moved)
+
+
+def to_json(rows: Sequence[Overhead]) -> dict[str, Any]:
+    """``{"arms": {arm: {"params": ..., "flops_paper": ..., "flops_ours": ..., ...}}}``, FLOPs as plain numbers."""
+    return {"arms": {row.arm: {k: v for k, v in asdict(row).items() if k != "arm"} for row in rows}}
+
+
+def table(rows: Sequence[Overhead]) -> str:
+    """The rows as a Markdown table: parameters in millions, FLOPs in T, bytes in GB."""
+    lines = [
+        "| arm | params (M) | FLOPs, paper (T) | ours, so counted (T) | ours, all (T) "
+        "| mix, paper (GB) | ours (GB) | tokens | latency (s) | peak (GiB) |",
+        "| --- |" + " ---: |" * 9,
+    ]
+    for row in rows:
+        cells = [
+            ARMS[row.arm].title,
+            f"{row.params / 1e6:,.1f}",
+            *(f"{x / 1e12:,.1f}" for x in (row.flops_paper, row.flops_ours, row.flops_ours_all)),
+            f"{row.mix_bytes_paper / 1e9:,.1f}",
+            f"{row.mix_bytes_ours / 1e9:,.3f}",
+            str(row.text_tokens),
+            "–" if row.latency is None else f"{row.latency:.3f}",
+            "–" if row.peak_memory is None else f"{row.peak_memory / 2**30:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _count_encoder(scale: Scale, tokens: int) -> Products:
+    """One pass of the text encoder over prompt and null prompt; its layers are alike, so one is counted."""
+    layer = qwen3_vl(
+        width=scale.model.text_width,
+        layers=1,
+        heads=scale.encoder_heads,
+        kv_heads=scale.encoder_kv_heads,
+        head_dim=scale.encoder_head_dim,
+        mlp_width=scale.encoder_mlp_width,
+    )
+    return count_language_model(layer, GUIDED, tokens) * scale.model.text_layers
+
+
+def _time(cfg: DiTConfig, scale: Scale, tokens: int, device: torch.device, compiled: bool) -> tuple[float, int | None]:
+    """Seconds and, on CUDA, peak bytes of sampling one latent as ``semroute sample`` does, with random weights."""
+    with device:
+        model = make_model(cfg).eval().requires_grad_(False)
+    if compiled:
+        compile_network(model)
+    bf16 = has_bfloat16(device)
+    prompt = blank_features(cfg, 1, tokens, device)
+    prompt = prompt.to(dtype=torch.bfloat16) if bf16 else prompt
+    x = torch.randn(1, cfg.channels, scale.latent_size, scale.latent_size, device=device)
+
+    def sample(steps: int) -> None:
+        times = schedule(steps)
+        euler(guided(model, prompt, prompt, scale=6.0, times=times), x, times)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    with torch.no_grad(), autocast(device, bf16), rounded_once(model, bf16):
+        sample(3)  # kernels are made, chosen and loaded at the first steps
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        start = time.perf_counter()
+        sample(scale.steps)
+        seconds = time.perf_counter() - start
+    return seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

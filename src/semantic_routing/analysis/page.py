@@ -1,0 +1,132 @@
+"""One self-contained page of an analysis: the weights under a slider of time, figures, trajectories, strips."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from semantic_routing.analysis.figures import Drawn, to_svg
+from semantic_routing.analysis.routers import TIMES, routes, routing_weights
+from semantic_routing.analysis.statistics import center, effective_layers
+from semantic_routing.common.files import write_text
+from semantic_routing.common.webpage import document
+from semantic_routing.model.dit import Backbone
+
+SCRIPT = Path(__file__).with_suffix(".js")
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Images along one trajectory."""
+
+    caption: str
+    setting: str
+    times: Sequence[float]
+    images: Sequence[UInt8[np.ndarray, "H W 3"]]
+
+
+def write_page(
+    path: Path,
+    name: str,
+    model: Backbone,
+    drawn: Sequence[Drawn],
+    leads: Sequence[dict[str, Any]],
+    strips: Sequence[Strip],
+) -> Path:
+    """Write the page; it needs no network and no file beside it. Returns its path."""
+    sections = [_weights(model)] if routes(model) else []
+    sections.append(_figures(drawn))
+    if leads:
+        sections.append(_leads(leads))
+    if strips:
+        sections.append(_strips(strips))
+    title = f"Routing of {name}"
+    head = f'<h1>{escape(title)}</h1>\n<p class="soft">{escape(_about(model))}</p>\n'
+    write_text(path, document(title, head + "\n".join(sections) + "\n", script=SCRIPT))
+    return path
+
+
+def _about(model: Backbone) -> str:
+    cfg = model.cfg
+    return f"Arm {cfg.arm}: {cfg.depth} blocks read {cfg.text_layers} language-model layers of width {cfg.text_width}."
+
+
+def _weights(model: Backbone) -> str:
+    """The heat map as a canvas that a script draws from the embedded numbers, with a slider where time matters."""
+    weights = routing_weights(model, TIMES if model.depends_on_time else TIMES[:1])
+    data = {
+        "times": [float(t) for t in TIMES[: len(weights)]],
+        "weights": np.round(weights.astype(float), 5).tolist(),
+        "centers": np.round(center(weights), 4).tolist(),
+        "effective": np.round(effective_layers(weights), 3).tolist(),
+    }
+    slider = (
+        '<p><label>time t <input type="range" id="time" min="0" step="1" value="0" '
+        f'max="{len(weights) - 1}" style="width:16rem;vertical-align:middle"> <output id="told"></output></label></p>'
+        if len(weights) > 1
+        else ""
+    )
+    return (
+        "<h2>Weight of each layer in each block</h2>\n"
+        f'<div class="card">{slider}<canvas id="map" style="width:100%;height:auto" role="img" '
+        'aria-label="weights of layers by block"></canvas><p class="soft" id="reading">Point at a cell.</p></div>\n'
+        f'<script type="application/json" id="weights">{json.dumps(data)}</script>'
+    )
+
+
+def _figures(drawn: Sequence[Drawn]) -> str:
+    cards = [
+        f'<div class="card plot"><h3>{escape(figure.title)}</h3><div>{to_svg(figure.figure, figure.title)}</div></div>'
+        for figure in drawn
+        if not figure.name.startswith("heatmap")  # the canvas above shows those
+    ]
+    return f'<h2>Figures</h2>\n<div class="maps">{"".join(cards)}</div>'
+
+
+def _leads(leads: Sequence[dict[str, Any]]) -> str:
+    rows = "".join(
+        f"<tr><td>{row['guidance']:g}</td><td>{row['steps']}</td><td>{row['images']}</td>"
+        f"<td>{row['lead']:+.4f}</td><td>{row['interval'][0]:+.4f} to {row['interval'][1]:+.4f}</td>"
+        f"<td>{row['largest']:+.4f} at t = {row['at']:.2f}</td></tr>"
+        for row in leads
+    )
+    head = "".join(
+        f"<th>{name}</th>" for name in ("guidance", "steps", "images", "mean lead", "95 % interval", "largest")
+    )
+    return (
+        "<h2>Lead of the effective time over the nominal one</h2>\n"
+        '<p class="soft">The effective time of a step is the time at which the training forward process, built from '
+        "the final image, is as far from it as the true trajectory is.</p>\n"
+        f'<div class="card"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    )
+
+
+def _strips(strips: Sequence[Strip]) -> str:
+    cards = []
+    for strip in strips:
+        images = "".join(
+            f'<figure><img alt="t = {t:.2f}" src="{_data_uri(image)}"><figcaption>t = {t:.2f}</figcaption></figure>'
+            for t, image in zip(strip.times, strip.images, strict=True)
+        )
+        cards.append(
+            f'<div class="card"><h3>{escape(strip.caption)}<span>{escape(strip.setting)}</span></h3>'
+            f'<div style="display:grid;grid-template-columns:repeat({len(strip.images)},minmax(0,1fr));gap:.5rem">'
+            f"{images}</div></div>"
+        )
+    return "<h2>What the model takes the image to be, along the way</h2>\n" + "\n".join(cards)
+
+
+def _data_uri(image: UInt8[np.ndarray, "H W 3"]) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

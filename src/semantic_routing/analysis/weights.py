@@ -1,0 +1,140 @@
+"""How much each block reads of each language-model layer, drawn as in Figures 1, 2, 6 and 7 of the paper.
+
+The numbers come from the very ``router.weights(t)`` that training and sampling use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float
+from matplotlib.figure import Figure
+
+from semantic_routing.analysis.figures import INK, Drawn, label_axes, new_axes
+from semantic_routing.analysis.routers import CHOSEN_TIMES, TIME, TIMES, routing_weights
+from semantic_routing.model.dit import Backbone
+
+MOST_NUMBERS = 120
+"""Heat maps of at most so many cells show the numbers, too."""
+
+
+def plot_heatmap(
+    weights: Float[np.ndarray, "K L"],
+    title: str = "",
+    top: float = 0.0,
+    rows: Sequence[str] | None = None,
+    label: str = "block",
+) -> Figure:
+    """A row for each of K blocks or times, the first on top: the darker, the more of the layer is read.
+
+    ``top`` is the weight of the darkest colour, so that several maps can share one; by default the largest.
+    ``rows`` are the names of the rows, by default their numbers.
+    """
+    count, layers = weights.shape
+    figure, axes = new_axes(min(1.9 + 0.42 * layers, 7.5), min(1.4 + 0.34 * count, 5.5), title)
+    # Twice the uniform weight is the darkest colour where nothing stands out more.
+    top = 100 * max(top, float(weights.max()), 2 / layers)
+    edges_x, edges_y = np.arange(layers + 1) + 0.5, np.arange(count + 1) - 0.5
+    mesh = axes.pcolormesh(
+        edges_x, edges_y, weights * 100, cmap="Blues", vmin=0, vmax=top, edgecolors="face", linewidth=0.2
+    )
+    axes.invert_yaxis()
+    axes.set_xticks(_ticks(1, layers))
+    ticks = _ticks(0, count - 1)
+    axes.set_yticks(ticks, [str(tick) if rows is None else rows[tick] for tick in ticks])
+    axes.spines[:].set_visible(False)
+    label_axes(axes, "language-model layer", label)
+    if weights.size <= MOST_NUMBERS:
+        for (row, layer), weight in np.ndenumerate(weights * 100):
+            color = "white" if weight > 0.6 * top else "#08306b"
+            axes.text(layer + 1, row, f"{weight:.0f}", ha="center", va="center", fontsize=8.5, color=color)
+    bar = figure.colorbar(mesh, ax=axes, pad=0.02, fraction=0.06)
+    bar.set_label("weight (%)", fontsize=10, color=INK)
+    bar.ax.tick_params(labelsize=9, color=INK, labelcolor=INK)
+    bar.outline.set_visible(False)
+    return figure
+
+
+def plot_lines(weights: Float[np.ndarray, "K L"], labels: Sequence[str], title: str = "") -> Figure:
+    """Weight by layer, a line for each of K blocks or times in their order."""
+    figure, axes = new_axes(6.6, 3.4, title)
+    layers = weights.shape[1]
+    colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(labels)))
+    for row, label, color in zip(weights, labels, colors, strict=True):
+        axes.plot(np.arange(1, layers + 1), row, "o-", color=color, markersize=3, linewidth=1.5, label=label)
+    axes.axhline(1 / layers, color=INK, linewidth=0.8, linestyle=":", label="uniform")
+    axes.set_xticks(_ticks(1, layers))
+    axes.set_ylim(bottom=0)
+    label_axes(axes, "language-model layer", "weight")
+    axes.legend(fontsize=9, frameon=False, labelcolor=INK, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def heatmaps(
+    model: Backbone, times: Sequence[float] = CHOSEN_TIMES
+) -> Iterator[tuple[float | None, Float[np.ndarray, "D L"]]]:
+    """The weights of all blocks at the times or, where time is ignored, once for None."""
+    times = times if model.depends_on_time else times[:1]
+    for time, weights in zip(times, routing_weights(model, times), strict=True):
+        yield (time if model.depends_on_time else None), weights
+
+
+def weight_figures(
+    model: Backbone, times: Sequence[float] = CHOSEN_TIMES, blocks: Sequence[int] = ()
+) -> Iterator[Drawn]:
+    """Figures 1, 2, 6 and 7: heat maps of all blocks at the chosen times and of all times in the chosen blocks; lines.
+
+    As far as the model's routing has the axis; by default of the first, the middle and the last block. ValueError for
+    a block that the model lacks.
+    """
+    depth = model.cfg.depth
+    if wrong := [block for block in blocks if not 0 <= block < depth]:
+        raise ValueError(f"there is no block {wrong[0]}: this model's are 0 to {depth - 1}")
+    chosen = list(blocks) or sorted({0, (depth - 1) // 2, depth - 1})
+    # Over the axis that routing ignores all weights are alike, and one of it stands for all.
+    if np.ptp(routing_weights(model, TIMES), axis=1).max() == 0:
+        chosen = []
+    columns = [f"layer {layer}" for layer in range(1, model.cfg.text_layers + 1)]
+    for name, title, figure, rows, weights in [*_maps(model, times, chosen), *_lines(model, times, chosen)]:
+        yield Drawn(name=name, title=title, figure=figure, rows=rows, columns=columns, values=weights)
+
+
+Part = tuple[str, str, Figure, list[str], Float[np.ndarray, "K L"]]
+"""Name and title of a figure, the figure, the names of the rows of numbers in it, and these."""
+
+
+def _maps(model: Backbone, times: Sequence[float], blocks: Sequence[int]) -> Iterator[Part]:
+    every = routing_weights(model, TIMES)
+    top = float(every.max())
+    rows = [f"block {block}" for block in range(model.cfg.depth)]
+    for time, weights in heatmaps(model, times) if blocks or not model.depends_on_time else ():
+        name, at = ("heatmap", "") if time is None else (f"heatmap-t{time:g}", f"t = {time:g}")
+        title = f"Weight of each layer in each block{at and f', {at}'}"
+        yield name, title, plot_heatmap(weights, at, top), rows, weights
+    for block in (blocks or [0]) if model.depends_on_time else ():
+        name, where = (f"heatmap-block{block}", f"block {block}") if blocks else ("heatmap-times", "")
+        names, weights = [f"{t:g}" for t in TIMES], every[:, block]
+        figure = plot_heatmap(weights, where, top, names, TIME)
+        title = f"Weight of each layer at each time{where and f', {where}'}"
+        yield name, title, figure, [f"t = {t}" for t in names], weights
+
+
+def _lines(model: Backbone, times: Sequence[float], blocks: Sequence[int]) -> Iterator[Part]:
+    weights = routing_weights(model, times)
+    if not model.depends_on_time:
+        rows = [f"block {block}" for block in blocks] or ["all blocks"]
+        values = weights[0, list(blocks) or [0]]
+        yield "lines", "Weight of each layer", plot_lines(values, rows), rows, values
+        return
+    rows = [f"t = {time:g}" for time in times]
+    for block in blocks or [0]:
+        name, where = (f"lines-block{block}", f"block {block}") if blocks else ("lines", "")
+        title = f"Weight of each layer at chosen times{where and f', {where}'}"
+        yield name, title, plot_lines(weights[:, block], rows, where), rows, weights[:, block]
+
+
+def _ticks(first: int, last: int, most: int = 12) -> range:
+    """Whole numbers from first to last, so few that their labels do not meet."""
+    return range(first, last + 1, -(-(last - first + 1) // most))

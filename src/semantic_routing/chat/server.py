@@ -1,0 +1,215 @@
+"""One OpenAI-compatible server: its address, one attempt at one question, and in words what goes wrong with it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from semantic_routing.chat.messages import Answer, Failure, Question
+from semantic_routing.chat.replies import read_answer
+from semantic_routing.common.connection import way_to
+from semantic_routing.common.extras import require
+
+USUAL_KEY = "OPENAI_API_KEY"
+"""Where the key is if no variable is named; it need not be there."""
+KEYLESS = "EMPTY"
+"""Sent where the environment holds no key: servers of one's own mostly want none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """A server, a model, and how hard to ask them. The key is in the environment alone."""
+
+    base_url: str = "http://127.0.0.1:8000/v1"
+    """The server's address; of most it ends in /v1."""
+    model: str = ""
+    """Name under which the server knows the model."""
+    api_key_env: str = USUAL_KEY
+    """Name of the environment variable that holds the key; servers without keys need none."""
+    concurrency: int = 32
+    """Requests under way at once, of each process."""
+    timeout: float = 120.0
+    """Seconds for one request, from sending to the answer's last byte."""
+    retries: int = 6
+    """Further attempts at a request that failed by overload, timeout, a cut connection or a malformed answer."""
+    first_wait: float = 1.0
+    """Longest wait in seconds before the first retry, doubled with each; the wait itself is drawn evenly below it."""
+    longest_wait: float = 60.0
+    """No wait is longer; a request whose server asks for more by Retry-After fails."""
+    requests_per_minute: float | None = None
+    """Most requests a minute of each process, evenly spread."""
+    give_up: int = 64
+    """Requests that fail in a row, with no answer between them, after which the run stops; 8 before any answer."""
+    extra: str = "{}"
+    """More parameters of every request as a JSON object, such as '{"seed": 1}'; null takes one out."""
+    cache: Path | None = None
+    """Folder of answers, so that no question is paid for twice."""
+    replay: bool = False
+    """Answer from the cache alone, without a server."""
+    prompt_price: float = 0.0
+    """Price of a million prompt tokens."""
+    completion_price: float = 0.0
+    """Price of a million completion tokens."""
+
+    def __post_init__(self) -> None:
+        _check_url(self.base_url)
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
+            raise ValueError(
+                "api_key_env is no variable's name; put the key into the environment and name the variable"
+            )
+        for name, least in (("concurrency", 1), ("retries", 0), ("give_up", 1), ("prompt_price", 0),
+                            ("completion_price", 0), ("first_wait", 0), ("longest_wait", 0)):  # fmt: skip
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.timeout <= 0:
+            raise ValueError(f"timeout is {self.timeout}; a request needs some seconds")
+        if self.requests_per_minute is not None and self.requests_per_minute <= 0:
+            raise ValueError(f"requests_per_minute is {self.requests_per_minute}; it must be above 0")
+        if self.replay and self.cache is None:
+            raise ValueError("replay answers from the cache alone; give the cache's folder too")
+        self.extra_parameters()
+
+    def extra_parameters(self) -> dict[str, Any]:
+        """``extra``, read."""
+        try:
+            found = json.loads(self.extra)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"extra is not JSON ({error}); write it like '{{\"seed\": 1}}'") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"extra is {self.extra}; it must be a JSON object such as '{{\"seed\": 1}}'")
+        return found
+
+
+def _check_url(url: str) -> None:
+    parts = urlsplit(url)
+    # An address is written into manifests, so nothing secret may be in it; nor is it repeated here.
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError("base_url holds credentials or a query; give the key by the variable that api_key_env names")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"base_url is {url!r}; write it like http://127.0.0.1:8000/v1")
+    if parts.path.rstrip("/").endswith("/completions"):
+        raise ValueError(f"base_url is {url!r}; leave out the end, from /chat on")
+
+
+class Pace:
+    """When the next request may leave: evenly spread, and not while the server wants a rest."""
+
+    def __init__(self, per_minute: float | None) -> None:
+        self._gap = 60 / per_minute if per_minute else 0.0
+        self._free = 0.0
+
+    async def turn(self) -> None:
+        now = time.monotonic()
+        start = max(now, self._free)
+        self._free = start + self._gap
+        await asyncio.sleep(start - now)
+
+    def pause(self, seconds: float) -> None:
+        self._free = max(self._free, time.monotonic() + seconds)
+
+
+def import_openai() -> Any:
+    """The client's library; ValueError where it is not installed."""
+    return require("openai", what="asking a model", extra="eval")
+
+
+def read_key(cfg: ChatConfig) -> str:
+    """The key in the environment; ValueError if it cannot be one, or there is no variable of a name that was given.
+
+    Such a name is not repeated: it may be the key itself, given in the name's place.
+    """
+    key = os.environ.get(cfg.api_key_env)
+    if key is None and cfg.api_key_env != USUAL_KEY:
+        raise ValueError(
+            "the environment has no variable of the name that api_key_env gives; put the key into one and give its name"
+        )
+    key = key or KEYLESS
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(f"the key in {cfg.api_key_env} has characters that no key has; copy it again")
+    return key
+
+
+class Server:
+    """Connections to a server, and in words what goes wrong on them."""
+
+    def __init__(self, cfg: ChatConfig) -> None:
+        self.cfg = cfg
+        self.pace = Pace(cfg.requests_per_minute)
+        self._openai, self._key = import_openai(), read_key(cfg)
+        self._way = way_to(cfg.base_url)
+        # What the environment says about the way is in it already, so the client's library need not look there.
+        http_client = self._openai.DefaultAsyncHttpxClient(
+            proxy=self._way.proxy, verify=self._way.verify, trust_env=False
+        )
+        self._client = self._openai.AsyncOpenAI(
+            base_url=cfg.base_url, api_key=self._key, max_retries=0, timeout=cfg.timeout, http_client=http_client
+        )
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def ask(self, question: Question) -> tuple[Answer | Failure, float | None]:
+        """One attempt: the answer, or the failure with the seconds that the server wants to be left alone.
+
+        Raises ValueError for what would fail every question.
+        """
+        openai = self._openai
+        body = {"model": self.cfg.model, "messages": [question.message()], **question.parameters}
+        try:
+            async with asyncio.timeout(self.cfg.timeout):
+                # As text, and past the library's walk through every type: a quarter of a small question's time.
+                reply = await self._client.post("/chat/completions", cast_to=str, body=body)
+        except (TimeoutError, openai.APITimeoutError):
+            return Failure(reason="timeout", detail=f"no answer within {self.cfg.timeout:g} seconds"), None
+        except openai.APIConnectionError as error:
+            trouble = self._way.explain(self._clean(str(error.__cause__ or error), 300))
+            return Failure(reason="no connection", detail=trouble), None
+        except openai.APIStatusError as error:
+            wait = retry_after(error.response.headers.get("retry-after"))
+            return self._refusal(error.status_code, error.code, self._clean(error.message, 300)), wait
+        try:
+            return read_answer(self._clean(reply)), None
+        except ValueError as error:
+            return Failure(reason="malformed answer", detail=str(error)), None
+
+    def _refusal(self, status: int, code: str | None, message: str) -> Failure:
+        """A failure of this question; ValueError where all would fail alike."""
+        fix = {
+            401: f"put a valid key into the environment variable {self.cfg.api_key_env}",
+            402: "the account has no credit left",
+            404: f"see that the address, which mostly ends in /v1, is right and serves {self.cfg.model!r}",
+        }.get(status)
+        if code == "insufficient_quota":
+            fix = "the account has no credit left"
+        if fix is not None:
+            raise ValueError(f"{self.cfg.base_url} refuses: {message}; {fix}") from None
+        return Failure(reason=f"HTTP {status}", detail=message, final=status < 500 and status not in (408, 409, 429))
+
+    def _clean(self, text: str, longest: int | None = None) -> str:
+        """What a server said, without the key that it may have repeated; for messages cut to one short line."""
+        if len(self._key) > len(KEYLESS):
+            text = text.replace(self._key, "[key]")
+        return text if longest is None else " ".join(text.split())[:longest]
+
+
+def retry_after(header: str | None) -> float | None:
+    """The seconds of a Retry-After header, which may be a date; None where there is none that can be read."""
+    if header is None:
+        return None
+    try:
+        return max(0.0, float(header))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):  # no date, or one without its zone
+        return None

@@ -1,0 +1,85 @@
+"""What an answer says once its model has thought; and, where the first answers say nothing, what to set."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Mapping
+
+from tqdm import tqdm
+
+from semantic_routing.chat.messages import Answer, Failure
+
+CUT, EMPTY, THOUGHTS, STOPPED = "cut off", "empty answer", "thoughts without an answer", "stopped"
+"""Why an answer says nothing whole."""
+LENGTH = re.compile(r"length|max|limit|truncat|incomplete", re.IGNORECASE)
+"""In a finish_reason: the answer reached its longest. Servers write length, model_length, max_tokens, MAX_TOKENS ..."""
+ENDED = re.compile(r"filter|safety|recitation|refus|prohibited|block|error|abort|cancel|timeout", re.IGNORECASE)
+"""In a finish_reason: the answer was broken off, or kept back."""
+_NAMES = r"(?:\w+:)?(?:think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad)"
+_OPEN = rf"<{_NAMES}>|\[THINK\]|\u25c1think\u25b7|<\|begin_of_thought\|>|<unused94>|<\|?channel\|?>(?:analysis|thought)"
+_CLOSE = (
+    rf"</{_NAMES}>|\[/THINK\]|\u25c1/think\u25b7|<\|end_of_thought\|>|<unused95>"
+    r"|<\|channel\|>final<\|message\|>|<channel\|>"
+)
+OPEN, CLOSE = re.compile(_OPEN, re.IGNORECASE), re.compile(_CLOSE, re.IGNORECASE)
+"""The marks around thoughts of Qwen, DeepSeek and most others, Magistral, Kimi, MedGemma, gpt-oss and Gemma."""
+FRAME = re.compile(r"</?answer>|<\|(?:begin|end)_of_(?:box|solution)\|>|<\|(?:return|end)\|>\s*$", re.IGNORECASE)
+"""What some models put around the answer after their thoughts."""
+ENOUGH = 3
+"""So many answers that say nothing, and fewer that do, make a line about it."""
+
+
+def spoken(answer: Answer) -> str | Failure:
+    """Return what an answer says, without thoughts, or why that is nothing or not whole."""
+    text, thought = without_thoughts(answer.text)
+    thought = thought or answer.thought
+    if LENGTH.search(answer.finish):
+        return Failure(reason=CUT, detail=text[:200] or ("while it was thinking" if thought else ""))
+    if ENDED.search(answer.finish):
+        return Failure(reason=STOPPED, detail=answer.finish)
+    if not text:
+        return Failure(reason=THOUGHTS if thought else EMPTY)
+    return text
+
+
+def without_thoughts(text: str) -> tuple[str, bool]:
+    """Return what comes after all thoughts, nothing where they do not end; and whether there were any.
+
+    A server may keep the mark before them to itself, so what is before a closing mark is thought.
+    """
+    closed = [*CLOSE.finditer(text)]
+    said = text[closed[-1].end() :] if closed else text
+    opened = OPEN.search(said)
+    if opened:
+        said = ""
+    if closed or opened:
+        said = FRAME.sub("", said)
+    return said.strip(), bool(closed or opened)
+
+
+class FirstAnswers:
+    """Watches a model's first answers; where most say nothing, says once what to set."""
+
+    def __init__(self, advice: Mapping[str, str]) -> None:
+        """``advice`` by reason, that of the empty reason for all others."""
+        self.advice = advice
+        self._useful, self._useless, self._told = 0, Counter[str](), False
+
+    def note(self, reason: str = "") -> None:
+        """Take in why an answer is of no use; nothing where it is."""
+        self._useful += not reason
+        if not reason:
+            return
+        self._useless[reason.partition(":")[0]] += 1
+        useless = self._useless.total()
+        if self._told or useless < ENOUGH or useless <= self._useful:
+            return
+        self._told = True
+        worst = self._useless.most_common(1)[0][0]
+        advice = self.advice.get(worst, self.advice.get("", ""))
+        tqdm.write(
+            f"semroute: {useless} of the first {useless + self._useful} answers cannot be used ({worst}); {advice}",
+            file=sys.stderr,
+        )

@@ -1,0 +1,161 @@
+"""Find, check and read checkpoints; put training state back into model and optimisers."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
+
+from semantic_routing.checkpoint.safetensors_storage import SUFFIX, SafetensorsReader, alone, open_tensors
+
+MODEL, EMA, OPTIMIZER, RANDOM = (f"{name}{SUFFIX}" for name in ("model", "ema", "optimizer", "random"))
+STATE = "state.json"
+NAME = re.compile(r"step-(\d{7,})")
+"""The name of a checkpoint ..."""
+
+
+def load_training_state(
+    folder: Path, model: nn.Module, optimizers: list[Optimizer], group: ProcessGroup | None = None
+) -> dict[str, Tensor]:
+    """Fill model, optimisers and, where this rank wrote them, random generators; returns the moving average.
+
+    The average is in the order of the model's parameters. Raises ValueError for what is missing, damaged or of
+    another model.
+    """
+    read_state(folder)
+    reader = SafetensorsReader(folder, [Path(name).stem for name in (MODEL, EMA, OPTIMIZER, RANDOM)])
+    parameters, rank = dict(model.named_parameters()), 0 if group is None else group.rank()
+    weights = model.state_dict()
+    _check_same(folder / MODEL, _below(reader.shapes, "model."), {k: v.shape for k, v in weights.items()})
+    _check_same(folder / EMA, _below(reader.shapes, "ema."), {k: p.shape for k, p in parameters.items()})
+    ema = {name: torch.empty_like(p, requires_grad=False) for name, p in parameters.items()}
+    slots = {}
+    for key, shape in _below(reader.shapes, "optimizer.").items():
+        p = parameters.get(key.rpartition("/")[0])
+        if p is None or shape not in (torch.Size(), p.shape):
+            raise ValueError(f"{folder / OPTIMIZER} belongs to another model: {key} {tuple(shape)}")
+        slots[key] = torch.empty_like(p, requires_grad=False) if shape else torch.empty((), device=p.device)
+    generators = {name: x for name, x in random_state(rank).items() if f"random.{name}" in reader.shapes}
+    state = {"model": weights, "ema": ema, "optimizer": slots, "random": generators}
+    if group is None:
+        alone()
+    dcp.load(state, storage_reader=reader, process_group=group, no_dist=group is None)
+    owners = {id(p): o for o in optimizers for group_ in o.param_groups for p in group_["params"]}
+    for key, tensor in slots.items():
+        name, _, slot = key.rpartition("/")
+        owners[id(parameters[name])].state[parameters[name]][slot] = tensor
+    set_random_state(generators)
+    return ema
+
+
+def random_state(rank: int) -> dict[str, Tensor]:
+    """The state of this process's random generators. Nothing here draws from them, but what a user adds may."""
+    state = {f"{rank}.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state[f"{rank}.cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: Mapping[str, Tensor]) -> None:
+    """What ``random_state`` gave."""
+    for name, tensor in state.items():
+        (torch.cuda.set_rng_state if name.endswith(".cuda") else torch.set_rng_state)(tensor)
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Fill a model strictly from a file such as ``ema.safetensors`` or its parts; ValueError lists what does not match.
+
+    A model on the meta device takes the file's tensors as they are, so nothing is held twice.
+    """
+    tensors = read_tensors(path)
+    _check_same(path, {k: x.shape for k, x in tensors.items()}, {k: x.shape for k, x in model.state_dict().items()})
+    model.load_state_dict(tensors, assign=any(p.is_meta for p in model.parameters()))
+
+
+def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a file such as ``model.safetensors`` or of its parts, or those whose names begin with ``prefix``.
+
+    ValueError if it is missing or damaged.
+    """
+    if path.is_file() and not prefix:
+        with open_tensors(path):
+            return load_file(path)
+    found = SafetensorsReader(path.parent, [path.stem]).tensors(f"{path.stem}.{prefix}")
+    return _below(found, f"{path.stem}.")
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint: ``step``, and ``config``, the run's resolved configuration."""
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{folder} is not a checkpoint: its {STATE} cannot be read") from error
+    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+        raise ValueError(f"{folder} was not written by semroute train: its {STATE} tells no step")
+    return state
+
+
+def check_whole(folder: Path) -> None:
+    """ValueError where a checkpoint lacks a file or has one that is damaged; reads no more than the files' headers."""
+    listed = read_state(folder).get("files", [])
+    for path in sorted({*(folder / name for name in listed), *folder.glob(f"*{SUFFIX}")}):
+        with open_tensors(path):
+            pass
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints in a run's folder, oldest first; what was never finished has another name."""
+    return sorted((f for f in (run / "checkpoints").glob("step-*") if NAME.fullmatch(f.name)), key=_step)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that ``path`` means: itself, or the latest whole one of a run's folder.
+
+    Damaged ones are passed over, and a line on stderr says so. ValueError if there is none.
+    """
+    if (path / STATE).is_file():
+        return path
+    found, first = checkpoints(path), None
+    for folder in reversed(found):
+        try:
+            check_whole(folder)
+        except ValueError as error:
+            first = first or error
+            continue
+        if first is not None:
+            sys.stderr.write(f"semroute: {first}; going on from {folder}\n")
+        return folder
+    if first is not None:
+        raise ValueError(f"no whole checkpoint at {path}: {first}")
+    hint = "it does not exist" if not path.exists() else "it holds no checkpoints/step-* folder"
+    raise ValueError(f"no checkpoint at {path}: {hint}; give a run's folder or one of its checkpoints")
+
+
+def _check_same(path: Path, found: Mapping[str, torch.Size], own: Mapping[str, torch.Size]) -> None:
+    """ValueError lists what of a file's names and shapes are not a model's own."""
+    wrong = [f"{k}: {tuple(found[k])} in the file, {tuple(own[k])} in the model"
+             for k in own.keys() & found.keys() if own[k] != found[k]]  # fmt: skip
+    wrong += [f"{k}: not in the file" for k in own.keys() - found.keys()]
+    wrong += [f"{k}: not in the model" for k in found.keys() - own.keys()]
+    if wrong:
+        raise ValueError(f"{path} belongs to another model: {'; '.join(sorted(wrong)[:4])} ({len(wrong)} in all)")
+
+
+def _below(entries: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The entries whose names begin with ``prefix``, without it."""
+    return {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)}
+
+
+def _step(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(folder.name.removeprefix("step-"))

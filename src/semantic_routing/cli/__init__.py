@@ -1,0 +1,1 @@
+"""semroute, a file for each subcommand."""

@@ -1,0 +1,135 @@
+"""``semroute convert``: reference checkpoints as runs of this program, and runs as reference checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from safetensors.torch import save_file
+
+from semantic_routing.checkpoint.load import EMA, MODEL, STATE, find_checkpoint
+from semantic_routing.common.config import to_dict
+from semantic_routing.common.files import check_writable, write_text, written_whole
+from semantic_routing.common.locks import LOCK, claimed
+from semantic_routing.common.manifest import manifest
+from semantic_routing.interop.upstream import load_upstream, to_upstream, upstream_config
+from semantic_routing.model.arms import DEFAULT_ARM, parse_arm
+from semantic_routing.model.codec import HUB_NAME, CodecConfig, PixelCodec
+from semantic_routing.model.dit import Backbone
+from semantic_routing.sampling.load import load_model
+from semantic_routing.sampling.text_to_image import check_channels, check_encoder, latent_shape
+from semantic_routing.text.loading import TextEncoderConfig, text_shape
+from semantic_routing.training.recipes import paper
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpstreamArguments:
+    """Make a run of a checkpoint of the paper's reference implementation, to sample, score, analyse and export."""
+
+    src: Annotated[Path, tyro.conf.Positional]
+    """A safetensors or torch file, or a folder with one, its shards, or what DeepSpeed or Accelerate saved."""
+    config: Path
+    """JSON file of the checkpoint's sizes, by the reference's names."""
+    arm: str
+    """Conditioning strategy: penultimate, uniform, static, time, depth, joint or fusedit (or B1 ... FuseDiT)."""
+    out: Path
+    """The run's folder to write."""
+    image_size: int = 256
+    """Side of an image in pixels."""
+    text: TextEncoderConfig = field(default_factory=lambda: paper(DEFAULT_ARM).text)
+    """The language model it was trained with; the default is the paper's."""
+    codec: CodecConfig = field(default_factory=lambda: paper(DEFAULT_ARM).codec)
+    """What turns its latents into images; the default is the paper's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OursArguments:
+    """Write a run's weights by the reference implementation's names, and their sizes beside them."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """A run's folder, or one of its checkpoints."""
+    out: Path
+    """Safetensors file to write; its configuration goes to the same name ending in .json."""
+    averaged: bool = True
+    """Write the moving average of the weights, which samples best, or else the trained weights themselves."""
+
+
+def convert_upstream(args: UpstreamArguments) -> Path:
+    """Write the run whose only checkpoint is the reference's; returns that checkpoint.
+
+    Weights are stored once, in float32 as in every run, under both names that a checkpoint has for them. A run that
+    is there already is a ValueError, as is whatever ``load_upstream`` finds wrong, or a text encoder at hand whose
+    features the weights do not fit, or a size in pixels that patches do not divide.
+    """
+    check_writable(args.out)
+    with claimed(args.out / LOCK, args.out):
+        return _convert_upstream(args)
+
+
+def _convert_upstream(args: UpstreamArguments) -> Path:
+    if (args.out / "checkpoints").exists():
+        raise ValueError(f"{args.out} already holds a run; choose another --out")
+    sizes = _read_sizes(args.config)
+    model = load_upstream(args.src, sizes, parse_arm(args.arm)).float()
+    _check_text(model, args.text)
+    if args.codec.kind == "pixels":
+        check_channels(PixelCodec(), model.cfg)
+        latent_shape(PixelCodec(), model.cfg, args.image_size, args.image_size)
+    cfg = replace(paper(model.cfg.arm), model=model.cfg, text=args.text, codec=args.codec, image_size=args.image_size)
+    folder = args.out / "checkpoints" / "step-0000000"
+    with written_whole(folder) as scratch:
+        scratch.mkdir()
+        save_file({name: x.detach().contiguous() for name, x in model.state_dict().items()}, scratch / EMA)
+        os.link(scratch / EMA, scratch / MODEL)
+        state = {"step": 0, "config": to_dict(cfg)}
+        (scratch / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    facts = manifest(converted_from=args.src.name, upstream_config=sizes)
+    write_text(args.out / "manifest.json", json.dumps(facts, indent=2) + "\n")
+    return folder
+
+
+def convert_ours(args: OursArguments) -> Path:
+    """Write a run's weights as the reference's; returns the file."""
+    model = load_model(find_checkpoint(args.model), averaged=args.averaged)
+    tensors = to_upstream(model)
+    with written_whole(args.out) as scratch:
+        save_file(tensors, scratch, metadata={"format": "pt"})
+    write_text(args.out.with_suffix(".json"), json.dumps(upstream_config(model), indent=2) + "\n")
+    return args.out
+
+
+DIRECTIONS: dict[str, tuple[type, Callable[[Any], Path]]] = {
+    "upstream": (UpstreamArguments, convert_upstream),
+    "ours": (OursArguments, convert_ours),
+}
+"""From which side: the command's arguments and what does it."""
+
+
+def _read_sizes(path: Path) -> dict[str, Any]:
+    try:
+        sizes = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no configuration file {path}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(sizes, dict):
+        raise ValueError(f'{path} must hold an object of sizes such as {{"hidden_size": 2048, ...}}')
+    return sizes
+
+
+def _check_text(model: Backbone, text: TextEncoderConfig) -> None:
+    """Raise where a text encoder on this machine does not fit the weights; one on the hub is not asked for."""
+    name = text.name_or_path
+    if re.fullmatch(HUB_NAME, name) and not Path(name).is_dir():
+        return
+    shape = text_shape(text)
+    try:
+        check_encoder(shape, model.cfg)
+    except ValueError as error:
+        raise ValueError(f"{error}; give its own as --text.name-or-path instead of {name}") from error

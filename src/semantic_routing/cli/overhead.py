@@ -1,0 +1,51 @@
+"""semroute overhead: the paper's Table 4."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from semantic_routing.analysis.overhead import SCALES, measure, table, to_json
+from semantic_routing.common.device import pick_device
+from semantic_routing.common.files import write_text
+from semantic_routing.model.arms import ARMS, PAPER_ARMS, parse_arm
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverheadArguments:
+    """What a picture costs with every arm (the paper's Table 4)."""
+
+    scale: Literal["paper", "toy"] = "paper"
+    """Sizes of the networks and of the picture."""
+    arms: tuple[str, ...] = PAPER_ARMS
+    """Conditioning strategies."""
+    text_tokens: int = 32
+    """Length of a prompt in this program's own numbers."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where latency and memory are measured; "auto" measures where there is a CUDA device."""
+    compile: bool = False
+    """Compile the network that is timed, as semroute sample --compile does."""
+    json: Path | None = None
+    """Write the numbers as JSON to this file, or with no name or "-" to the standard output instead of the table."""
+
+
+def run_overhead(args: OverheadArguments) -> str:
+    """Measure the arms; the text to print."""
+    cuda = args.device == "auto" and torch.cuda.is_available()
+    device = pick_device(args.device) if cuda or args.device != "auto" else None
+    if not args.arms:
+        raise ValueError(f"nothing to measure: name some of the arms {', '.join(ARMS)}")
+    arms = [parse_arm(arm) for arm in args.arms]
+    how: dict[str, Any] = {"scale": SCALES[args.scale], "device": device, "compiled": args.compile}
+    rows = [measure(arm, text_tokens=args.text_tokens, **how) for arm in arms]
+    if args.json is None:
+        return table(rows)
+    text = json.dumps(to_json(rows), indent=2)
+    if args.json == Path("-"):
+        return text
+    write_text(args.json, text + "\n")
+    return table(rows)

@@ -1,0 +1,143 @@
+"""The whole method on one machine in minutes: train, sample, score, report."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from semantic_routing.analysis.report import write_report
+from semantic_routing.checkpoint.load import checkpoints, find_checkpoint
+from semantic_routing.common.config import from_dict
+from semantic_routing.common.device import keep_freed_memory, pick_device
+from semantic_routing.common.files import check_writable, write_text
+from semantic_routing.common.locks import claimed
+from semantic_routing.common.troubles import Troubles
+from semantic_routing.data.dataset import open_data
+from semantic_routing.data.loader import Loader
+from semantic_routing.evaluation.shapes import evaluate_shapes
+from semantic_routing.model.arms import DEFAULT_ARM, parse_arm
+from semantic_routing.sampling.load import load_bundle, read_run_config
+from semantic_routing.sampling.text_to_image import check_guidance
+from semantic_routing.training.config import TrainConfig
+from semantic_routing.training.loop import resume, start, training_corpus
+from semantic_routing.training.recipes import TOY_SAMPLING, toy
+from semantic_routing.training.tiny_lm import tiny_lm
+from semantic_routing.training.trainer import Trainer
+
+TRAIN_SECONDS = 540
+"""What training may take, so that all of it, installing included, is done in a quarter of an hour."""
+LOCK_FILE = ".quickstart.lock"
+"""Of its own, for the training in the same folder has the usual one."""
+TRIAL_STEPS, WARM_UP = 24, 8
+"""Steps of the trial that measures how fast the machine is, and how many of them do not count."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartArguments:
+    """Train a toy model, sample from it, score it exactly and write a report."""
+
+    out: Path = Path("runs/quickstart")
+    """Folder of the run; a quickstart that was stopped goes on."""
+    arm: str = DEFAULT_ARM
+    """Conditioning strategy (B1 B2 B3 S1 S2 S3 FuseDiT, or their names)."""
+    steps: int | None = None
+    """Training steps; by default the recipe's, or as many of them as this machine does in nine minutes."""
+    prompts: int = 440
+    """Unseen prompts to score, spread evenly over the eleven tags."""
+    guidance: float = TOY_SAMPLING.guidance
+    """Scale of classifier-free guidance."""
+    seed: int = 42
+    """Seed of the run."""
+
+    def __post_init__(self) -> None:
+        if self.prompts < 1:
+            raise ValueError(f"prompts is {self.prompts}; scoring needs at least 1")
+        check_guidance(self.guidance)
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; it must be at least 1")
+
+
+def run_quickstart(args: QuickstartArguments) -> Path:
+    """Do it all; returns the report's path."""
+    out = args.out
+    check_writable(out)
+    with claimed(out / LOCK_FILE, out):
+        return _run(args, replace(toy(parse_arm(args.arm)), seed=args.seed))
+
+
+def _run(args: QuickstartArguments, cfg: TrainConfig) -> Path:
+    out, timings = args.out, Timings(args.out / "timings.json")
+    with timings.measured("train"):
+        if checkpoints(out):
+            _check_same(cfg if args.steps is None else replace(cfg, steps=args.steps), out, args.steps is None)
+            resume(out)
+        else:
+            start(replace(cfg, steps=affordable_steps(cfg) if args.steps is None else args.steps), out)
+    with timings.measured("evaluate"):
+        bundle = load_bundle(out, pick_device())
+        sampling = replace(TOY_SAMPLING, guidance=args.guidance)
+        evaluate_shapes(bundle, out / "evaluation", n=args.prompts, seed=0, cfg=sampling)
+    return write_report(out, out / "evaluation", out, timings.seconds)
+
+
+def affordable_steps(cfg: TrainConfig) -> int:
+    """The recipe's steps, or on a slow machine as many hundreds of them as fit into ``TRAIN_SECONDS``.
+
+    A short trial measures a step. The number is then fixed and stands in the run's configuration, so the run
+    itself is as reproducible as any other.
+    """
+    data = open_data(cfg.data, image_size=cfg.image_size, seed=cfg.seed)
+    text = replace(cfg.text, name_or_path=str(tiny_lm(training_corpus(data))))
+    keep_freed_memory()
+    with TemporaryDirectory() as scratch:
+        trainer = Trainer(cfg, Path(scratch), text=text)
+        latent = trainer.bundle.codec.latent_shape(cfg.image_size)
+        loader = Loader(data, batch=cfg.batch, noise_shape=latent)
+        marks = []
+        for step in range(TRIAL_STEPS):
+            trainer.advance(trainer.prepare(loader.load(step)))
+            marks.append(time.perf_counter())
+    seconds = (marks[-1] - marks[WARM_UP]) / (TRIAL_STEPS - 1 - WARM_UP)
+    steps = min(cfg.steps, max(100, int(TRAIN_SECONDS / seconds) // 100 * 100))
+    if steps < cfg.steps:
+        sys.stderr.write(
+            f"A step takes {seconds:.2f} s here: training {steps} steps instead of {cfg.steps}, to be done in minutes "
+            f"(--steps {cfg.steps} trains them all)\n"
+        )
+    return steps
+
+
+def _check_same(cfg: TrainConfig, out: Path, any_steps: bool) -> None:
+    """Raise where the run in ``out`` is not the one that was asked for."""
+    there = from_dict(TrainConfig, read_run_config(find_checkpoint(out)))
+    model = replace(cfg.model, text_width=there.model.text_width, text_layers=there.model.text_layers)
+    if replace(cfg, model=model, steps=there.steps if any_steps else cfg.steps) != there:
+        raise ValueError(
+            f"{out} holds another run (arm {there.model.arm}, {there.steps} steps, seed {there.seed}); "
+            "choose another --out or delete it"
+        )
+
+
+class Timings:
+    """Seconds spent on each part of a run, added up over interruptions in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    @contextmanager
+    def measured(self, name: str) -> Iterator[None]:
+        """Add the time that the block takes, however it ends."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+            with Troubles().survived(self.path, ValueError):
+                write_text(self.path, json.dumps(self.seconds, indent=2) + "\n")

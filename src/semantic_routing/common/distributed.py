@@ -1,0 +1,163 @@
+"""The processes of one job as torchrun starts them; without torchrun, one process that is alone."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+from torch.distributed import DeviceMesh, ProcessGroup
+
+from semantic_routing.common.errors import TrainingFailed, exit_code
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=7)
+"""How long processes wait for the slowest of them. One that fails ends the job sooner: torchrun stops the rest."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which process of how many this is."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes what the job writes once."""
+        return self.rank == 0
+
+    def share(self, work: Sequence[T]) -> list[T]:
+        """This process's part of the work: every ``count``-th piece, so that all parts are alike in length."""
+        return list(work[self.rank :: self.count])
+
+    def wait(self) -> None:
+        """Return when every process has come here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+@contextmanager
+def processes() -> Iterator[Processes]:
+    """The job's processes, able to wait for each other (over gloo, on the host) while the context lasts."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1 or dist.is_initialized():
+        yield Processes(int(os.environ.get("RANK", "0")), count)
+        return
+    dist.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        yield Processes(dist.get_rank(), count)
+    finally:
+        dist.destroy_process_group()
+
+
+ALONE = Processes()
+CPU = torch.device("cpu")
+HEAD_START = 1.0
+"""Seconds for the first process to say why the run ends, before torchrun sees another end and stops it."""
+SETTLE = 0.25
+"""Seconds for gloo's threads to let go of the last tensors: they need the interpreter for it, and abort the process
+where that is already on its way out."""
+
+
+@dataclass(frozen=True)
+class World(Processes):
+    """The processes of a run, what this one computes on, and how they speak to each other."""
+
+    device: torch.device = CPU
+    """This process's device."""
+    mesh: DeviceMesh | None = None
+    """All processes as (replicas, shards), or shards alone; None for one process."""
+    threads: ProcessGroup | None = None
+    """Another way for all processes to speak, for a thread beside the training; None for one process."""
+
+    def agreed(self, act: Callable[[], T]) -> T:
+        """What ``act`` gives here, once it went well on every process; the first error among them ends all alike."""
+        result: list[T] = []
+        trouble: Exception | None = None
+        try:
+            result.append(act())
+        except (ValueError, TrainingFailed) as error:
+            trouble = error
+        troubles = [trouble]
+        if self.count > 1:
+            troubles = [None] * self.count
+            dist.all_gather_object(troubles, trouble)
+        first = next(filter(None, troubles), None)
+        if first is not None:
+            self.fail(first)
+        return result[0]
+
+    def shared(self, act: Callable[[], T]) -> T:
+        """What ``act`` gives on the first process, on all of them."""
+        found: list[Any] = [self.agreed(act if self.first else lambda: None)]
+        if self.count > 1:
+            dist.broadcast_object_list(found)
+        return cast(T, found[0])
+
+    def gathered(self, thing: T) -> list[T]:
+        """Everybody's ``thing``, in order of rank."""
+        found: list[Any] = [thing] * self.count
+        if self.count > 1:
+            dist.all_gather_object(found, thing)
+        return cast(list[T], found)
+
+    def in_order(self, act: Callable[[], T]) -> T:
+        """What ``act`` gives here, where the others begin when the first process is done: it fills their cache."""
+        if self.first:
+            result = self.agreed(act)
+            self.agreed(lambda: None)
+            return result
+        self.agreed(lambda: None)
+        return self.agreed(act)
+
+    def fail(self, error: Exception) -> NoReturn:
+        """End every process for one reason, which all of them know: the first raises it, the others only end."""
+        if self.first:
+            raise error
+        time.sleep(HEAD_START)
+        raise SystemExit(exit_code(error))
+
+    def mean(self, x: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """The mean of a number over all processes."""
+        if self.count == 1:
+            return x
+        x = x.detach().clone()
+        dist.all_reduce(x)
+        return x / self.count
+
+    def largest(self, *numbers: int) -> list[int]:
+        """The largest of each number among all processes."""
+        if self.count == 1:
+            return list(numbers)
+        x = torch.tensor(numbers)
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+        return cast(list[int], x.tolist())
+
+
+@contextmanager
+def open_world() -> Iterator[World]:
+    """The processes that torchrun started, joined while the context lasts; one process alone joins nothing."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield World()
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=PATIENCE)
+    try:
+        yield World(dist.get_rank(), count)
+    finally:
+        time.sleep(SETTLE)
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""Pictures: decoded safely whatever they are, as viewers show them, and saved."""

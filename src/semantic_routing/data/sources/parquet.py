@@ -1,0 +1,218 @@
+"""Parquet files with the pictures' bytes in a column, as img2dataset, Hugging Face, polars and pandas write them.
+
+A row group is a shard: it is read whole, with the columns that are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt32
+
+from semantic_routing.common.images.decode import Unusable
+from semantic_routing.common.images.dimensions import dimensions
+from semantic_routing.data.sources.records import DamagedRecord, Record, Sharded, caption_fields
+from semantic_routing.data.sources.row_groups import ERRORS, RowGroups, batches, open_parquet, pa
+from semantic_routing.data.sources.scan import SIZE, Damage, Found
+from semantic_routing.data.sources.storage import Arrays, shard_names
+
+IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp", "image", "images", "img", "image_bytes", "bytes")
+"""Names of the pictures' column, the first that is there."""
+CAPTION_COLUMNS = ("txt", "text", "caption", "captions", "prompt")
+"""Names of columns that are surely meant as captions."""
+KEY_COLUMN = "key"
+
+
+class ParquetRecords(Sharded):
+    """The rows of Parquet files; a record's key is its file and its ``key`` column or, without one, its row number.
+
+    Pictures are bytes, or Hugging Face's struct of ``bytes`` and ``path``; captions are all columns of strings and
+    lists of strings.
+    """
+
+    def __init__(self, name: str, paths: Sequence[str], sizes: Sequence[Path] | None = None) -> None:
+        """Read the files' footers.
+
+        Args:
+            name: What messages call the source.
+            paths: Absolute paths or URLs.
+            sizes: For each file an array of dtype ``found.SIZE``, from the index.
+
+        Raises ValueError for a file that is no Parquet or has no column of pictures.
+        """
+        self._paths = tuple(paths)
+        self._columns: list[tuple[str, list[str]]] = []  # of each file: of the pictures, of keys and captions
+        self._groups: list[tuple[int, int, int]] = []  # of each shard: file, row group, its first row in the file
+        names, counts = [], []
+        for number, (path, short) in enumerate(zip(paths, shard_names(paths), strict=True)):
+            first = 0
+            with open_parquet(path) as file:
+                self._columns.append(_columns(path, file.schema_arrow))
+                groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+            for group, rows in enumerate(groups):
+                self._groups.append((number, group, first))
+                names.append(short)
+                counts.append(rows)
+                first += rows
+        super().__init__(name, names, counts)
+        self._sizes = None if sizes is None else Arrays(sizes)
+        self._row_groups = RowGroups()
+
+    def keep(self, count: int) -> None:
+        """Keep the ``count`` row groups that were read last, as many as are drawn from."""
+        self._row_groups = RowGroups(count)
+
+    def read(self, index: int) -> Record:
+        """The record of that index; see ``RecordSource.read``."""
+        shard, row = self.locate(index)
+        file, group, first = self._groups[shard]
+        where = self.shard_name(shard)
+        image, others = self._columns[file]
+        key = f"{where}/{first + row}"
+        table = self._row_groups.table(self._paths[file], group, [image, *others])
+        if isinstance(table, str):
+            raise DamagedRecord("unreadable", where, key, f"row group {group}: {table}")
+        values: dict[str, Any] = {}
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            try:
+                values.setdefault(name, column[row].as_py())  # of several columns of one name, the first
+            except UnicodeDecodeError as error:
+                raise DamagedRecord("bad captions", where, key, f"column {name!r} is not UTF-8") from error
+        found = values.pop(image)
+        if isinstance(own := values.pop(KEY_COLUMN, None), str):
+            key = f"{where}/{own}"
+        if isinstance(found, list) and len(found) > 1:
+            raise DamagedRecord("several pictures", where, key, f"column {image!r} holds {len(found)}; give each a row")
+        picture = picture_bytes(found)
+        if picture is None:
+            raise DamagedRecord("no picture", where, key, f"column {image!r} is null")
+        if not picture:
+            raise DamagedRecord("zero bytes", where, key, "the picture is empty")
+        return Record(key, picture, caption_fields(values.items()))
+
+    def dimensions(self) -> UInt32[np.ndarray, "N 2"] | None:
+        """Width and height of every picture, 0 where they cannot be told; None where the index does not hold them."""
+        if self._sizes is None:
+            return None
+        files = range(len(self._paths))
+        return np.concatenate([np.stack([self._sizes[i]["width"], self._sizes[i]["height"]], axis=1) for i in files])
+
+
+def scan_parquet(path: str, *, look_inside: bool = False) -> Found:
+    """Count a file's rows from its footer; ``look_inside`` reads the pictures and reports what is none."""
+    found = Found(np.empty(0, SIZE))
+    try:
+        with open_parquet(path) as file:
+            image, _ = _columns(path, file.schema_arrow)
+            found.rows = np.zeros(file.metadata.num_rows, SIZE)
+            first = 0
+            for group in range(file.metadata.num_row_groups if look_inside else 0):
+                for batch in batches(file, group, [image]):
+                    for row, cell in enumerate(batch.column(0), first):
+                        _look(found, row, cell.as_py())
+                    first += len(batch)
+    except ERRORS as error:
+        found.report(Damage("unreadable", 0, b"", str(error)))
+    return found
+
+
+def _look(found: Found, row: int, cell: Any) -> None:
+    picture = picture_bytes(cell)
+    if isinstance(cell, list) and len(cell) > 1:
+        found.report(Damage("several pictures", row, b"", f"{len(cell)} of them"))
+    elif picture is None:
+        found.report(Damage("no picture", row, b"", "null"))
+    else:
+        try:
+            found.rows[row] = dimensions(picture)
+        except Unusable as error:
+            found.report(Damage(error.reason, row, b"", error.detail))
+
+
+def _columns(path: str, schema: Any) -> tuple[str, list[str]]:
+    """The column of pictures, and those that may hold captions or the key."""
+    image = picture_column(schema)
+    if image is None:
+        columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        raise ValueError(
+            f"{path} has no column of pictures, which is of bytes and called {', '.join(IMAGE_COLUMNS[:5])} ...; "
+            f"its columns: {columns}"
+        )
+    others = [name for name in text_columns(schema) if name != image]
+    named = next((field for field in schema if field.name in CAPTION_COLUMNS and field.name not in others), None)
+    if named is not None and not pa.types.is_null(named.type) and not {*others} - {KEY_COLUMN}:
+        raise ValueError(
+            f"{path}: the column {named.name!r} is of the type {named.type}, and captions are strings or lists of "
+            "strings; write it as such"
+        )
+    return image, others
+
+
+def picture_column(schema: Any) -> str | None:
+    """The name of the column of pictures; None where a schema has none."""
+    pictures = [field.name for field in schema if _holds_pictures(field.type)]
+    return next((name for name in IMAGE_COLUMNS if name in pictures), None)
+
+
+def text_columns(schema: Any) -> list[str]:
+    """The names of the columns of strings and lists of strings."""
+    return [field.name for field in schema if _holds_text(field.type)]
+
+
+def _holds_pictures(kind: Any) -> bool:
+    kind = _item(kind)
+    if pa.types.is_struct(kind):
+        return any(kind.field(i).name == "bytes" and _is_bytes(kind.field(i).type) for i in range(kind.num_fields))
+    return _is_bytes(kind)
+
+
+def _holds_text(kind: Any) -> bool:
+    kind = _item(kind)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _is_bytes(kind: Any) -> bool:
+    kind = _plain(kind)
+    return any(
+        check(kind)
+        for check in (
+            pa.types.is_binary,
+            pa.types.is_large_binary,
+            pa.types.is_binary_view,
+            pa.types.is_fixed_size_binary,
+        )
+    )
+
+
+def _plain(kind: Any) -> Any:
+    """The type of a column's values, however they are stored."""
+    while True:
+        if isinstance(kind, pa.BaseExtensionType):
+            kind = kind.storage_type
+        elif pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        else:
+            return kind
+
+
+def _item(kind: Any) -> Any:
+    """The type of a column's values or, where they are lists of any sort, of what is in the lists."""
+    kind = _plain(kind)
+    lists = (
+        pa.types.is_list,
+        pa.types.is_large_list,
+        pa.types.is_fixed_size_list,
+        pa.types.is_list_view,
+        pa.types.is_large_list_view,
+    )
+    return _plain(kind.value_type) if any(check(kind) for check in lists) else kind
+
+
+def picture_bytes(cell: Any) -> bytes | None:
+    """What a cell of a pictures' column, or the list in it, holds first; None where that is null."""
+    if isinstance(cell, list):
+        cell = cell[0] if cell else None
+    return cell.get("bytes") if isinstance(cell, dict) else cell

@@ -1,0 +1,1 @@
+"""What semroute data does beside indexing."""

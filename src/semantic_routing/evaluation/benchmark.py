@@ -1,0 +1,172 @@
+"""What every benchmark is: prompts with the skills they test, where their images lie, how scores add up.
+
+Images lie as the benchmark's official tools write and read them, so either side can score the other's. Most
+benchmarks have one file a prompt, ``<id>.png``; what differs is overridden.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from semantic_routing.evaluation.listing import list_pictures
+from semantic_routing.evaluation.records import CORRECT, Record
+from semantic_routing.evaluation.summary import Columns, markdown_table, summarize, tag_columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One prompt of a benchmark."""
+
+    id: str
+    """The benchmark's own name for it; digits."""
+    text: str
+    tags: tuple[str, ...]
+    """The skills it tests."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Whatever else the benchmark's scorer needs to know."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One image to be scored."""
+
+    prompt: Prompt
+    index: int
+    """Of the prompt."""
+    image: int
+    """Index of the image among those of its prompt."""
+    path: Path
+    sha256: str
+    """Of the image's file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What a scorer says about an image."""
+
+    scores: dict[str, float | None]
+    """By metric; None where no score could be had."""
+    reason: str
+    """Why, in a few words."""
+    answer: str = ""
+    """A judge's answer, word for word."""
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Judges images, one after another or several at once."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that decides its scores, in JSON types: models with their hashes, templates, thresholds."""
+        ...
+
+    def score(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Finding]]:
+        """Every task with its finding, each as soon as it is known, in any order."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """Prompts, the layout of their images and the columns of the table; by default of verdicts with one tag each."""
+
+    name: ClassVar[str] = ""
+    metrics: ClassVar[tuple[str, ...]] = (CORRECT,)
+    """Names of the scores that each image gets."""
+    headline: ClassVar[tuple[str, str]] = (CORRECT, "overall")
+    """Metric and column of the one number that stands for all."""
+
+    prompts: tuple[Prompt, ...]
+    images_per_prompt: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError(f"{self.name} has no prompts")
+        if self.images_per_prompt < 1:
+            raise ValueError(f"images_per_prompt is {self.images_per_prompt}; it must be at least 1")
+        places = [int(prompt.id) for prompt in self.prompts]
+        if len(set(places)) < len(places):
+            twice = next(place for place in places if places.count(place) > 1)
+            raise ValueError(f"two prompts of {self.name} have the id {twice:05d}")
+
+    @property
+    def prompt_set(self) -> dict[str, Any]:
+        """The prompts' number and a hash of all that is in them: equal for equal prompts, wherever they are run."""
+        content = json.dumps([astuple(p) for p in self.prompts], ensure_ascii=False, sort_keys=True)
+        return {"n": len(self.prompts), "sha256": hashlib.sha256(content.encode()).hexdigest()}
+
+    @property
+    def images(self) -> list[tuple[int, int]]:
+        """Every image by (prompt index, image index)."""
+        return [(p, i) for p in range(len(self.prompts)) for i in range(self.images_per_prompt)]
+
+    @property
+    def columns(self) -> Columns:
+        """The numbers of the table."""
+        return tag_columns(tag for prompt in self.prompts for tag in prompt.tags)
+
+    def file(self, index: int, image: int) -> str:
+        """Where an image is written, seen from the images' folder."""
+        name = self.prompts[index].id
+        return f"{name}.png" if self.images_per_prompt == 1 else f"{name}_{image:02d}.png"
+
+    def sampled(self, index: int, image: int) -> str:
+        """Where a sampled image is written first, seen from the evaluation's folder; a PNG."""
+        return f"images/{self.file(index, image)}"
+
+    def complete(self, out: Path) -> None:
+        """Write what else the official layout has in ``out/images``, once all images are sampled."""
+
+    def find(self, folder: Path) -> dict[tuple[int, int], Path]:
+        """The images in a folder, by (prompt index, image index); ValueError where it is not one of this benchmark."""
+        places = {int(prompt.id): index for index, prompt in enumerate(self.prompts)}
+        found: dict[tuple[int, int], Path] = {}
+        for path in list_pictures(folder).pictures:
+            name, _, image = path.stem.partition("_")
+            if not (name.isdecimal() and (image.isdecimal() or not image)):
+                continue
+            if int(name) not in places:
+                raise ValueError(
+                    f"{path} belongs to no prompt of {self.name}, whose {len(places)} ids go from {min(places):05d} to "
+                    f"{max(places):05d}: these images are of another set of prompts"
+                )
+            place = (places[int(name)], int(image or 0))
+            if place in found:
+                raise ValueError(f"{found[place]} and {path} are both image {place[1]} of prompt {name}; delete one")
+            found[place] = path
+        return found
+
+    def summarize(self, records: Sequence[Record]) -> dict[str, Any]:
+        """The content of summary.json."""
+        return summarize(records, self.columns)
+
+    def table(self, summary: dict[str, Any]) -> str:
+        """The summary as a Markdown table."""
+        return markdown_table(summary)
+
+
+def checked_rows(rows: Iterable[Any], path: Path, needs: Mapping[str, type], benchmark: str) -> list[dict[str, Any]]:
+    """Rows that all have the needed keys with values of the needed types; else ValueError: of another benchmark.
+
+    A text of blanks counts as none.
+    """
+    checked = []
+    for number, row in enumerate(rows, 1):
+        values = row if isinstance(row, dict) else {}
+        wrong = [
+            key
+            for key, kind in needs.items()
+            if not isinstance(value := values.get(key), kind) or (isinstance(value, str) and not value.strip())
+        ]
+        if wrong:
+            raise ValueError(
+                f"{path} holds no prompts of {benchmark}: entry {number} has no {', '.join(wrong)} (it needs "
+                f"{', '.join(needs)})"
+            )
+        checked.append(row)
+    return checked

@@ -1,0 +1,122 @@
+"""A benchmark from start to end: sample its images, or take a folder of them, and score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from semantic_routing.common.distributed import ALONE, Processes
+from semantic_routing.common.manifest import manifest
+from semantic_routing.evaluation.benchmark import Benchmark, Scorer
+from semantic_routing.evaluation.records import MANIFEST
+from semantic_routing.evaluation.scoring import check_scorer, read_manifest, score_folder
+from semantic_routing.sampling.folder import claim_folder, claimed_by_first, request, sample_missing
+from semantic_routing.sampling.text_to_image import Bundle, SampleConfig
+
+IMAGES = "images"
+SEED_RULE = (
+    "the noise of an image is a function of (sampler seed, prompt index, image index) alone; prompt i is the i-th of "
+    "the prompt set"
+)
+ORIGIN = (
+    "checkpoint",
+    "weights_sha256",
+    "bf16",
+    "null_prompt",
+    "resolution",
+    "sampler",
+    "seed_rule",
+    "prompts",
+    "prompt_seed",
+)
+"""What a manifest says about how images were made."""
+
+
+def evaluate_model(
+    benchmark: Benchmark,
+    bundle: Bundle,
+    out: Path,
+    cfg: SampleConfig,
+    scorer: Scorer | None,
+    job: Processes = ALONE,
+    *,
+    rescore: bool = False,
+    **facts: Any,
+) -> dict[str, Any]:
+    """Sample the benchmark's images into ``out/images`` and score them; the summary, empty without a scorer.
+
+    What is already in ``out`` is kept, so that a stopped evaluation goes on; ValueError where it belongs to another
+    model, sampler, set of prompts or scorer. ``rescore`` scores again what another scorer scored.
+    """
+    with claimed_by_first(out, job):
+        texts = [prompt.text for prompt in benchmark.prompts]
+        wanted = request(bundle, texts, cfg) if job.first else {}  # large weights take a while to hash
+        earlier = read_manifest(out / MANIFEST)
+        if earlier and job.first:  # other images are refused before any score goes; the manifest stays as it is
+            claim_folder(out, wanted, **{name: fact for name, fact in earlier.items() if name not in wanted})
+        identity = earlier.get("scorer")
+        if scorer is not None:
+            identity = scorer.identity
+            check_scorer(benchmark, out, identity, rescore=rescore, job=job)
+        claim_folder(
+            out,
+            wanted,
+            job,
+            **_facts(benchmark, identity),
+            seed_rule=SEED_RULE,
+            checkpoint=None if bundle.checkpoint is None else str(bundle.checkpoint),
+            bf16=bundle.bf16,
+            **facts,
+        )
+        sample_missing(bundle, texts, {place: out / benchmark.sampled(*place) for place in benchmark.images}, cfg, job)
+        if job.first:
+            benchmark.complete(out)
+        job.wait()
+        if scorer is None:
+            return {}
+        return score_folder(benchmark, out / IMAGES, out, scorer, read_manifest(out / MANIFEST), job)
+
+
+def evaluate_images(
+    benchmark: Benchmark,
+    images: Path,
+    out: Path,
+    scorer: Scorer,
+    job: Processes = ALONE,
+    *,
+    rescore: bool = False,
+    **facts: Any,
+) -> dict[str, Any]:
+    """Score a folder of images, made by any tool, that lie as the benchmark's official tools expect; the summary."""
+    with claimed_by_first(out, job):
+        check_scorer(benchmark, out, scorer.identity, rescore=rescore, job=job)
+        told = image_origin(benchmark, images) | _facts(benchmark, scorer.identity) | {"images": str(images)} | facts
+        return score_folder(benchmark, images, out, scorer, manifest(**told), job)
+
+
+def image_origin(benchmark: Benchmark, images: Path) -> dict[str, Any]:
+    """How the images were made, if a manifest in or beside their folder tells; ValueError if for other prompts."""
+    for folder in (images, images.absolute().parent):
+        found = read_manifest(folder / MANIFEST)
+        if "sampler" in found:
+            other = found.get("prompt_set")
+            if other is not None and other != benchmark.prompt_set:
+                raise ValueError(
+                    f"{images} was sampled for other prompts of {found.get('benchmark')}, as {folder / MANIFEST} says"
+                )
+            return {name: found[name] for name in ORIGIN if name in found}
+    return {}
+
+
+def _facts(benchmark: Benchmark, identity: Any) -> dict[str, Any]:
+    """What both ways of scoring write into the manifest."""
+    return {
+        "benchmark": benchmark.name,
+        "prompt_set": benchmark.prompt_set,
+        "scorer": identity,
+        "table": {
+            "metrics": list(benchmark.metrics),
+            "columns": {name: [list(group) for group in column] for name, column in benchmark.columns.items()},
+            "headline": list(benchmark.headline),
+        },
+    }

@@ -1,0 +1,81 @@
+"""The benchmark of the toy world: unseen captions with eleven tags, images checked exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL import Image
+
+from semantic_routing import __version__
+from semantic_routing.common.distributed import ALONE, Processes
+from semantic_routing.evaluation.benchmark import Benchmark, Finding, Prompt, Task
+from semantic_routing.evaluation.records import CORRECT
+from semantic_routing.evaluation.run import evaluate_model
+from semantic_routing.evaluation.summary import Columns, tag_columns
+from semantic_routing.sampling.text_to_image import Bundle, SampleConfig
+from semantic_routing.toy.captions import TAGS, prompts
+from semantic_routing.toy.checker import check
+from semantic_routing.toy.claims import Claim
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes(Benchmark):
+    """Captions of the toy world; one image a prompt, ``<five digits>.png``."""
+
+    name: ClassVar[str] = "shapes"
+
+    @property
+    def columns(self) -> Columns:
+        there = {tag for prompt in self.prompts for tag in prompt.tags}
+        return tag_columns(tag for tag in TAGS if tag in there)
+
+
+@dataclass(frozen=True)
+class ShapesChecker:
+    """The exact checker as a scorer; it knows what the captions claim."""
+
+    claims: tuple[tuple[Claim, ...], ...]
+    """Of every prompt."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"scorer": "exact checker of shapes", "version": __version__}
+
+    def score(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Finding]]:
+        for task in tasks:
+            with Image.open(task.path) as image:
+                pixels = np.asarray(image.convert("RGB"))
+            if pixels.shape[0] != pixels.shape[1]:
+                reason = f"the image is {pixels.shape[1]} x {pixels.shape[0]}; the toy world's are square"
+                yield task, Finding(scores={CORRECT: None}, reason=reason)
+                continue
+            verdict = check(pixels, self.claims[task.index])
+            yield task, Finding(scores={CORRECT: float(verdict.correct)}, reason=verdict.reason)
+
+
+def shapes_benchmark(seed: int, n: int) -> tuple[Shapes, ShapesChecker]:
+    """``n`` unseen captions, spread evenly over the tags, and their checker; a function of the seed alone."""
+    samples = prompts(seed, n)
+    benchmark = Shapes(
+        prompts=tuple(
+            Prompt(id=f"{index:05d}", text=sample.caption, tags=(sample.tag,), metadata={"claims": repr(sample.claims)})
+            for index, sample in enumerate(samples)
+        )
+    )
+    return benchmark, ShapesChecker(tuple(sample.claims for sample in samples))
+
+
+def evaluate_shapes(
+    bundle: Bundle, out: Path, *, n: int, seed: int, cfg: SampleConfig, job: Processes = ALONE, rescore: bool = False
+) -> dict[str, Any]:
+    """Sample one image for each of ``n`` unseen captions of the toy world, check them exactly; the summary.
+
+    ``seed`` decides the prompts, ``cfg.seed`` the noise. Images that are already in ``out`` are kept, so that a
+    stopped evaluation goes on; ValueError if they belong to another model, sampler or set of prompts.
+    """
+    benchmark, checker = shapes_benchmark(seed, n)
+    return evaluate_model(benchmark, bundle, out, cfg, checker, job, rescore=rescore, prompt_seed=seed)

@@ -1,0 +1,126 @@
+"""Means, intervals and tables of the records of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import isfinite, nan, sqrt
+from typing import Any, SupportsFloat
+
+import numpy as np
+
+from semantic_routing.evaluation.records import CORRECT, MISSING, UNREADABLE, UNSCORED, Record
+from semantic_routing.toy.captions import GENEVAL_TAGS, TAGS
+
+Z95 = 1.959963984540054
+"""The standard normal distribution's 0.975 quantile."""
+Column = tuple[tuple[str, ...], ...]
+"""A number of the table: the plain mean over these groups of tags, each the mean over all images with such a tag."""
+Columns = Mapping[str, Column]
+"""The numbers of the table by name."""
+
+
+def wilson(correct: float | int, n: float | int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share of ``correct`` among ``n`` > 0 independent trials."""
+    p = correct / n
+    center = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    half = Z95 / (1 + Z95**2 / n) * sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def spread(values: Sequence[SupportsFloat]) -> dict[str, Any]:
+    """Mean, unbiased standard deviation and number of values; nan where too few of them decide it."""
+    array = np.array([float(value) for value in values])
+    return {
+        "mean": float(array.mean()) if len(array) else nan,
+        "std": float(array.std(ddof=1)) if len(array) > 1 else nan,
+        "n": len(array),
+    }
+
+
+def grouped(records: Iterable[Record], column: Column, metric: str) -> list[list[float]]:
+    """The scores that a column averages, group by group; what was not scored is left out."""
+    scored = [(set(r.tags), score) for r in records if (score := r.scores.get(metric)) is not None]
+    return [[score for tags, score in scored if tags & set(group)] for group in column]
+
+
+def gaps(records: Iterable[Record], metrics: Sequence[str]) -> dict[str, int]:
+    """How many images are in no mean, and why: missing, unreadable, or unscored by some metric."""
+    found = dict.fromkeys([MISSING, UNREADABLE, *(f"{UNSCORED} {metric}" for metric in metrics)], 0)
+    for record in records:
+        if record.gap in (MISSING, UNREADABLE):
+            found[record.gap] += 1
+            continue
+        for metric in metrics:
+            found[f"{UNSCORED} {metric}"] += record.scores.get(metric) is None
+    return {name: n for name, n in found.items() if n}
+
+
+def tag_columns(tags: Iterable[str]) -> Columns:
+    """``overall``, the mean over images; ``geneval``, the mean of GenEval's six tags, if all are there; every tag."""
+    known = list(dict.fromkeys(tags))
+    columns: dict[str, Column] = {"overall": (tuple(known),)}
+    if set(GENEVAL_TAGS) <= set(known):
+        columns["geneval"] = tuple((tag,) for tag in GENEVAL_TAGS)
+    return columns | {tag: ((tag,),) for tag in known}
+
+
+def summarize(records: Sequence[Record], columns: Columns | None = None) -> dict[str, Any]:
+    """Accuracies with their number of images and 95 % intervals: ``{"accuracy", "n", "interval"}`` by column.
+
+    The columns are by default those of ``tag_columns``. Intervals are Wilson's; that of a mean over k groups
+    takes the number of images that would give the same variance if all groups were equally hard:
+    k² / sum(1 / n_k). What was not scored is no image here; ``gaps`` counts it.
+    """
+    if not records:
+        raise ValueError("there are no records to summarize")
+    if columns is None:
+        there = {tag for record in records for tag in record.tags}
+        columns = tag_columns([tag for tag in (*TAGS, *sorted(there - set(TAGS))) if tag in there])
+    summary: dict[str, Any] = {"accuracy": {}, "n": {}, "interval": {}, "gaps": gaps(records, [CORRECT])}
+    for name, column in columns.items():
+        groups = grouped(records, column, CORRECT)
+        if not all(groups):
+            continue
+        mean = sum(sum(group) / len(group) for group in groups) / len(groups)
+        effective = len(groups) ** 2 / sum(1 / len(group) for group in groups)
+        summary["accuracy"][name] = mean
+        summary["n"][name] = sum(map(len, groups))
+        summary["interval"][name] = list(wilson(mean * effective, effective))
+    return summary
+
+
+def markdown_table(summary: dict[str, Any]) -> str:
+    """A summary as a Markdown table with a row for each accuracy."""
+    lines = ["| | accuracy | 95 % interval | images |", "| --- | ---: | :---: | ---: |"]
+    for name, accuracy in summary["accuracy"].items():
+        low, high = summary["interval"][name]
+        lines.append(f"| {name} | {accuracy:.3f} | {low:.3f} to {high:.3f} | {summary['n'][name]} |")
+    return "\n".join(lines) + "\n" + gap_note(summary["gaps"])
+
+
+def scores_table(summary: dict[str, Any]) -> str:
+    """A summary of scores, ``{"scores": {metric: {name: spread}}}``, as a Markdown table: mean ± std (images)."""
+    scores: dict[str, dict[str, dict[str, Any]]] = summary["scores"]
+    names = list(dict.fromkeys(name for by_name in scores.values() for name in by_name))
+    lines = [f"| | {' | '.join(scores)} |", f"| --- |{' ---: |' * len(scores)}"]
+    lines += [f"| {name} | {' | '.join(_cell(by_name[name]) for by_name in scores.values())} |" for name in names]
+    return "\n".join(lines) + "\n\nMean ± standard deviation (images).\n" + gap_note(summary["gaps"])
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    mean, std = (None if row[key] is None or not isfinite(row[key]) else row[key] for key in ("mean", "std"))
+    if mean is None:
+        return f"none ({row['n']})"
+    return f"{mean:.4f} ({row['n']})" if std is None else f"{mean:.4f} ± {std:.4f} ({row['n']})"
+
+
+def gap_note(found: Mapping[str, int]) -> str:
+    """The line under a table that says what is in none of its means."""
+    return f"\nIn no mean: {', '.join(f'{n} {name}' for name, n in found.items())}.\n" if found else ""
+
+
+def without_nan(value: Any) -> Any:
+    """Nested results with None for what is no number, which JSON cannot say."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not isfinite(value) else value

@@ -1,0 +1,1 @@
+"""Other conventions: the reference's weights, diffusers."""

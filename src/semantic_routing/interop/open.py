@@ -1,0 +1,48 @@
+"""The model that an evaluation asks for: a run, one of its checkpoints, or an exported pipeline of diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from semantic_routing.common.device import use_bfloat16
+from semantic_routing.common.extras import require_diffusers
+from semantic_routing.model.runtime import compile_network
+from semantic_routing.sampling.load import load_bundle
+from semantic_routing.sampling.text_to_image import Bundle
+
+PIPELINE = "model_index.json"
+"""The file that makes a folder a pipeline of diffusers."""
+
+
+def open_model(path: Path, device: torch.device, *, compiled: bool = False) -> Bundle:
+    """What samples the images; ValueError where there is neither a checkpoint nor a pipeline of this program."""
+    if not (path / PIPELINE).is_file():
+        return load_bundle(path, device, compiled=compiled)
+    bundle = open_pipeline(path, device)
+    if compiled:
+        compile_network(bundle.model)
+    return bundle
+
+
+def open_pipeline(path: Path, device: torch.device) -> Bundle:
+    """The parts of an exported pipeline, to be sampled as a run is: with the same samplers, from the same noise."""
+    require_diffusers("a pipeline")
+    from semantic_routing.interop.pipeline import SemanticRoutingPipeline
+    from semantic_routing.text.loading import quiet_transformers
+
+    try:
+        with quiet_transformers():
+            pipe = SemanticRoutingPipeline.from_pretrained(str(path)).to(device)
+    except (OSError, AttributeError) as error:
+        raise ValueError(f"{path} is no pipeline of semroute export: {str(error).splitlines()[0]}") from error
+    return Bundle(
+        model=pipe.transformer.backbone.eval().requires_grad_(False),
+        encoder=pipe.encoder(),
+        codec=pipe.codec(),
+        image_size=pipe.config.image_size,
+        null_prompt=pipe.config.null_prompt,
+        bf16=use_bfloat16(pipe.config.precision, device),
+        checkpoint=path,
+    )

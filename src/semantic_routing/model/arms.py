@@ -1,0 +1,125 @@
+"""The table of arms: every conditioning strategy, what it is called, and what its routing depends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from semantic_routing.common.config import nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One conditioning strategy: how the transformer's blocks read the language model's layers."""
+
+    name: str
+    """What settings and checkpoints call it."""
+    label: str
+    """What the paper calls it; the name itself beyond the paper."""
+    reads: str
+    """What a block reads, in words."""
+    paper: bool = True
+    """Whether the paper has it."""
+    learned: bool = True
+    """Whether its router has parameters."""
+    by_time: bool = False
+    """Whether weights depend on the sampling time."""
+    by_block: bool = False
+    """Whether every block has weights of its own."""
+    by_token: bool = False
+    """Whether every token has weights of its own: then there are none without a text."""
+    time_from: Literal["nominal", "latent"] = "nominal"
+    """Whether a gate is given the time or estimates it from the noisy latent."""
+    reads_keys: bool = False
+    """Whether blocks read a layer's attention keys and values instead of mixed states: then there is no router."""
+
+    @property
+    def title(self) -> str:
+        """Label and name, such as "S2 depth"."""
+        return self.label if self.label.lower() == self.name else f"{self.label} {self.name}"
+
+    @property
+    def takes_clock(self) -> bool:
+        """Whether sampling may tell its gates another time than the nominal one (Table 3)."""
+        return self.by_time and self.time_from == "nominal"
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are weights over layers that can be shown without a text."""
+        return not (self.reads_keys or self.by_token)
+
+
+ARMS: dict[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        Arm(name="penultimate", label="B1", learned=False, reads="every block reads the last layer but one"),
+        Arm(name="uniform", label="B2", learned=False, reads="every block reads the plain average of all layers"),
+        Arm(name="static", label="B3", reads="one learned mixture of all layers serves every block"),
+        Arm(
+            name="time",
+            label="S1",
+            by_time=True,
+            reads="one learned mixture of all layers that changes with the time serves every block",
+        ),
+        Arm(name="depth", label="S2", by_block=True, reads="every block learns its own mixture of all layers"),
+        Arm(
+            name="joint",
+            label="S3",
+            by_time=True,
+            by_block=True,
+            reads="every block learns its own mixture of all layers, which changes with the time",
+        ),
+        Arm(
+            name="fusedit",
+            label="FuseDiT",
+            learned=False,
+            by_block=True,
+            reads_keys=True,
+            reads="every block attends to the keys and values of one language-model layer",
+        ),
+        Arm(
+            name="hard",
+            label="hard",
+            paper=False,
+            learned=False,
+            by_block=True,
+            reads="every block reads one layer, shallow blocks shallow layers and deep blocks deep ones",
+        ),
+        Arm(
+            name="attention",
+            label="attention",
+            paper=False,
+            by_token=True,
+            reads="every token learns to weigh its own layers, alike for all blocks",
+        ),
+        Arm(
+            name="time-state",
+            label="time-state",
+            paper=False,
+            by_time=True,
+            time_from="latent",
+            reads="one learned mixture serves every block and changes with the time, estimated from the noisy latent",
+        ),
+        Arm(
+            name="joint-state",
+            label="joint-state",
+            paper=False,
+            by_time=True,
+            by_block=True,
+            time_from="latent",
+            reads="every block learns its own mixture, which changes with the time, estimated from the noisy latent",
+        ),
+    )
+}
+PAPER_ARMS = tuple(arm.name for arm in ARMS.values() if arm.paper)
+DEFAULT_ARM = "depth"
+"""The paper's best."""
+
+
+def parse_arm(name: str) -> str:
+    """Return an arm's name from the name itself or the paper's label (B1 B2 B3 S1 S2 S3 FuseDiT)."""
+    lowered = name.lower()
+    labels = {arm.label.lower(): arm.name for arm in ARMS.values()}
+    if lowered not in {**ARMS, **labels}:
+        raise ValueError(f"unknown arm {name!r}; {nearest(lowered, [*ARMS, *labels])}")
+    return labels.get(lowered, lowered)

@@ -1,0 +1,11 @@
+"""Build the network of any arm."""
+
+from __future__ import annotations
+
+from semantic_routing.model.dit import Backbone, DiT, DiTConfig
+from semantic_routing.model.fusedit import FuseDiT
+
+
+def make_model(cfg: DiTConfig) -> Backbone:
+    """The network of any arm."""
+    return FuseDiT(cfg) if cfg.strategy.reads_keys else DiT(cfg)

@@ -1,0 +1,278 @@
+"""The diffusion transformer: image tokens attend to each other and, in every block, to that block's text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from semantic_routing.flow import velocity_from_image
+from semantic_routing.model.arms import ARMS, DEFAULT_ARM, Arm, parse_arm
+from semantic_routing.model.context import TextContext, ragged_context
+from semantic_routing.model.layers import (
+    BlockText,
+    CrossAttention,
+    GatedMLP,
+    RMSNorm,
+    Rope,
+    SelfAttention,
+    TimeEmbedding,
+    linear,
+    rope_2d,
+    zero_,
+)
+from semantic_routing.model.noise_level import NoiseLevel
+from semantic_routing.model.ragged import Layout
+from semantic_routing.model.routing import make_router
+from semantic_routing.text.features import TextFeatures
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """Sizes of a transformer; the defaults are the paper's (Section 4.1)."""
+
+    arm: str = DEFAULT_ARM
+    """Conditioning strategy: a name of the table in ``arms.py``."""
+    depth: int = 24
+    """Number of blocks, D."""
+    width: int = 2048
+    """Channels of an image token."""
+    heads: int = 32
+    """Query heads."""
+    kv_heads: int = 8
+    """Key and value heads; must divide the query heads."""
+    head_dim: int = 128
+    """Channels of a head; a multiple of 4."""
+    mlp_width: int = 8192
+    """Hidden channels of the gated MLP."""
+    activation: Literal["gelu_tanh", "silu"] = "silu"
+    """Activation of the MLP's gate."""
+    patch: int = 2
+    """Side of a square patch, in latent pixels."""
+    channels: int = 16
+    """Channels of a latent."""
+    text_width: int = 2560
+    """Width of the language model's states, C."""
+    text_layers: int = 36
+    """Number of the language model's states, L."""
+    conditioning: Literal["none", "adaln-zero", "adaln-single", "addition"] = "none"
+    """How the blocks see the time; the paper's do not see it at all."""
+    prediction: Literal["velocity", "image"] = "velocity"
+    """What the last layer is read as; from an image the velocity is derived, so callers see no difference."""
+    rope_theta: float = 1e4
+    """Base of the rotary frequencies."""
+    text_init_std: float = 0.02
+    """Standard deviation of the text projection's initial weights."""
+    fusedit_first_layer: int = 6
+    """FuseDiT only: the text layer (0-based) that block 0 reads; block i reads layer first + i."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "arm", parse_arm(self.arm))  # "S2" is "depth"
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads={self.kv_heads} must divide heads={self.heads}")
+        if self.head_dim % 4:
+            raise ValueError(f"head_dim={self.head_dim} must be a multiple of 4 for 2-D rotary positions")
+
+    @property
+    def strategy(self) -> Arm:
+        """The arm's row of the table: what its routing depends on."""
+        return ARMS[self.arm]
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the block's text, gated MLP; each is added to the stream."""
+
+    def __init__(self, cfg: DiTConfig) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(cfg.width)
+        self.attn = SelfAttention(cfg.width, cfg.heads, cfg.kv_heads, cfg.head_dim)
+        self.cross = CrossAttention(cfg.width, cfg.text_width, cfg.heads, cfg.kv_heads, cfg.head_dim)
+        self.norm2 = RMSNorm(cfg.width)
+        self.mlp = GatedMLP(cfg.width, cfg.mlp_width, cfg.activation)
+        self.modulation = Modulation(cfg)
+
+    def forward(
+        self, x: Float[Tensor, "B S W"], rope: Rope, text: BlockText, time: Tensor | None
+    ) -> Float[Tensor, "B S W"]:
+        attn, mlp = self.modulation(time)
+        x = x + attn.gate(self.attn(attn.modulate(self.norm1(x)), rope))
+        x = x + self.cross(x, text)
+        return x + mlp.gate(self.mlp(mlp.modulate(self.norm2(x))))
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Shift, scale and gate [B, 1, W] of one branch; all None in blocks that do not see the time."""
+
+    shift: Tensor | None = None
+    scale: Tensor | None = None
+    alpha: Tensor | None = None
+
+    def modulate(self, x: Tensor) -> Tensor:
+        return x if self.shift is None or self.scale is None else x * (1 + self.scale) + self.shift
+
+    def gate(self, x: Tensor) -> Tensor:
+        return x if self.alpha is None else x * self.alpha
+
+
+class Modulation(nn.Module):
+    """A block's two adaptive branches from the time embedding.
+
+    adaLN-zero projects in every block (Peebles & Xie, 2023); adaLN-single shares the projection and learns a
+    table per block (Chen et al., 2023).
+    """
+
+    def __init__(self, cfg: DiTConfig) -> None:
+        super().__init__()
+        self.kind = cfg.conditioning
+        if self.kind == "adaln-zero":
+            self.proj = nn.Sequential(nn.SiLU(), zero_(nn.Linear(cfg.width, 6 * cfg.width)))
+        elif self.kind == "adaln-single":
+            self.table = nn.Parameter(torch.randn(6 * cfg.width) / cfg.width**0.5)
+
+    def forward(self, time: Tensor | None) -> tuple[Adaptive, Adaptive]:
+        if time is None or self.kind not in ("adaln-zero", "adaln-single"):
+            return Adaptive(), Adaptive()
+        six = self.proj(time) if self.kind == "adaln-zero" else time + self.table
+        parts = six[:, None].chunk(6, dim=-1)
+        return Adaptive(*parts[:3]), Adaptive(*parts[3:])
+
+
+class Backbone(nn.Module):
+    """Patches, blocks, patches: the image half that the cross-attention DiT and FuseDiT share."""
+
+    block: type[nn.Module] = Block
+    recorded = False
+    """Whether samplers record it as a CUDA graph, for which its own code must not wait for the GPU."""
+
+    def __init__(self, cfg: DiTConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.patch_embed = linear(cfg.channels * cfg.patch**2, cfg.width, bias=True)
+        self.blocks = nn.ModuleList(self.block(cfg) for _ in range(cfg.depth))
+        self.norm_out = RMSNorm(cfg.width)
+        self.proj_out = zero_(nn.Linear(cfg.width, cfg.channels * cfg.patch**2))
+        if cfg.conditioning != "none":
+            self.time_embed = TimeEmbedding(cfg.width)
+        if cfg.conditioning == "adaln-single":
+            self.time_shared = nn.Sequential(nn.SiLU(), linear(cfg.width, 6 * cfg.width, bias=True))
+
+    @property
+    def depends_on_time(self) -> bool:
+        """Whether the text must be prepared anew for every time; if not, once a prompt is enough."""
+        return False
+
+    def gate_time(self, x: Float[Tensor, "B Ch h w"], t: Float[Tensor, " T"]) -> Float[Tensor, " T_or_B"]:
+        """The time that ``prepare_text`` is to be told: the nominal one unless routing reads it from ``x``."""
+        return t
+
+    @property
+    def reads_latents(self) -> bool:
+        """Whether routing reads the time from the noisy latents, and so differs from image to image."""
+        return False
+
+    def prepare_text(self, features: TextFeatures, t: Float[Tensor, " T"] | None = None) -> TextContext:
+        """Every block's keys and values of these prompts, at times ``t`` where routing depends on time."""
+        raise NotImplementedError
+
+    def prepare_steps(self, features: TextFeatures, times: Float[Tensor, " T"]) -> list[TextContext]:
+        """The text of these prompts at each of several times, which all of them share."""
+        return [self.prepare_text(features, t[None]) for t in times]
+
+    def forward(
+        self, x: Float[Tensor, "B Ch h w"], t: Float[Tensor, " T"], context: TextContext
+    ) -> Float[Tensor, "B Ch h w"]:
+        """Velocity (data minus noise) at the noisy latents ``x`` and times ``t`` (0 noise, 1 data)."""
+        cfg, (height, width) = self.cfg, x.shape[2:]
+        if height % cfg.patch or width % cfg.patch:
+            raise ValueError(f"latents of {height}x{width} do not divide into patches of {cfg.patch}")
+        grid = height // cfg.patch, width // cfg.patch
+        rope = rope_2d(*grid, cfg.head_dim, cfg.rope_theta, x.device)
+        tokens = self.patch_embed(patchify(x, cfg.patch))
+        time = None if cfg.conditioning == "none" else self.time_embed(t)
+        if cfg.conditioning == "adaln-single":
+            time = self.time_shared(time)
+        elif time is not None and cfg.conditioning == "addition":
+            tokens = tokens + time[:, None]
+        for block, text in zip(self.blocks, context.blocks(), strict=True):
+            tokens = block(tokens, rope, text, time)
+        out = unpatchify(self.proj_out(self.norm_out(tokens)), cfg.patch, height, width)
+        return out if cfg.prediction == "velocity" else velocity_from_image(out, x, t)
+
+
+class DiT(Backbone):
+    """The paper's cross-attention transformer; its router decides what text each block reads."""
+
+    def __init__(self, cfg: DiTConfig) -> None:
+        super().__init__(cfg)
+        self.text_norm = RMSNorm(cfg.text_width)
+        self.text_proj = nn.Linear(cfg.text_width, cfg.text_width)
+        nn.init.normal_(self.text_proj.weight, std=cfg.text_init_std)
+        nn.init.zeros_(self.text_proj.bias)
+        # Last, so that with one seed all arms begin with the same backbone.
+        self.router = make_router(cfg.arm, cfg.text_layers, cfg.depth, cfg.text_width)
+        self.noise_level = NoiseLevel() if cfg.strategy.time_from == "latent" else None
+
+    @property
+    def depends_on_time(self) -> bool:
+        return self.router.depends_on_time
+
+    def gate_time(self, x: Float[Tensor, "B Ch h w"], t: Float[Tensor, " T"]) -> Float[Tensor, " T_or_B"]:
+        return t if self.noise_level is None else self.noise_level(x)
+
+    @property
+    def reads_latents(self) -> bool:
+        return self.noise_level is not None
+
+    def prepare_text(self, features: TextFeatures, t: Float[Tensor, " T"] | None = None) -> TextContext:
+        check_text(features, self.cfg)
+        layout = Layout.of(features.hidden, features.mask)
+        if self.depends_on_time and t is not None and len(t) > 1:  # weights differ between samples: mix, then pack
+            mixed = layout.pack(self.router(features.hidden, t))
+        else:  # padding need not even be mixed
+            mixed = self.router(layout.pack(features.hidden), t)
+        return self._keys_and_values(mixed, layout)
+
+    def prepare_steps(self, features: TextFeatures, times: Float[Tensor, " T"]) -> list[TextContext]:
+        if not self.depends_on_time:
+            return super().prepare_steps(features, times)
+        check_text(features, self.cfg)
+        layout = Layout.of(features.hidden, features.mask)
+        steps = self.router.mix_steps(layout.pack(features.hidden), times)
+        return [self._keys_and_values(mixed, layout) for mixed in steps]
+
+    def _keys_and_values(self, mixed: Float[Tensor, "D_or_1 B N C"], layout: Layout) -> TextContext:
+        """Project the text mixed for each block (Section 3.3), and make the keys and values of its attention."""
+        text = self.text_proj(self.text_norm(mixed)).expand(len(self.blocks), -1, -1, -1)
+        blocks = cast(Iterable[Block], self.blocks)
+        pairs = [block.cross.prepare(row) for block, row in zip(blocks, text, strict=True)]
+        keys, values = zip(*pairs, strict=True)
+        if layout.ragged is None:
+            return TextContext(keys, values, layout.mask)
+        return ragged_context(keys, values, layout.ragged)
+
+
+def check_text(features: TextFeatures, cfg: DiTConfig) -> None:
+    """Raise where the features come from another language model than the one the transformer was made for."""
+    layers, _, _, width = features.hidden.shape
+    if (layers, width) != (cfg.text_layers, cfg.text_width):
+        raise ValueError(
+            f"the text encoder gives {layers} layers of width {width}, but this transformer reads "
+            f"{cfg.text_layers} layers of width {cfg.text_width}: use the encoder it was trained with"
+        )
+
+
+def patchify(x: Float[Tensor, "B Ch h w"], patch: int) -> Float[Tensor, "B S P"]:
+    """Cut into patches, row by row; inside a token the order is (row, column, channel)."""
+    x = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # B Ch h p w p
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def unpatchify(tokens: Float[Tensor, "B S P"], patch: int, height: int, width: int) -> Float[Tensor, "B Ch h w"]:
+    """The inverse of ``patchify`` for an image of ``height`` x ``width``."""
+    x = tokens.unflatten(2, (patch, patch, -1)).unflatten(1, (height // patch, width // patch))
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)

@@ -1,0 +1,191 @@
+"""The mix on a CPU: a small C library, built on first use for the processor at hand and kept in the cache.
+
+It needs a C compiler, as torch.compile on a CPU does. Where there is none, or states are of another type or width,
+``supports`` is False and ``mix.py`` takes plain torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from semantic_routing.common.device import cache_folder
+
+TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+WIDE = 16
+"""Channels must be a multiple of it: the floats of a vector in mix.c."""
+CHANNELS, PAD = 64, 32
+"""Channels normalised at a time, and what keeps layers apart in the caches, as in mix.c."""
+TOKENS = 16
+"""Tokens whose contributions to the weights' gradient are summed together, as in mix.c."""
+TILED = (256, 256)
+"""Most layers and depths for which matrix units are used, as in mix.c."""
+FEW_DEPTHS = 8
+"""Below it matrix units would be mostly empty."""
+SMALL = 2**18
+"""States below which a second thread costs more than it brings."""
+FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC")
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("layers", "batch", "length", "channels", "depths")),
+        ("eps", ctypes.c_float),
+    ]
+
+
+def supports(hidden: Float[Tensor, "L B N C"]) -> bool:
+    """Whether the library can be had and reads such states."""
+    return hidden.dtype in TYPES and hidden.shape[-1] % WIDE == 0 and library() is not None
+
+
+def mix_forward(
+    weights: Float[Tensor, "B_or_1 D L"], hidden: Float[Tensor, "L B N C"], eps: float
+) -> tuple[Float[Tensor, "D B N C"], Float[Tensor, "L B N"], Float[Tensor, "L B N"]]:
+    """sum_l w_l LayerNorm(H_l), and the mean and 1 / deviation of every state; all tensors contiguous."""
+    (L, B, N, C), D = hidden.shape, weights.shape[1]
+    out = hidden.new_empty(D, B, N, C)
+    mean = hidden.new_empty(L, B, N, dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    tiled = _tiled(hidden, D)
+    if tiled:  # rows that end in zeros, for whole tiles
+        weights = torch.nn.functional.pad(weights, (0, -L % 32))
+    function = _function("mix_tiles" if tiled else f"mix_{TYPES[hidden.dtype]}")
+    step = 0 if weights.shape[0] == 1 else weights[0].numel()
+    shape = _Shape(L, B, N, C, D, eps)
+
+    def run(first: int, last: int) -> None:
+        room, start = _aligned(L * max(2 * (C + PAD), 4 * CHANNELS))
+        function(
+            ctypes.byref(shape), hidden.data_ptr(), weights.data_ptr(), step, start, out.data_ptr(), mean.data_ptr(),
+            rstd.data_ptr(), first, last,
+        )  # fmt: skip
+        del room
+
+    _spread(run, B * N, hidden.numel())
+    return out, mean, rstd
+
+
+def mix_backward(
+    grad: Float[Tensor, "D B N C"],
+    hidden: Float[Tensor, "L B N C"],
+    mean: Float[Tensor, "L B N"],
+    rstd: Float[Tensor, "L B N"],
+) -> Float[Tensor, "B D L"]:
+    """The gradient of every sample's weights, summed in an order that no number of threads changes."""
+    (L, B, N, C), D = hidden.shape, grad.shape[0]
+    chunks = -(-N // TOKENS)
+    out = torch.empty(B, chunks, D, L)
+    function = _function("mix_backward_tiles" if _tiled(hidden, D) else f"mix_backward_{TYPES[hidden.dtype]}")
+    shape = _Shape(L, B, N, C, D, 0.0)
+
+    def run(first: int, last: int) -> None:
+        room, start = _aligned(4 * D * L * WIDE)
+        function(
+            ctypes.byref(shape), grad.data_ptr(), hidden.data_ptr(), mean.data_ptr(), rstd.data_ptr(), start,
+            out.data_ptr(), first, last,
+        )  # fmt: skip
+        del room
+
+    _spread(run, B * chunks, hidden.numel())
+    return out.sum(1)
+
+
+def _tiled(hidden: Tensor, depths: int) -> bool:
+    """Whether matrix units multiply these states."""
+    layers, _, _, channels = hidden.shape
+    fits = FEW_DEPTHS <= depths <= TILED[1] and layers <= TILED[0] and channels % 32 == 0
+    return hidden.dtype == torch.bfloat16 and fits and bool(_function("has_tiles")())
+
+
+def _aligned(size: int) -> tuple[Tensor, int]:
+    """Memory of ``size`` bytes and the address at which it begins a line of the caches."""
+    room = torch.empty(size + 64, dtype=torch.uint8)
+    return room, room.data_ptr() + -room.data_ptr() % 64
+
+
+def _spread(run: Callable[[int, int], None], count: int, states: int) -> None:
+    """Run ``run(first, last)`` over all of ``count``, on as many threads as torch uses."""
+    threads = 1 if states < SMALL else min(count, torch.get_num_threads())
+    if threads == 1:
+        run(0, count)
+        return
+    cuts = [count * i // threads for i in range(threads + 1)]
+    others = [_pool(threads - 1).submit(run, *cut) for cut in pairwise(cuts[1:])]
+    run(cuts[0], cuts[1])
+    for other in others:
+        other.result()
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="mix")
+
+
+@lru_cache
+def _function(name: str) -> Callable[..., int]:
+    """A function of the library; with its arguments' types, for ctypes would cut addresses to 32 bits."""
+    found = getattr(library(), name)
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    if name == "has_tiles":
+        found.argtypes, found.restype = [], ctypes.c_int
+    elif name.startswith("mix_backward"):
+        found.argtypes, found.restype = [pointer] * 7 + [number] * 2, None
+    else:
+        found.argtypes, found.restype = [pointer] * 3 + [number] + [pointer] * 4 + [number] * 2, None
+    return found
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """The built library; None where it cannot be built."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
+    if compiler is None or platform.system() != "Linux":
+        return None
+    source = files("semantic_routing.model.kernels").joinpath("mix.c").read_text(encoding="utf-8")
+    name = hashlib.sha256("\0".join([source, compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
+    try:
+        cache = cache_folder()
+        built = cache / f"mix-{name}.so"
+        if not built.is_file():
+            cache.mkdir(parents=True, exist_ok=True)
+            _build(compiler, source, built)
+        return ctypes.CDLL(str(built))
+    # No home, no room, no rights, a compiler that does not know the language.
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+
+
+def _build(compiler: str, source: str, built: Path) -> None:
+    """Compile into the cache; whole or not at all, however many processes do it at once."""
+    tuned = "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"
+    with tempfile.TemporaryDirectory(dir=built.parent, prefix=f".{built.name}-") as scratch:
+        written = Path(scratch) / built.name
+        command = [compiler, *FLAGS, tuned, "-x", "c", "-", "-o", str(written), "-lm"]
+        subprocess.run(command, input=source.encode(), check=True, capture_output=True, timeout=120)
+        written.replace(built)
+
+
+def _processor() -> str:
+    """What the library is built for: a home folder may be shared by machines of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    kept = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+    return "\n".join([platform.machine(), *sorted(kept)])

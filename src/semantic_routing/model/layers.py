@@ -1,0 +1,217 @@
+"""The parts of a transformer block: normalisation, rotary positions, attention, gated MLP, time embedding."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from semantic_routing.model.ragged import Ragged
+
+ACTIVATIONS = {"gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
+
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines of rotary positions, each [S, hd/2]."""
+
+
+class BlockText(NamedTuple):
+    """The text as one block's attention reads it."""
+
+    keys: Float[Tensor, "B Hkv N hd"]
+    values: Float[Tensor, "B Hkv N hd"]
+    mask: Bool[Tensor, "B N"] | None
+    ragged: Ragged | None = None
+    """Where the prompts are, if B is 1 and their tokens lie one behind the other."""
+
+
+def zero_(layer: nn.Linear) -> nn.Linear:
+    """The layer with all its weights at zero, so that its branch starts as nothing."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def linear(width: int, *parts: int, bias: bool = False) -> nn.Linear:
+    """One product for several maps of the same input; each part is Xavier-uniform by itself, biases zero."""
+    layer = nn.Linear(width, sum(parts), bias=bias)
+    for part in layer.weight.split(parts):
+        nn.init.xavier_uniform_(part)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last axis, computed in float32 (Zhang & Sennrich, 2019)."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float()
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        return (h * self.weight).to(x.dtype)
+
+
+def rope_2d(height: int, width: int, head_dim: int, theta: float, device: torch.device) -> Rope:
+    """Cosines and sines of 2-D rotary positions for a grid of ``height`` x ``width`` tokens, each [S, hd/2].
+
+    The first half of the rotated pairs turns with the row, the second with the column (Heo et al., 2024).
+    Made once per grid and kept.
+    """
+    return _rope_tables(height, width, head_dim, theta, device)
+
+
+# A constant of the graph, which is compiled for one grid: what torch.compiler.assume_constant_result does, without
+# loading the compiler for those who compile nothing.
+rope_2d._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a table first made while sampling must also serve a later training step
+def _rope_tables(height: int, width: int, head_dim: int, theta: float, device: torch.device) -> Rope:
+    if head_dim % 4:
+        raise ValueError(f"head_dim {head_dim} must be a multiple of 4: rows and columns rotate pairs of channels")
+    quarter = head_dim // 4
+    freqs = theta ** (-torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
+    rows = torch.arange(height, dtype=torch.float32, device=device)[:, None] * freqs
+    cols = torch.arange(width, dtype=torch.float32, device=device)[:, None] * freqs
+    angles = torch.cat([rows[:, None].expand(-1, width, -1), cols[None].expand(height, -1, -1)], dim=-1).reshape(
+        height * width, 2 * quarter
+    )
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Float[Tensor, "B S H hd"], rope: Rope) -> Float[Tensor, "B S H hd"]:
+    """Rotate the channel pairs (i, i + hd/2) of every token by its position's angles."""
+    cos, sin = (table[:, None] for table in rope)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def attention(
+    q: Float[Tensor, "B H S hd"],
+    k: Float[Tensor, "B Hkv N hd"],
+    v: Float[Tensor, "B Hkv N hd"],
+    mask: Bool[Tensor, "B N"] | None = None,
+) -> Float[Tensor, "B H S hd"]:
+    """Softmax attention in which H/Hkv query heads share each key head; ``mask`` is True on keys to see.
+
+    Training on a CPU the products are written out, for torch's fused kernel there has a backward several times slower
+    at these sizes; grouped heads are folded into rows instead of repeating keys and values.
+    """
+    if q.device.type != "cpu" or not torch.is_grad_enabled():
+        m = None if mask is None else mask[:, None, None, :]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=m, enable_gqa=q.shape[1] != k.shape[1])
+    B, H, S, hd = q.shape
+    groups = k.shape[1]
+    rows = q.reshape(B, groups, H // groups * S, hd)
+    logits = (rows @ k.transpose(-1, -2)).float() / math.sqrt(hd)
+    if mask is not None:
+        logits = logits.masked_fill(~mask[:, None, None, :], -torch.inf)
+    return (logits.softmax(-1).to(v.dtype) @ v).reshape(B, H, S, hd)
+
+
+class SelfAttention(nn.Module):
+    """Attention among image tokens with grouped keys, RMS-normalised queries and keys, and 2-D RoPE.
+
+    ``forward`` may be given text keys and values to put before the image's own (deep fusion).
+    """
+
+    def __init__(self, width: int, heads: int, kv_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
+        self.head_dim = head_dim
+        self.qkv = linear(width, *self.sizes)
+        self.q_norm = RMSNorm(head_dim)
+        self.k_norm = RMSNorm(head_dim)
+        self.out = linear(heads * head_dim, width)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B S W"],
+        rope: Rope,
+        text: BlockText | None = None,
+    ) -> Float[Tensor, "B S W"]:
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x).split(self.sizes, dim=-1))
+        q = apply_rope(self.q_norm(q), rope).to(v.dtype).transpose(1, 2)
+        k = apply_rope(self.k_norm(k), rope).to(v.dtype).transpose(1, 2)
+        v = v.transpose(1, 2)
+        mask = None
+        if text is not None:
+            k = torch.cat([text.keys.to(k.dtype), k], dim=2)
+            v = torch.cat([text.values.to(v.dtype), v], dim=2)
+            mask = None if text.mask is None else F.pad(text.mask, (0, x.shape[1]), value=True)
+        return self.out(attention(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention of image tokens to the block's text, with RMS-normalised queries and keys and no positions.
+
+    Keys and values depend on the text alone: ``prepare`` makes them once, ``forward`` is image work only.
+    """
+
+    def __init__(self, width: int, text_width: int, heads: int, kv_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.q = linear(width, heads * head_dim)
+        self.kv = linear(text_width, kv_heads * head_dim, kv_heads * head_dim)
+        self.q_norm = RMSNorm(head_dim)
+        self.k_norm = RMSNorm(head_dim)
+        self.out = linear(heads * head_dim, width)
+
+    def prepare(self, text: Float[Tensor, "B N C"]) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, Hkv, N, hd] of the text."""
+        k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.kv(text).chunk(2, dim=-1))
+        return self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
+
+    def forward(self, x: Float[Tensor, "B S W"], text: BlockText) -> Float[Tensor, "B S W"]:
+        k, v, mask, ragged = text
+        q = self.q_norm(self.q(x).unflatten(-1, (-1, self.head_dim))).transpose(1, 2).to(k.dtype)
+        if ragged is None:
+            out = attention(q, k, v, mask)
+        else:
+            from semantic_routing.model.varlen import ragged_attention
+
+            out = ragged_attention(q, k, v, ragged)
+        return self.out(out.transpose(1, 2).flatten(2))
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)), the feed-forward of current language models (Shazeer, 2020)."""
+
+    def __init__(self, width: int, hidden: int, activation: str) -> None:
+        super().__init__()
+        self.act = ACTIVATIONS[activation]
+        self.gate_up = linear(width, hidden, hidden)
+        self.down = linear(hidden, width)
+
+    def forward(self, x: Float[Tensor, "B S W"]) -> Float[Tensor, "B S W"]:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(self.act(gate) * up)
+
+
+def sinusoidal(t: Float[Tensor, " B"], width: int) -> Float[Tensor, "B width"]:
+    """[cos | sin] of t at frequencies 10000^(-2i/width), i = 0..width/2-1, in float32 (Eq. 12)."""
+    half = width // 2
+    freqs = 10000.0 ** (-torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t.float()[:, None] * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """Time in [0, 1] to a vector of the backbone's width, through 256 sinusoids of 1000 t and two layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(linear(256, width, bias=True), nn.SiLU(), linear(width, width, bias=True))
+
+    def forward(self, t: Float[Tensor, " B"]) -> Float[Tensor, "B W"]:
+        return self.mlp(sinusoidal(1000 * t, 256))

@@ -1,0 +1,169 @@
+"""Routers: how much of each language-model layer every block of the transformer reads, and at what time.
+
+Every strategy of the paper is one softmax over L layers whose logits depend on nothing, the time, the block,
+or both; all answer ``weights(t) -> [B|1, D|1, L]``, where an axis of size 1 says what is ignored. Training,
+sampling and analysis ask this same function.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from semantic_routing.model.arms import ARMS
+from semantic_routing.model.kernels.mix import LN_EPS, fused_mix, no_autocast
+from semantic_routing.model.layers import sinusoidal
+
+
+class Router(nn.Module):
+    """Turns time into convex weights over language-model layers (Eq. 2 and 3)."""
+
+    depends_on_time = False
+
+    def weights(self, t: Float[Tensor, " T"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
+        """Softmax-normalised float32 weights; ``t`` is needed only where ``depends_on_time``."""
+        raise NotImplementedError
+
+    def forward(
+        self, hidden: Float[Tensor, "L B N C"], t: Float[Tensor, " T"] | None = None
+    ) -> Float[Tensor, "D_or_1 B N C"]:
+        """The text that each block reads: Eq. 2."""
+        return mix(self.weights(t), hidden)
+
+    def mix_steps(
+        self, hidden: Float[Tensor, "L B N C"], times: Float[Tensor, " T"]
+    ) -> Float[Tensor, "T D_or_1 B N C"]:
+        """The same at each of several times, from one pass over the states: Eq. 2 is linear in the weights."""
+        weights = self.weights(times)
+        return mix(weights.flatten(0, 1)[None], hidden).unflatten(0, weights.shape[:2])
+
+
+class FixedRouter(Router):
+    """Weights that are given and never learned: B1 (one layer) and B2 (all alike)."""
+
+    def __init__(self, table: list[list[float]]) -> None:
+        """``table`` has a row of L weights for each block, or one row for all."""
+        super().__init__()
+        self.table = table  # no buffer: the table belongs to the architecture, not to its state
+        self.used = [i for i, column in enumerate(zip(*table, strict=True)) if any(column)]
+
+    def weights(self, t: Float[Tensor, " T"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
+        return torch.tensor([self.table], device=None if t is None else t.device)
+
+    def forward(
+        self, hidden: Float[Tensor, "L B N C"], t: Float[Tensor, " T"] | None = None
+    ) -> Float[Tensor, "D_or_1 B N C"]:
+        # Layers that weigh nothing are not read: B1 costs one layer, not L.
+        weights = self.weights(t)[..., self.used].to(hidden.device)
+        return mix(weights, hidden if len(self.used) == hidden.shape[0] else hidden[self.used])
+
+
+class LogitRouter(Router):
+    """Learned logits: one vector for all blocks (B3, Eq. 6) or one for each (S2, Eq. 9)."""
+
+    def __init__(self, layers: int, rows: int) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(rows, layers))
+
+    def weights(self, t: Float[Tensor, " T"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
+        return self.logits.float().softmax(-1)[None]
+
+
+class GateRouter(Router):
+    """Time-conditioned fusion gates (TCFG, Appendix A): one for all blocks (S1, Eq. 8) or each (S3, Eq. 10).
+
+    128 sinusoids of t -> Linear to 512 -> SiLU -> Linear to L. The last layer starts at zero, so routing
+    starts as the uniform average. The gates are stacked, so all blocks cost two batched products.
+    """
+
+    depends_on_time = True
+
+    def __init__(self, layers: int, gates: int, time_width: int = 128) -> None:
+        super().__init__()
+        hidden = 4 * time_width
+        self.time_width = time_width
+        self.w1 = nn.Parameter(torch.empty(gates, time_width, hidden))
+        self.b1 = nn.Parameter(torch.zeros(gates, 1, hidden))
+        self.w2 = nn.Parameter(torch.zeros(gates, hidden, layers))
+        self.b2 = nn.Parameter(torch.zeros(gates, 1, layers))
+        bound = math.sqrt(6 / (time_width + hidden))  # Xavier, for each gate by itself
+        nn.init.uniform_(self.w1, -bound, bound)
+
+    def weights(self, t: Float[Tensor, " T"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
+        if t is None:
+            raise ValueError("this router's weights depend on time: pass t, one value in [0, 1] per sample")
+        with no_autocast(t.device):  # in float64, so that rounding does not tell how many times there are
+            phi = sinusoidal(t, self.time_width).double()
+            h = F.silu(phi @ self.w1.double() + self.b1.double())
+            logits = h @ self.w2.double() + self.b2.double()
+        return logits.softmax(-1).float().transpose(0, 1)
+
+
+class AttentionRouter(Router):
+    """Attention of every token over its own layers, one query for all blocks: softmax_l of q · LayerNorm(H_l).
+
+    The weights depend on the text instead of time or block. Query and layer biases start at zero, so it starts as
+    the uniform average.
+    """
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(width))
+        self.bias = nn.Parameter(torch.zeros(layers))
+
+    def weights(self, t: Float[Tensor, " T"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
+        raise ValueError("the weights of arm 'attention' differ from token to token: there are none without a text")
+
+    def forward(
+        self, hidden: Float[Tensor, "L B N C"], t: Float[Tensor, " T"] | None = None
+    ) -> Float[Tensor, "D_or_1 B N C"]:
+        weights = self.token_weights(hidden).flatten(0, 1)[:, None]  # every token is a batch of its own
+        return mix(weights, hidden.flatten(1, 2)[:, :, None]).unflatten(1, hidden.shape[1:3])[:, :, :, 0]
+
+    def token_weights(self, hidden: Float[Tensor, "L B N C"]) -> Float[Tensor, "B N L"]:
+        """How much each token reads of each layer."""
+        with no_autocast(hidden.device):
+            scores = [F.layer_norm(h.float(), h.shape[-1:], eps=LN_EPS) @ self.query.float() for h in hidden]
+            logits = torch.stack(scores, dim=-1) / math.sqrt(hidden.shape[-1]) + self.bias.float()
+        return logits.softmax(-1)
+
+
+def make_router(arm: str, layers: int, depth: int, width: int) -> Router:
+    """The router of an arm for ``layers`` language-model layers of ``width`` and ``depth`` blocks."""
+    if arm == "penultimate":
+        if layers < 2:
+            raise ValueError(f"the penultimate arm needs at least 2 language-model layers, not {layers}")
+        return FixedRouter([[float(layer == layers - 2) for layer in range(layers)]])
+    if arm == "uniform":
+        return FixedRouter([[1 / layers] * layers])
+    if arm == "hard":  # block d reads one layer, from shallow to deep
+        read = [max(0, round((block + 1) * layers / depth) - 1) for block in range(depth)]
+        return FixedRouter([[float(layer == chosen) for layer in range(layers)] for chosen in read])
+    kind = ARMS[arm]
+    if kind.reads_keys:
+        raise ValueError(f"arm {arm!r} has no router")
+    if kind.by_token:
+        return AttentionRouter(layers, width)
+    rows = depth if kind.by_block else 1
+    return GateRouter(layers, rows) if kind.by_time else LogitRouter(layers, rows)
+
+
+def mix(weights: Float[Tensor, "B_or_1 D_or_1 L"], hidden: Float[Tensor, "L B N C"]) -> Float[Tensor, "D_or_1 B N C"]:
+    """sum_l w_l LayerNorm(H_l) for every block (Eq. 2), without making the normalised copies.
+
+    LayerNorm has no affine and eps 1e-5. States are read in their own type and summed in float32; the result has the
+    states' type. Where the states need no gradient (a frozen language model), one fused kernel reads each of them once,
+    forward and backward; a slice of ``weights`` over blocks mixes only those.
+    """
+    if weights.shape[-1] != hidden.shape[0]:
+        raise ValueError(f"weights for {weights.shape[-1]} layers, but {hidden.shape[0]} layers of hidden states")
+    if not hidden.requires_grad:
+        return fused_mix(weights, hidden)[0]
+    with no_autocast(hidden.device):
+        normed = F.layer_norm(hidden.float(), hidden.shape[-1:], eps=LN_EPS)
+        expanded = weights.expand(hidden.shape[1], -1, -1)
+        return torch.einsum("bdl,lbnc->dbnc", expanded, normed).to(hidden.dtype)

@@ -1,0 +1,118 @@
+"""From a trained checkpoint and prompts to images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from semantic_routing.common.distributed import ALONE, Processes
+from semantic_routing.common.files import write_text
+from semantic_routing.common.images.save import is_whole, save_png
+from semantic_routing.common.locks import LOCK, claimed
+from semantic_routing.common.manifest import manifest
+from semantic_routing.model.dit import Backbone
+from semantic_routing.sampling.samplers import (
+    RENOISE_ONCE,
+)
+from semantic_routing.sampling.text_to_image import Bundle, SampleConfig
+
+PROMPTS = "prompts.jsonl"
+"""What sampling says of each image."""
+
+
+SAFETENSORS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""The names of types in safetensors files."""
+
+
+def claimed_by_first(out: Path, job: Processes) -> AbstractContextManager[None]:
+    """Keep other commands out of a folder; the first process of the job does so for all."""
+    return claimed(out / LOCK, out) if job.first else nullcontext()
+
+
+def request(bundle: Bundle, prompts: Sequence[str], cfg: SampleConfig) -> dict[str, Any]:
+    """All that decides a folder's images. The batch size decides nothing."""
+    return {
+        "weights_sha256": weights_sha256(bundle.model),
+        "null_prompt": bundle.null_prompt,
+        "resolution": bundle.pixels[0] if len(set(bundle.pixels)) == 1 else [*bundle.pixels],
+        "sampler": {f.name: getattr(cfg, f.name) for f in fields(SampleConfig) if f.name != "batch"},
+        "prompts": {"n": len(prompts), "sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest()},
+    }
+
+
+def weights_sha256(model: Backbone) -> str:
+    """SHA-256 of a model's weights, equal to that of the safetensors file which holds just them.
+
+    The file is not made: its header is written here, and tensors follow one at a time, widest types first.
+    """
+    state = sorted(model.state_dict().items(), key=lambda item: (-item[1].itemsize, item[0]))
+    header: dict[str, Any] = {}
+    end = 0
+    for name, x in state:
+        begin, end = end, end + x.nbytes
+        header[name] = {"dtype": SAFETENSORS[x.dtype], "shape": [*x.shape], "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256(len(text).to_bytes(8, "little") + text)
+    for _, x in state:
+        digest.update(x.detach().contiguous().flatten().view(torch.uint8).numpy(force=True))
+    return digest.hexdigest()
+
+
+def claim_folder(out: Path, identity: dict[str, Any], job: Processes = ALONE, **facts: Any) -> None:
+    """Write the manifest of the images to come; ValueError if the folder holds those of another request."""
+    if job.first:
+        _claim(out, identity, facts)
+    job.wait()
+
+
+def _claim(out: Path, identity: dict[str, Any], facts: dict[str, Any]) -> None:
+    path = out / "manifest.json"
+    found: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is damaged; delete {out} or choose another --out") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"{path} is no manifest of images; choose another --out")
+    if isinstance(found.get("sampler"), dict) and found["sampler"].get("sampler") == RENOISE_ONCE:
+        found["sampler"]["sampler"] = "renoise"
+    other = [name for name, value in identity.items() if found.get(name) != value]
+    if other and (found or any(out.rglob("*.png")) or (out / PROMPTS).exists()):
+        what = ", ".join(f"{name} {found.get(name)} instead of {identity[name]}" for name in other)
+        raise ValueError(f"{out} holds other images ({what}); choose another --out or delete it")
+    write_text(path, json.dumps(manifest(**identity, **facts), indent=2) + "\n")
+
+
+def sample_missing(
+    bundle: Bundle,
+    prompts: Sequence[str],
+    paths: dict[tuple[int, int], Path],
+    cfg: SampleConfig,
+    job: Processes = ALONE,
+) -> None:
+    """Sample the images (prompt index, image index) whose files are not there, or not whole, a batch at a time.
+
+    Each process of the job samples its share, and returns when all are done.
+    """
+    share = job.share(list(paths))
+    missing = [name for name in share if not is_whole(paths[name], bundle.pixels)]
+    desc = "Sampling" if job.count == 1 else f"Sampling, 1 of {job.count} processes"
+    done = len(share) - len(missing)
+    with tqdm(total=len(share), initial=done, desc=desc, unit="image", disable=not job.first) as bar:
+        for first in range(0, len(missing), cfg.batch):
+            names = missing[first : first + cfg.batch]
+            images = bundle.sample([prompts[p] for p, _ in names], names, cfg).numpy(force=True)
+            for name, image in zip(names, images, strict=True):
+                save_png(paths[name], image)
+                bar.update()
+    job.wait()

@@ -1,0 +1,175 @@
+"""Samplers: pure functions that integrate a velocity from noise (t = 0) to an image (t = 1), and guidance.
+
+A sampler knows nothing of networks or text: it sees one callable ``velocity(x, t)``. Guidance wraps that
+callable; ``text_velocity`` makes it from a model and prompts, preparing the text once per prompt wherever
+routing does not depend on time.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+"""(x [B, ...], t [1], the one time of all samples) -> velocity [B, ...]."""
+Callback = Callable[[int, Tensor, Tensor, Tensor], None]
+"""Called after every step with (step, time, x, velocity) as they were at the step's beginning."""
+Noise = Callable[[int], Tensor]
+"""The number of a step -> the fresh noise [B, ...] that a stochastic sampler adds after it."""
+Sampler = Callable[..., Tensor]
+"""(velocity, x [B, ...], times, *, noise, callback) -> samples [B, ...]."""
+SamplerName = Literal["euler", "heun", "euler-ancestral", "renoise"]
+SamplerSpelling = Literal["euler", "heun", "euler-ancestral", "renoise", "ancestral"]
+RENOISE_ONCE = "ancestral"
+"""What version 0.1 called ``renoise``; settings may still say so."""
+
+
+def schedule(steps: int, shift: float = 1.0) -> Float[Tensor, " steps_plus_1"]:
+    """Times from 0 to 1 in float32; ``shift`` > 1 spends more of them near the noise (Esser et al., 2024).
+
+    In terms of the noise level sigma = 1 - t the shift is ``shift * sigma / (1 + (shift - 1) * sigma)``. Times
+    are rounded to multiples of 2^-24: then t, 1 - t and their steps are exact, and samplers that count in sigma
+    take the very same steps.
+    """
+    if steps < 1:
+        raise ValueError(f"sampling needs at least 1 step, not {steps}")
+    sigma = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    times = 1 - shift * sigma / (1 + (shift - 1) * sigma)
+    return ((times * 2**24).round() / 2**24).float()
+
+
+def euler(
+    velocity: Velocity,
+    x: Float[Tensor, " B *shape"],
+    times: Float[Tensor, " steps_plus_1"],
+    *,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+) -> Float[Tensor, " B *shape"]:
+    """Integrate with Euler's method: one velocity a step, first order; ``noise`` is not used."""
+    for i, (t, step) in enumerate(zip(times[:-1], times.diff(), strict=True)):
+        v = velocity(x, t[None].to(x.device))
+        if callback is not None:
+            callback(i, t, x, v)
+        x = x + step.to(x.device) * v
+    return x
+
+
+def heun(
+    velocity: Velocity,
+    x: Float[Tensor, " B *shape"],
+    times: Float[Tensor, " steps_plus_1"],
+    *,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+) -> Float[Tensor, " B *shape"]:
+    """Integrate with Heun's method: the mean of the velocities at both ends of a step, second order.
+
+    At t = 1 there is no noise left to estimate, so the last step is Euler's; ``noise`` is not used.
+    """
+    for i, (t, step) in enumerate(zip(times[:-1], times.diff(), strict=True)):
+        v = velocity(x, t[None].to(x.device))
+        if callback is not None:
+            callback(i, t, x, v)
+        end = x + step.to(x.device) * v
+        if i + 2 < len(times):
+            v = (v + velocity(end, times[i + 1, None].to(x.device))) / 2
+            end = x + step.to(x.device) * v
+        x = end
+    return x
+
+
+def euler_ancestral(
+    velocity: Velocity,
+    x: Float[Tensor, " B *shape"],
+    times: Float[Tensor, " steps_plus_1"],
+    *,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+) -> Float[Tensor, " B *shape"]:
+    """Sample the reverse Markov chain (DDPM, Ho et al., 2020; DDIM with eta = 1, Song et al., 2021).
+
+    From t to s a step keeps a part of the estimated noise and renews the rest, as much as the forward process
+    added between s and t: ``x_s = s * image + sqrt((1 - s)^2 - up^2) * estimate + up * fresh`` with
+    ``up^2 = (1 - s)^2 * (1 - (t / s)^2 * (1 - s)^2 / (1 - t)^2)``. It converges to the data's law with the steps.
+    """
+    noise = noise or (lambda step: torch.randn_like(x))
+    for i, (t, s) in enumerate(pairwise(times.to(x.device))):
+        v = velocity(x, t[None])
+        if callback is not None:
+            callback(i, times[i], x, v)
+        image, estimate = x + (1 - t) * v, x - t * v  # v = image - estimate
+        x = image
+        if i + 2 < len(times):
+            kept = (t / s * (1 - s) / (1 - t)) ** 2  # of the noise's variance
+            x = s * image + (1 - s) * (kept.sqrt() * estimate + (1 - kept).sqrt() * noise(i))
+    return x
+
+
+def renoise(
+    velocity: Velocity,
+    x: Float[Tensor, " B *shape"],
+    times: Float[Tensor, " steps_plus_1"],
+    *,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+) -> Float[Tensor, " B *shape"]:
+    """Predict the image, then noise it anew to the next time (Song et al., 2023, Algorithm 1).
+
+    Every step forgets the noise before it, so what one step got wrong about the scene the next can still mend. It
+    does not converge to the data's law: it seeks modes, and a Gaussian of deviation 0.40 comes out with 0.28.
+    """
+    noise = noise or (lambda step: torch.randn_like(x))
+    for i, (t, s) in enumerate(pairwise(times.to(x.device))):
+        v = velocity(x, t[None])
+        if callback is not None:
+            callback(i, times[i], x, v)
+        image = x + (1 - t) * v
+        x = image if i + 2 == len(times) else (1 - s) * noise(i) + s * image
+    return x
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "euler": euler,
+    "heun": heun,
+    "euler-ancestral": euler_ancestral,
+    "renoise": renoise,
+}
+
+
+def sampler_name(spelling: SamplerSpelling) -> SamplerName:
+    """Resolve a sampler's spelling in settings; the old one is accepted with a warning."""
+    if spelling != "ancestral":
+        return spelling
+    warnings.warn(
+        "the sampler once called ancestral is now called renoise, which is taken; euler-ancestral is the true "
+        "ancestral step",
+        FutureWarning,
+        stacklevel=4,
+    )
+    return "renoise"
+
+
+def noise_for(
+    seed: int, images: Sequence[tuple[int, int]], shape: tuple[int, ...], step: int | None = None
+) -> Float[Tensor, " B *shape"]:
+    """Noise of images named by (prompt index, image index), each a function of these and ``seed`` alone.
+
+    So an image is the same in any batch, order or number of processes. Without a ``step`` it is the starting
+    noise; with one, what a stochastic sampler adds after that step.
+    """
+    return torch.stack([_noise(seed, prompt, image, step, shape) for prompt, image in images])
+
+
+def _noise(seed: int, prompt: int, image: int, step: int | None, shape: tuple[int, ...]) -> Tensor:
+    name = f"{seed}/{prompt}/{image}" if step is None else f"{seed}/{prompt}/{image}/{step}"
+    digest = blake2b(name.encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.randn(shape, generator=generator)

@@ -1,0 +1,1 @@
+"""Recipes, the step, the loop, parallelism from outside."""

@@ -1,0 +1,228 @@
+"""Many processes, one run: sharding, activation checkpointing and compilation, applied to a network from outside.
+
+One mechanism serves every layout. FSDP2 (``fully_shard``) runs on a mesh of replicas times shards: all shards is FSDP,
+some of both is HSDP, all replicas is plain data parallelism, and one process alone needs none of it. The names of the
+weights stay the same throughout, and the network's own code knows nothing of this.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from semantic_routing.common.device import pick_device
+from semantic_routing.common.distributed import PATIENCE, World
+from semantic_routing.model.dit import Backbone, Block, DiT
+from semantic_routing.model.runtime import allow_graphs, compile_network
+from semantic_routing.text.encoder import TextEncoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How a run is spread over the processes that torchrun starts, and what memory it trades for time."""
+
+    strategy: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"
+    """fsdp shards weights, gradients and optimiser over all processes, ddp keeps all of them on each, hsdp shards
+    within groups of ``shard_size``; auto is fsdp, or none for one process."""
+    shard_size: int = 0
+    """hsdp: processes that hold one copy of the weights together; 0 is those of one machine."""
+    reshard_after_forward: bool = True
+    """fsdp, hsdp: free a block's whole weights after its forward and gather them again for its backward."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What of a block is computed again in its backward: nothing, all but products and attention, or everything."""
+    text_encoder: Literal["replicated", "sharded", "cpu"] = "replicated"
+    """Where the frozen language model is: on every device, sharded over all as fsdp does, or in host memory."""
+
+    def __post_init__(self) -> None:
+        if self.shard_size < 0:
+            raise ValueError(f"shard_size is {self.shard_size}; use 0 for the processes of one machine")
+        if self.shard_size and self.strategy != "hsdp":
+            raise ValueError(f"shard_size belongs to the strategy hsdp, not {self.strategy}")
+
+
+def arrange(world: World, cfg: ParallelConfig, device: str = "auto") -> World:
+    """Lay the processes out as ``cfg`` says; ValueError where their number does not fit it."""
+    own, shape = world.agreed(lambda: (pick_device(device), mesh_shape(cfg, world.count)))
+    if shape is None:
+        return replace(world, device=own)
+    if own.type == "cuda":
+        own = torch.device("cuda", torch.cuda.current_device())
+    mesh = init_device_mesh(own.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    return replace(world, device=own, mesh=mesh, threads=dist.new_group(backend="gloo", timeout=PATIENCE))
+
+
+def mesh_shape(cfg: ParallelConfig, count: int) -> tuple[int, ...] | None:
+    """Replicas and shards of ``count`` processes, or shards alone; None for one. ValueError where it does not fit."""
+    if count == 1:
+        if cfg.strategy in ("ddp", "fsdp", "hsdp") or cfg.text_encoder == "sharded":
+            what = "a sharded text encoder" if cfg.text_encoder == "sharded" else f"the strategy {cfg.strategy}"
+            raise ValueError(f"{what} needs several processes: start them with torchrun")
+        return None
+    if cfg.strategy == "none":
+        raise ValueError(f"the strategy none is for one process, not {count}; leave it at auto")
+    if cfg.strategy == "ddp":
+        return count, 1
+    if cfg.strategy != "hsdp":
+        return (count,)
+    size = cfg.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    if count % size:
+        raise ValueError(f"{count} processes do not divide into groups of shard_size {size}")
+    return count // size, size
+
+
+def parallelize(model: Backbone, cfg: ParallelConfig, world: World, *, bf16: bool, compiled: bool) -> Backbone:
+    """The network itself, ready to train on the world's devices: its blocks checkpointed, compiled and sharded.
+
+    With ``bf16`` sharded weights are gathered in bfloat16, all but the router's, and gradients are summed in float32.
+    """
+    # On a CPU what lies between the blocks costs as much as they do. A GPU's many blocks share one small graph.
+    whole_graph = compiled and world.mesh is None and world.device.type == "cpu"
+    if compiled:
+        allow_graphs()
+    for block in model.blocks:
+        if cfg.activation_checkpointing != "none":
+            recompute(block, selective=cfg.activation_checkpointing == "selective")
+        if compiled and not whole_graph:
+            block.compile(dynamic=False)
+    if compiled and not whole_graph and isinstance(model, DiT):
+        model.text_norm.compile(dynamic=True)
+    if whole_graph:
+        compile_network(model)
+    if world.mesh is None:
+        return model.to(world.device)
+    exact: dict[str, Any] = {
+        "mesh": world.mesh,
+        "reshard_after_forward": cfg.reshard_after_forward and cfg.strategy != "ddp",
+    }
+    # Casting inputs is left to autocast, which knows better than to round times and rotary tables.
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    options = {**exact, "mp_policy": policy} if bf16 else exact
+    if isinstance(model, DiT):
+        if any(True for _ in model.router.parameters()):
+            fully_shard(model.router, **exact)
+            register_fsdp_forward_method(model.router, "mix_steps")
+        if model.noise_level is not None:
+            fully_shard(model.noise_level, **exact)
+        # prepare_text reaches into every block, before the blocks themselves run: one group of its own.
+        fully_shard(text_modules(model), **options)
+    for block in model.blocks:
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    register_fsdp_forward_method(model, "prepare_text")
+    register_fsdp_forward_method(model, "prepare_steps")
+    register_fsdp_forward_method(model, "gate_time")
+    # prepare_text returns views, which nobody writes to.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+    return model
+
+
+def text_modules(model: DiT) -> list[nn.Module]:
+    """What makes the blocks' keys and values of the text, in the order in which ``prepare_text`` runs it."""
+    blocks = cast(Iterable[Block], model.blocks)
+    return [model.text_norm, model.text_proj, *(part for b in blocks for part in (b.cross.kv, b.cross.k_norm))]
+
+
+def recompute(block: nn.Module, *, selective: bool) -> None:
+    """Let a block's backward compute its inner results again; ``selective`` keeps products and attention."""
+    how: dict[str, Any] = {"use_reentrant": False}
+    if selective:
+        how["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+    inner = block.forward
+
+    # A frame of its own: torch.compile would not look into a partial of torch's function.
+    def forward(*args: Any) -> Any:
+        return checkpoint(inner, *args, **how)
+
+    # The attribute of the instance hides the method, so that names of weights and hooks of sharding stay as they are.
+    block.__dict__["forward"] = forward
+
+
+_ATEN = torch.ops.aten
+_COSTLY = {
+    _ATEN.mm.default,
+    _ATEN.addmm.default,
+    _ATEN.bmm.default,
+    _ATEN._scaled_dot_product_flash_attention.default,
+    _ATEN._scaled_dot_product_efficient_attention.default,
+    _ATEN._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def _keep_products(ctx: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    costly = op in _COSTLY or op.namespace == "torch_attn"  # attention without padding (varlen.py)
+    return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def place_encoder(encoder: TextEncoder, cfg: ParallelConfig, world: World, *, compiled: bool) -> TextEncoder:
+    """The frozen language model where ``cfg`` wants it; sharded, every process must encode when one does.
+
+    ``compiled`` compiles it where it computes on a CPU: a GPU has enough to do with each of a large model's products.
+    """
+    if compiled and (cfg.text_encoder == "cpu" or world.device.type == "cpu"):
+        encoder.compile()
+    if cfg.text_encoder == "cpu":
+        return encoder
+    if cfg.text_encoder == "replicated" or world.mesh is None:
+        return encoder.to(world.device)
+    if encoder.config.offload:
+        raise ValueError(
+            "text.offload moves the language model as a whole, so it cannot be sharded: choose one of the two"
+        )
+    model = encoder.model
+    for layer in next(part for part in model.modules() if isinstance(part, nn.ModuleList)):
+        fully_shard(layer, mesh=world.mesh)
+    fully_shard(model, mesh=world.mesh)
+    return encoder
+
+
+def synchronise(model: nn.Module, now: bool) -> None:
+    """Whether the next backward sums gradients over the processes, or adds to those of earlier microbatches only."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)
+
+
+def reshard(model: nn.Module) -> None:
+    """Forget gathered weights, after the shards were changed otherwise than by an optimiser's step."""
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[nn.Module]:
+    """A module with its own weights whole on every process; all of them must come here."""
+    if isinstance(module, FSDPModule):
+        module.unshard()
+    try:
+        yield module
+    finally:
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def local(x: Tensor) -> Tensor:
+    """This process's part of a tensor, sharing its memory."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor on one process as on many; all of them must come here."""
+    return x.full_tensor() if isinstance(x, DTensor) else x

@@ -1,0 +1,150 @@
+"""Whole runs as functions: a recipe takes an arm and returns a complete ``TrainConfig``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from semantic_routing.data.dataset import DataConfig
+from semantic_routing.flow import TimeConfig
+from semantic_routing.model.arms import ARMS
+from semantic_routing.model.codec import CodecConfig
+from semantic_routing.model.dit import DiTConfig
+from semantic_routing.sampling.text_to_image import SampleConfig
+from semantic_routing.text.loading import TINY, TextEncoderConfig
+from semantic_routing.training.config import TrainConfig
+from semantic_routing.training.optim import OptimConfig
+from semantic_routing.training.parallelize import ParallelConfig
+
+TOY_SAMPLING = SampleConfig(sampler="renoise", steps=100, guidance=3.0, shift=4.0, batch=110)
+"""How toy models are sampled: most steps close to the noise, where the scene is decided."""
+SMALL_SAMPLING = replace(TOY_SAMPLING, batch=506)
+"""The same for small ones, in batches for a GPU."""
+
+GATE_RATE = 2e-5
+"""Learning rate of gates. AdamW moves a gate's logits through all of its 512 hidden channels, a hundred times as fast
+as logits that are parameters themselves: at the network's rate gates fall onto one layer (docs/log.md)."""
+
+
+def toy(arm: str) -> TrainConfig:
+    """Minutes on two CPU cores: 32x32 pictures of shapes in pixels, a tiny language model made on the spot."""
+    return TrainConfig(
+        image_size=32,
+        model=DiTConfig(
+            arm=arm,
+            depth=6,
+            width=192,
+            heads=6,
+            kv_heads=2,
+            head_dim=32,
+            mlp_width=512,
+            patch=8,
+            channels=3,
+            conditioning="adaln-zero",
+            prediction="image",
+            rope_theta=100.0,
+            text_width=128,
+            text_layers=8,
+            text_init_std=128**-0.5,
+            fusedit_first_layer=1,
+        ),
+        text=TextEncoderConfig(name_or_path=TINY, dtype="bfloat16"),
+        codec=CodecConfig(kind="pixels"),
+        optim=OptimConfig(
+            name="muon",
+            lr=2e-3,
+            muon_lr=0.02,
+            router_lr=GATE_RATE if ARMS[arm].by_time else None,
+            betas=(0.9, 0.99),
+            weight_decay=0.01,
+            warmup=50,
+            decay="cosine",
+        ),
+        steps=3000,
+        batch=128,
+        # Large flat areas betray themselves early, so what a scene holds is decided close to the noise.
+        time=TimeConfig(mean=-1.7, std=1.15),
+        ema_decay=0.997,
+        ema_every=1,
+        compile=True,
+        checkpoint_every=1000,
+        preview_every=500,
+        preview=replace(TOY_SAMPLING, steps=25, batch=16),
+    )
+
+
+def debug(arm: str) -> TrainConfig:
+    """Seconds on any machine: a network of two blocks and a language model of two layers, which learn next to nothing.
+
+    To see that an installation, a data set or a change runs from end to end; the tests run it, too.
+    """
+    return TrainConfig(
+        image_size=32,
+        model=DiTConfig(
+            arm=arm,
+            depth=2,
+            width=32,
+            heads=2,
+            kv_heads=1,
+            head_dim=32,
+            mlp_width=48,
+            patch=8,
+            channels=3,
+            text_width=64,
+            text_layers=2,
+            fusedit_first_layer=0,
+        ),
+        text=TextEncoderConfig(name_or_path=f"{TINY}:2x64x5", buckets=(16, 32, 64)),
+        codec=CodecConfig(kind="pixels"),
+        optim=OptimConfig(lr=1e-2),
+        steps=8,
+        batch=4,
+        ema_every=1,
+        precision="fp32",
+        log_every=1,
+        checkpoint_every=4,
+        preview_every=8,
+        preview=SampleConfig(steps=2, guidance=2.0, batch=3),
+    )
+
+
+def small(arm: str) -> TrainConfig:
+    """The toy world with a network of 41 million parameters: seven arms and three seeds in half an hour on one GPU.
+
+    Counted by ``tests/study/test_budget.py``: a step is 1.08e12 FLOPs (256 pictures of 16 tokens with prompts of 16,
+    and 0.35e12 of Muon's), a run of 3,000 steps 3.25e15, all 21 runs 6.66e16; 33 scorings of 2,530 prompts (S1 and S3
+    under three clocks) and 6 calibrations are 1.55e16. At 15 % of an H200's 790e12 FLOP/s that is 12 minutes; starting
+    and compiling 60 processes, four at a time and a minute each, takes 15. Drawing the pictures goes on beside it.
+    """
+    cfg = toy(arm)
+    # FuseDiT reads the keys of eight language-model layers with its own heads: 2 key heads of 32.
+    model = replace(cfg.model, depth=8, width=512, heads=16, mlp_width=1536, fusedit_first_layer=0)
+    return replace(
+        cfg,
+        model=model,
+        optim=replace(cfg.optim, lr=1e-3, warmup=100),
+        batch=256,
+        preview=replace(SMALL_SAMPLING, steps=25, batch=16),
+    )
+
+
+def paper(arm: str) -> TrainConfig:
+    """Section 4.1: 2.24 billion parameters, Qwen3-VL-4B-Instruct, the SD3 autoencoder, 256x256, batch 512."""
+    return TrainConfig(
+        data=DataConfig(paths=("shards",), workers=8),
+        image_size=256,
+        model=DiTConfig(arm=arm),
+        text=TextEncoderConfig(name_or_path="Qwen/Qwen3-VL-4B-Instruct", dtype="bfloat16"),
+        codec=CodecConfig(kind="vae", name_or_path="stabilityai/stable-diffusion-3-medium-diffusers", subfolder="vae"),
+        optim=OptimConfig(),
+        parallel=ParallelConfig(activation_checkpointing="selective"),
+        steps=500_000,
+        batch=512,
+        precision="bf16",
+        keep_every=50_000,
+        preview_every=5000,
+        preview=SampleConfig(batch=16),
+    )
+
+
+RECIPES: dict[str, Callable[[str], TrainConfig]] = {"debug": debug, "toy": toy, "small": small, "paper": paper}

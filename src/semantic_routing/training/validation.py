@@ -1,0 +1,152 @@
+"""The loss on pictures that are never trained on, at fixed times and with fixed noise.
+
+Training's own loss is of other pictures, times and noise at every step, so it is too noisy to compare runs by. Here
+all of that is a function of the configuration: two numbers differ only where the networks do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from jaxtyping import Float64
+from torch import Tensor
+
+from semantic_routing.common.distributed import ALONE, Processes
+from semantic_routing.common.errors import TrainingFailed
+from semantic_routing.common.troubles import Troubles
+from semantic_routing.data.dataset import DataConfig, open_data
+from semantic_routing.data.draws import draw, posterior_noise
+from semantic_routing.data.sources.discover import SHAPES
+from semantic_routing.data.streams import Row
+from semantic_routing.flow import FIXED_TIMES, path, velocity
+from semantic_routing.model.runtime import autocast
+from semantic_routing.sampling.text_plan import TextPlan
+from semantic_routing.sampling.text_to_image import Bundle
+from semantic_routing.toy.captions import prompts
+
+HeldOut = Callable[[int], Row]
+"""The pictures to validate on, by their number from 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """What a run is validated on, and when."""
+
+    every: int = 0
+    """Steps between validations; 0 is none."""
+    paths: tuple[str, ...] = ()
+    """Held-out data, as data.paths; the toy world has its own."""
+    samples: int = 512
+    """Pictures."""
+    batch: int = 64
+    """Pictures that each process predicts together; decides no result."""
+    times: tuple[float, ...] = FIXED_TIMES
+    """Times at which every picture is predicted, from 0 (noise) to 1 (data)."""
+    seed: int = 0
+    """Decides which of the pictures, and their noise."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.samples < 1 or self.batch < 1:
+            raise ValueError(
+                f"validation every {self.every} steps on {self.samples} samples, {self.batch} at a time: use 0 for "
+                "none, and at least 1 sample"
+            )
+        if not self.times or not all(0 <= t <= 1 for t in self.times):
+            raise ValueError(f"times {self.times} of the validation must be some from 0 to 1")
+
+
+def held_out(cfg: ValidationConfig, data: DataConfig, image_size: int) -> HeldOut:
+    """The pictures to validate a run on ``data`` with: square, never mirrored.
+
+    Those of ``cfg.paths``, or the toy world's evaluation split. ValueError where neither is at hand, for nobody but
+    the user knows which of their pictures must not be trained on.
+    """
+    if cfg.paths in ((), (SHAPES,)):
+        if SHAPES not in data.paths:
+            raise ValueError("validation needs pictures that are not trained on: give validation.paths")
+        drawn = prompts(cfg.seed, cfg.samples)
+        return lambda i: Row(replace(drawn[i], size=image_size).image, drawn[i].caption, cfg.seed, 0, i)
+    own = replace(data, paths=cfg.paths, weights=(), buckets=False, flip=False)
+    opened = open_data(own, image_size=image_size, seed=cfg.seed)
+    return lambda i: opened.load(0, cfg.samples, range(i, i + 1))[0][1]
+
+
+def validate(
+    bundle: Bundle,
+    pictures: HeldOut,
+    cfg: ValidationConfig,
+    job: Processes = ALONE,
+    troubles: Troubles | None = None,
+) -> dict[str, float]:
+    """The velocity's mean squared error: ``val_loss``, and at each time ``val_loss_t0.05`` ...
+
+    Every process of the job must call it; each takes its share, and all get the result: not a number
+    where pictures cannot be read any more, which ``troubles`` tells once.
+    """
+    sums = error_sums(bundle, pictures, cfg, job, troubles)
+    if job.count > 1:
+        dist.all_reduce(sums)
+    means = (sums / cfg.samples).tolist()
+    return {"val_loss": sum(means) / len(means)} | {
+        f"val_loss_t{t:g}": mean for t, mean in zip(cfg.times, means, strict=True)
+    }
+
+
+def error_sums(
+    bundle: Bundle, pictures: HeldOut, cfg: ValidationConfig, job: Processes, troubles: Troubles | None = None
+) -> Float64[Tensor, " T"]:
+    """Sum of the errors of one process's share of the pictures, at each time.
+
+    All processes run the network equally often and on batches of one size, as sharding and compilation want it: what
+    is missing of a batch is filled up, and not counted.
+    """
+    share = -(-cfg.samples // job.count)
+    batch = min(cfg.batch, share)
+    own = range(job.rank, cfg.samples, job.count)
+    troubles = troubles or Troubles()
+    sums = torch.zeros(len(cfg.times), dtype=torch.float64, device=bundle.device)
+    for first in range(0, share, batch):
+        rows, filling = list[Row](), [_blank(bundle.image_size)]
+        unread = True
+        with troubles.survived("validation", TrainingFailed):
+            rows = [pictures(i) for i in own[first : first + batch]]
+            filling = [rows[0] if rows else pictures(0)]
+            unread = False
+        sums += batch_errors(bundle, rows + filling * (batch - len(rows)), cfg.times)[:, : len(rows)].sum(1)
+        if unread:
+            sums += math.nan
+    return sums
+
+
+def _blank(size: int) -> Row:
+    """A picture that keeps a process in step with the others."""
+    return Row(np.zeros((size, size, 3), np.uint8), "", 0, 0, 0)
+
+
+@torch.no_grad()
+def batch_errors(bundle: Bundle, rows: Sequence[Row], times: Sequence[float]) -> Float64[Tensor, "T B"]:
+    """The velocity's mean squared error of each picture at each time; its noise is the same at all of them."""
+    device, model = bundle.device, bundle.model
+    images = torch.from_numpy(np.stack([row.image for row in rows])).to(device)
+    shape = bundle.codec.latent_shape(*images.shape[1:3])
+    keys = [(row.seed, row.sample, row.epoch) for row in rows]
+    noise = torch.from_numpy(np.stack([draw(*key, shape).noise for key in keys])).to(device)
+    extra = None
+    if bundle.codec.has_posterior:
+        extra = torch.from_numpy(np.stack([posterior_noise(*key, shape) for key in keys])).to(device)
+    latents = bundle.codec.encode(images, extra)
+    target = velocity(latents, noise)
+    features = bundle.encode([row.caption for row in rows])
+    plan, errors = TextPlan(model, features), []
+    for time in times:
+        t = torch.full((len(rows),), time, device=device)
+        with autocast(device, bundle.bf16):
+            noisy = path(latents, noise, t)
+            predicted = model(noisy, t, plan.at(noisy, t))
+        errors.append((predicted.float() - target).square().flatten(1).double().mean(1))
+    return torch.stack(errors)

@@ -1,0 +1,130 @@
+"""The command on a tiny run: its files, its page, and a calibration that sampling accepts."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from semantic_routing.cli.analyze import AnalyzeArguments, run_analysis
+from semantic_routing.interop.export import ExportArguments, export
+from semantic_routing.sampling.clock import parse_clock
+from semantic_routing.training.loop import start
+
+
+@pytest.fixture(scope="module")
+def joint_run(tiny_config, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "joint"
+    start(tiny_config("joint"), out)
+    return out
+
+
+def test_a_run_is_drawn_with_its_trajectory_and_its_page(joint_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "figures"
+    settings = {"trajectory": True, "n": 3, "guidance": (1.0, 4.0), "steps": (4,), "html": True, "device": "cpu"}
+    written = run_analysis(AnalyzeArguments(models=(joint_run,), out=out, **settings))
+    names = {path.name for path in written}
+    assert {"heatmap-t0.2.png", "similarity-times.png", "trajectory-mse-4.png", "lead-4.png", "index.html"} <= names
+    for path in written:
+        if path.suffix == ".png":
+            assert all(path.with_suffix(kind).is_file() for kind in (".pdf", ".csv", ".npz"))
+    leads = json.loads((out / "lead.json").read_text())
+    assert [row["guidance"] for row in leads] == [1, 4]
+    assert all(row["interval"][0] <= row["lead"] <= row["interval"][1] for row in leads)
+    mse = np.load(out / "trajectory-mse-4.npz")
+    shown = [f"guidance {g}{kind}" for g in (1, 4) for kind in ("", ", forward process", ", from fresh noise")]
+    assert list(mse["columns"]) == shown
+    sampled, forward, fresh = mse["values"][:, 3:].T
+    t = np.array([0, 0.25, 0.5, 0.75])
+    assert forward == pytest.approx((1 - t) ** 2 * sampled[0], rel=1e-5)
+    assert fresh == pytest.approx((1 - t) ** 2 * fresh[0], rel=1e-5)
+    assert abs(fresh[0] / forward[0] - 1) > 1e-3
+    assert abs(mse["values"][0, 0] / sampled[0] - 1) > 1e-3  # each guidance has its own forward process
+    lead, effective = (np.load(out / f"{name}-4.npz") for name in ("lead", "effective-time"))
+    assert effective["values"] - t[:, None] == pytest.approx(lead["values"], abs=1e-12)
+    assert list(lead["columns"]) == ["guidance 1", "guidance 4", "nominal"]
+    clock = parse_clock(str(out / "calibration-g4-s4.json"))
+    assert clock is not None
+    told = clock(torch.tensor([0.0, 0.25, 0.5, 0.75]))
+    nominal = torch.tensor([0.0, 0.25, 0.5, 0.75])
+    assert (told - nominal).tolist() == pytest.approx(lead["values"][:, 1].tolist(), abs=1e-5)
+    assert json.loads((out / "manifest.json").read_text())["guidance"] == [1, 4]
+
+
+def test_the_page_needs_nothing_beside_it(joint_run: Path, tmp_path: Path) -> None:
+    settings = {"trajectory": True, "n": 2, "guidance": (2.0,), "steps": (9,), "html": True, "device": "cpu"}
+    run_analysis(AnalyzeArguments(models=(joint_run,), out=tmp_path, **settings))
+    page = (tmp_path / "index.html").read_text()
+    links: list[str] = []
+
+    class Links(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            links.extend(value or "" for name, value in attrs if name in ("src", "href") and not tag.startswith("use"))
+
+    Links().feed(page)
+    pictures = [link for link in links if link.startswith("data:image/png;base64,")]
+    assert len(pictures) == 2 * 8
+    assert all(link.startswith(("data:", "#")) for link in links)
+    data = json.loads(page.split('id="weights">')[1].split("</script>")[0])
+    assert np.shape(data["weights"])[0] == 21
+    assert np.sum(data["weights"], -1) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_model_without_routing_weights_has_its_trajectory(tiny_config, tmp_path: Path) -> None:
+    start(tiny_config("fusedit"), tmp_path / "run")
+    settings = {"trajectory": True, "n": 2, "guidance": (2.0,), "steps": (3,), "html": True, "device": "cpu"}
+    written = run_analysis(AnalyzeArguments(models=(tmp_path / "run",), out=tmp_path / "out", **settings))
+    names = ["trajectory-mse-3.png", "trajectory-psnr-3.png", "effective-time-3.png", "lead-3.png", "index.html"]
+    assert [path.name for path in written] == names
+    with pytest.raises(ValueError, match="FuseDiT has no router"):
+        run_analysis(AnalyzeArguments(models=(tmp_path / "run",), out=tmp_path / "again"))
+
+
+def test_a_clock_changes_the_trajectory_and_stands_beside_its_numbers(joint_run: Path, tmp_path: Path) -> None:
+    settings = {"trajectory": True, "n": 2, "guidance": (2.0,), "steps": (3,), "times": (0.5,), "device": "cpu"}
+    leads = []
+    for clock in ("nominal", "shifted:0.5:0"):
+        run_analysis(AnalyzeArguments(models=(joint_run,), out=tmp_path / clock, clock=clock, **settings))
+        leads += json.loads((tmp_path / clock / "lead.json").read_text())
+    assert [row["clock"] for row in leads] == ["nominal", "shifted:0.5:0"]
+    assert leads[0]["lead"] != leads[1]["lead"]
+
+
+def test_several_models_have_a_folder_each_and_are_compared(tiny_run: Path, joint_run: Path, tmp_path: Path) -> None:
+    written = run_analysis(AnalyzeArguments(models=(tiny_run, joint_run), out=tmp_path))
+    assert tmp_path / "tiny" / "heatmap.png" in written
+    assert tmp_path / "joint" / "heatmap-t0.png" in written
+    assert list(np.load(tmp_path / "models-jensen-shannon.npz")["rows"]) == ["tiny", "joint"]
+
+
+def test_an_exported_pipeline_is_drawn_as_its_run_is(joint_run: Path, tmp_path: Path) -> None:
+    pipeline = export(ExportArguments(model=joint_run, out=tmp_path / "pipeline"))
+    settings = {"trajectory": True, "n": 2, "guidance": (2.0,), "steps": (3,), "device": "cpu"}
+    for name, model in (("run", joint_run), ("pipeline", pipeline)):
+        run_analysis(AnalyzeArguments(models=(model,), out=tmp_path / "out" / name, **settings))
+    one, other = (
+        {path.name: path.read_bytes() for path in (tmp_path / "out" / name).glob("*.csv")}
+        for name in ("run", "pipeline")
+    )
+    assert "lead-3.csv" in one
+    assert one == other
+    (pipeline / "transformer" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is no transformer of semroute export"):
+        run_analysis(AnalyzeArguments(models=(pipeline,), out=tmp_path / "again"))
+
+
+def test_what_cannot_be_analysed_is_said(tiny_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to analyse"):
+        AnalyzeArguments(models=(), out=tmp_path)
+    with pytest.raises(ValueError, match="at least 2 steps"):
+        AnalyzeArguments(models=(tiny_run,), out=tmp_path, steps=(1,))
+    with pytest.raises(ValueError, match=r"times are from 0 \(noise\) to 1 \(data\), at least one"):
+        AnalyzeArguments(models=(tiny_run,), out=tmp_path, times=(0.5, 1.5))
+    with pytest.raises(ValueError, match="one of the guidance is given twice"):
+        AnalyzeArguments(models=(tiny_run,), out=tmp_path, guidance=(1.0, 1.0))
+    with pytest.raises(ValueError, match="a model is given twice"):
+        run_analysis(AnalyzeArguments(models=(tiny_run, tiny_run), out=tmp_path))

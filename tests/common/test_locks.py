@@ -1,0 +1,137 @@
+"""One process at a time in a folder: who is there is named, and what dead processes left hinders nobody."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from semantic_routing.common.locks import LOCK, claimed
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from semantic_routing.common.locks import claimed
+with claimed(Path(sys.argv[1]), "the folder"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def holder(lock: Path) -> subprocess.Popen[str]:
+    """Another process that holds the lock."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process.stdout as said:
+        assert said.readline() == "held\n"
+    return process
+
+
+def test_another_process_is_named_until_it_is_killed(tmp_path: Path) -> None:
+    lock = tmp_path / "run" / LOCK
+    process = holder(lock)
+    try:
+        with pytest.raises(ValueError, match="the folder is in use: process") as refused, claimed(lock, "the folder"):
+            pass
+        assert f"process {process.pid} on host {socket.gethostname()} is at it since 20" in str(refused.value)
+        assert "delete" not in str(refused.value)  # on this machine the lock cannot be stale
+        assert lock.is_file()
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert lock.is_file()  # nobody was there to take it away
+    with claimed(lock, "the folder"):
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.behaviour(
+    "Training",
+    when="a lock was left by a process that is dead, whose number another has now, or by another machine",
+    then="it hinders nobody",
+)
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"host": socket.gethostname(), "pid": 2**22 + 1, "since": "2026-01-01T00:00:00+00:00"},
+        {"host": socket.gethostname(), "pid": os.getpid(), "since": "2026-01-01T00:00:00+00:00"},
+        {"host": "gpu07", "pid": 1, "since": "2026-01-01T00:00:00+00:00"},
+        None,
+    ],
+    ids=["dead", "reused", "elsewhere", "cut off"],
+)
+def test_a_lock_that_nobody_holds_hinders_nobody(tmp_path: Path, left: dict | None) -> None:
+    (tmp_path / LOCK).write_text("{" if left is None else json.dumps(left))
+    with claimed(tmp_path / LOCK, "the folder"):
+        assert json.loads((tmp_path / LOCK).read_text())["host"] == socket.gethostname()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_who_holds_it_on_another_machine_is_named_with_the_way_out(tmp_path: Path) -> None:
+    """As over NFS, where the server keeps the lock of a machine that is gone."""
+    lock = tmp_path / LOCK
+    lock.write_text(json.dumps({"host": "gpu07", "pid": 12, "since": "2026-01-01T00:00:00+00:00"}))
+    with lock.open() as there:
+        fcntl.flock(there, fcntl.LOCK_EX)
+        told = rf"process 12 on host gpu07 is at it since .*; if that machine is gone, delete {lock}$"
+        with pytest.raises(ValueError, match=told), claimed(lock, "the folder"):
+            pass
+
+
+def test_a_second_claim_of_one_process_is_refused_and_leaves_the_first(tmp_path: Path) -> None:
+    with claimed(tmp_path / LOCK, "the folder"):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=f"process {os.getpid()} on host"), claimed(tmp_path / LOCK, "it"):
+                pass
+    with claimed(tmp_path / LOCK, "the folder"):
+        pass
+
+
+def test_a_fork_does_not_keep_the_lock(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    with claimed(tmp_path / LOCK, "the folder"):
+        child = os.fork()
+        if not child:
+            os.read(read, 1)  # outlives the claim
+            os._exit(0)
+    with claimed(tmp_path / LOCK, "the folder"):
+        pass
+    os.write(write, b"x")
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_folder_that_is_taken_away_is_no_trouble_at_the_end(tmp_path: Path) -> None:
+    lock = tmp_path / "run" / LOCK
+    with claimed(lock, "the folder"):
+        lock.unlink()
+        lock.parent.rmdir()
+    with claimed(lock, "the folder"):
+        (lock.parent / "kept").touch()
+    assert [path.name for path in lock.parent.iterdir()] == ["kept"]
+
+
+def test_folders_made_for_a_lock_go_with_it_if_nothing_came_into_them(tmp_path: Path) -> None:
+    with claimed(tmp_path / "new" / "run" / LOCK, "the folder"):
+        assert (tmp_path / "new" / "run").is_dir()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_locks_is_told_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def none(handle: int, how: int) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with claimed(tmp_path / LOCK, "the folder"):
+        pass
+    assert capsys.readouterr().err == (
+        f"semroute: {tmp_path} is on a disk without locks: let no other process write there\n"
+    )

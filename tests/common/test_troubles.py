@@ -1,0 +1,55 @@
+"""Trouble beside the work: told once for each thing, and survived."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from semantic_routing.common.troubles import Troubles, forgiving_stderr, say
+
+
+def fail(troubles: Troubles, what: str, error: Exception, *more: type[Exception]) -> None:
+    with troubles.survived(what, *more):
+        raise error
+
+
+def test_each_thing_is_told_once_and_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    troubles = Troubles()
+    for what in ("metrics.jsonl", "metrics.jsonl", "samples"):
+        fail(troubles, what, OSError(28, "No space left on device"))
+    fail(troubles, "wandb", RuntimeError("is gone"), RuntimeError)
+    assert capsys.readouterr().err.splitlines() == [
+        "semroute: metrics.jsonl: No space left on device; going on without it, and saying so once",
+        "semroute: samples: No space left on device; going on without it, and saying so once",
+        "semroute: wandb: is gone; going on without it, and saying so once",
+    ]
+
+
+def test_other_errors_are_errors() -> None:
+    for error in (RuntimeError("a fault"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), Troubles().survived("metrics"):
+            raise error
+
+
+def test_a_stream_that_cannot_be_written_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Path("/dev/full").open("w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        with pytest.raises(OSError, match="No space left"):
+            sys.stderr.write("a line\n")
+        with forgiving_stderr():
+            assert sys.stderr.write("a line\n") == 7
+            sys.stderr.flush()
+            assert not sys.stderr.isatty()
+        say("a line")
+        monkeypatch.undo()
+        with pytest.raises(OSError, match="No space left"):
+            full.close()
+
+
+def test_a_stream_that_can_be_written_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with forgiving_stderr():
+        sys.stderr.write("a line\n")
+    say("two\nlines")
+    assert capsys.readouterr().err == "a line\nsemroute: two lines\n"

@@ -1,0 +1,93 @@
+"""Records, what is wrong with them, and captions out of files."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from semantic_routing.data.sources.records import (
+    REASONS,
+    DamagedRecord,
+    Record,
+    RecordSource,
+    Sharded,
+    captions_of,
+    parse_json,
+    texts,
+)
+
+
+def test_a_damaged_record_survives_the_way_between_processes():
+    error = DamagedRecord("truncated", "0.tar", "0.tar/a", "5 of 9 bytes")
+    again = pickle.loads(pickle.dumps(error))
+    assert (again.reason, again.shard, again.key, again.detail) == ("truncated", "0.tar", "0.tar/a", "5 of 9 bytes")
+    assert str(again) == "record '0.tar/a' of 0.tar: truncated (5 of 9 bytes)"
+    assert str(DamagedRecord("truncated", "0.tar", "a")) == "record 'a' of 0.tar: truncated"
+    assert isinstance(again, ValueError)
+    assert error.reason in REASONS
+
+
+def test_shards_lie_one_after_the_other():
+    sharded = Sharded("x", ["a", "b", "c", "d"], [2, 0, 3, 1])
+    assert len(sharded) == 6
+    assert [sharded.locate(i) for i in range(6)] == [(0, 0), (0, 1), (2, 0), (2, 1), (2, 2), (3, 0)]
+    assert sharded.shard_name(2) == "c"
+    assert len(Sharded("x", [], [])) == 0
+    for index in (-1, 6):
+        with pytest.raises(IndexError, match="of 6 in x"):
+            sharded.locate(index)
+
+
+def test_the_protocol_is_what_it_says():
+    class Own(Sharded):
+        def read(self, index: int) -> Record:
+            return Record(str(index), b"x", {})
+
+    assert isinstance(Own("x", ["a"], [1]), RecordSource)
+    assert not isinstance(Sharded("x", ["a"], [1]), RecordSource)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("a cat", ("a cat",)),
+        (["a", " ", "b", 3, None], ("a", "b")),
+        ([], ()),
+        (" \n", ()),
+        (None, ()),
+        (7, ()),
+        ({"en": "a"}, ()),
+        ("\ud800 half", ()),
+    ],
+)
+def test_texts(value: object, expected: tuple[str, ...]):
+    assert texts(value) == expected
+
+
+def test_captions_of_files_by_their_keys():
+    extra = '\ufeff{"caption": "a", "tags": ["b", "c"], "width": 3, "empty": "", "error": null, "txt": "other"}'
+    found = captions_of(b"\xef\xbb\xbf two words \n", extra.encode())
+    assert found == {"caption": ("a",), "tags": ("b", "c"), "txt": ("two words",)}
+    assert captions_of(b"", b"") == {}
+    assert captions_of(b" \n", b'["a", "b"]') == {}
+    assert captions_of(b"", b'{"txt": "other"}') == {"txt": ("other",)}
+
+
+@pytest.mark.parametrize(
+    ("text", "extra", "message"),
+    [
+        (b"caf\xe9", b"", r"^\.txt: byte 4 is not UTF-8"),
+        (b"a", b'{"a": ', r"^\.json: not JSON at column 7"),
+        (b"a", b"\xff", r"^\.json: byte 1 is not UTF-8"),
+        (b"a", b"[" * 100_000, r"^\.json: nested too deeply"),
+    ],
+)
+def test_captions_that_cannot_be_read(text: bytes, extra: bytes, message: str):
+    with pytest.raises(ValueError, match=message):
+        captions_of(text, extra)
+
+
+def test_json_errors_name_the_place():
+    with pytest.raises(ValueError, match="line 2, column 1"):
+        parse_json(b"[1,\n}")

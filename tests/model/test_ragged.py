@@ -1,0 +1,202 @@
+"""Text without padding: the same velocities as with a mask, one graph for any lengths. On a CPU with a naive kernel."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch.nn.attention import varlen
+
+from semantic_routing.model import ragged as ragged_module
+from semantic_routing.model.build import make_model
+from semantic_routing.model.dit import DiT, DiTConfig
+from semantic_routing.model.ragged import Ragged, is_worthwhile
+from semantic_routing.model.varlen import ragged_attention
+from semantic_routing.sampling.guidance import guided
+from semantic_routing.sampling.samplers import euler, schedule
+from semantic_routing.text.features import TextFeatures
+
+TIMES = schedule(4)
+
+
+def naive(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
+    """Attention of one sequence after another, heads repeated, in float64."""
+    found = []
+    for rows, keys in zip(starts.tolist(), ends.tolist(), strict=True):
+        a = q[slice(*rows)].double()
+        b, c = (x[slice(*keys)].double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        weights = (torch.einsum("qhd,khd->hqk", a, b) / math.sqrt(q.shape[-1])).softmax(-1)
+        found.append(torch.einsum("hqk,khd->qhd", weights, c))
+    return torch.cat(found)
+
+
+def pairs(ends: Tensor) -> Tensor:
+    return torch.stack([ends[:-1], ends[1:]], dim=1)
+
+
+@varlen._varlen_attn.register_kernel("cpu")
+def on_cpu(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, *args: Any) -> Any:
+    out = naive(query, key, value, pairs(cu_seq_q), pairs(cu_seq_k)).to(query.dtype)
+    return out, out.new_zeros(query.shape[1], query.shape[0]), torch.zeros(2, dtype=torch.uint64)
+
+
+@pytest.fixture
+def ragged(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Text is packed here, too."""
+    with monkeypatch.context() as patch:
+        patch.setattr(ragged_module, "is_worthwhile", lambda x: True)
+        yield patch
+
+
+def network(arm: str) -> DiT:
+    sizes = {"width": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "mlp_width": 64, "channels": 4}
+    model = make_model(DiTConfig(arm=arm, depth=3, text_width=32, text_layers=5, **sizes)).requires_grad_(False)
+    for p in model.parameters():
+        if p.eq(0).all():
+            torch.nn.init.normal_(p, std=0.1)
+    assert isinstance(model, DiT)
+    return model
+
+
+def text(*lengths: int, longest: int = 16) -> TextFeatures:
+    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    return TextFeatures(torch.randn(5, len(lengths), longest, 32), mask)
+
+
+@pytest.mark.parametrize("arm", ["penultimate", "uniform", "depth", "time", "joint", "attention", "joint-state"])
+def test_text_without_padding_gives_the_velocity_of_masked_text(arm: str, ragged: pytest.MonkeyPatch) -> None:
+    model, features, x, t = network(arm), text(3, 16, 9), torch.randn(3, 4, 8, 8), torch.rand(3)
+    context = model.prepare_text(features, t)
+    assert context.mask is None
+    assert context.keys[0].shape == (1, 2, 28, 16)
+    found = model(x, t, context)
+    ragged.undo()
+    torch.testing.assert_close(found, model(x, t, model.prepare_text(features, t)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("arm", ["depth", "joint", "time-state"])
+@pytest.mark.parametrize("prompts", [(3, 16, 9), (16, 16, 16)])
+@pytest.mark.parametrize("null", [1, 16])
+def test_guidance_without_padding_is_guidance_with_a_mask(
+    arm: str, prompts: tuple[int, ...], null: int, ragged: pytest.MonkeyPatch
+) -> None:
+    model, features, nothing, x = network(arm), text(*prompts), text(null), torch.randn(3, 4, 8, 8)
+    found = euler(guided(model, features, nothing, 3.0, times=TIMES), x, TIMES)
+    ragged.undo()
+    masked = euler(guided(model, features, nothing, 3.0, times=TIMES), x, TIMES)
+    torch.testing.assert_close(found, masked, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_reach_the_router_and_the_keys(ragged: pytest.MonkeyPatch) -> None:
+    model, features, t = network("depth").requires_grad_(), text(3, 16, 9), torch.rand(3)
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        context = model.prepare_text(features, t)
+        tokens = [context.keys[2], context.values[2]]
+        seen = tokens if context.mask is None else [x.transpose(1, 2)[context.mask] for x in tokens]
+        sum(x.square().sum() for x in seen).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    found = gradients()
+    ragged.undo()
+    masked = gradients()
+    assert found.keys() == masked.keys()
+    assert "router.logits" in found
+    for name, grad in masked.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def unchecked(function: str) -> None:
+    """Run a function of this file without the checks of annotations, which dynamo cannot trace."""
+    code = f"import {Path(__file__).stem} as tests; tests.{function}()"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
+
+
+def one_graph() -> None:
+    ragged_module.is_worthwhile = lambda x: True
+    model, x, t, counter = network("depth"), torch.randn(3, 4, 8, 8), torch.rand(3), CompileCounter()
+    for block in model.blocks:
+        block.compile(dynamic=False, backend=counter)
+    for length in (3, 7, 12, 1):
+        model(x, t, model.prepare_text(text(length, 16, 9), t))
+    assert counter.frame_count == 1, counter.frame_count
+
+
+def test_one_graph_of_a_block_serves_any_number_of_tokens() -> None:
+    unchecked("one_graph")
+
+
+def test_a_cpu_keeps_its_mask() -> None:
+    assert not is_worthwhile(torch.zeros(1, dtype=torch.bfloat16))
+    context = network("depth").prepare_text(text(3, 16))
+    assert context.ragged is None
+    assert context.mask is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (32, 8)])
+@pytest.mark.parametrize("lengths", [[5], [1, 77, 16, 300]])
+def test_ragged_attention_on_cuda_forward_and_backward(heads: int, kv_heads: int, lengths: list[int]) -> None:
+    B, S, hd, T = len(lengths), 40, 128, sum(lengths)
+    where = Ragged.of(torch.tensor(lengths), max(lengths))
+    q, k, v = (
+        torch.randn(shape, dtype=torch.bfloat16).requires_grad_()
+        for shape in ((B, heads, S, hd), (1, kv_heads, T, hd), (1, kv_heads, T, hd))
+    )
+    upstream = torch.randn(B, heads, S, hd).bfloat16()
+    device = [x.detach().cuda().requires_grad_() for x in (q, k, v)]
+    out = ragged_attention(*device, Ragged(where.ends.cuda(), where.longest))
+    grads = torch.autograd.grad(out, device, upstream.cuda())
+    rows = [x.double().transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
+    expected = naive(*rows, pairs(torch.arange(0, (B + 1) * S, S)), pairs(where.ends))
+    expected = expected.unflatten(0, (B, S)).transpose(1, 2)
+    references = torch.autograd.grad(expected, [q, k, v], upstream.double())
+    for name, a, b in zip("oqkv", (out, *grads), (expected, *references), strict=True):
+        error = (a.cpu().double() - b.double()).norm() / b.double().norm()
+        assert error < 0.01, (name, error.item())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_network_on_cuda_reads_no_padding_and_says_the_same() -> None:
+    model, features = network("depth").cuda(), text(3, 16, 9).to("cuda")
+    x, t = torch.randn(3, 4, 8, 8, device="cuda"), torch.rand(3, device="cuda")
+    exact = model(x, t, model.prepare_text(features, t))
+    with torch.autocast("cuda", torch.bfloat16):
+        context = model.prepare_text(features, t)
+        assert context.ragged is not None
+        found = model(x, t, context)
+    assert (found.double() - exact.double()).norm() / exact.double().norm() < 0.03
+
+
+def recorded() -> None:
+    from semantic_routing.model.runtime import compile_network
+
+    model, x = network("joint").cuda(), torch.randn(3, 4, 8, 8, device="cuda")
+    nothing = text(1).to("cuda")
+    prompts = [text(3, 16, 9).to("cuda"), text(2, 7, 9).to("cuda")]
+
+    def pictures() -> list[Tensor]:
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            return [euler(guided(model, p, nothing, 3.0, times=TIMES), x, TIMES) for p in prompts]
+
+    eager = pictures()
+    compile_network(model)
+    for found, expected in zip(pictures(), eager, strict=True):
+        assert (found - expected).norm() / (expected - x).norm() < 0.03
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_recorded_network_takes_the_same_steps() -> None:
+    unchecked("recorded")

@@ -1,0 +1,178 @@
+"""How a run is laid out, and what is applied to a network; ``test_train_distributed.py`` starts real processes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
+
+from semantic_routing.common.distributed import World
+from semantic_routing.common.errors import Interrupted, TrainingFailed, exit_code
+from semantic_routing.model.build import make_model
+from semantic_routing.model.dit import DiTConfig
+from semantic_routing.text.features import TextFeatures
+from semantic_routing.training.parallelize import (
+    ParallelConfig,
+    arrange,
+    local,
+    mesh_shape,
+    parallelize,
+    recompute,
+    text_modules,
+    whole,
+)
+
+CPU = torch.device("cpu")
+CFG = DiTConfig(
+    arm="depth", depth=3, width=16, heads=2, kv_heads=1, head_dim=8, mlp_width=16, channels=3, text_width=8,
+    text_layers=3,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("cfg", "count", "shape"),
+    [
+        ({}, 1, None),
+        ({"strategy": "none", "text_encoder": "cpu"}, 1, None),
+        ({}, 8, (8,)),
+        ({"strategy": "fsdp"}, 8, (8,)),
+        ({"strategy": "ddp"}, 8, (8, 1)),
+        ({"strategy": "hsdp", "shard_size": 4}, 8, (2, 4)),
+        ({"strategy": "hsdp"}, 8, (4, 2)),
+    ],
+)
+def test_every_strategy_is_a_mesh(
+    monkeypatch: pytest.MonkeyPatch, cfg: dict, count: int, shape: tuple[int, ...] | None
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert mesh_shape(ParallelConfig(**cfg), count) == shape
+
+
+@pytest.mark.parametrize(
+    ("cfg", "count", "message"),
+    [
+        ({"strategy": "ddp"}, 1, "the strategy ddp needs several processes: start them with torchrun"),
+        ({"text_encoder": "sharded"}, 1, "a sharded text encoder needs several processes"),
+        ({"strategy": "none"}, 2, "the strategy none is for one process, not 2"),
+        ({"strategy": "hsdp", "shard_size": 3}, 8, "8 processes do not divide into groups of shard_size 3"),
+        ({"shard_size": 2}, 8, "shard_size belongs to the strategy hsdp, not auto"),
+        ({"strategy": "hsdp", "shard_size": -1}, 8, "shard_size is -1"),
+    ],
+)
+def test_what_does_not_fit(cfg: dict, count: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mesh_shape(ParallelConfig(**cfg), count)
+
+
+def test_one_process_agrees_with_itself() -> None:
+    world = arrange(World(), ParallelConfig(), "cpu")
+    assert (world.device, world.mesh, world.threads, world.first) == (CPU, None, None, True)
+    assert world.agreed(lambda: 3) == world.shared(lambda: 3) == world.in_order(lambda: 3) == 3
+    assert world.largest(2, 5) == [2, 5]
+    assert world.mean(torch.tensor(2.0)) == 2
+    for act in (world.agreed, world.shared, world.in_order):
+        with pytest.raises(ValueError, match="invalid literal"):
+            act(lambda: int("x"))
+
+
+def test_the_others_end_in_silence_with_the_same_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("semantic_routing.common.distributed.HEAD_START", 0.0)
+    for error, code in ((ValueError("x"), 2), (TrainingFailed("x"), 1), (Interrupted("x", 15), 143), (OSError("x"), 1)):
+        assert exit_code(error) == code
+        with pytest.raises(type(error)):
+            World(0, 2).fail(error)
+        with pytest.raises(SystemExit) as ended:
+            World(1, 2).fail(error)
+        assert ended.value.code == code
+
+
+def gradients(arm: str, checkpointing: str, saved: list[int] | None = None) -> dict[str, Tensor]:
+    """Gradients of a fixed loss of a fixed network; ``saved`` gets the size of what its forward keeps."""
+    torch.manual_seed(0)
+    model = make_model(replace(CFG, arm=arm, fusedit_first_layer=0))
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3)
+    names = list(model.state_dict())
+    cfg = ParallelConfig(activation_checkpointing=checkpointing)
+    model = parallelize(model, cfg, World(device=CPU), bf16=False, compiled=False)
+    assert list(model.state_dict()) == names
+    x, t = torch.randn(2, 3, 8, 8), torch.rand(2)
+    features = TextFeatures(torch.randn(3, 2, 5, 8), torch.ones(2, 5, dtype=torch.bool))
+    if arm == "fusedit":
+        keys = torch.randn(3, 2, 1, 5, 8)
+        features = replace(features, keys=keys, values=keys.flip(0))
+
+    def keep(tensor: Tensor) -> Tensor:
+        if saved is not None:
+            saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(x, t, model.prepare_text(features, t)).square().mean()
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("arm", ["joint", "fusedit"])
+def test_checkpointing_changes_memory_and_no_gradient(arm: str) -> None:
+    everything: list[int] = []
+    nothing: list[int] = []
+    expected = gradients(arm, "none", everything)
+    full = gradients(arm, "full", nothing)
+    selective = gradients(arm, "selective")
+    assert expected.keys() == full.keys() == selective.keys()
+    for name, gradient in expected.items():
+        assert torch.equal(full[name], gradient), name
+        assert torch.equal(selective[name], gradient), name
+    assert sum(nothing) < 0.7 * sum(everything)
+
+
+def test_selective_checkpointing_repeats_no_product() -> None:
+    counts = {}
+    for kind in ("none", "selective", "full"):
+        with FlopCounterMode(display=False) as counted:
+            gradients("depth", kind)
+        counts[kind] = counted.get_total_flops()
+    assert counts["none"] == counts["selective"] < counts["full"]
+
+
+@pytest.mark.parametrize("selective", [False, True])
+def test_a_compiled_block_is_checkpointed_inside(selective: bool) -> None:
+    layers = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+    x = torch.randn(2, 4)
+    layers(x).square().sum().backward()
+    expected = [p.grad for p in layers.parameters()]
+    layers.zero_grad()
+    counter = CompileCounterWithBackend("aot_eager")
+    recompute(layers, selective=selective)
+    layers.compile(backend=counter)
+    layers(x).square().sum().backward()
+    assert counter.frame_count == 1
+    assert all("checkpoint" in str(graph.code) for graph in counter.graphs)
+    for p, gradient in zip(layers.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+
+
+def test_the_text_has_a_group_of_its_own() -> None:
+    """All that ``prepare_text`` runs but the router, in order, and nothing that a block's own forward runs."""
+    model = make_model(CFG)
+    ran: list[nn.Module] = []
+    for module in model.modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda module, *rest: ran.append(module))
+    features = TextFeatures(torch.randn(3, 2, 5, 8), torch.ones(2, 5, dtype=torch.bool))
+    context = model.prepare_text(features)
+    assert [id(m) for m in ran if m is not model.router] == [id(m) for m in text_modules(model)]
+    ran.clear()
+    model(torch.randn(2, 3, 8, 8), torch.rand(2), context)
+    assert not {id(m) for m in ran} & {id(m) for m in text_modules(model)}
+
+
+def test_a_plain_tensor_is_all_of_it() -> None:
+    x = torch.randn(3)
+    assert local(x) is x
+    assert whole(x) is x

@@ -1,0 +1,223 @@
+"""Validation: against a naive loop, at any batch size and number of processes, on pictures that are held out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from semantic_routing.common.distributed import Processes
+from semantic_routing.data.dataset import DataConfig
+from semantic_routing.data.draws import draw, posterior_noise
+from semantic_routing.model.build import make_model
+from semantic_routing.model.codec import PixelCodec
+from semantic_routing.model.dit import DiTConfig
+from semantic_routing.sampling.text_to_image import Bundle
+from semantic_routing.text.encoder import TextEncoder
+from semantic_routing.text.loading import TextEncoderConfig
+from semantic_routing.toy.captions import split_of
+from semantic_routing.training.validation import ValidationConfig, error_sums, held_out, validate
+
+CFG = ValidationConfig(samples=7, batch=3, times=(0.1, 0.6))
+SIZES = {
+    "depth": 2,
+    "width": 32,
+    "heads": 2,
+    "kv_heads": 1,
+    "head_dim": 32,
+    "mlp_width": 48,
+    "patch": 8,
+    "channels": 3,
+    "text_width": 64,
+    "text_layers": 2,
+    "fusedit_first_layer": 0,
+}
+
+
+def make_bundle(encoder: str, arm: str = "depth") -> Bundle:
+    """A network whose answer depends on picture, time and text."""
+    torch.manual_seed(0)
+    model = make_model(DiTConfig(arm=arm, conditioning="addition", **SIZES))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    config = TextEncoderConfig(name_or_path=encoder, buckets=(4, 8, 16, 32, 64))
+    return Bundle(model=model, encoder=TextEncoder.from_pretrained(config), codec=PixelCodec(), image_size=32)
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_encoder: Path) -> Bundle:
+    return make_bundle(str(tiny_encoder))
+
+
+@pytest.mark.parametrize("arm", ["depth", "time", "fusedit"])
+def test_loss_is_that_of_a_naive_loop(tiny_encoder: Path, arm: str) -> None:
+    bundle = make_bundle(str(tiny_encoder), arm)
+    pictures = held_out(CFG, DataConfig(), 32)
+    expected: dict[float, list[float]] = {t: [] for t in CFG.times}
+    with torch.no_grad():
+        for i in range(7):
+            row = pictures(i)
+            x = torch.from_numpy(row.image).permute(2, 0, 1)[None] / 127.5 - 1
+            noise = torch.from_numpy(draw(row.seed, row.sample, row.epoch, (3, 32, 32)).noise)[None]
+            for time in CFG.times:
+                t = torch.tensor([time])
+                context = bundle.model.prepare_text(bundle.encode([row.caption]), t)
+                predicted = bundle.model((1 - time) * noise + time * x, t, context)
+                expected[time].append((predicted - (x - noise)).square().mean().item())
+    found = validate(bundle, pictures, CFG)
+    means = [sum(errors) / 7 for errors in expected.values()]
+    assert found == pytest.approx(
+        {"val_loss": sum(means) / 2, "val_loss_t0.1": means[0], "val_loss_t0.6": means[1]}, rel=1e-5
+    )
+
+
+def test_a_network_that_says_nothing_errs_by_the_velocity(bundle: Bundle) -> None:
+    silent = replace(bundle, model=make_model(bundle.model.cfg))  # its last layer starts at zero
+    pictures = held_out(CFG, DataConfig(), 32)
+    rows = [pictures(i) for i in range(7)]
+    latents = [torch.from_numpy(row.image).permute(2, 0, 1) / 127.5 - 1 for row in rows]
+    noises = [torch.from_numpy(draw(row.seed, row.sample, row.epoch, (3, 32, 32)).noise) for row in rows]
+    expected = sum((x - noise).square().mean().item() for x, noise in zip(latents, noises, strict=True)) / 7
+    assert list(validate(silent, pictures, CFG).values()) == pytest.approx([expected] * 3, rel=1e-6)
+
+
+def test_neither_batch_size_nor_repetition_nor_the_global_generator_matters(bundle: Bundle) -> None:
+    pictures = held_out(CFG, DataConfig(), 32)
+    once = validate(bundle, pictures, CFG)
+    torch.manual_seed(9)
+    assert validate(bundle, held_out(CFG, DataConfig(), 32), CFG) == once
+    for batch in (1, 7, 64):
+        assert validate(bundle, pictures, replace(CFG, batch=batch)) == pytest.approx(once, rel=1e-6)
+    assert validate(bundle, held_out(replace(CFG, seed=1), DataConfig(), 32), CFG) != pytest.approx(once, rel=1e-3)
+
+
+@pytest.mark.parametrize("count", [2, 3, 9])
+def test_shares_of_processes_add_up_and_run_the_network_equally_often(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    pictures = held_out(CFG, DataConfig(), 32)
+    whole = error_sums(bundle, pictures, CFG, Processes())
+    sizes: list[list[int]] = [[] for _ in range(count)]
+    parts = []
+    forward = type(bundle.model).forward
+    for rank in range(count):
+        monkeypatch.setattr(
+            type(bundle.model),
+            "forward",
+            lambda self, x, t, context, seen=sizes[rank]: seen.append(len(x)) or forward(self, x, t, context),
+        )
+        parts.append(error_sums(bundle, pictures, CFG, Processes(rank, count)))
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-6, atol=0)
+    assert sizes == [sizes[0]] * count
+    assert len(set(sizes[0])) == 1
+
+
+WORKER = """
+import json, sys
+sys.path.insert(0, {tests!r})
+import torch.distributed as dist
+from test_validation import run_as
+print(json.dumps(run_as(1, {store!r}, {encoder!r})))
+"""
+
+
+def run_as(rank: int, store: str, encoder: str) -> dict[str, float]:
+    """Validate as one of two processes."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    try:
+        return validate(make_bundle(encoder), held_out(CFG, DataConfig(), 32), CFG, Processes(rank, 2))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes_find_what_one_finds(bundle: Bundle, tiny_encoder: Path, tmp_path: Path) -> None:
+    store = str(tmp_path / "store")
+    code = WORKER.format(tests=str(Path(__file__).parent), store=store, encoder=str(tiny_encoder))
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            mine = run_as(0, store, str(tiny_encoder))
+            theirs = json.loads(other.communicate(timeout=120)[0])
+        finally:
+            other.kill()
+    assert mine == theirs == pytest.approx(validate(bundle, held_out(CFG, DataConfig(), 32), CFG), rel=1e-6)
+
+
+def test_the_posterior_of_a_codec_is_sampled_with_fixed_noise(bundle: Bundle) -> None:
+    seen: list[torch.Tensor] = []
+
+    class Sampled(PixelCodec):
+        has_posterior = True
+
+        def encode(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+            assert noise is not None
+            seen.append(noise)
+            return super().encode(images)
+
+    pictures = held_out(CFG, DataConfig(), 32)
+    validate(replace(bundle, codec=Sampled()), pictures, CFG)
+    row = pictures(1)
+    expected = posterior_noise(row.seed, row.sample, row.epoch, (3, 32, 32))
+    np.testing.assert_array_equal(seen[0][1].numpy(), expected)
+
+
+# --- what is held out ---
+
+
+def test_the_toy_world_validates_on_its_evaluation_split() -> None:
+    cfg = replace(CFG, samples=50)
+    pictures = held_out(cfg, DataConfig(), 48)
+    rows = [pictures(i) for i in range(50)]
+    assert {split_of(row.caption) for row in rows} == {"eval"}
+    assert {row.image.shape for row in rows} == {(48, 48, 3)}
+    assert len({(row.seed, row.epoch, row.sample) for row in rows}) == 50
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for i in range(5):
+        Image.new("RGB", (40, 60), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    rows = [json.dumps({"image": f"{i}.png", "text": f"picture {i}"}) for i in range(5)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    return tmp_path
+
+
+def test_the_users_own_held_out_pictures_are_square_and_never_mirrored(folder: Path) -> None:
+    cfg = replace(CFG, paths=(str(folder),), samples=5)
+    pictures = held_out(cfg, DataConfig(flip=True), 16)
+    rows = [pictures(i) for i in range(5)]
+    assert {row.caption for row in rows} == {f"picture {i}" for i in range(5)}
+    assert all(row.image.shape == (16, 16, 3) for row in rows)
+    assert [int(row.image[0, 0, 0]) for row in rows] == [int(row.caption[-1]) for row in rows]
+    again = held_out(cfg, DataConfig(), 16)
+    assert [again(i).caption for i in range(5)] == [row.caption for row in rows]
+
+
+def test_the_users_data_has_no_held_out_part_of_itself(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"validation needs pictures that are not trained on: give validation\.paths"):
+        held_out(CFG, DataConfig(paths=(str(folder),)), 16)
+
+
+Make = Callable[[], ValidationConfig]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ValidationConfig(samples=0), "on 0 samples"),
+        (lambda: ValidationConfig(every=-1), "every -1 steps"),
+        (lambda: ValidationConfig(times=()), "must be some from 0 to 1"),
+        (lambda: ValidationConfig(times=(0.5, 1.5)), "must be some from 0 to 1"),
+    ],
+)
+def test_what_a_validation_cannot_be(make: Make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
