@@ -324,9 +324,16 @@ def test_the_other_pages(
     assert ran == len(commands(page)) > 0
 
 
-def test_the_readmes_program(tiny_encoder: Path) -> None:
-    (program,) = fenced("../README.md", "python")
+def test_the_readmes_programs(
+    tiny_encoder: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/quickstart").symlink_to(tiny_run)
+    drawn, program = fenced("../README.md", "python")
     names: dict[str, Any] = {}
+    exec(drawn, names)
+    assert names["pictures"].shape == (1, 32, 32, 3)
     exec(program.replace("Qwen/Qwen3-0.6B", str(tiny_encoder)), names)
     assert names["velocity"].shape == (1, 16, 32, 32)
     assert names["weights"].shape == (1, 2, names["encoder"].num_layers)

@@ -77,7 +77,7 @@ def test_a_pipeline_draws_as_it_did(old: Path) -> None:
     from semantic_routing.interop.pipeline import SemanticRoutingPipeline
 
     index = json.loads((old / "pipeline" / "model_index.json").read_text())
-    assert index["transformer"][0] == "semantic_routing.interop.transformer"
+    assert index["transformer"][0] == "semantic_routing.transformer"
     pipe = SemanticRoutingPipeline.from_pretrained(old / "pipeline")
     drawn = pipe(["a red circle"], num_inference_steps=3, generator=torch.Generator().manual_seed(0)).images[0]
     assert drawn.size == (16, 16)

@@ -1,19 +1,122 @@
-"""Semantic Routing: condition text-to-image diffusion transformers on all layers of a language model."""
+"""Semantic Routing: condition text-to-image diffusion transformers on all layers of a large language model.
+
+Everything named here is imported when it is first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-FACES = {
-    "SemanticRoutingPipeline": "pipeline",
-    "SemanticRoutingTransformer": "transformer",
-    "ModelMixin": "transformer",  # by which diffusers knows how to load the transformer
+if TYPE_CHECKING:
+    from semantic_routing.data.dataset import DataConfig, open_data
+    from semantic_routing.evaluation.run import evaluate_images, evaluate_model
+    from semantic_routing.interop.open import load
+    from semantic_routing.interop.pipeline import SemanticRoutingPipeline
+    from semantic_routing.interop.transformer import SemanticRoutingTransformer
+    from semantic_routing.interop.upstream import from_upstream, to_upstream
+    from semantic_routing.model.arms import ARMS, Arm
+    from semantic_routing.model.build import make_model
+    from semantic_routing.model.codec import Codec, PixelCodec, VAECodec
+    from semantic_routing.model.context import TextContext
+    from semantic_routing.model.dit import DiT, DiTConfig
+    from semantic_routing.model.fusedit import FuseDiT
+    from semantic_routing.model.routing import Router, make_router, mix
+    from semantic_routing.sampling.guidance import guided
+    from semantic_routing.sampling.samplers import euler, euler_ancestral, heun, noise_for, renoise, schedule
+    from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
+    from semantic_routing.text.encoder import TextEncoder
+    from semantic_routing.text.features import TextFeatures
+    from semantic_routing.text.loading import TextEncoderConfig
+    from semantic_routing.training.config import TrainConfig
+    from semantic_routing.training.loop import resume
+    from semantic_routing.training.loop import start as train
+    from semantic_routing.training.recipes import paper, small, toy
+
+_HOME = {
+    "data.dataset": ("DataConfig", "open_data"),
+    "evaluation.run": ("evaluate_images", "evaluate_model"),
+    "interop.open": ("load",),
+    "interop.pipeline": ("SemanticRoutingPipeline",),
+    "interop.transformer": ("SemanticRoutingTransformer",),
+    "interop.upstream": ("from_upstream", "to_upstream"),
+    "model.arms": ("ARMS", "Arm"),
+    "model.build": ("make_model",),
+    "model.codec": ("Codec", "PixelCodec", "VAECodec"),
+    "model.context": ("TextContext",),
+    "model.dit": ("DiT", "DiTConfig"),
+    "model.fusedit": ("FuseDiT",),
+    "model.routing": ("Router", "make_router", "mix"),
+    "sampling.guidance": ("guided",),
+    "sampling.samplers": ("euler", "euler_ancestral", "heun", "noise_for", "renoise", "schedule"),
+    "sampling.text_to_image": ("SampleConfig", "TextToImage"),
+    "text.encoder": ("TextEncoder",),
+    "text.features": ("TextFeatures",),
+    "text.loading": ("TextEncoderConfig",),
+    "training.config": ("TrainConfig",),
+    "training.loop": ("resume", "train"),
+    "training.recipes": ("paper", "small", "toy"),
 }
-"""What exported pipelines call by the package's name, and the file where it is; read when first asked for."""
+"""The module of each name."""
+_CALLED = {"train": "start"}
+"""Names that are others in their module."""
+_HIDDEN = {"ModelMixin": "interop.transformer"}
+"""By which diffusers knows how to load the transformer of an exported pipeline."""
+_WHERE = {name: home for home, names in _HOME.items() for name in names}
+
+__all__ = [
+    "ARMS",
+    "Arm",
+    "Codec",
+    "DataConfig",
+    "DiT",
+    "DiTConfig",
+    "FuseDiT",
+    "PixelCodec",
+    "Router",
+    "SampleConfig",
+    "SemanticRoutingPipeline",
+    "SemanticRoutingTransformer",
+    "TextContext",
+    "TextEncoder",
+    "TextEncoderConfig",
+    "TextFeatures",
+    "TextToImage",
+    "TrainConfig",
+    "VAECodec",
+    "__version__",
+    "euler",
+    "euler_ancestral",
+    "evaluate_images",
+    "evaluate_model",
+    "from_upstream",
+    "guided",
+    "heun",
+    "load",
+    "make_model",
+    "make_router",
+    "mix",
+    "noise_for",
+    "open_data",
+    "paper",
+    "renoise",
+    "resume",
+    "schedule",
+    "small",
+    "to_upstream",
+    "toy",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in FACES:
+    home = _WHERE.get(name) or _HIDDEN.get(name)
+    if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{FACES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{home}"), _CALLED.get(name, name))
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

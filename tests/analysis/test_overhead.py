@@ -120,10 +120,8 @@ def test_bytes_of_mixing_are_the_closed_form() -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_latency_is_measured_on_a_device(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    monkeypatch.setattr(
-        "semantic_routing.analysis.overhead.compile_network", seen.append
-    )  # a minute here, tested elsewhere
+    seen = []  # compiling takes a minute and is tested elsewhere
+    monkeypatch.setattr("semantic_routing.analysis.overhead.compile_network", seen.append)
     row = measure("time", text_tokens=6, scale=TINY, device=torch.device("cpu"), compiled=compiled)
     assert len(seen) == compiled
     assert row.latency is not None

@@ -20,7 +20,7 @@ from semantic_routing.evaluation.benchmark import Finding, Prompt, Scorer, Task
 from semantic_routing.evaluation.judges.local_vqascore import LocalVQAJudge
 from semantic_routing.evaluation.judges.unified_reward import UNIFIED_REWARD_TEMPLATE, UnifiedRewardJudge, parse_scores
 from semantic_routing.evaluation.judges.vqascore import VQA_TEMPLATES, VQAJudge, p_yes
-from tests import chat_server
+from tests.helpers import chat_server
 from tests.helpers.chat_server import MODEL, ChatServer
 from tests.helpers.tiny_models import WORDS, save_llava
 

@@ -17,7 +17,7 @@ from semantic_routing.evaluation.summary import markdown_table, summarize
 from semantic_routing.model.codec import PixelCodec
 from semantic_routing.model.dit import DiT, DiTConfig
 from semantic_routing.sampling.folder import weights_sha256
-from semantic_routing.sampling.text_to_image import Bundle, SampleConfig
+from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
 from semantic_routing.text.encoder import TextEncoder
 from semantic_routing.toy.captions import TAGS, prompts
 
@@ -34,7 +34,7 @@ def test_weights_are_hashed_as_the_file_that_holds_them(tmp_path):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Painter(Bundle):
+class Painter(TextToImage):
     """Draws what is asked for, but leaves the canvas blank for every third prompt; remembers its calls."""
 
     asked: list

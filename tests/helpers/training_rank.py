@@ -1,4 +1,4 @@
-"""One process of a run in ``test_train_distributed.py``, which runs this file with the global ``TASK``."""
+"""One process of a run in ``training/test_distributed.py``, which runs this file with the global ``TASK``."""
 
 from __future__ import annotations
 

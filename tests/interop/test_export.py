@@ -157,5 +157,8 @@ def test_without_diffusers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 
 def test_core_does_not_need_diffusers() -> None:
-    code = "import sys, semantic_routing.training.loop, semantic_routing.interop.upstream; sys.exit('diffusers' in sys.modules)"
+    code = (
+        "import sys, semantic_routing.training.loop, semantic_routing.interop.upstream\n"
+        "sys.exit('diffusers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

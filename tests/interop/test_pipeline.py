@@ -30,7 +30,7 @@ from semantic_routing.model.build import make_model
 from semantic_routing.model.codec import NotFiniteError, PixelCodec, VAECodec
 from semantic_routing.model.dit import DiTConfig
 from semantic_routing.sampling.samplers import noise_for, schedule
-from semantic_routing.sampling.text_to_image import Bundle, SampleConfig
+from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
 from semantic_routing.text.encoder import TextEncoder
 from semantic_routing.text.loading import TextEncoderConfig
 
@@ -49,7 +49,7 @@ SIZES = DiTConfig(
     text_layers=2,
     fusedit_first_layer=0,
 )
-MakeBundle = Callable[..., Bundle]
+MakeBundle = Callable[..., TextToImage]
 
 
 def tiny_vae() -> AutoencoderKL:
@@ -70,13 +70,13 @@ def _quiet() -> None:
 def make_bundle(tiny_encoder: Path) -> MakeBundle:
     """Makes a model whose weights are all random, with text encoder and codec: (arm, latent=..., **sizes)."""
 
-    def make(arm: str = "depth", *, latent: bool = False, layers: str = "all", **sizes: Any) -> Bundle:
+    def make(arm: str = "depth", *, latent: bool = False, layers: str = "all", **sizes: Any) -> TextToImage:
         torch.manual_seed(0)
         encoder = TextEncoder.from_pretrained(TextEncoderConfig(name_or_path=str(tiny_encoder), layers=layers))
         model = make_model(replace(SIZES, arm=arm, text_layers=encoder.num_layers, **sizes))
         for p in model.parameters():
             p.data += 0.1 * torch.randn_like(p)
-        return Bundle(
+        return TextToImage(
             model=model.eval().requires_grad_(False),
             encoder=encoder,
             codec=VAECodec(tiny_vae()) if latent else PixelCodec(),

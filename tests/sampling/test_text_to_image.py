@@ -29,7 +29,7 @@ from semantic_routing.model.runtime import rounded_once
 from semantic_routing.sampling.folder import weights_sha256
 from semantic_routing.sampling.load import load_bundle, locate_encoder
 from semantic_routing.sampling.samplers import noise_for
-from semantic_routing.sampling.text_to_image import Bundle, SampleConfig
+from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
 from semantic_routing.text.encoder import TextEncoder
 from semantic_routing.text.loading import TINY, TextEncoderConfig
 
@@ -39,7 +39,7 @@ CFG = SampleConfig(steps=3, guidance=2.5, batch=4)
 
 
 @pytest.fixture(scope="module")
-def bundles(tiny_config: Callable, tiny_encoder: Path) -> dict[str, Bundle]:
+def bundles(tiny_config: Callable, tiny_encoder: Path) -> dict[str, TextToImage]:
     """For each arm a model in float32 whose zero-initialised weights have been moved, as by training."""
     torch.manual_seed(0)
     encoder = TextEncoder.from_pretrained(tiny_config().text)
@@ -49,11 +49,11 @@ def bundles(tiny_config: Callable, tiny_encoder: Path) -> dict[str, Bundle]:
         for p in model.parameters():
             if p.eq(0).all():
                 nn.init.normal_(p, std=0.2)
-        found[arm] = Bundle(model=model, encoder=encoder, codec=PixelCodec(), image_size=32)
+        found[arm] = TextToImage(model=model, encoder=encoder, codec=PixelCodec(), image_size=32)
     return found
 
 
-def final(bundle: Bundle, prompts: list[str], images: list[tuple[int, int]], cfg: SampleConfig = CFG) -> Tensor:
+def final(bundle: TextToImage, prompts: list[str], images: list[tuple[int, int]], cfg: SampleConfig = CFG) -> Tensor:
     """What enters the sampler's last step, in float32: not rounded, as images are."""
     seen: list[Tensor] = []
     bundle.sample(prompts, images, cfg, lambda i, t, x, v: seen.append(x))
@@ -64,7 +64,7 @@ def final(bundle: Bundle, prompts: list[str], images: list[tuple[int, int]], cfg
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_an_image_depends_on_neither_its_batch_nor_other_prompts(
-    bundles: dict[str, Bundle], arm: str, guidance: float, bf16: bool
+    bundles: dict[str, TextToImage], arm: str, guidance: float, bf16: bool
 ) -> None:
     bundle, cfg = replace(bundles[arm], bf16=bf16), replace(CFG, guidance=guidance)
     names = [(i, 0) for i in range(len(PROMPTS))]
@@ -76,7 +76,7 @@ def test_an_image_depends_on_neither_its_batch_nor_other_prompts(
 
 
 @pytest.mark.parametrize("arm", PAPER_ARMS)
-def test_an_image_depends_on_its_prompt_its_name_and_the_seed(bundles: dict[str, Bundle], arm: str) -> None:
+def test_an_image_depends_on_its_prompt_its_name_and_the_seed(bundles: dict[str, TextToImage], arm: str) -> None:
     bundle = bundles[arm]
     first = final(bundle, ["a red circle"], [(0, 0)])
     for prompt, name, cfg in (
@@ -93,7 +93,7 @@ def test_an_image_depends_on_its_prompt_its_name_and_the_seed(bundles: dict[str,
 
 @pytest.mark.parametrize("arm", ["time", "joint"])
 def test_a_clock_changes_what_the_gate_is_told_and_nothing_else(
-    bundles: dict[str, Bundle], arm: str, tmp_path: Path
+    bundles: dict[str, TextToImage], arm: str, tmp_path: Path
 ) -> None:
     images = [(0, 0)]
     nominal = final(bundles[arm], PROMPTS[:1], images)
@@ -106,12 +106,12 @@ def test_a_clock_changes_what_the_gate_is_told_and_nothing_else(
 
 
 @pytest.mark.parametrize("arm", ["depth", "joint-state", "fusedit"])
-def test_a_clock_for_routing_that_goes_by_no_given_time_is_refused(bundles: dict[str, Bundle], arm: str) -> None:
+def test_a_clock_for_routing_that_goes_by_no_given_time_is_refused(bundles: dict[str, TextToImage], arm: str) -> None:
     with pytest.raises(ValueError, match=f"the routing of arm {arm} goes by no given time"):
         final(bundles[arm], PROMPTS[:1], [(0, 0)], replace(CFG, clock="shifted"))
 
 
-def test_a_state_aware_gate_is_told_what_the_latent_shows(bundles: dict[str, Bundle]) -> None:
+def test_a_state_aware_gate_is_told_what_the_latent_shows(bundles: dict[str, TextToImage]) -> None:
     model = bundles["time-state"].model
     noise, image = torch.randn(1, 3, 32, 32), torch.zeros(1, 3, 32, 32)
     t = torch.tensor([0.5])
@@ -120,7 +120,7 @@ def test_a_state_aware_gate_is_told_what_the_latent_shows(bundles: dict[str, Bun
     assert torch.equal(bundles["time"].model.gate_time(noise, t), t)
 
 
-def test_the_callback_sees_the_trajectory_from_the_noise_on(bundles: dict[str, Bundle]) -> None:
+def test_the_callback_sees_the_trajectory_from_the_noise_on(bundles: dict[str, TextToImage]) -> None:
     seen: list[tuple[int, float, Tensor]] = []
     names = [(3, 1), (0, 2)]
     images = bundles["depth"].sample(PROMPTS[:2], names, CFG, lambda i, t, x, v: seen.append((i, float(t), x)))
@@ -130,7 +130,7 @@ def test_the_callback_sees_the_trajectory_from_the_noise_on(bundles: dict[str, B
     assert (images.shape, images.dtype) == ((2, 32, 32, 3), torch.uint8)
 
 
-def test_the_text_is_read_once_for_all_steps(bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_text_is_read_once_for_all_steps(bundles: dict[str, TextToImage], monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[list[str]] = []
     encode = TextEncoder.encode
     monkeypatch.setattr(
@@ -145,7 +145,7 @@ def test_the_text_is_read_once_for_all_steps(bundles: dict[str, Bundle], monkeyp
 @pytest.mark.parametrize("arm", ["depth", "fusedit"])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_states_in_bfloat16_serve_a_model_of_either_precision(
-    bundles: dict[str, Bundle], tiny_config: Callable, arm: str, bf16: bool
+    bundles: dict[str, TextToImage], tiny_config: Callable, arm: str, bf16: bool
 ) -> None:
     """As in the toy recipe, whose language model is in bfloat16 also where products are not."""
     exact = final(bundles[arm], PROMPTS[:2], [(0, 0), (1, 0)])
@@ -220,7 +220,7 @@ def test_nothing_is_written_for_a_run_that_does_not_fit(copy: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_hash_of_weights_of_several_types(bundles: dict[str, Bundle], tmp_path: Path, dtype: torch.dtype) -> None:
+def test_hash_of_weights_of_several_types(bundles: dict[str, TextToImage], tmp_path: Path, dtype: torch.dtype) -> None:
     """Equal to that of the file that holds them."""
     model = copy_of(bundles["joint"].model).to(dtype)
     model.router.double()
@@ -300,9 +300,9 @@ def test_only_what_is_missing_is_sampled_again(tiny_run: Path, tmp_path: Path, m
     untouched = {path: path.stat().st_mtime_ns for path in out.glob("*.png") if path.name != "00001_00.png"}
     (out / "00001_00.png").unlink()
     asked: list[tuple[int, int]] = []
-    sample = Bundle.sample
+    sample = TextToImage.sample
     monkeypatch.setattr(
-        Bundle,
+        TextToImage,
         "sample",
         lambda self, prompts, images, *rest: asked.extend(images) or sample(self, prompts, images, *rest),
     )

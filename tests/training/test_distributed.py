@@ -38,7 +38,7 @@ from semantic_routing.training.parallelize import ParallelConfig
 PRELOAD = ["semantic_routing.training.loop", "transformers.models.qwen3.modeling_qwen3", "torch.utils.tensorboard"]
 PATIENCE = 60.0
 """Seconds that any run of these tests may take."""
-SCRIPT = str(Path(__file__).with_name("training_rank.py"))
+SCRIPT = str(Path(__file__).parents[1] / "helpers" / "training_rank.py")
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from semantic_routing.data.loader import Batch, Loader
 from semantic_routing.data.order import locate
 from semantic_routing.flow import path
 from semantic_routing.sampling.load import load_bundle
-from semantic_routing.sampling.text_to_image import Bundle, SampleConfig
+from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.loop import resume, start
 from semantic_routing.training.metrics import reproducible
@@ -484,8 +484,8 @@ def test_prompts_are_dropped_where_the_draw_is_below_the_share(
     trainer = Trainer(cfg, tmp_path)
     batch = replace(batch_of(cfg, 4), drop_uniform=torch.tensor([0.0, 0.099, 0.101, 0.999]))
     read: list[list[str]] = []
-    encode = Bundle.encode
-    monkeypatch.setattr(Bundle, "encode", lambda self, prompts: read.append(prompts) or encode(self, prompts))
+    encode = TextToImage.encode
+    monkeypatch.setattr(TextToImage, "encode", lambda self, prompts: read.append(prompts) or encode(self, prompts))
     for share, dropped in ((0.1, 2), (0.0, 0), (1.0, 4)):
         prepare(trainer.bundle, batch, replace(cfg, prompt_dropout=share))
         assert read[-1] == ["a picture"] * dropped + batch.captions[dropped:]

@@ -1,4 +1,4 @@
-"""How a run is laid out, and what is applied to a network; ``test_train_distributed.py`` starts real processes."""
+"""How a run is laid out, and what is applied to a network; ``training/test_distributed.py`` starts real processes."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from semantic_routing.data.draws import draw, posterior_noise
 from semantic_routing.model.build import make_model
 from semantic_routing.model.codec import PixelCodec
 from semantic_routing.model.dit import DiTConfig
-from semantic_routing.sampling.text_to_image import Bundle
+from semantic_routing.sampling.text_to_image import TextToImage
 from semantic_routing.text.encoder import TextEncoder
 from semantic_routing.text.loading import TextEncoderConfig
 from semantic_routing.toy.captions import split_of
@@ -43,18 +43,18 @@ SIZES = {
 }
 
 
-def make_bundle(encoder: str, arm: str = "depth") -> Bundle:
+def make_bundle(encoder: str, arm: str = "depth") -> TextToImage:
     """A network whose answer depends on picture, time and text."""
     torch.manual_seed(0)
     model = make_model(DiTConfig(arm=arm, conditioning="addition", **SIZES))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     config = TextEncoderConfig(name_or_path=encoder, buckets=(4, 8, 16, 32, 64))
-    return Bundle(model=model, encoder=TextEncoder.from_pretrained(config), codec=PixelCodec(), image_size=32)
+    return TextToImage(model=model, encoder=TextEncoder.from_pretrained(config), codec=PixelCodec(), image_size=32)
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_encoder: Path) -> Bundle:
+def bundle(tiny_encoder: Path) -> TextToImage:
     return make_bundle(str(tiny_encoder))
 
 
@@ -80,7 +80,7 @@ def test_loss_is_that_of_a_naive_loop(tiny_encoder: Path, arm: str) -> None:
     )
 
 
-def test_a_network_that_says_nothing_errs_by_the_velocity(bundle: Bundle) -> None:
+def test_a_network_that_says_nothing_errs_by_the_velocity(bundle: TextToImage) -> None:
     silent = replace(bundle, model=make_model(bundle.model.cfg))  # its last layer starts at zero
     pictures = held_out(CFG, DataConfig(), 32)
     rows = [pictures(i) for i in range(7)]
@@ -90,7 +90,7 @@ def test_a_network_that_says_nothing_errs_by_the_velocity(bundle: Bundle) -> Non
     assert list(validate(silent, pictures, CFG).values()) == pytest.approx([expected] * 3, rel=1e-6)
 
 
-def test_neither_batch_size_nor_repetition_nor_the_global_generator_matters(bundle: Bundle) -> None:
+def test_neither_batch_size_nor_repetition_nor_the_global_generator_matters(bundle: TextToImage) -> None:
     pictures = held_out(CFG, DataConfig(), 32)
     once = validate(bundle, pictures, CFG)
     torch.manual_seed(9)
@@ -102,7 +102,7 @@ def test_neither_batch_size_nor_repetition_nor_the_global_generator_matters(bund
 
 @pytest.mark.parametrize("count", [2, 3, 9])
 def test_shares_of_processes_add_up_and_run_the_network_equally_often(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, count: int
+    bundle: TextToImage, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     pictures = held_out(CFG, DataConfig(), 32)
     whole = error_sums(bundle, pictures, CFG, Processes())
@@ -139,7 +139,7 @@ def run_as(rank: int, store: str, encoder: str) -> dict[str, float]:
         dist.destroy_process_group()
 
 
-def test_two_processes_find_what_one_finds(bundle: Bundle, tiny_encoder: Path, tmp_path: Path) -> None:
+def test_two_processes_find_what_one_finds(bundle: TextToImage, tiny_encoder: Path, tmp_path: Path) -> None:
     store = str(tmp_path / "store")
     code = WORKER.format(tests=str(Path(__file__).parent), store=store, encoder=str(tiny_encoder))
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
@@ -151,7 +151,7 @@ def test_two_processes_find_what_one_finds(bundle: Bundle, tiny_encoder: Path, t
     assert mine == theirs == pytest.approx(validate(bundle, held_out(CFG, DataConfig(), 32), CFG), rel=1e-6)
 
 
-def test_the_posterior_of_a_codec_is_sampled_with_fixed_noise(bundle: Bundle) -> None:
+def test_the_posterior_of_a_codec_is_sampled_with_fixed_noise(bundle: TextToImage) -> None:
     seen: list[torch.Tensor] = []
 
     class Sampled(PixelCodec):

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from semantic_routing.sampling.samplers import noise_for
-from semantic_routing.sampling.text_to_image import Bundle, SampleConfig
+from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
 
 FRESH = 1
 """Added to the run seed for the variant of the forward process that starts from other noise."""
@@ -80,7 +80,7 @@ def measure(
     )
 
 
-def sample_trajectory(bundle: Bundle, prompts: Sequence[str], cfg: SampleConfig) -> Trajectory:
+def sample_trajectory(bundle: TextToImage, prompts: Sequence[str], cfg: SampleConfig) -> Trajectory:
     """Sample one image for each prompt, ``cfg.batch`` at a time, and measure the paths."""
     parts = []
     for first in range(0, len(prompts), cfg.batch):
@@ -96,7 +96,7 @@ def sample_trajectory(bundle: Bundle, prompts: Sequence[str], cfg: SampleConfig)
 
 
 def _batch_trajectory(
-    bundle: Bundle, prompts: Sequence[str], names: Sequence[tuple[int, int]], cfg: SampleConfig
+    bundle: TextToImage, prompts: Sequence[str], names: Sequence[tuple[int, int]], cfg: SampleConfig
 ) -> Trajectory:
     states: list[Tensor] = []
     times: list[float] = []

@@ -1,9 +1,10 @@
 """Checkpoints: folders of safetensors and JSON that appear whole or not at all.
 
 A run's folder holds ``checkpoints/step-0001000/`` with the weights, their moving average, the optimisers' state, the
-random generators' and ``state.json``; several processes write their parts of each file (``storage.py``). A checkpoint
-is copied to host memory in the step and written on a thread, under a temporary name, flushed to disk and renamed when
-all processes have done so: whatever bears a checkpoint's name was complete. Nothing is ever pickled.
+random generators' and ``state.json``; several processes write their parts of each file
+(``safetensors_storage.py``). A checkpoint is copied to host memory in the step and written on a thread, under a
+temporary name, flushed to disk and renamed when all processes have done so: whatever bears a checkpoint's name was
+complete. Nothing is ever pickled.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from semantic_routing.model.dit import Backbone
 from semantic_routing.sampling.clock import NOMINAL
 from semantic_routing.sampling.prompts import read_prompts
 from semantic_routing.sampling.samplers import SamplerSpelling
-from semantic_routing.sampling.text_to_image import Bundle, SampleConfig, check_guidance
+from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage, check_guidance
 from semantic_routing.toy.captions import prompts as toy_prompts
 
 
@@ -145,7 +145,7 @@ def _sampling(args: AnalyzeArguments) -> SampleConfig:
     return SampleConfig(sampler=args.sampler, shift=args.shift, clock=args.clock, seed=args.seed, batch=args.batch)
 
 
-def _trajectories(bundle: Bundle, args: AnalyzeArguments, out: Path) -> list[tuple[SampleConfig, Trajectory]]:
+def _trajectories(bundle: TextToImage, args: AnalyzeArguments, out: Path) -> list[tuple[SampleConfig, Trajectory]]:
     """A trajectory for each setting; each one's calibration is written as it is measured."""
     captions, how = _captions(args), _sampling(args)
     runs = []
@@ -162,7 +162,7 @@ STRIP_PROMPTS, STRIP_IMAGES = 4, 8
 """Prompts shown, and images along each strip."""
 
 
-def _strips(bundle: Bundle, args: AnalyzeArguments) -> list[Strip]:
+def _strips(bundle: TextToImage, args: AnalyzeArguments) -> list[Strip]:
     """What the model takes the image to be along the way: x + (1 - t) v, decoded, for a few prompts."""
     captions = _captions(args)[:STRIP_PROMPTS]
     names = [(index, 0) for index in range(len(captions))]

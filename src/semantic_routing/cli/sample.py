@@ -16,7 +16,7 @@ from semantic_routing.common.files import write_text
 from semantic_routing.sampling.folder import PROMPTS, claim_folder, claimed_by_first, request, sample_missing
 from semantic_routing.sampling.load import load_bundle
 from semantic_routing.sampling.prompts import read_prompts
-from semantic_routing.sampling.text_to_image import Bundle, SampleConfig, latent_shape
+from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage, latent_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class SampleArguments(SampleConfig):
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or another that torch knows."""
 
-    def arranged(self, bundle: Bundle) -> Bundle:
+    def arranged(self, bundle: TextToImage) -> TextToImage:
         """Set the model to the size and the negative prompt asked for; ValueError for a size that patches cannot."""
         size = (self.height or bundle.image_size, self.width or bundle.image_size)
         for name in ("height", "width"):
@@ -53,7 +53,7 @@ class SampleArguments(SampleConfig):
         return replace(bundle, size=size, null_prompt=null)
 
 
-def sample_to_folder(args: SampleArguments, open_model: Callable[..., Bundle] = load_bundle) -> Path:
+def sample_to_folder(args: SampleArguments, open_model: Callable[..., TextToImage] = load_bundle) -> Path:
     """Write ``PPPPP_II.png`` for prompt P and image I, ``prompts.jsonl`` and ``manifest.json``; returns the folder.
 
     Images that are there already are kept, provided that the folder's manifest asks for the same ones. Under

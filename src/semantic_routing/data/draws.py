@@ -9,28 +9,28 @@ from hashlib import blake2b
 import numpy as np
 from jaxtyping import Float32
 
-_WORD = 2**64 - 1
+WORD = 2**64 - 1
 
 
 def stream_seed(seed: int, source: int) -> int:
     """The seed of one source of a mixture, so that equal samples of two sources differ; the first keeps the run's."""
-    return seed if source == 0 else int.from_bytes(_digest(b"source", (seed, source), 8), "little")
+    return seed if source == 0 else int.from_bytes(digest_of(b"source", (seed, source), 8), "little")
 
 
 def another(seed: int, sample: int, epoch: int, attempt: int, length: int) -> int:
     """The ``attempt``-th candidate (from 1) of 0..length - 1 to stand in for a damaged sample."""
-    digest = _digest(b"another", (seed, sample, epoch, attempt), 8)
+    digest = digest_of(b"another", (seed, sample, epoch, attempt), 8)
     return int.from_bytes(digest, "little") % length
 
 
-def _digest(purpose: bytes, numbers: tuple[int, ...], size: int) -> bytes:
-    if min(numbers) < 0 or max(numbers) > _WORD:
+def digest_of(purpose: bytes, numbers: tuple[int, ...], size: int) -> bytes:
+    if min(numbers) < 0 or max(numbers) > WORD:
         raise ValueError(f"seed, sample and epoch must be from 0 to 2**64 - 1, not {numbers}")
     return blake2b(struct.pack(f"<{len(numbers)}Q", *numbers), digest_size=size, person=purpose).digest()
 
 
 def _generator(purpose: bytes, seed: int, sample: int, epoch: int) -> np.random.Generator:
-    key = np.frombuffer(_digest(purpose, (seed, sample, epoch), 16), dtype="<u8")
+    key = np.frombuffer(digest_of(purpose, (seed, sample, epoch), 16), dtype="<u8")
     return np.random.Generator(np.random.Philox(key=key))
 
 

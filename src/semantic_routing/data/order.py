@@ -18,7 +18,7 @@ from math import gcd, isqrt, lcm
 import numpy as np
 import numpy.typing as npt
 
-from semantic_routing.data.draws import _WORD, _digest
+from semantic_routing.data.draws import WORD, digest_of
 
 IntArray = npt.NDArray[np.int64]
 
@@ -133,7 +133,7 @@ class Mixture:
 
 
 def _keys(purpose: bytes, *numbers: int) -> tuple[int, ...]:
-    return struct.unpack(f"<{ROUNDS}Q", _digest(purpose, numbers, 8 * ROUNDS))
+    return struct.unpack(f"<{ROUNDS}Q", digest_of(purpose, numbers, 8 * ROUNDS))
 
 
 def _permute(index: int, length: int, keys: tuple[int, ...]) -> int:
@@ -153,6 +153,6 @@ def _permute(index: int, length: int, keys: tuple[int, ...]) -> int:
 
 def _scramble(x: int) -> int:
     # Two multiplications and shifts, after the finalisers of splitmix64 and its kin.
-    x = x * 0x9E3779B97F4A7C15 & _WORD
-    x = (x ^ x >> 32) * 0xD6E8FEB86659FD93 & _WORD
+    x = x * 0x9E3779B97F4A7C15 & WORD
+    x = (x ^ x >> 32) * 0xD6E8FEB86659FD93 & WORD
     return x ^ x >> 32

@@ -11,7 +11,7 @@ from semantic_routing.evaluation.benchmark import Benchmark, Scorer
 from semantic_routing.evaluation.records import MANIFEST
 from semantic_routing.evaluation.scoring import check_scorer, read_manifest, score_folder
 from semantic_routing.sampling.folder import claim_folder, claimed_by_first, request, sample_missing
-from semantic_routing.sampling.text_to_image import Bundle, SampleConfig
+from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
 
 IMAGES = "images"
 SEED_RULE = (
@@ -34,7 +34,7 @@ ORIGIN = (
 
 def evaluate_model(
     benchmark: Benchmark,
-    bundle: Bundle,
+    bundle: TextToImage,
     out: Path,
     cfg: SampleConfig,
     scorer: Scorer | None,

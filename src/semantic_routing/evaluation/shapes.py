@@ -16,7 +16,7 @@ from semantic_routing.evaluation.benchmark import Benchmark, Finding, Prompt, Ta
 from semantic_routing.evaluation.records import CORRECT
 from semantic_routing.evaluation.run import evaluate_model
 from semantic_routing.evaluation.summary import Columns, tag_columns
-from semantic_routing.sampling.text_to_image import Bundle, SampleConfig
+from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
 from semantic_routing.toy.captions import TAGS, prompts
 from semantic_routing.toy.checker import check
 from semantic_routing.toy.claims import Claim
@@ -70,7 +70,14 @@ def shapes_benchmark(seed: int, n: int) -> tuple[Shapes, ShapesChecker]:
 
 
 def evaluate_shapes(
-    bundle: Bundle, out: Path, *, n: int, seed: int, cfg: SampleConfig, job: Processes = ALONE, rescore: bool = False
+    bundle: TextToImage,
+    out: Path,
+    *,
+    n: int,
+    seed: int,
+    cfg: SampleConfig,
+    job: Processes = ALONE,
+    rescore: bool = False,
 ) -> dict[str, Any]:
     """Sample one image for each of ``n`` unseen captions of the toy world, check them exactly; the summary.
 

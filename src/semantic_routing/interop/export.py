@@ -20,7 +20,7 @@ from semantic_routing.interop.pipeline import SemanticRoutingPipeline
 from semantic_routing.interop.transformer import SemanticRoutingTransformer
 from semantic_routing.model.codec import VAECodec
 from semantic_routing.sampling.load import load_bundle
-from semantic_routing.sampling.text_to_image import Bundle
+from semantic_routing.sampling.text_to_image import TextToImage
 from semantic_routing.text.loading import quiet_transformers
 
 CARD = """\
@@ -101,7 +101,7 @@ def _export(args: ExportArguments) -> Path:
     return args.out
 
 
-def make_pipeline(bundle: Bundle) -> SemanticRoutingPipeline:
+def make_pipeline(bundle: TextToImage) -> SemanticRoutingPipeline:
     """The pipeline of a trained model, whose weights it shares."""
     shape = bundle.encoder.shape
     text = to_dict(replace(bundle.encoder.config, name_or_path=_encoder_name(bundle), layers=shape.layers))
@@ -119,7 +119,7 @@ def make_pipeline(bundle: Bundle) -> SemanticRoutingPipeline:
     )
 
 
-def model_card(bundle: Bundle, *, averaged: bool) -> str:
+def model_card(bundle: TextToImage, *, averaged: bool) -> str:
     """What the model is, how to use it, how it was trained."""
     cfg, vae = bundle.model.cfg, isinstance(bundle.codec, VAECodec)
     return CARD.format(
@@ -143,7 +143,7 @@ def model_card(bundle: Bundle, *, averaged: bool) -> str:
     )
 
 
-def _training_facts(bundle: Bundle) -> str:
+def _training_facts(bundle: TextToImage) -> str:
     """What the checkpoint and its run's manifest say, as a list."""
     assert bundle.checkpoint is not None
     path = bundle.checkpoint.parent.parent / "manifest.json"
@@ -165,7 +165,7 @@ def _training_facts(bundle: Bundle) -> str:
     return "\n".join(f"- {name}: {fact}" for name, fact in facts.items() if fact not in (None, ""))
 
 
-def _encoder_name(bundle: Bundle) -> str:
+def _encoder_name(bundle: TextToImage) -> str:
     """The text encoder's name as the run's configuration has it; of a path its last part."""
     name = bundle.config.get("text", {}).get("name_or_path") or bundle.encoder.config.name_or_path
     return Path(name).name if Path(name).is_dir() else name

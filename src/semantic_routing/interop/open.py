@@ -6,17 +6,25 @@ from pathlib import Path
 
 import torch
 
-from semantic_routing.common.device import use_bfloat16
+from semantic_routing.common.device import pick_device, use_bfloat16
 from semantic_routing.common.extras import require_diffusers
 from semantic_routing.model.runtime import compile_network
 from semantic_routing.sampling.load import load_bundle
-from semantic_routing.sampling.text_to_image import Bundle
+from semantic_routing.sampling.text_to_image import TextToImage
 
 PIPELINE = "model_index.json"
 """The file that makes a folder a pipeline of diffusers."""
 
 
-def open_model(path: Path, device: torch.device, *, compiled: bool = False) -> Bundle:
+def load(path: Path | str, device: str = "auto") -> TextToImage:
+    """Load what draws: a run (its latest checkpoint), one checkpoint, or an exported pipeline.
+
+    ``device`` is auto, cpu, cuda, cuda:1, mps or what else torch has here. ValueError says what is wrong with a path.
+    """
+    return open_model(Path(path), pick_device(device))
+
+
+def open_model(path: Path, device: torch.device, *, compiled: bool = False) -> TextToImage:
     """What samples the images; ValueError where there is neither a checkpoint nor a pipeline of this program."""
     if not (path / PIPELINE).is_file():
         return load_bundle(path, device, compiled=compiled)
@@ -26,7 +34,7 @@ def open_model(path: Path, device: torch.device, *, compiled: bool = False) -> B
     return bundle
 
 
-def open_pipeline(path: Path, device: torch.device) -> Bundle:
+def open_pipeline(path: Path, device: torch.device) -> TextToImage:
     """The parts of an exported pipeline, to be sampled as a run is: with the same samplers, from the same noise."""
     require_diffusers("a pipeline")
     from semantic_routing.interop.pipeline import SemanticRoutingPipeline
@@ -37,7 +45,7 @@ def open_pipeline(path: Path, device: torch.device) -> Bundle:
             pipe = SemanticRoutingPipeline.from_pretrained(str(path)).to(device)
     except (OSError, AttributeError) as error:
         raise ValueError(f"{path} is no pipeline of semroute export: {str(error).splitlines()[0]}") from error
-    return Bundle(
+    return TextToImage(
         model=pipe.transformer.backbone.eval().requires_grad_(False),
         encoder=pipe.encoder(),
         codec=pipe.codec(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
@@ -305,3 +306,7 @@ def _lora_scale(*given: dict[str, Any] | None) -> float:
     if unknown := sorted(set(options) - {"scale"}):
         raise ValueError(f"attention_kwargs hold {unknown}, but this transformer takes a LoRA's scale and no more")
     return finite("the scale of attention_kwargs", options.get("scale", 1.0), at_most=LARGEST_GUIDANCE)
+
+
+# Pipelines that version 0.1 exported name this module, and diffusers takes components only from what was imported.
+import_module("semantic_routing.transformer")

@@ -22,7 +22,7 @@ from semantic_routing.model.dit import Backbone
 from semantic_routing.sampling.samplers import (
     RENOISE_ONCE,
 )
-from semantic_routing.sampling.text_to_image import Bundle, SampleConfig
+from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
 
 PROMPTS = "prompts.jsonl"
 """What sampling says of each image."""
@@ -37,7 +37,7 @@ def claimed_by_first(out: Path, job: Processes) -> AbstractContextManager[None]:
     return claimed(out / LOCK, out) if job.first else nullcontext()
 
 
-def request(bundle: Bundle, prompts: Sequence[str], cfg: SampleConfig) -> dict[str, Any]:
+def request(bundle: TextToImage, prompts: Sequence[str], cfg: SampleConfig) -> dict[str, Any]:
     """All that decides a folder's images. The batch size decides nothing."""
     return {
         "weights_sha256": weights_sha256(bundle.model),
@@ -94,7 +94,7 @@ def _claim(out: Path, identity: dict[str, Any], facts: dict[str, Any]) -> None:
 
 
 def sample_missing(
-    bundle: Bundle,
+    bundle: TextToImage,
     prompts: Sequence[str],
     paths: dict[tuple[int, int], Path],
     cfg: SampleConfig,

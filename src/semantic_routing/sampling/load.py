@@ -16,7 +16,7 @@ from semantic_routing.model.codec import CodecConfig, make_codec
 from semantic_routing.model.dit import Backbone, DiTConfig
 from semantic_routing.model.runtime import compile_network
 from semantic_routing.sampling.located import FOLDER, KEY, located_model
-from semantic_routing.sampling.text_to_image import Bundle, check_channels, check_encoder, latent_shape
+from semantic_routing.sampling.text_to_image import TextToImage, check_channels, check_encoder, latent_shape
 from semantic_routing.text.encoder import TextEncoder
 from semantic_routing.text.loading import TextEncoderConfig, tiny_sizes
 
@@ -55,7 +55,7 @@ def load_model(folder: Path, *, averaged: bool = True) -> Backbone:
     return model
 
 
-def load_bundle(path: Path, device: torch.device, *, averaged: bool = True, compiled: bool = False) -> Bundle:
+def load_bundle(path: Path, device: torch.device, *, averaged: bool = True, compiled: bool = False) -> TextToImage:
     """The model of a run's folder (its latest checkpoint) or of one checkpoint, with encoder and codec.
 
     ``averaged`` takes the moving average of the weights, which is what samples best; ``compiled`` compiles the
@@ -76,7 +76,7 @@ def load_bundle(path: Path, device: torch.device, *, averaged: bool = True, comp
     model.eval().requires_grad_(False).to(device)
     if compiled:
         compile_network(model)
-    return Bundle(
+    return TextToImage(
         model=model,
         encoder=encoder,
         codec=codec,

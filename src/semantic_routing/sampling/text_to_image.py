@@ -65,7 +65,7 @@ def check_guidance(scale: float) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bundle:
+class TextToImage:
     """A trained model with all that sampling from it needs."""
 
     model: Backbone
@@ -111,11 +111,17 @@ class Bundle:
     def sample(
         self,
         prompts: Sequence[str],
-        images: Sequence[tuple[int, int]],
-        cfg: SampleConfig,
+        images: Sequence[tuple[int, int]] | None = None,
+        cfg: SampleConfig | None = None,
         callback: Callback | None = None,
     ) -> UInt8[Tensor, "B H W 3"]:
-        """One image for each prompt; ``images`` names it by (prompt index, image index) for its noise."""
+        """Draw one image for each prompt, in bytes.
+
+        ``images`` names each by (prompt index, image index), from which its noise follows; by default the prompts are
+        counted, one image each. ``cfg`` says how, by default as the paper does. ``callback`` sees every step.
+        """
+        cfg = cfg or SampleConfig()
+        images = images or [(i, 0) for i in range(len(prompts))]
         finite: list[Tensor] = []
 
         def watch(step: int, t: Tensor, x: Tensor, v: Tensor) -> None:

@@ -311,7 +311,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 TINY = "tiny"
-"""Name of the text encoder that a run makes for itself (``tiny_lm.py``); "tiny:4x64" has 4 layers of width 64."""
+"""Name of the text encoder that a run makes for itself (``training/tiny_lm.py``); "tiny:4x64" has 4 layers of 64."""
 
 
 def tiny_sizes(name: str) -> dict[str, Any] | None:

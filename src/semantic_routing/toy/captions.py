@@ -3,7 +3,7 @@
 A sample is a pure function of ``(seed, index)``. Its *tag*, one of eleven skills, decides the caption's
 wording, the claims that the caption makes, and a scene in which they hold; what the caption leaves open is
 random. The first six tags mean what they mean in GenEval (Ghosh et al., 2023), the other five follow the
-harder skills of GenAI-Bench (Li et al., 2024). ``evaluate/shapes.py`` tests the same claims on pixels.
+harder skills of GenAI-Bench (Li et al., 2024). ``toy/checker.py`` tests the same claims on pixels.
 """
 
 from __future__ import annotations

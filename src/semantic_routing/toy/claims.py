@@ -1,6 +1,6 @@
 """What a caption claims of its picture, and whether it holds of a list of objects and a background.
 
-The same claims judge the scenes that ``data/shapes.py`` draws and the objects that ``evaluate/shapes.py``
+The same claims judge the scenes that ``captions.py`` draws and the objects that ``toy/checker.py``
 finds in pixels; both only need the four attributes of ``Thing``.
 """
 

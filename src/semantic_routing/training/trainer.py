@@ -35,7 +35,7 @@ from semantic_routing.model.dit import DiTConfig
 from semantic_routing.model.runtime import autocast
 from semantic_routing.sampling.load import locate_encoder
 from semantic_routing.sampling.located import KEY
-from semantic_routing.sampling.text_to_image import Bundle
+from semantic_routing.sampling.text_to_image import TextToImage
 from semantic_routing.text.encoder import TextEncoder
 from semantic_routing.text.features import TextFeatures
 from semantic_routing.text.loading import TextEncoderConfig
@@ -57,7 +57,7 @@ class Inputs:
     t: Float[Tensor, " B"]
 
 
-def prepare(bundle: Bundle, batch: Batch, cfg: TrainConfig) -> Inputs:
+def prepare(bundle: TextToImage, batch: Batch, cfg: TrainConfig) -> Inputs:
     """Drop prompts, read the others, encode the images, draw the times."""
     device, (height, width) = bundle.device, batch.images.shape[1:3]
     dropped = (batch.drop_uniform < cfg.prompt_dropout).tolist()
@@ -71,7 +71,7 @@ def prepare(bundle: Bundle, batch: Batch, cfg: TrainConfig) -> Inputs:
     )
 
 
-def flow_loss(bundle: Bundle, inputs: Inputs, cfg: TrainConfig) -> Float[Tensor, ""]:
+def flow_loss(bundle: TextToImage, inputs: Inputs, cfg: TrainConfig) -> Float[Tensor, ""]:
     """The velocity loss of a microbatch: noise the latents, predict, compare.
 
     Where routing reads the time from the noisy latents, the estimator learns beside it, from its own error alone.
@@ -123,7 +123,7 @@ class Trainer:
         codec = make_codec(cfg.codec, device)
         self.record: dict[str, Any] = {"config": to_dict(cfg), KEY: model_origins(encoder, codec)}
         """What every checkpoint tells of the run."""
-        self.bundle = Bundle(
+        self.bundle = TextToImage(
             model=parallelize(model, cfg.parallel, world, bf16=bf16, compiled=cfg.compile),
             encoder=place_encoder(encoder, cfg.parallel, world, compiled=cfg.compile),
             codec=codec,
@@ -233,7 +233,7 @@ class Trainer:
             self.world.fail(error)
 
     @contextmanager
-    def averaged(self) -> Iterator[Bundle]:
+    def averaged(self) -> Iterator[TextToImage]:
         """The bundle with the averaged weights, while the context lasts."""
         own = self._shards()
         trained = [x.clone() for x in own]

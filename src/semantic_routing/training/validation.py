@@ -26,7 +26,7 @@ from semantic_routing.data.streams import Row
 from semantic_routing.flow import FIXED_TIMES, path, velocity
 from semantic_routing.model.runtime import autocast
 from semantic_routing.sampling.text_plan import TextPlan
-from semantic_routing.sampling.text_to_image import Bundle
+from semantic_routing.sampling.text_to_image import TextToImage
 from semantic_routing.toy.captions import prompts
 
 HeldOut = Callable[[int], Row]
@@ -77,7 +77,7 @@ def held_out(cfg: ValidationConfig, data: DataConfig, image_size: int) -> HeldOu
 
 
 def validate(
-    bundle: Bundle,
+    bundle: TextToImage,
     pictures: HeldOut,
     cfg: ValidationConfig,
     job: Processes = ALONE,
@@ -98,7 +98,7 @@ def validate(
 
 
 def error_sums(
-    bundle: Bundle, pictures: HeldOut, cfg: ValidationConfig, job: Processes, troubles: Troubles | None = None
+    bundle: TextToImage, pictures: HeldOut, cfg: ValidationConfig, job: Processes, troubles: Troubles | None = None
 ) -> Float64[Tensor, " T"]:
     """Sum of the errors of one process's share of the pictures, at each time.
 
@@ -129,7 +129,7 @@ def _blank(size: int) -> Row:
 
 
 @torch.no_grad()
-def batch_errors(bundle: Bundle, rows: Sequence[Row], times: Sequence[float]) -> Float64[Tensor, "T B"]:
+def batch_errors(bundle: TextToImage, rows: Sequence[Row], times: Sequence[float]) -> Float64[Tensor, "T B"]:
     """The velocity's mean squared error of each picture at each time; its noise is the same at all of them."""
     device, model = bundle.device, bundle.model
     images = torch.from_numpy(np.stack([row.image for row in rows])).to(device)

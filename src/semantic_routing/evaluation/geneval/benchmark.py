@@ -1,4 +1,4 @@
-"""GenEval's prompts and folders (Ghosh et al., 2023); ``geneval.py`` gives the verdicts.
+"""GenEval's prompts and folders (Ghosh et al., 2023); ``verdict.py`` gives the verdicts.
 
 Images lie as ``<digits>/samples/<digits>.png`` with the prompt in ``<digits>/metadata.jsonl``; the official
 generator writes five digits, its documentation four, and any number of them is read here.
@@ -122,7 +122,7 @@ def read_geneval(path: Path, images_per_prompt: int = IMAGES_PER_PROMPT) -> GenE
 
 @dataclass(frozen=True, kw_only=True)
 class GenEvalScorer:
-    """The verdicts of ``geneval.py`` as a scorer; its answers are the detections that decided them."""
+    """The verdicts of ``verdict.py`` as a scorer; its answers are the detections that decided them."""
 
     detector: Detector
     colors: ColorClassifier

@@ -2,7 +2,7 @@
 
 ``semroute::mix`` gives sum_l w_l LayerNorm(H_l) for every depth (Eq. 2), and each state's mean and 1 / deviation, which
 is all that its backward needs beside the states: one more pass over them gives the weights' gradient. The states
-themselves get none. On a CPU it runs in C (``native.py``), on CUDA in Triton (``gpu.py``), elsewhere in torch.
+themselves get none. On a CPU it runs in C (``mix_cpu.py``), on CUDA in Triton (``mix_triton.py``), elsewhere in torch.
 """
 
 from __future__ import annotations

@@ -28,13 +28,13 @@ from semantic_routing.common.device import cache_folder
 
 TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 WIDE = 16
-"""Channels must be a multiple of it: the floats of a vector in mix.c."""
+"""Channels must be a multiple of it: the floats of a vector in mix_cpu.c."""
 CHANNELS, PAD = 64, 32
-"""Channels normalised at a time, and what keeps layers apart in the caches, as in mix.c."""
+"""Channels normalised at a time, and what keeps layers apart in the caches, as in mix_cpu.c."""
 TOKENS = 16
-"""Tokens whose contributions to the weights' gradient are summed together, as in mix.c."""
+"""Tokens whose contributions to the weights' gradient are summed together, as in mix_cpu.c."""
 TILED = (256, 256)
-"""Most layers and depths for which matrix units are used, as in mix.c."""
+"""Most layers and depths for which matrix units are used, as in mix_cpu.c."""
 FEW_DEPTHS = 8
 """Below it matrix units would be mostly empty."""
 SMALL = 2**18
@@ -157,7 +157,7 @@ def library() -> ctypes.CDLL | None:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
     if compiler is None or platform.system() != "Linux":
         return None
-    source = files("semantic_routing.model.kernels").joinpath("mix.c").read_text(encoding="utf-8")
+    source = files("semantic_routing.model.kernels").joinpath("mix_cpu.c").read_text(encoding="utf-8")
     name = hashlib.sha256("\0".join([source, compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
     try:
         cache = cache_folder()

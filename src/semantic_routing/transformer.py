@@ -1,0 +1,5 @@
+"""Where pipelines that version 0.1 exported look for the transformer; it is in ``interop/transformer.py``."""
+
+from semantic_routing.interop.transformer import SemanticRoutingTransformer
+
+__all__ = ["SemanticRoutingTransformer"]

@@ -1,0 +1,48 @@
+"""The face of the package: what can be imported from it by name, and that it costs nothing until then."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import semantic_routing
+
+
+@pytest.mark.parametrize("name", semantic_routing.__all__)
+def test_every_name_is_there(name: str) -> None:
+    assert getattr(semantic_routing, name) is not None
+
+
+def test_the_names_are_pinned() -> None:
+    """They are what others build on: take one away, or rename it, only with a new version."""
+    names = [name for name in semantic_routing.__all__ if not name.startswith("__")]
+    assert " ".join(names) == (
+        "ARMS Arm Codec DataConfig DiT DiTConfig FuseDiT PixelCodec Router SampleConfig SemanticRoutingPipeline "
+        "SemanticRoutingTransformer TextContext TextEncoder TextEncoderConfig TextFeatures TextToImage TrainConfig "
+        "VAECodec euler euler_ancestral evaluate_images evaluate_model from_upstream guided heun load make_model "
+        "make_router mix noise_for open_data paper renoise resume schedule small to_upstream toy train"
+    )
+    assert set(semantic_routing.__all__) <= set(dir(semantic_routing))
+
+
+def test_editors_see_the_same_names() -> None:
+    """The imports for type checkers name all that is imported when it is asked for."""
+    tree = ast.parse(Path(semantic_routing.__file__).read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    seen = {alias.asname or alias.name for node in imports for alias in node.names}
+    assert seen == set(semantic_routing.__all__) - {"__version__"}
+
+
+def test_nothing_is_imported_before_it_is_used() -> None:
+    code = "import sys, semantic_routing; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'Bundle'"):
+        semantic_routing.Bundle  # noqa: B018
