@@ -139,6 +139,18 @@ def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def test_special_tokens_that_no_prompt_holds_may_lie_beyond_the_embeddings(tmp_path: Path) -> None:
+    save(tmp_path, qwen3)
+    expected = load(tmp_path).encode(["red circle", "red"]).hidden
+    other = tokenizer()
+    other.add_special_tokens({"pad_token": "[PAD]", "additional_special_tokens": ["<image>"]})
+    other.save_pretrained(tmp_path)
+    encoder = load(tmp_path)
+    assert torch.equal(encoder.encode(["red circle", "red"]).hidden, expected)
+    with pytest.raises(ValueError, match=r"gives 1[45], but its model embeds 14"):
+        encoder.encode(["red <image>"])
+
+
 def test_positions_begin_after_the_padding(tmp_path: Path) -> None:
     sizes = {"vocab_size": 14, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
     config = hf.RobertaConfig(**sizes, intermediate_size=8, max_position_embeddings=20, pad_token_id=1)

@@ -16,6 +16,7 @@ from semantic_routing.common.config import from_dict
 from semantic_routing.common.device import use_bfloat16
 from semantic_routing.interop.facts import check_latents
 from semantic_routing.interop.numerals import Number, whole
+from semantic_routing.model.arms import ARMS
 from semantic_routing.model.codec import Codec, PixelCodec, VAECodec
 from semantic_routing.sampling.text_to_image import check_channels, check_encoder, latent_shape
 from semantic_routing.text.encoder import TextEncoder
@@ -40,7 +41,7 @@ class Components(DiffusionPipeline):
         """
         reads_keys = (self.config.text or {}).get("keys_and_values", False)
         if self.transformer is not None:
-            reads_keys = self.transformer.config.arm == "fusedit"
+            reads_keys = ARMS[self.transformer.config.arm].reads_keys
         features = self.encoder().encode([prompts] if isinstance(prompts, str) else prompts, with_kv=reads_keys)
         return self.as_products_need(features)
 

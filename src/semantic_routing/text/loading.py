@@ -270,7 +270,11 @@ def _unread(config: TextEncoderConfig, quantised: dict[str, Any], error: Excepti
 
 def check_sizes(model: Any, tokenizer: Any, config: TextEncoderConfig) -> None:
     """ValueError where the tokenizer has tokens, or ``max_tokens`` positions, that the model has no embedding for."""
-    rows, last = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())
+    rows = model.get_input_embeddings().weight.shape[0]
+    # Special tokens that no prompt holds may lie beyond: Gemma 3's mark of an image, in its text-only models, or a
+    # padding token that was added. Those that begin or end every text count.
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    last = max({*tokenizer.get_vocab().values()} - special | {*tokenizer("")["input_ids"]})
     if last >= rows:
         raise ValueError(
             f"the tokenizer of {config.name_or_path!r} has tokens up to {last}, but its model embeds {rows}: "
