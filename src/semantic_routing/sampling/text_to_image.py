@@ -94,12 +94,13 @@ class TextToImage:
     def device(self) -> torch.device:
         return self.model.proj_out.weight.device
 
-    def encode(self, prompts: Sequence[str]) -> TextFeatures:
-        """What this model's text encoder says about the prompts, on the model's device.
+    def encode(self, prompts: Sequence[str], *, strict: bool = True) -> TextFeatures:
+        """Return what this model's text encoder says about the prompts, on the model's device.
 
-        In the weights' own type where autocast will not bring the two together.
+        In the weights' own type where autocast will not bring the two together. ``strict`` as of the encoder.
         """
-        features = self.encoder.encode(list(prompts), with_kv=self.model.cfg.strategy.reads_keys)
+        keys = self.model.cfg.strategy.reads_keys
+        features = self.encoder.encode(list(prompts), with_kv=keys, strict=strict)
         return features.to(self.device, None if self.bf16 else self.model.proj_out.weight.dtype)
 
     def null_features(self) -> TextFeatures:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 
-def in_chat(tokenizer: Any, texts: Sequence[str], name: str) -> list[str]:
-    """Write each text as a user's message; ValueError, with the model's name, where one is not whole in there."""
+def in_chat(tokenizer: Any, texts: Sequence[str], name: str, *, strict: bool = True) -> list[str]:
+    """Write each text as a user's message.
+
+    ValueError, with the model's name, where the template writes none; where it changes one, too, or a warning if not
+    ``strict``.
+    """
     form = _form(tokenizer, name)
-    return [_whole(tokenizer, form, text, name) for text in texts]
+    return [_whole(tokenizer, form, text, name, strict) for text in texts]
 
 
 def _form(tokenizer: Any, name: str) -> int:
@@ -30,11 +35,14 @@ def _render(tokenizer: Any, form: int, text: str) -> str:
     return tokenizer.apply_chat_template(_messages(text)[form], tokenize=False, add_generation_prompt=True)
 
 
-def _whole(tokenizer: Any, form: int, text: str, name: str) -> str:
-    """Render a text; ValueError where it is not whole in there, but for case and spaces."""
+def _whole(tokenizer: Any, form: int, text: str, name: str, strict: bool) -> str:
+    """Render a text; ValueError, or a warning, where it is not whole in there, but for case and spaces."""
     rendered = _render(tokenizer, form, text)
     if "".join(text.lower().split()) not in "".join(rendered.lower().split()):
-        raise ValueError(f"the chat template of {name!r} changes {text!r}: set chat_template=False")
+        what = f"the chat template of {name!r} changes {text!r}: set chat_template=False"
+        if strict:
+            raise ValueError(what)
+        warnings.warn(what, stacklevel=5)
     return rendered
 
 

@@ -162,18 +162,21 @@ class TextEncoder:
             torch.cuda.empty_cache()
 
     @torch.no_grad()  # not inference_mode: autograd refuses to save its tensors for the router's backward
-    def encode(self, prompts: Sequence[str], *, with_kv: bool = False) -> TextFeatures:
+    def encode(self, prompts: Sequence[str], *, with_kv: bool = False, strict: bool = True) -> TextFeatures:
         """States of the chosen layers for each prompt; with ``with_kv`` also attention keys and values.
 
         A prompt's features do not depend on the rest of its batch: padding is on the right, masked, and holds
         finite values without meaning. Keys are as the model's attention uses them (after its own norm and
         rotary embedding, before heads are repeated). A prompt without any token ("" where the tokenizer adds
         none) becomes the one token that begins, or else ends or pads, a text: this is the null prompt.
+
+        A prompt that does not reach the model, because the tokenizer knows nothing of it or the chat template changes
+        it, is a ValueError; where not ``strict``, as in training on captions of all sorts, a warning.
         """
         if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError("encode expects a non-empty list of prompts, such as ['a red circle']")
         with _SHARED:
-            ids, mask = (x.to(self.device) for x in self._tokenize(prompts))
+            ids, mask = (x.to(self.device) for x in self._tokenize(prompts, strict))
         layers, is_decoder = _parts(self.model)
         if with_kv and not is_decoder:
             raise ValueError(f"{self.config.name_or_path} is an encoder; keys and values need a decoder")
@@ -229,14 +232,14 @@ class TextEncoder:
             finally:
                 self.model.to("cpu")
 
-    def _tokenize(self, prompts: Sequence[str]) -> tuple[Int[Tensor, "B N"], Bool[Tensor, "B N"]]:
+    def _tokenize(self, prompts: Sequence[str], strict: bool) -> tuple[Int[Tensor, "B N"], Bool[Tensor, "B N"]]:
         """Token ids padded on the right to a bucket, and the mask of real tokens."""
         texts, special = [self.config.prefix + prompt for prompt in prompts], True
         if self.config.chat_template:
             special = False  # the template writes them
-            texts = in_chat(self._tokenizer, texts, self.config.name_or_path)
-        self._check_readable(prompts)
+            texts = in_chat(self._tokenizer, texts, self.config.name_or_path, strict=strict)
         rows = self._tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+        self._check_readable(prompts, rows, strict)
         limit = self._limit
         if long := [i for i, row in enumerate(rows) if len(row) > limit]:
             for i in long:
@@ -261,13 +264,23 @@ class TextEncoder:
         ids[mask] = torch.tensor([token for row in rows for token in row])
         return ids, mask
 
-    def _check_readable(self, prompts: Sequence[str]) -> None:
-        """ValueError for a prompt that is not blank and of which the tokenizer knows nothing."""
-        rows = self._tokenizer([*prompts], add_special_tokens=False, verbose=False)["input_ids"]
-        unknown = {self._tokenizer.unk_token_id}
-        for prompt, row in zip(prompts, rows, strict=True):
-            if prompt.strip() and not set(row) - unknown and prompt.strip() != self._tokenizer.unk_token:
-                raise ValueError(f"the tokenizer of {self.config.name_or_path!r} knows nothing of {prompt[:80]!r}")
+    def _check_readable(self, prompts: Sequence[str], rows: Sequence[list[int]], strict: bool) -> None:
+        """Raise ValueError, or warn, where the tokenizer knows nothing of a prompt that is not blank."""
+        if self.config.prefix or self.config.chat_template:  # whose tokens do not count
+            rows = self._tokenizer([*prompts], add_special_tokens=False, verbose=False)["input_ids"]
+        special = {*self._tokenizer.all_special_ids}
+        marks = {*self._tokenizer.all_special_tokens}
+        lost = [
+            prompt
+            for prompt, row in zip(prompts, rows, strict=True)
+            if not set(row) - special and prompt.strip() and prompt.strip() not in marks
+        ]
+        if not lost:
+            return
+        what = f"the tokenizer of {self.config.name_or_path!r} knows nothing of {lost[0][:80]!r}"
+        if strict:
+            raise ValueError(what)
+        warnings.warn(what, stacklevel=4)
 
     def _check_room(self, text: str, prompt: str, special: bool) -> None:
         """ValueError where what stands before a prompt fills all tokens that are kept."""

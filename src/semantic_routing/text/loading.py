@@ -87,6 +87,7 @@ UNFIT = {
     "fnet": "its states depend on padding",
     "gemma3n_text": "its layers hold four states",
     "mobilebert": "its states depend on padding",
+    "nemotron_h": "its last state is not always the model's own",
     "nystromformer": "its states depend on padding",
     "yoso": "its states depend on padding",
     "flaubert": "its layers are no modules",

@@ -64,7 +64,7 @@ def prepare(bundle: TextToImage, batch: Batch, cfg: TrainConfig) -> Inputs:
     captions = [cfg.null_prompt if drop else c for c, drop in zip(batch.captions, dropped, strict=True)]
     extra = None if batch.posterior_noise is None else batch.posterior_noise.to(device)
     return Inputs(
-        features=bundle.encode(captions),
+        features=bundle.encode(captions, strict=False),
         latents=bundle.codec.encode(batch.images.to(device), extra),
         noise=batch.noise.to(device),
         t=training_times(batch.time_uniform, cfg.time, height * width).to(device),
