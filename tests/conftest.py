@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Before anything imports the package: every annotated shape and type is checked while tests run.
 jaxtyping.install_import_hook("semantic_routing", "beartype.beartype")
+
+# As from a terminal: a shell's background jobs and nohup ignore some of these, and so would all that tests start.
+for number in (signal.SIGHUP, signal.SIGQUIT):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # torch counts the host's cores, also where this process may use only some of them.
 torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))

@@ -179,7 +179,7 @@ def test_study(tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypa
     monkeypatch.setattr(runner, "subprocess", SimpleNamespace(Popen=InThisProcess, DEVNULL=subprocess.DEVNULL))
     monkeypatch.setattr(runner, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(results, "RESAMPLES", 100)
-    monkeypatch.setattr("semantic_routing.model.runtime.compile_network", lambda model: None)
+    monkeypatch.setattr("semantic_routing.sampling.load.compile_network", lambda model: None)
     monkeypatch.setattr(plan, "CALIBRATION", ("--n", "2", "--seed", "1"))
     for name, scale in list(plan.SCALES.items()):
         monkeypatch.setitem(plan.RECIPES, name, lambda arm: tiny_config(arm, steps=1, checkpoint_every=1))
