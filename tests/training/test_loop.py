@@ -485,7 +485,9 @@ def test_prompts_are_dropped_where_the_draw_is_below_the_share(
     batch = replace(batch_of(cfg, 4), drop_uniform=torch.tensor([0.0, 0.099, 0.101, 0.999]))
     read: list[list[str]] = []
     encode = TextToImage.encode
-    monkeypatch.setattr(TextToImage, "encode", lambda self, prompts: read.append(prompts) or encode(self, prompts))
+    monkeypatch.setattr(
+        TextToImage, "encode", lambda self, prompts, **how: read.append(prompts) or encode(self, prompts)
+    )
     for share, dropped in ((0.1, 2), (0.0, 0), (1.0, 4)):
         prepare(trainer.bundle, batch, replace(cfg, prompt_dropout=share))
         assert read[-1] == ["a picture"] * dropped + batch.captions[dropped:]
