@@ -71,10 +71,10 @@ def test_what_does_not_fit(cfg: dict, count: int, message: str) -> None:
 def test_one_process_agrees_with_itself() -> None:
     world = arrange(World(), ParallelConfig(), "cpu")
     assert (world.device, world.mesh, world.threads, world.first) == (CPU, None, None, True)
-    assert world.agreed(lambda: 3) == world.shared(lambda: 3) == world.in_order(lambda: 3) == 3
-    assert world.largest(2, 5) == [2, 5]
+    assert world.everywhere(lambda: 3) == world.on_first(lambda: 3) == world.first_then_rest(lambda: 3) == 3
+    assert world.max(2, 5) == [2, 5]
     assert world.mean(torch.tensor(2.0)) == 2
-    for act in (world.agreed, world.shared, world.in_order):
+    for act in (world.everywhere, world.on_first, world.first_then_rest):
         with pytest.raises(ValueError, match="invalid literal"):
             act(lambda: int("x"))
 

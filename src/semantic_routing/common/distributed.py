@@ -80,8 +80,8 @@ class World(Processes):
     threads: ProcessGroup | None = None
     """Another way for all processes to speak, for a thread beside the training; None for one process."""
 
-    def agreed(self, act: Callable[[], T]) -> T:
-        """What ``act`` gives here, once it went well on every process; the first error among them ends all alike."""
+    def everywhere(self, act: Callable[[], T]) -> T:
+        """Run ``act`` on every process and return its result here; if any of them fails, all end with the first error."""
         result: list[T] = []
         trouble: Exception | None = None
         try:
@@ -97,28 +97,28 @@ class World(Processes):
             self.fail(first)
         return result[0]
 
-    def shared(self, act: Callable[[], T]) -> T:
-        """What ``act`` gives on the first process, on all of them."""
-        found: list[Any] = [self.agreed(act if self.first else lambda: None)]
+    def on_first(self, act: Callable[[], T]) -> T:
+        """Run ``act`` on the first process and return its result on all of them."""
+        found: list[Any] = [self.everywhere(act if self.first else lambda: None)]
         if self.count > 1:
             dist.broadcast_object_list(found)
         return cast(T, found[0])
 
-    def gathered(self, thing: T) -> list[T]:
-        """Everybody's ``thing``, in order of rank."""
+    def all_gather(self, thing: T) -> list[T]:
+        """Return every process's ``thing``, in order of rank."""
         found: list[Any] = [thing] * self.count
         if self.count > 1:
             dist.all_gather_object(found, thing)
         return cast(list[T], found)
 
-    def in_order(self, act: Callable[[], T]) -> T:
-        """What ``act`` gives here, where the others begin when the first process is done: it fills their cache."""
+    def first_then_rest(self, act: Callable[[], T]) -> T:
+        """Run ``act`` on the first process, then on the rest, which find what it cached; return its result here."""
         if self.first:
-            result = self.agreed(act)
-            self.agreed(lambda: None)
+            result = self.everywhere(act)
+            self.everywhere(lambda: None)
             return result
-        self.agreed(lambda: None)
-        return self.agreed(act)
+        self.everywhere(lambda: None)
+        return self.everywhere(act)
 
     def fail(self, error: Exception) -> NoReturn:
         """End every process for one reason, which all of them know: the first raises it, the others only end."""
@@ -128,15 +128,15 @@ class World(Processes):
         raise SystemExit(exit_code(error))
 
     def mean(self, x: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        """The mean of a number over all processes."""
+        """Return the mean of a number over all processes."""
         if self.count == 1:
             return x
         x = x.detach().clone()
         dist.all_reduce(x)
         return x / self.count
 
-    def largest(self, *numbers: int) -> list[int]:
-        """The largest of each number among all processes."""
+    def max(self, *numbers: int) -> list[int]:
+        """Return the largest of each number over all processes."""
         if self.count == 1:
             return list(numbers)
         x = torch.tensor(numbers)

@@ -75,13 +75,13 @@ def start(cfg: TrainConfig, out: Path, on_step: OnStep | None = None) -> Path:
     stay without finite values. On several processes all end alike, and the first raises.
     """
     with open_world() as world, _claimed(world, out):
-        world.shared(partial(check_new, out))
+        world.on_first(partial(check_new, out))
         world = arrange(world, cfg.parallel, cfg.device)
-        data = world.agreed(lambda: open_data(cfg.data, image_size=cfg.image_size, seed=cfg.seed))
+        data = world.everywhere(lambda: open_data(cfg.data, image_size=cfg.image_size, seed=cfg.seed))
         text = cfg.text
         sizes = tiny_sizes(text.name_or_path)
         if sizes is not None:
-            text = replace(text, name_or_path=world.in_order(lambda: str(tiny_lm(training_corpus(data), **sizes))))
+            text = replace(text, name_or_path=world.first_then_rest(lambda: str(tiny_lm(training_corpus(data), **sizes))))
 
         def make() -> Trainer:
             shape = text_shape(text)
@@ -93,9 +93,9 @@ def start(cfg: TrainConfig, out: Path, on_step: OnStep | None = None) -> Path:
                 keep_encoder(Path(text.name_or_path), out)
             write_text(out / "config.json", json.dumps(to_dict(trainer.cfg), indent=2) + "\n")
 
-        trainer = world.agreed(make)
-        trainer.record[KEY] |= {"data": world.shared(lambda: data_origins(data)), FOLDER: here()}
-        world.shared(write)
+        trainer = world.everywhere(make)
+        trainer.record[KEY] |= {"data": world.on_first(lambda: data_origins(data)), FOLDER: here()}
+        world.on_first(write)
         return _run(trainer, data, on_step)
 
 
@@ -117,24 +117,24 @@ def resume(out: Path, on_step: OnStep | None = None, *, steps: int | None = None
     ``accept_changes``.
     """
     with open_world() as world:
-        run = world.shared(partial(run_of, out))
+        run = world.on_first(partial(run_of, out))
         with _claimed(world, run):
-            folder = world.shared(partial(latest, out))
-            then = world.agreed(lambda: read_state(folder).get(KEY, {}))
-            asked, words = world.shared(partial(going_on, run, folder, steps))
+            folder = world.on_first(partial(latest, out))
+            then = world.everywhere(lambda: read_state(folder).get(KEY, {}))
+            asked, words = world.on_first(partial(going_on, run, folder, steps))
             cfg = located_run(asked, then.get(FOLDER))
             if cfg != asked:
                 words.append(f"the run began in another folder, {then[FOLDER]}: relative paths are taken from there")
             world = arrange(world, cfg.parallel, cfg.device)
-            data = world.agreed(lambda: open_data(cfg.data, image_size=cfg.image_size, seed=cfg.seed))
-            trainer = world.agreed(lambda: Trainer(cfg, run, world))
-            world.agreed(lambda: trainer.load(folder))
-            now = trainer.record[KEY] | {"data": world.shared(lambda: data_origins(data))}
-            words += world.shared(lambda: _accepted(run, changes(then, now), accept_changes))
+            data = world.everywhere(lambda: open_data(cfg.data, image_size=cfg.image_size, seed=cfg.seed))
+            trainer = world.everywhere(lambda: Trainer(cfg, run, world))
+            world.everywhere(lambda: trainer.load(folder))
+            now = trainer.record[KEY] | {"data": world.on_first(lambda: data_origins(data))}
+            words += world.on_first(lambda: _accepted(run, changes(then, now), accept_changes))
             for line in words if world.first else ():
                 say(line)
             trainer.record = {"config": to_dict(asked), KEY: now | {FOLDER: then.get(FOLDER) or here()}}
-            world.shared(partial(note_steps, run, asked))
+            world.on_first(partial(note_steps, run, asked))
             return _run(trainer, data, on_step)
 
 
@@ -147,7 +147,7 @@ def _claimed(world: World, out: Path) -> Iterator[None]:
             check_writable(out)
             held.enter_context(claimed(out / LOCK, out))
 
-        world.shared(claim)
+        world.on_first(claim)
         yield
 
 
@@ -188,9 +188,9 @@ def _run(trainer: Trainer, data: Dataset, on_step: OnStep | None) -> Path:
     keep_freed_memory()
     cfg, out, world, first = trainer.cfg, trainer.out, trainer.world, trainer.step
     facts = manifest(config=to_dict(cfg), seeds={"run": cfg.seed}, from_step=first, processes=world.count)
-    world.shared(lambda: write_text(out / "manifest.json", json.dumps(facts, indent=2) + "\n"))
-    pictures = world.agreed(lambda: _held_out(cfg))
-    tracker = world.agreed(lambda: Tracker(out, first, cfg.track, to_dict(cfg)) if world.first else None)
+    world.on_first(lambda: write_text(out / "manifest.json", json.dumps(facts, indent=2) + "\n"))
+    pictures = world.everywhere(lambda: _held_out(cfg))
+    tracker = world.everywhere(lambda: Tracker(out, first, cfg.track, to_dict(cfg)) if world.first else None)
     with (
         tracker or nullcontext(),
         forgiving_stderr(),
@@ -213,7 +213,7 @@ def _run(trainer: Trainer, data: Dataset, on_step: OnStep | None) -> Path:
                 loop.keep(stop)
         trainer.beat("saving")
         trainer.finish_writing()
-    return world.shared(lambda: find_checkpoint(out))
+    return world.on_first(lambda: find_checkpoint(out))
 
 
 class _Loop:
@@ -284,7 +284,7 @@ class _Loop:
     def keep(self, stop: Sequence[int]) -> None:
         """Save when it is time, or where any process got a signal: then all end as Interrupted."""
         trainer, last = self.trainer, self.trainer.step == self.cfg.steps
-        number, failed = self.world.largest(stop[0] if stop else 0, int(trainer.saver.failed))
+        number, failed = self.world.max(stop[0] if stop else 0, int(trainer.saver.failed))
         if failed:
             trainer.finish_writing()
         # While no finite loss is seen, the checkpoints before are worth more than another.
@@ -305,8 +305,8 @@ class _Loop:
 
     def count_damage(self) -> None:
         """Count, over all processes, the records that were skipped; too large a share ends the run."""
-        tallies = self.world.gathered(self.damage.take())
-        self.world.agreed(lambda: self.damage.merge(tallies))
+        tallies = self.world.all_gather(self.damage.take())
+        self.world.everywhere(lambda: self.damage.merge(tallies))
         self.trainer.damaged = self.damage.counts()
 
     def _now(self, every: int) -> bool:

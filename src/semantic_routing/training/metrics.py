@@ -25,7 +25,7 @@ from semantic_routing.flow import FIXED_TIMES
 from semantic_routing.model.build import make_model
 from semantic_routing.model.dit import Backbone, DiT, DiTConfig
 from semantic_routing.model.flops import META, count_image, count_text
-from semantic_routing.training.parallelize import gathered
+from semantic_routing.training.parallelize import unsharded
 
 BACKWARD = 2
 """Products of the backward pass for each of the forward pass: one for the inputs' gradients, one for the weights'."""
@@ -140,7 +140,7 @@ def routing_entropy(model: Backbone) -> dict[str, float]:
     if not isinstance(model, DiT) or not model.cfg.strategy.has_weights:
         return {}
     t = torch.tensor(FIXED_TIMES, device=model.proj_out.weight.device)
-    with gathered(model.router):
+    with unsharded(model.router):
         entropy = entropies(model.router.weights(t))
     return {"router_entropy": entropy.mean().item(), "router_layers": entropy.exp().mean().item()}
 

@@ -60,7 +60,7 @@ class ParallelConfig:
 
 def arrange(world: World, cfg: ParallelConfig, device: str = "auto") -> World:
     """Lay the processes out as ``cfg`` says; ValueError where their number does not fit it."""
-    own, shape = world.agreed(lambda: (pick_device(device), mesh_shape(cfg, world.count)))
+    own, shape = world.everywhere(lambda: (pick_device(device), mesh_shape(cfg, world.count)))
     if shape is None:
         return replace(world, device=own)
     if own.type == "cuda":
@@ -207,7 +207,7 @@ def reshard(model: nn.Module) -> None:
 
 
 @contextmanager
-def gathered(module: nn.Module) -> Iterator[nn.Module]:
+def unsharded(module: nn.Module) -> Iterator[nn.Module]:
     """A module with its own weights whole on every process; all of them must come here."""
     if isinstance(module, FSDPModule):
         module.unshard()

@@ -212,7 +212,7 @@ class Trainer:
     def save(self) -> None:
         """Begin to write a checkpoint, once the one before is written. Weights that are not finite raise."""
         finite = all(bool(p.isfinite().all()) for p in self._shards())
-        if self.world.largest(int(not finite))[0]:
+        if self.world.max(int(not finite))[0]:
             self._fail("weights are no longer finite", self.step)
         state: dict[str, Any] = {
             "position": self.step * self.cfg.batch,
