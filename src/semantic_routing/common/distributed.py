@@ -81,7 +81,7 @@ class World(Processes):
     """Another way for all processes to speak, for a thread beside the training; None for one process."""
 
     def everywhere(self, act: Callable[[], T]) -> T:
-        """Run ``act`` on every process and return its result here; if any of them fails, all end with the first error."""
+        """Run ``act`` on every process and return its result here; if one fails, all end with the first error."""
         result: list[T] = []
         trouble: Exception | None = None
         try:

@@ -81,7 +81,8 @@ def start(cfg: TrainConfig, out: Path, on_step: OnStep | None = None) -> Path:
         text = cfg.text
         sizes = tiny_sizes(text.name_or_path)
         if sizes is not None:
-            text = replace(text, name_or_path=world.first_then_rest(lambda: str(tiny_lm(training_corpus(data), **sizes))))
+            made = world.first_then_rest(lambda: tiny_lm(training_corpus(data), **sizes))
+            text = replace(text, name_or_path=str(made))
 
         def make() -> Trainer:
             shape = text_shape(text)
