@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
-from semantic_routing.common.images.decode import Limits, Unusable, centre_crop, decode
+from semantic_routing.common.errors import BadData
+from semantic_routing.common.images.decode import Limits, centre_crop, decode
 from semantic_routing.common.images.dimensions import look
 
 RNG = np.random.default_rng(0)
@@ -54,7 +55,7 @@ BAD = {
 
 @pytest.mark.parametrize("reason", BAD)
 def test_reasons(reason: str):
-    with pytest.raises(Unusable) as caught:
+    with pytest.raises(BadData) as caught:
         decode(BAD[reason], 8, 8)
     assert caught.value.reason == reason
     assert caught.value.detail
@@ -64,13 +65,13 @@ def test_reasons(reason: str):
 @pytest.mark.parametrize("kept", [0.02, 0.5, 0.9])
 def test_files_cut_short_are_truncated_in_every_format(form: str, kept: float):
     whole = encoded(NOISE, form)
-    with pytest.raises(Unusable, match="truncated"):
+    with pytest.raises(BadData, match="truncated"):
         decode(whole[: int(kept * len(whole))], 8, 8)
 
 
 def test_a_bomb_is_one_whether_pillow_warns_or_raises():
     for side in (9_000, 12_000, 50_000):  # below Pillow's limits, where it warns, where it raises
-        with pytest.raises(Unusable, match="decompression bomb"):
+        with pytest.raises(BadData, match="decompression bomb"):
             decode(png(side, side), 8, 8)
 
 
@@ -82,7 +83,7 @@ def test_limits_are_of_the_header():
         (Limits(max_pixels=64 * 32 - 1), "decompression bomb"),
         (Limits(max_aspect=1.9), "extreme aspect"),
     ):
-        with pytest.raises(Unusable) as caught:
+        with pytest.raises(BadData) as caught:
             decode(small, 8, 8, limits)
         assert caught.value.reason == reason
 
@@ -273,7 +274,7 @@ def test_texts_that_turn_a_png_do_so_still(compressed: bool):
 
 
 def test_a_bomb_behind_long_texts_is_one_still():
-    with pytest.raises(Unusable, match="decompression bomb"):
+    with pytest.raises(BadData, match="decompression bomb"):
         decode(with_chunk(b"zTXt", b"workflow\0\0" + PACKED, picture=png(50_000, 50_000)), 8, 8)
 
 
@@ -284,7 +285,7 @@ def test_a_bomb_behind_long_texts_is_one_still():
 )
 @pytest.mark.parametrize("function", [16, 18])
 def test_high_dynamic_range(function: int):
-    with pytest.raises(Unusable, match="high dynamic range"):
+    with pytest.raises(BadData, match="high dynamic range"):
         decode(with_chunk(b"cICP", bytes([9, function, 0, 1])), 64, 64)
     np.testing.assert_array_equal(decode(with_chunk(b"cICP", bytes([1, 13, 0, 1])), 64, 64), SPLIT)
 

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from semantic_routing.common.errors import BadData
 from semantic_routing.common.images.decode import centre_crop, decode
 from semantic_routing.data.sources.folder import FolderRecords
 from semantic_routing.data.sources.index import open_records
 from semantic_routing.data.sources.manifest import ManifestRecords
 from semantic_routing.data.sources.manifest_rows import MANIFESTS
-from semantic_routing.data.sources.records import DamagedRecord, RecordSource
+from semantic_routing.data.sources.records import RecordSource
 
 RNG = np.random.default_rng(0)
 RED, GREEN, BLUE, WHITE = (200, 30, 30), (30, 200, 30), (30, 30, 200), (255, 255, 255)
@@ -200,7 +201,7 @@ def test_rows_of_jsonl_stay_in_the_file(folder: Path):
     assert len(pickle.dumps(source)) < 100_000
     assert source.read(1999).captions == {"text": ("é" * 500,)}
     (folder / "list.jsonl").write_text("")
-    with pytest.raises(DamagedRecord, match=r"bad captions.*not what it was"):
+    with pytest.raises(BadData, match=r"bad captions.*not what it was"):
         source.read(3)
 
 
@@ -231,7 +232,7 @@ def test_damaged_files_of_a_folder(folder: Path):
     for index in range(len(source)):
         try:
             source.read(index)
-        except DamagedRecord as error:
+        except BadData as error:
             reasons[error.key] = error.reason
     assert reasons == {
         "a.png": "missing file",
@@ -252,7 +253,7 @@ def test_manifests_and_folders_at_urls(folder: Path):
     assert [found.read(i) for i in range(2)] == [local.read(i) for i in range(2)]
     row = {"image": "no.png", "text": "x"}  # asking the storage for each would take too long
     storage.pipe("/folder-test/metadata.jsonl", json.dumps(row).encode())
-    with pytest.raises(DamagedRecord, match="missing file"):
+    with pytest.raises(BadData, match="missing file"):
         open_records("memory://folder-test").read(0)
     for name in ("../x.png", "/etc/x.png", "memory://other/x.png", "."):
         storage.pipe("/folder-test/metadata.jsonl", json.dumps(row | {"image": name}).encode())
@@ -373,6 +374,6 @@ def test_growing_keeps_a_gradient():
 def test_a_file_gone_since_the_start_is_named(folder: Path):
     source = ManifestRecords(write(folder / "list.jsonl", GOOD))
     os.remove(folder / "a.png")
-    with pytest.raises(DamagedRecord, match="missing file") as caught:
+    with pytest.raises(BadData, match="missing file") as caught:
         source.read(0)
     assert caught.value.key == "a.png"

@@ -18,12 +18,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from semantic_routing.common.errors import BadData
 from semantic_routing.common.images.decode import Limits
 from semantic_routing.data.captions import CaptionChoice
 from semantic_routing.data.sources import row_groups
 from semantic_routing.data.sources.index import open_records
 from semantic_routing.data.sources.parquet import ParquetRecords, scan_parquet
-from semantic_routing.data.sources.records import DamagedRecord, RecordSource
+from semantic_routing.data.sources.records import RecordSource
 from semantic_routing.data.streams import Reading, RecordStream
 
 
@@ -76,7 +77,7 @@ def test_hugging_faces_layout(tmp_path: Path):
     record = source.read(0)
     assert (record.key, record.image, record.captions) == ("train.parquet/0", b"a", {"captions": ("one", "two")})
     for index, reason in ((1, "no picture"), (2, "no picture"), (3, "zero bytes")):
-        with pytest.raises(DamagedRecord) as caught:
+        with pytest.raises(BadData) as caught:
             source.read(index)
         assert (caught.value.reason, caught.value.key) == (reason, f"train.parquet/{index}")
 
@@ -125,7 +126,7 @@ def test_arrows_types(kind: str, kept: int, tmp_path: Path, monkeypatch: pytest.
     for index, (shot, text) in ((0, (b"a", "one")), (2, (b"c", "three"))):
         record = source.read(index)
         assert (record.image, record.captions) == (shot, {"text": (text,)})
-    with pytest.raises(DamagedRecord, match="no picture"):
+    with pytest.raises(BadData, match="no picture"):
         source.read(1)
     assert scan_parquet(str(path), look_inside=True).damaged == {"no picture": 1, "not an image": 2}
 
@@ -135,7 +136,7 @@ def test_a_row_of_several_pictures_is_damaged(tmp_path: Path):
     source = open_records(str(path))
     assert source.read(1).image == b"c"
     for index, reason in ((0, "several pictures"), (2, "no picture")):
-        with pytest.raises(DamagedRecord, match=reason):
+        with pytest.raises(BadData, match=reason):
             source.read(index)
     assert scan_parquet(str(path), look_inside=True).damaged["several pictures"] == 1
 
@@ -165,7 +166,7 @@ def test_a_caption_that_is_no_utf8_is_damaged_and_a_column_of_nulls_is_none(tmp_
     columns = {"image": [b"a", b"b"], "text": texts, "prompt": pa.nulls(2)}
     source = open_records(str(write(tmp_path / "a.parquet", columns)))
     assert source.read(0).captions == {"text": ("ok",)}
-    with pytest.raises(DamagedRecord, match=r"bad captions.*'text' is not UTF-8"):
+    with pytest.raises(BadData, match=r"bad captions.*'text' is not UTF-8"):
         source.read(1)
 
 
@@ -279,7 +280,7 @@ def test_a_damaged_row_group_costs_its_own_records_only(tmp_path: Path):
     for index in range(6):
         try:
             source.read(index)
-        except DamagedRecord as error:
+        except BadData as error:
             reasons.append((index, error.reason, error.key))
     assert reasons == [(2, "unreadable", "a.parquet/2"), (3, "unreadable", "a.parquet/3")]
 

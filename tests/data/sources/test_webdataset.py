@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from semantic_routing.data.sources.records import DamagedRecord, Record
+from semantic_routing.common.errors import BadData
+from semantic_routing.data.sources.records import Record
 from semantic_routing.data.sources.scan import Damage, Found
 from semantic_routing.data.sources.tar import BLOCK, Member, members
 from semantic_routing.data.sources.webdataset import GAP, ROW, TarRecords, scan_tar
@@ -339,7 +340,7 @@ def test_what_is_broken_is_reported_and_the_rest_kept(tmp_path: Path):
     assert source.read(1).image == b"1"
     assert source.read(1).captions == {"txt": ("one",)}
     for index, reason, key in ((2, "zero bytes", "zero"), (3, "bad captions", "latin"), (4, "bad captions", "broken")):
-        with pytest.raises(DamagedRecord) as caught:
+        with pytest.raises(BadData) as caught:
             source.read(index)
         assert (caught.value.reason, caught.value.shard) == (reason, "00000.tar")
         assert caught.value.key == f"00000.tar/{key}"
@@ -410,13 +411,13 @@ def test_a_shard_that_changed_or_went_away_is_told_from_a_whole_one(tmp_path: Pa
     path.write_bytes(whole[: 14 * BLOCK])
     source = pickle.loads(pickle.dumps(source))
     assert source.read(0).captions["txt"] == ("text 0",)
-    with pytest.raises(DamagedRecord, match="truncated"):
+    with pytest.raises(BadData, match="truncated"):
         source.read(2)
     path.write_bytes(b"\1" * len(whole))
-    with pytest.raises(DamagedRecord, match="bad header"):
+    with pytest.raises(BadData, match="bad header"):
         source.read(0)
     path.unlink()
-    with pytest.raises(DamagedRecord, match="unreadable"):
+    with pytest.raises(BadData, match="unreadable"):
         pickle.loads(pickle.dumps(source)).read(0)
 
 

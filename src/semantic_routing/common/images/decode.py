@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+from semantic_routing.common.errors import BadData
 from semantic_routing.common.images.colours import to_srgb
 from semantic_routing.common.images.formats import formats, hint
 from semantic_routing.common.images.png import high_range, lightened
@@ -40,15 +41,6 @@ _FOREIGN = (b"%!PS", b"%PDF", b"8BPS", b"\0\0\1\0", b"<svg", b"\xff\x0a", b"\0\0
 """How PostScript, PDF, Photoshop, icon, SVG, JPEG XL, Radiance and OpenEXR files begin."""
 
 
-class Unusable(ValueError):
-    """A picture or a caption that cannot be trained on: ``reason`` in words that do not vary, and what was seen."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
-
-
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """Which pictures are decoded at all; judged by the header, before any memory is taken."""
@@ -68,26 +60,26 @@ class Limits:
             raise ValueError(f"min_side {self.min_side} must be at least 0, and max_aspect {self.max_aspect} 1")
 
     def check(self, width: int, height: int) -> None:
-        """Raise Unusable for a picture of this size."""
+        """Raise BadData for a picture of this size."""
         size = f"{width} x {height} pixels"
         if width * height > self.max_pixels:
-            raise Unusable("decompression bomb", f"{size}, at most {self.max_pixels} are decoded")
+            raise BadData("decompression bomb", f"{size}, at most {self.max_pixels} are decoded")
         if min(width, height) < max(self.min_side, 1):
-            raise Unusable("too small", f"{size}, at least {self.min_side} a side are wanted")
+            raise BadData("too small", f"{size}, at least {self.min_side} a side are wanted")
         if max(width, height) > self.max_aspect * min(width, height):
-            raise Unusable("extreme aspect", f"{size}, at most {self.max_aspect:g} times as long as wide is wanted")
+            raise BadData("extreme aspect", f"{size}, at most {self.max_aspect:g} times as long as wide is wanted")
 
 
 def decode(
     data: bytes, height: int, width: int, limits: Limits | None = None
 ) -> UInt8[np.ndarray, "{height} {width} 3"]:
-    """The middle of an encoded picture as ``height`` x ``width`` RGB pixels; Unusable tells why there is none."""
+    """The middle of an encoded picture as ``height`` x ``width`` RGB pixels; BadData tells why there is none."""
     with open_picture(data) as image:
         (limits or Limits()).check(image.width, image.height)
         if image.mode == "F":
-            raise Unusable("floating point", "pixels have no known range")
+            raise BadData("floating point", "pixels have no known range")
         if function := high_range(data):
-            raise Unusable("high dynamic range", f"its brightness is coded by {function}")
+            raise BadData("high dynamic range", f"its brightness is coded by {function}")
         # A large JPEG is decoded at 1/2, 1/4 or 1/8, but never below twice the size asked for.
         side = 2 * max(height, width)
         image.draft(None, (side, side))
@@ -96,18 +88,18 @@ def decode(
             return np.array(centre_crop(to_rgb(image), height, width))
         except BROKEN as error:
             cut = isinstance(error, EOFError) or "truncated" in str(error).lower()
-            raise Unusable("truncated" if cut else "damaged", str(error)) from error
+            raise BadData("truncated" if cut else "damaged", str(error)) from error
 
 
 def open_picture(data: bytes) -> Image.Image:
-    """The picture with only its header read; Unusable where that fails."""
+    """The picture with only its header read; BadData where that fails."""
     if not data:
-        raise Unusable("zero bytes", "the file is empty")
+        raise BadData("zero bytes", "the file is empty")
     _settle_warnings()
     try:
         return Image.open(BytesIO(lightened(data)), formats=formats())
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise Unusable("decompression bomb", str(error)) from error
+        raise BadData("decompression bomb", str(error)) from error
     except BROKEN as error:
         begin = bytes(data[:12])
         if begin.startswith(_OURS):
@@ -115,7 +107,7 @@ def open_picture(data: bytes) -> Image.Image:
             reason = "truncated" if len(data) < whole else "damaged"
         else:
             reason = "unsupported format" if begin.startswith(_FOREIGN) or begin[4:8] == b"ftyp" else "not an image"
-        raise Unusable(reason, f"{len(data)} bytes that begin with {begin!r}{hint(begin)}") from error
+        raise BadData(reason, f"{len(data)} bytes that begin with {begin!r}{hint(begin)}") from error
 
 
 @lru_cache(maxsize=1)

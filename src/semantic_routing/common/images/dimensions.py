@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from semantic_routing.common.images.decode import BROKEN, Unusable, open_picture
+from semantic_routing.common.errors import BadData
+from semantic_routing.common.images.decode import BROKEN, open_picture
 
 HEAD = 2**16
 """Bytes that nearly always hold the header; those of large profiles and previews are longer."""
@@ -14,7 +15,7 @@ _ORIENTATION = 0x0112
 def dimensions(image: bytes) -> tuple[int, int]:
     """Width and height of an encoded picture as it is seen, EXIF orientation applied; its beginning is enough.
 
-    Raises Unusable where it is no picture.
+    Raises BadData where it is no picture.
     """
     with open_picture(image) as opened:
         width, height = opened.size
@@ -29,7 +30,7 @@ def look(read: Callable[[int], bytes], size: int) -> tuple[int, int]:
     """``dimensions`` of a picture of ``size`` bytes from its beginning, ``read(count)``, mostly the first 64 KiB."""
     try:
         return dimensions(read(min(size, HEAD)))
-    except Unusable:
+    except BadData:
         if size <= HEAD:
             raise
     return dimensions(read(size))

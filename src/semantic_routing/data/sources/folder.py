@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt16, UInt32
 
-from semantic_routing.common.images.decode import Unusable
+from semantic_routing.common.errors import BadData
 from semantic_routing.common.images.dimensions import look
 from semantic_routing.common.images.formats import picture_endings
 from semantic_routing.data.sources.records import (
-    DamagedRecord,
     Record,
     Sharded,
     captions_of,
@@ -37,15 +36,15 @@ class PictureFiles(Sharded):
         self._reader = Reader()
 
     def picture(self, key: str, path: str) -> bytes:
-        """The bytes of a file; DamagedRecord where there are none."""
+        """The bytes of a file; BadData where there are none."""
         try:
             image = self._reader.read(path, 0, stat(path).size)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise DamagedRecord("missing file", self.shard_name(0), key, path) from error
+            raise BadData("missing file", path, self.shard_name(0), key) from error
         except OSError as error:
-            raise DamagedRecord("unreadable", self.shard_name(0), key, str(error)) from error
+            raise BadData("unreadable", str(error), self.shard_name(0), key) from error
         if not image:
-            raise DamagedRecord("zero bytes", self.shard_name(0), key, path)
+            raise BadData("zero bytes", path, self.shard_name(0), key)
         return image
 
     def dimensions(self) -> UInt32[np.ndarray, "N 2"] | None:
@@ -86,7 +85,7 @@ class FolderRecords(PictureFiles):
             captions = captions_of(*(read_all(stem + ending) if ending else b"" for ending in endings))
             return Record(key, image, captions)
         except (OSError, ValueError) as error:
-            raise DamagedRecord("bad captions", self.shard_name(0), key, str(error)) from error
+            raise BadData("bad captions", str(error), self.shard_name(0), key) from error
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ def _look(found: Found, pictures: Sequence[tuple[int, str]], look_inside: bool) 
 
         try:
             row["width"], row["height"] = look(head, stat(path).size)
-        except Unusable as error:
+        except BadData as error:
             found.report(Damage(error.reason, number, os.fsencode(path), error.detail))
         except OSError as error:
             found.report(Damage("unreadable", number, os.fsencode(path), str(error)))

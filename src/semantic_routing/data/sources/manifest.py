@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from semantic_routing.common.errors import BadData
 from semantic_routing.data.sources.folder import PictureFiles, _look
 from semantic_routing.data.sources.manifest_rows import (
     EXAMPLE,
@@ -19,7 +20,7 @@ from semantic_routing.data.sources.manifest_rows import (
     picture_path,
     rows,
 )
-from semantic_routing.data.sources.records import DamagedRecord, Record, caption_fields, parse_json
+from semantic_routing.data.sources.records import Record, caption_fields, parse_json
 from semantic_routing.data.sources.scan import SIZE, Damage, Found
 from semantic_routing.data.sources.storage import absolute, is_folder
 
@@ -80,7 +81,7 @@ class ManifestRecords(PictureFiles):
             path = picture_path(name, self.root)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             detail = "the manifest is not what it was when the run began"
-            raise DamagedRecord("bad captions", self.shard_name(0), f"{index}", detail) from error
+            raise BadData("bad captions", detail, self.shard_name(0), f"{index}") from error
         key = name + (f"#{self._again[index]}" if index in self._again else "")
         captions = caption_fields(item for item in row.items() if item[0] != picture_name(row))
         return Record(key, self.picture(key, path), captions)

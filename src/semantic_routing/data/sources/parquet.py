@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt32
 
-from semantic_routing.common.images.decode import Unusable
+from semantic_routing.common.errors import BadData
 from semantic_routing.common.images.dimensions import dimensions
-from semantic_routing.data.sources.records import DamagedRecord, Record, Sharded, caption_fields
+from semantic_routing.data.sources.records import Record, Sharded, caption_fields
 from semantic_routing.data.sources.row_groups import ERRORS, RowGroups, batches, open_parquet, pa
 from semantic_routing.data.sources.scan import SIZE, Damage, Found
 from semantic_routing.data.sources.storage import Arrays, shard_names
@@ -74,23 +74,23 @@ class ParquetRecords(Sharded):
         key = f"{where}/{first + row}"
         table = self._row_groups.table(self._paths[file], group, [image, *others])
         if isinstance(table, str):
-            raise DamagedRecord("unreadable", where, key, f"row group {group}: {table}")
+            raise BadData("unreadable", f"row group {group}: {table}", where, key)
         values: dict[str, Any] = {}
         for name, column in zip(table.column_names, table.columns, strict=True):
             try:
                 values.setdefault(name, column[row].as_py())  # of several columns of one name, the first
             except UnicodeDecodeError as error:
-                raise DamagedRecord("bad captions", where, key, f"column {name!r} is not UTF-8") from error
+                raise BadData("bad captions", f"column {name!r} is not UTF-8", where, key) from error
         found = values.pop(image)
         if isinstance(own := values.pop(KEY_COLUMN, None), str):
             key = f"{where}/{own}"
         if isinstance(found, list) and len(found) > 1:
-            raise DamagedRecord("several pictures", where, key, f"column {image!r} holds {len(found)}; give each a row")
+            raise BadData("several pictures", f"column {image!r} holds {len(found)}; give each a row", where, key)
         picture = picture_bytes(found)
         if picture is None:
-            raise DamagedRecord("no picture", where, key, f"column {image!r} is null")
+            raise BadData("no picture", f"column {image!r} is null", where, key)
         if not picture:
-            raise DamagedRecord("zero bytes", where, key, "the picture is empty")
+            raise BadData("zero bytes", "the picture is empty", where, key)
         return Record(key, picture, caption_fields(values.items()))
 
     def dimensions(self) -> UInt32[np.ndarray, "N 2"] | None:
@@ -128,7 +128,7 @@ def _look(found: Found, row: int, cell: Any) -> None:
     else:
         try:
             found.rows[row] = dimensions(picture)
-        except Unusable as error:
+        except BadData as error:
             found.report(Damage(error.reason, row, b"", error.detail))
 
 

@@ -13,26 +13,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Protocol, runtime_checkable
 
-REASONS = (
-    "zero bytes",  # the picture is empty
-    "no picture",  # a record that has captions only
-    "several pictures",  # in one row of Parquet
-    "no caption",  # a record without a file of captions; the captions may yet come from a sidecar
-    "dots in the name",  # a picture of a tar whose name goes on behind its first dot
-    "hidden file",  # a name that begins with a dot, such as macOS's ._1.jpg
-    "missing file",  # named by a manifest, and not there
-    "unreadable",  # the storage gave an error
-    "truncated",  # the file ends inside the record
-    "bad header",  # not what the archive's format says
-    "bad captions",  # not UTF-8 or not JSON
-    "not a file",  # a link, a device or a sparse file where a picture or a text is wanted
-    "duplicate member",  # a second file of the same name in one record
-    "repeated key",  # a second record of the same name in one shard
-    "too large",  # for a record
-)
-"""Why a record is damaged or left out, in words that do not vary, so that they can be counted; ``images.Unusable``,
-``formats.unknown`` and ``discover.py`` add their own."""
-
 
 @dataclass(frozen=True)
 class Record:
@@ -46,28 +26,6 @@ class Record:
     """By caption key: ``txt`` (a .txt file or column), every string or list of strings of the JSON under its own
     name, such as ``text`` of manifests. Only texts that are not blank and can be encoded; a key without any is
     left out."""
-
-
-class DamagedRecord(ValueError):
-    """A record that cannot be read; picklable, so that a worker process may raise it.
-
-    Args:
-        reason: Short fixed words, see ``REASONS``.
-        shard: Name of the shard.
-        key: The record's key, or what is known of it.
-        detail: What exactly is wrong.
-    """
-
-    def __init__(self, reason: str, shard: str, key: str, detail: str = "") -> None:
-        super().__init__(reason, shard, key, detail)
-        self.reason = reason
-        self.shard = shard
-        self.key = key
-        self.detail = detail
-
-    def __str__(self) -> str:
-        detail = f" ({self.detail})" if self.detail else ""
-        return f"record {self.key!r} of {self.shard}: {self.reason}{detail}"
 
 
 @runtime_checkable
@@ -91,7 +49,7 @@ class RecordSource(Protocol):
     def read(self, index: int) -> Record:
         """The record 0..len - 1; IndexError beyond.
 
-        Raises DamagedRecord for what is broken.
+        Raises BadData for what is broken.
         """
         ...
 

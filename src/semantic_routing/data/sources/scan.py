@@ -19,7 +19,7 @@ class Damage(NamedTuple):
     """Something that is not as it should be."""
 
     reason: str
-    """One of ``records.REASONS``."""
+    """A fixed phrase, as of ``BadData``."""
     place: int
     """Offset in bytes in a tar, number of the row or line elsewhere."""
     name: bytes

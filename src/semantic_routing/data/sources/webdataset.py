@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Shaped, UInt32
 
-from semantic_routing.common.images.decode import Unusable
+from semantic_routing.common.errors import BadData
 from semantic_routing.common.images.dimensions import look
 from semantic_routing.common.images.formats import picture_endings, unknown
-from semantic_routing.data.sources.records import DamagedRecord, Record, Sharded, captions_of
+from semantic_routing.data.sources.records import Record, Sharded, captions_of
 from semantic_routing.data.sources.scan import SIZE, Damage, Found, key_text
 from semantic_routing.data.sources.storage import Arrays, Reader, is_url, shard_names
 from semantic_routing.data.sources.tar import WINDOW, Member, Read, first_member, members
@@ -223,7 +223,7 @@ def _look(rows: Shaped[np.ndarray, " N"], read: Read, found: Found) -> None:
 
         try:
             row["width"], row["height"] = look(head, int(row["image_size"]))
-        except Unusable as error:
+        except BadData as error:
             found.report(Damage(error.reason, start, b"", error.detail))
 
 
@@ -249,20 +249,20 @@ class TarRecords(Sharded):
         try:
             head, image, text, extra = self._pieces(self._paths[shard], start, parts)
         except OSError as error:
-            raise DamagedRecord("unreadable", where, f"{where}/{number}", str(error)) from error
+            raise BadData("unreadable", str(error), where, f"{where}/{number}") from error
         first = first_member(head)
         if first is None:
             detail = "the shard is not what was indexed; run semroute data index again"
-            raise DamagedRecord("bad header", where, f"{where}/{number}", detail)
+            raise BadData("bad header", detail, where, f"{where}/{number}")
         key = f"{where}/{key_text(_key(first.name)[0])}"
         if not parts[1]:
-            raise DamagedRecord("zero bytes", where, key, "the picture is empty")
+            raise BadData("zero bytes", "the picture is empty", where, key)
         if (len(image), len(text), len(extra)) != (parts[1], parts[3], parts[5]):
-            raise DamagedRecord("truncated", where, key, "the shard has become shorter since it was indexed")
+            raise BadData("truncated", "the shard has become shorter since it was indexed", where, key)
         try:
             return Record(key, image, captions_of(text, extra))
         except ValueError as error:
-            raise DamagedRecord("bad captions", where, key, str(error)) from error
+            raise BadData("bad captions", str(error), where, key) from error
 
     def _pieces(self, path: str, start: int, parts: Sequence[int]) -> tuple[bytes, bytes, bytes, bytes]:
         """The record's first headers, picture, text and JSON, in one read where they lie close together."""

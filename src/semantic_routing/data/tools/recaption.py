@@ -23,14 +23,14 @@ from semantic_routing.chat.client import ChatClient, Usage
 from semantic_routing.chat.messages import Answer, Failure, Picture, Question
 from semantic_routing.chat.server import ChatConfig
 from semantic_routing.chat.spoken import CUT, THOUGHTS, FirstAnswers, spoken
-from semantic_routing.common.errors import TrainingFailed
+from semantic_routing.common.errors import BadData, TrainingFailed
 from semantic_routing.common.files import check_writable
-from semantic_routing.common.images.decode import Unusable, decode
+from semantic_routing.common.images.decode import decode
 from semantic_routing.common.images.dimensions import dimensions
 from semantic_routing.common.locks import LOCK, claimed
 from semantic_routing.data.captions import USUAL
 from semantic_routing.data.sources.index import open_records
-from semantic_routing.data.sources.records import DamagedRecord, Record, RecordSource
+from semantic_routing.data.sources.records import Record, RecordSource
 from semantic_routing.data.sources.storage import absolute
 from semantic_routing.data.tools.caption_parts import Parts, Row
 
@@ -99,7 +99,7 @@ class Records:
         return self._ends[-1]
 
     def read(self, position: int) -> Record:
-        """DamagedRecord for what is broken."""
+        """BadData for what is broken."""
         number = bisect_right(self._ends, position)
         return self._sources[number].read(position - self._ends[number] + len(self._sources[number]))
 
@@ -132,10 +132,8 @@ def _recaption(args: RecaptionArguments, records: Records, parts: Parts) -> str:
             record = records.read(position)
             keys[position] = record.key
             return _question(args, instruction, record)
-        except DamagedRecord as error:
-            keys[position] = error.key
-            return Failure(reason=error.reason, detail=error.detail, final=True)
-        except Unusable as error:
+        except BadData as error:
+            keys.setdefault(position, error.key)
             return Failure(reason=error.reason, detail=error.detail, final=True)
 
     with tqdm(total=len(records), desc="Captioning", unit="image") as bar:
@@ -154,7 +152,7 @@ def _recaption(args: RecaptionArguments, records: Records, parts: Parts) -> str:
 
 
 def _question(args: RecaptionArguments, instruction: str, record: Record) -> Question:
-    """Raises Unusable for a picture that cannot be shown."""
+    """Raises BadData for a picture that cannot be shown."""
     width, height = dimensions(record.image)
     scale = min(1.0, math.sqrt(args.pixels / (width * height)))
     pixels = decode(record.image, max(1, int(height * scale)), max(1, int(width * scale)))

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from semantic_routing.common.images.decode import Unusable
+from semantic_routing.common.errors import BadData
 from semantic_routing.common.images.dimensions import dimensions
-from semantic_routing.data.sources.records import DamagedRecord, Record, RecordSource
+from semantic_routing.data.sources.records import Record, RecordSource
 
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)
 """In percent."""
@@ -41,7 +41,7 @@ def statistics(sources: Sequence[RecordSource], sample: int) -> dict[str, Any]:
         picture_bytes.append(len(record.image))
         try:
             sizes.append(dimensions(record.image))
-        except Unusable as error:
+        except BadData as error:
             damaged[error.reason] += 1
     read = len(picture_bytes)
     scanned = sum((Counter(getattr(source, "damaged", {})) for source in sources), Counter[str]())
@@ -93,7 +93,7 @@ def _spread(sources: Sequence[RecordSource], count: int, damaged: Counter[str]) 
         which = int(np.searchsorted(ends, index, side="right"))
         try:
             yield sources[which].read(index - int(ends[which]) + len(sources[which]))
-        except DamagedRecord as error:
+        except BadData as error:
             damaged[error.reason] += 1
 
 
