@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from semantic_routing.common.images.save import grid, is_whole, save_png
+from semantic_routing.common.images.save import grid, is_valid_image, save_png
 
 RNG = np.random.default_rng(0)
 
@@ -38,14 +38,14 @@ def test_png_holds_the_pixels_enlarged(tmp_path: Path) -> None:
 
 def test_whole_images_of_the_right_size_alone_count(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
-    assert not is_whole(path, (8, 8))
+    assert not is_valid_image(path, (8, 8))
     save_png(path, RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-    assert is_whole(path, (8, 8))
-    assert not is_whole(path, (16, 16))
+    assert is_valid_image(path, (8, 8))
+    assert not is_valid_image(path, (16, 16))
     content = path.read_bytes()
     for damaged in (content[: len(content) // 2], b"", b"text"):
         path.write_bytes(damaged)
-        assert not is_whole(path, (8, 8))
+        assert not is_valid_image(path, (8, 8))
 
 
 def test_what_cannot_be_written(tmp_path: Path) -> None:

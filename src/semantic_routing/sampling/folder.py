@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from semantic_routing.common.distributed import ALONE, Processes
 from semantic_routing.common.files import write_text
-from semantic_routing.common.images.save import is_whole, save_png
+from semantic_routing.common.images.save import is_valid_image, save_png
 from semantic_routing.common.locks import LOCK, claimed
 from semantic_routing.common.manifest import manifest
 from semantic_routing.model.dit import Backbone
@@ -105,7 +105,7 @@ def sample_missing(
     Each process of the job samples its share, and returns when all are done.
     """
     share = job.share(list(paths))
-    missing = [name for name in share if not is_whole(paths[name], bundle.pixels)]
+    missing = [name for name in share if not is_valid_image(paths[name], bundle.pixels)]
     desc = "Sampling" if job.count == 1 else f"Sampling, 1 of {job.count} processes"
     done = len(share) - len(missing)
     with tqdm(total=len(share), initial=done, desc=desc, unit="image", disable=not job.first) as bar:

@@ -103,10 +103,10 @@ def test_relative_paths_and_byte_order_marks_and_blank_lines(folder: Path, monke
         ({"image": "no.png", "text": "x"}, "'no.png' is no file"),
         ({"image": "deep", "text": "x"}, "'deep' is no file"),
         ({"image": "a\0.png", "text": "x"}, "is no file"),
-        ({"image": "../secret.png", "text": "x"}, "lies outside"),
-        ({"image": "deep/../../secret.png", "text": "x"}, "lies outside"),
+        ({"image": "../secret.png", "text": "x"}, "is outside"),
+        ({"image": "deep/../../secret.png", "text": "x"}, "is outside"),
         ({"image": "/nowhere/a.png", "text": "x"}, "'/nowhere/a.png' is no file"),
-        ({"image": ".", "text": "x"}, "lies outside"),
+        ({"image": ".", "text": "x"}, "is outside"),
         (["a.png", "x"], "found a list"),
         (None, "found missing or null"),
     ],
@@ -124,7 +124,7 @@ def test_bad_rows_are_named(folder: Path, row: Any, message: str, suffix: str):
 def test_a_sibling_with_the_roots_name_as_its_beginning_is_outside(folder: Path):
     picture(folder.parent / f"{folder.name}2" / "a.png")
     manifest = write(folder / "list.jsonl", [{"image": f"../{folder.name}2/a.png", "text": "x"}])
-    with pytest.raises(ValueError, match="lies outside"):
+    with pytest.raises(ValueError, match="is outside"):
         ManifestRecords(manifest)
 
 
@@ -201,7 +201,7 @@ def test_rows_of_jsonl_stay_in_the_file(folder: Path):
     assert len(pickle.dumps(source)) < 100_000
     assert source.read(1999).captions == {"text": ("é" * 500,)}
     (folder / "list.jsonl").write_text("")
-    with pytest.raises(BadData, match=r"bad captions.*not what it was"):
+    with pytest.raises(BadData, match=r"bad captions.*manifest has changed"):
         source.read(3)
 
 
@@ -257,7 +257,7 @@ def test_manifests_and_folders_at_urls(folder: Path):
         open_records("memory://folder-test").read(0)
     for name in ("../x.png", "/etc/x.png", "memory://other/x.png", "."):
         storage.pipe("/folder-test/metadata.jsonl", json.dumps(row | {"image": name}).encode())
-        with pytest.raises(ValueError, match="lies outside"):
+        with pytest.raises(ValueError, match="is outside"):
             open_records("memory://folder-test")
     storage.rm("/folder-test/metadata.jsonl")
     assert [open_records("memory://folder-test").read(i).key for i in range(2)] == ["a.png", "deep/b.png"]

@@ -287,7 +287,7 @@ def test_a_damaged_row_group_costs_its_own_records_only(tmp_path: Path):
 
 def test_what_is_no_such_file_is_named(tmp_path: Path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(ValueError, match=r"a\.parquet is no whole Parquet file"):
+    with pytest.raises(ValueError, match=r"a\.parquet is not a complete Parquet file"):
         open_records(str(tmp_path))
     write(tmp_path / "a.parquet", {"url": ["http://x"], "width": [3]})
     with pytest.raises(ValueError, match=r"no column of pictures.*its columns: url \(string\), width"):

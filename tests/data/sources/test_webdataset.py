@@ -16,7 +16,7 @@ from PIL import Image
 
 from semantic_routing.common.errors import BadData
 from semantic_routing.data.sources.records import Record
-from semantic_routing.data.sources.scan import Damage, Found
+from semantic_routing.data.sources.scan import Damage, ScanResult
 from semantic_routing.data.sources.tar import BLOCK, Member, members
 from semantic_routing.data.sources.webdataset import GAP, ROW, TarRecords, scan_tar
 
@@ -62,7 +62,7 @@ def found_in(data: bytes, window: int = 4096) -> tuple[list[Member], list[Damage
     return [m for m in found if isinstance(m, Member)], [m for m in found if isinstance(m, Damage)]
 
 
-def scan(tmp_path: Path, data: bytes, *, look_inside: bool = False) -> tuple[TarRecords, Found]:
+def scan(tmp_path: Path, data: bytes, *, look_inside: bool = False) -> tuple[TarRecords, ScanResult]:
     path = tmp_path / "00000.tar"
     path.write_bytes(data)
     found = scan_tar(str(path), len(data), look_inside=look_inside)

@@ -24,7 +24,7 @@ from semantic_routing.common.errors import TrainingFailed
 from semantic_routing.data.sidecar import Sidecar
 from semantic_routing.data.sources.index import open_records
 from semantic_routing.data.tools import caption_parts
-from semantic_routing.data.tools.caption_parts import Parts, Row
+from semantic_routing.data.tools.caption_parts import CaptionRow, Parts
 from semantic_routing.data.tools.recaption import INSTRUCTION, RecaptionArguments, recaption
 from tests.helpers.chat_server import MODEL, ChatServer
 
@@ -218,7 +218,7 @@ def test_captioning_of_which_everything_fails(
     path, out = shard(tmp_path / "0.tar", [encoded(600 + i) for i in range(5)], told), tmp_path / "captions.parquet"
     args = arguments(server, [path], out, show_caption=True, max_failed=1.0)
     for _ in range(2):
-        with pytest.raises(ValueError, match=f"none of 5 records got a caption; the first: {reason}"):
+        with pytest.raises(ValueError, match=f"none of 5 records got a caption; the first reason: {reason}"):
             recaption(args)
         assert not out.exists()
     said = [line for line in capsys.readouterr().err.split("\n") if "answers cannot be used" in line]
@@ -264,7 +264,7 @@ def test_finished_file_is_written_in_row_groups(tmp_path: Path, monkeypatch: pyt
     parts = Parts(tmp_path / "parts", 55, 10)
     for position in parts.missing(lambda count: None):
         odd = position % 9 == 0
-        parts.add(Row(position=position, key=str(position), caption=None if odd else "new", reason="odd" * odd))
+        parts.add(CaptionRow(position=position, key=str(position), caption=None if odd else "new", reason="odd" * odd))
     assert parts.join(tmp_path / "out.parquet") == {"odd": 7}
     assert [row["key"] for row in rows(tmp_path / "out.parquet")] == [str(i) for i in range(55) if i % 9]
     metadata = pq.read_metadata(tmp_path / "out.parquet")
@@ -278,7 +278,7 @@ def test_finished_file_is_written_in_row_groups(tmp_path: Path, monkeypatch: pyt
         ({"out": Path("captions.json")}, "name it .parquet"),
         ({"part_rows": 0}, "part_rows"),
         ({"concurrency": 0}, "concurrency"),
-        ({"instruction": Path("nowhere.txt")}, "cannot be read"),
+        ({"instruction": Path("nowhere.txt")}, "cannot read the instruction"),
     ],
 )
 def test_wrong_settings(server: ChatServer, tmp_path: Path, change: dict[str, Any], message: str) -> None:

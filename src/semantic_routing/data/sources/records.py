@@ -1,7 +1,7 @@
-"""What every source of training data gives: encoded pictures with their captions, at random access.
+"""Records of training data (encoded pictures with captions), and the interface of their random-access sources.
 
-A source is picklable and cheap to send to worker processes: it opens files when it reads, in the process that reads,
-and may be read by several threads at once. Pictures are decoded elsewhere; here they are bytes.
+A source is picklable and thread-safe. It opens files only when it reads, so it is cheap to send to workers. Pictures
+stay encoded here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,13 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import UInt32
+
+from semantic_routing.data.sources.storage import Arrays
 
 
 @dataclass(frozen=True)
@@ -21,82 +27,101 @@ class Record:
     key: str
     """Unique inside its source, such as ``00012.tar/000120034``."""
     image: bytes
-    """The encoded picture; never empty, but not yet known to be one."""
+    """The encoded picture: not empty, and not validated."""
     captions: Mapping[str, tuple[str, ...]]
-    """By caption key: ``txt`` (a .txt file or column), every string or list of strings of the JSON under its own
-    name, such as ``text`` of manifests. Only texts that are not blank and can be encoded; a key without any is
-    left out."""
+    """Captions by key: ``txt`` for a .txt file, and every column or JSON field of strings under its own name. Blank
+    and unencodable texts are left out, as are keys without captions."""
 
 
 @runtime_checkable
 class RecordSource(Protocol):
-    """Records at random access, in shards that lie one after the other."""
+    """Random access to records, which are in consecutive shards."""
 
     @property
     def name(self) -> str:
-        """What messages call the source: the path it was opened from."""
+        """Name for messages: the path it was opened from."""
         ...
 
     @property
     def shards(self) -> Sequence[int]:
-        """Number of records in each shard, in order; their sum is ``len``."""
+        """Number of records in each shard; their sum is ``len``."""
         ...
 
     def __len__(self) -> int:
-        """Number of records."""
+        """Return the number of records."""
         ...
 
     def read(self, index: int) -> Record:
-        """The record 0..len - 1; IndexError beyond.
+        """Return a record by its index from 0 to ``len - 1``.
 
-        Raises BadData for what is broken.
+        Raises IndexError outside that range, and BadData for a damaged record.
         """
         ...
 
     def shard_name(self, shard: int) -> str:
-        """What messages call a shard: its file name."""
+        """Return a shard's name for messages: its file name."""
         ...
 
 
 class Sharded:
-    """What sources of several shards share: which shard holds an index."""
+    """Base of sources: maps an index to its shard, and knows the pictures' dimensions from an index on disk."""
 
-    def __init__(self, name: str, shard_names: Sequence[str], shards: Sequence[int]) -> None:
+    def __init__(
+        self,
+        name: str,
+        shard_names: Sequence[str],
+        shards: Sequence[int],
+        sizes: Sequence[Path | np.ndarray] | None = None,
+    ) -> None:
+        """
+        Args:
+            name: Name for messages.
+            shard_names: Name of each shard.
+            shards: Number of records in each shard.
+            sizes: Arrays with the fields of ``scan.SIZE``, or their .npy files, with a row for each record in order.
+        """
         self.name = name
         self.shards = tuple(shards)
         self.damaged: dict[str, int] = {}
-        """What a scan left out or found broken, by reason; empty where there was none."""
+        """Counts of what a scan left out or found damaged, by reason; empty without a scan."""
         self._shard_names = tuple(shard_names)
         self._ends = tuple(accumulate(self.shards))
+        self._sizes = Arrays(sizes) if sizes else None
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def shard_name(self, shard: int) -> str:
-        """The file's name, with as many of its folders as tell it from others."""
+        """Return the file's name, with as many of its folders as make it unique."""
         return self._shard_names[shard]
 
     def locate(self, index: int) -> tuple[int, int]:
-        """The shard of a record, and its number inside the shard."""
+        """Return the shard of a record, and its number inside the shard."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)} in {self.name}")
         shard = bisect_right(self._ends, index)
         return shard, index - self._ends[shard] + self.shards[shard]
 
+    def dimensions(self) -> UInt32[np.ndarray, "N 2"] | None:
+        """Return width and height of every picture, 0 where unknown; None without an index that holds them."""
+        if self._sizes is None:
+            return None
+        return np.concatenate([np.stack([part["width"], part["height"]], axis=1) for part in self._sizes])
+
 
 def texts(value: Any) -> tuple[str, ...]:
-    """The usable captions in a JSON value: a string, or the strings of a list; blank and unencodable ones left out."""
+    """Return the captions in a JSON value, a string or a list of strings, without blank and unencodable ones."""
     found = value if isinstance(value, list | tuple) else [value]
     return tuple(text for text in found if isinstance(text, str) and text.strip() and _encodable(text))
 
 
 def caption_fields(fields: Iterable[tuple[str, Any]]) -> dict[str, tuple[str, ...]]:
-    """The fields of an object that hold captions, see ``Record.captions``."""
+    """Return the captions of an object's fields by their names, as for ``Record.captions``."""
     return {name: found for name, value in fields if (found := texts(value))}
 
 
 def parse_json(data: bytes) -> Any:
-    """JSON in UTF-8, with or without a byte order mark; ValueError that says in a few words where it is wrong."""
+    """Parse UTF-8 JSON, with or without a byte order mark; ValueError names the place of a mistake in a few words."""
     try:
         return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -109,10 +134,9 @@ def parse_json(data: bytes) -> Any:
 
 
 def captions_of(text: bytes, extra: bytes, kohya: bytes = b"") -> dict[str, tuple[str, ...]]:
-    """The captions of a .txt file (under ``txt``, without the white space around it), of a .json file and of a
-    .caption file (under ``caption``) beside it.
+    """Return the captions of a record's files: .txt (under ``txt``, stripped), .json and .caption (under ``caption``).
 
-    Raises ValueError that says which of them cannot be read.
+    Raises ValueError that names the file that cannot be read.
     """
     captions = {}
     if extra:
@@ -128,7 +152,7 @@ def captions_of(text: bytes, extra: bytes, kohya: bytes = b"") -> dict[str, tupl
                 said[name] = written
         except UnicodeDecodeError as error:
             raise ValueError(f"{ending}: byte {error.start + 1} is not UTF-8") from None
-    if "caption" in captions:  # what the JSON says
+    if "caption" in captions:  # the JSON's field wins
         said.pop("caption", None)
     return captions | said
 

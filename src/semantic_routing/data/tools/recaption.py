@@ -1,7 +1,7 @@
-"""``semroute data recaption``: a model on a server describes every picture; a sidecar Parquet file holds the captions.
+"""``semroute data recaption``: a model on a server describes every picture, into a sidecar Parquet file of captions.
 
-Beside the file, ``OUT.parts`` holds what was asked, the parts (see ``caption_parts.py``) and, each from the moment it
-arrives, the answers that are not yet in a part. So a restart asks for what is missing, and pays for nothing twice.
+``OUT.parts`` next to that file holds the request, the parts (see ``caption_parts.py``) and every answer that is not yet
+in a part. A restart therefore requests only what is missing, and nothing is paid for twice.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from semantic_routing.chat.messages import Answer, Failure, Picture, Question
 from semantic_routing.chat.server import ChatConfig
 from semantic_routing.chat.spoken import CUT, THOUGHTS, FirstAnswers, spoken
 from semantic_routing.common.errors import BadData, TrainingFailed
-from semantic_routing.common.files import check_writable
+from semantic_routing.common.files import check_writable, read_text
 from semantic_routing.common.images.decode import decode
 from semantic_routing.common.images.dimensions import dimensions
 from semantic_routing.common.locks import LOCK, claimed
@@ -32,7 +32,7 @@ from semantic_routing.data.captions import USUAL
 from semantic_routing.data.sources.index import open_records
 from semantic_routing.data.sources.records import Record, RecordSource
 from semantic_routing.data.sources.storage import absolute
-from semantic_routing.data.tools.caption_parts import Parts, Row
+from semantic_routing.data.tools.caption_parts import CaptionRow, Parts
 
 INSTRUCTION = (
     "Describe this picture in one dense paragraph for someone who is to paint it without having seen it. Name every "
@@ -41,7 +41,7 @@ INSTRUCTION = (
     "seen, without guesses and without introduction."
 )
 OLD_CAPTION = "\n\nThe picture was found with this text, which may help, say little or be wrong: "
-"""Stands before a record's own caption."""
+"""Text before a record's own caption."""
 ANSWERS = "answers"
 NO_THINKING = 'switch thinking off, as by --extra \'{"chat_template_kwargs": {"enable_thinking": false}}\''
 ADVICE = {
@@ -49,7 +49,7 @@ ADVICE = {
     THOUGHTS: NO_THINKING,
     "": "see that the model takes pictures and knows the request's parameters, which --extra adds and takes out",
 }
-"""What to set where the first answers hold no caption, by reason."""
+"""Advice by reason, if the first answers hold no caption."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,21 +61,21 @@ class RecaptionArguments(ChatConfig):
     out: Path
     """Parquet file of captions to write, with the columns key, caption, model, prompt_tokens and completion_tokens."""
     index: Path | None = None
-    """Folder of the index, where it is not in the data's."""
+    """Folder of the index, if it is not in the data's folder."""
     instruction: Path | None = None
-    """Text file with what to ask, in place of ours."""
+    """Text file with the instruction for the model, instead of the built-in one."""
     show_caption: bool = False
-    """Tell the model the old caption, too."""
+    """Show the old caption to the model, too."""
     pixels: int = 768 * 768
-    """Larger pictures are reduced to so many pixels before they are sent."""
+    """Pixels to which larger pictures are reduced before they are sent."""
     quality: int = 90
-    """Of the JPEG that is sent, 1 to 100."""
+    """Quality of the JPEG that is sent, 1 to 100."""
     max_tokens: int = 512
     """Longest caption in tokens; one that is cut off counts as failed."""
     part_rows: int = 1000
     """Records of a part."""
     max_failed: float = 0.1
-    """Share of records without a caption beyond which the command counts as failed, though all else is written."""
+    """Share of records without a caption above which the command fails, after it wrote the others."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,7 +89,7 @@ class RecaptionArguments(ChatConfig):
 
 
 class Records:
-    """The records of several sources, one after the other."""
+    """Several sources as one, in order."""
 
     def __init__(self, sources: Sequence[RecordSource]) -> None:
         self._sources = sources
@@ -99,16 +99,16 @@ class Records:
         return self._ends[-1]
 
     def read(self, position: int) -> Record:
-        """BadData for what is broken."""
+        """Return a record by its position; BadData for a damaged one."""
         number = bisect_right(self._ends, position)
         return self._sources[number].read(position - self._ends[number] + len(self._sources[number]))
 
 
 def recaption(args: RecaptionArguments) -> str:
-    """Ask for all captions that are missing, write the file and answer with a summary.
+    """Request all missing captions, write the file and return a summary.
 
-    Raises TrainingFailed, with the file written, where more than ``max_failed`` of the records have no caption, and
-    ValueError, with none written, where no record has one.
+    Raises TrainingFailed, after writing, if more than ``max_failed`` of the records have no caption; ValueError, and
+    writes nothing, if no record has a caption.
     """
     records = Records([open_records(path, args.index) for path in args.paths])
     if not len(records):
@@ -144,15 +144,15 @@ def _recaption(args: RecaptionArguments, records: Records, parts: Parts) -> str:
                 first.note(row.reason)
             for done in parts.add(row, name):
                 if passing is not None:
-                    passing.remove(done)  # its caption is in a part now
+                    passing.remove(done)  # its caption is now in a part
             bar.update()
     if passing is not None:
-        passing.clear()  # what a process left that was stopped between writing a part and forgetting
+        passing.clear()  # left by a process that was stopped between writing a part and this removal
     return _summary(args, len(records), parts.join(args.out), client.usage)
 
 
 def _question(args: RecaptionArguments, instruction: str, record: Record) -> Question:
-    """Raises BadData for a picture that cannot be shown."""
+    """Make the question about a record; BadData if its picture cannot be decoded."""
     width, height = dimensions(record.image)
     scale = min(1.0, math.sqrt(args.pixels / (width * height)))
     pixels = decode(record.image, max(1, int(height * scale)), max(1, int(width * scale)))
@@ -165,27 +165,25 @@ def _question(args: RecaptionArguments, instruction: str, record: Record) -> Que
 
 
 def _request(args: RecaptionArguments, instruction: str, records: int) -> dict[str, Any]:
-    """All that decides the captions."""
+    """Return all settings that affect the captions."""
     settings = {name: getattr(args, name) for name in ("model", "show_caption", "pixels", "quality", "max_tokens")}
     data = {"paths": [absolute(path) for path in args.paths], "records": records, "part_rows": args.part_rows}
     return settings | {"instruction": instruction, "extra": args.extra_parameters()} | data
 
 
 def _read_instruction(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"the instruction {path} cannot be read; it must be a UTF-8 text file") from error
+    text = read_text(path, "the instruction").strip()
     if not text:
-        raise ValueError(f"the instruction {path} is empty; write what the model is to do")
+        raise ValueError(f"the instruction {path} is empty; write what the model should do")
     return text
 
 
-def _row(position: int, key: str, answer: Answer | Failure) -> Row:
+def _row(position: int, key: str, answer: Answer | Failure) -> CaptionRow:
+    """Make a row of an answer; thoughts are no part of its caption."""
     if isinstance(answer, Answer):
         caption = spoken(answer)
         if isinstance(caption, str):
-            return Row(
+            return CaptionRow(
                 position=position,
                 key=key,
                 caption=caption,
@@ -194,7 +192,7 @@ def _row(position: int, key: str, answer: Answer | Failure) -> Row:
                 completion_tokens=answer.completion_tokens,
             )
         answer = caption
-    return Row(position=position, key=key, reason=answer.reason, detail=answer.detail, final=answer.final)
+    return CaptionRow(position=position, key=key, reason=answer.reason, detail=answer.detail, final=answer.final)
 
 
 def _summary(args: RecaptionArguments, records: int, reasons: Counter[str], usage: Usage) -> str:
@@ -207,6 +205,6 @@ def _summary(args: RecaptionArguments, records: int, reasons: Counter[str], usag
         what = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         raise TrainingFailed(
             f"{failed} of {records} records have no caption ({what}), more than the {args.max_failed:.0%} allowed; "
-            f"{args.out} holds the others, and the same command tries again what may yet come"
+            f"{args.out} holds the others; run the same command again to retry those that may succeed"
         )
     return "\n".join([*lines, str(args.out)])
