@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pickle
 
+import numpy as np
 import pytest
 
 from semantic_routing.common.errors import BadData
 from semantic_routing.data.sources.records import (
+    ConcatRecords,
     Record,
     RecordSource,
     Sharded,
@@ -15,6 +17,7 @@ from semantic_routing.data.sources.records import (
     parse_json,
     texts,
 )
+from semantic_routing.data.sources.scan import SIZE
 
 
 def test_a_damaged_record_survives_the_way_between_processes():
@@ -38,13 +41,30 @@ def test_shards_lie_one_after_the_other():
             sharded.locate(index)
 
 
-def test_the_protocol_is_what_it_says():
-    class Own(Sharded):
-        def read(self, index: int) -> Record:
-            return Record(str(index), b"x", {})
+class Numbered(Sharded):
+    """A source whose records have their index as key."""
 
-    assert isinstance(Own("x", ["a"], [1]), RecordSource)
+    def read(self, index: int) -> Record:
+        self.locate(index)
+        return Record(f"{self.name}{index}", b"x", {})
+
+
+def test_a_source_needs_only_shards_and_read():
+    assert isinstance(Numbered("x", ["a"], [1]), RecordSource)
     assert not isinstance(Sharded("x", ["a"], [1]), RecordSource)
+
+
+def test_several_sources_read_as_one():
+    together = ConcatRecords([Numbered("x", ["a"], [2]), Numbered("y", [], []), Numbered("z", ["a", "b"], [1, 2])])
+    assert [together.read(i).key for i in range(len(together))] == ["x0", "x1", "z0", "z1", "z2"]
+    assert len(ConcatRecords([])) == 0
+
+
+def test_dimensions_come_from_all_arrays_in_order():
+    sizes = [np.array([(3, 4), (0, 0)], SIZE), np.zeros(0, SIZE), np.array([(7, 8)], SIZE)]
+    found = Sharded("x", ["a", "b"], [1, 2], sizes).dimensions()
+    np.testing.assert_array_equal(found, [[3, 4], [0, 0], [7, 8]])
+    assert Sharded("x", ["a"], [3]).dimensions() is None
 
 
 @pytest.mark.parametrize(

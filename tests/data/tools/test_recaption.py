@@ -23,7 +23,6 @@ from PIL import Image
 from semantic_routing.common.errors import TrainingFailed
 from semantic_routing.data.sidecar import Sidecar
 from semantic_routing.data.sources.index import open_records
-from semantic_routing.data.tools import caption_parts
 from semantic_routing.data.tools.caption_parts import CaptionRow, Parts
 from semantic_routing.data.tools.recaption import INSTRUCTION, RecaptionArguments, recaption
 from tests.helpers.chat_server import MODEL, ChatServer
@@ -133,6 +132,8 @@ def test_failures_are_counted_listed_and_tried_again(server: ChatServer, tmp_pat
     keys = [row["key"][-2:] for row in rows(out)]
     assert keys == [f"{number:02d}" for number in range(25) if number not in (3, 4, 5, 6, 7, 8)]
     assert "wrong: [[429*1]]" in rows(out)[3]["caption"]
+    parts = sorted((tmp_path / "captions.parquet.parts").glob("part-*.parquet"))
+    assert [row["key"] for part in parts for row in rows(part)] == [f"0.tar/{number:09d}" for number in range(25)]
     # Pictures that do not open and questions that were refused are not tried again, the others are.
     before = server.counts()["asked"]
     recaption(args)
@@ -259,16 +260,15 @@ def test_damaged_parts_are_named(server: ChatServer, tmp_path: Path) -> None:
         recaption(arguments(server, [path], out))
 
 
-def test_finished_file_is_written_in_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caption_parts, "GROUP", 20)
-    parts = Parts(tmp_path / "parts", 55, 10)
+def test_finished_file_is_written_in_row_groups_of_about_ten_thousand(tmp_path: Path) -> None:
+    parts = Parts(tmp_path / "parts", 13_000, 1000)
     for position in parts.missing(lambda count: None):
         odd = position % 9 == 0
         parts.add(CaptionRow(position=position, key=str(position), caption=None if odd else "new", reason="odd" * odd))
-    assert parts.join(tmp_path / "out.parquet") == {"odd": 7}
-    assert [row["key"] for row in rows(tmp_path / "out.parquet")] == [str(i) for i in range(55) if i % 9]
+    assert parts.join(tmp_path / "out.parquet") == {"odd": 1445}
+    assert [row["key"] for row in rows(tmp_path / "out.parquet")] == [str(i) for i in range(13_000) if i % 9]
     metadata = pq.read_metadata(tmp_path / "out.parquet")
-    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [26, 22]
+    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [10_666, 889]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ them has one row for each record, and is mapped into memory. Nothing in it is pi
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import Counter
@@ -20,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from semantic_routing.common.config import from_dict
+from semantic_routing.common.files import read_json
 from semantic_routing.data.sources.discover import (
     FOLDER,
     MANIFEST,
@@ -74,17 +74,17 @@ class Index:
         """Read the list; ValueError if it is missing or damaged."""
         self.folder = folder
         path = folder / INDEX
+        if not path.is_file():
+            raise ValueError(f"{folder} holds no index; write one: semroute data index PATHS --out {folder}")
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path, "an index")
             if not isinstance(found, dict) or found.get("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT!r}")
             entries = [from_dict(Entry, entry) for entry in found["entries"]]
             self.left_out: dict[str, int] = dict(found.get("left_out", {}))
             home = str(found.get("folder", ""))
-        except FileNotFoundError as error:
-            raise ValueError(f"{folder} holds no index; write one: semroute data index PATHS --out {folder}") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); run semroute data index again") from error
+            raise ValueError(f"the index {folder} is damaged: {error}; run semroute data index again") from error
         now = os.path.abspath(folder)
         self.moved = home not in ("", now)
         """Whether the index's folder was moved; its data may have moved with it."""

@@ -109,6 +109,22 @@ class Sharded:
         return np.concatenate([np.stack([part["width"], part["height"]], axis=1) for part in self._sizes])
 
 
+class ConcatRecords:
+    """Several sources as one, in order."""
+
+    def __init__(self, sources: Sequence[RecordSource]) -> None:
+        self._sources = tuple(sources)
+        self._ends = tuple(accumulate(len(source) for source in sources))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def read(self, index: int) -> Record:
+        """Return a record by its index; BadData for a damaged one."""
+        number = bisect_right(self._ends, index)
+        return self._sources[number].read(index - self._ends[number] + len(self._sources[number]))
+
+
 def texts(value: Any) -> tuple[str, ...]:
     """Return the captions in a JSON value, a string or a list of strings, without blank and unencodable ones."""
     found = value if isinstance(value, list | tuple) else [value]

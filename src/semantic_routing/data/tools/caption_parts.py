@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from semantic_routing.common.extras import require
-from semantic_routing.common.files import write_text, written_whole
+from semantic_routing.common.files import read_json, write_text, written_whole
 
 REQUEST = "request.json"
 CAPTIONS = {
@@ -73,8 +73,8 @@ class Parts:
         parts = sorted(self.folder.glob("part-*.parquet"))
         if parts:
             try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
+                found = read_json(path, "a request")
+            except ValueError as error:
                 raise ValueError(f"{path} is damaged; delete {self.folder} or choose another --out") from error
             other = [name for name in request if not isinstance(found, dict) or found.get(name) != request[name]]
             if other and any(row.caption for part in parts for row in self._read(part)):

@@ -69,11 +69,11 @@ def preview(args: PreviewArguments) -> str:
 
 def contact_sheet(rows: Sequence[Row], columns: int) -> Image.Image:
     """Draw pictures of one size in a grid, each above its caption and its record's key."""
-    font, small = _font(15), _font(11)
+    font, small = load_font(15), load_font(11)
     height, width, _ = rows[0].image.shape
     cell = max(width, 160)
-    texts = [_wrapped(row.caption, font, cell, LINES) for row in rows]
-    keys = [_wrapped(row.key, small, cell, 1, from_end=True) for row in rows]
+    texts = [wrap(row.caption, font, cell, LINES) for row in rows]
+    keys = [wrap(row.key, small, cell, 1, from_end=True) for row in rows]
     columns = min(columns, len(rows))
     lines = [texts[start : start + columns] for start in range(0, len(rows), columns)]
     depths = [height + 8 + 20 * max(map(len, line)) + 18 + GAP for line in lines]
@@ -91,7 +91,7 @@ def contact_sheet(rows: Sequence[Row], columns: int) -> Image.Image:
     return sheet
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int, *, from_end: bool = False) -> list[str]:
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, most: int, *, from_end: bool = False) -> list[str]:
     """Wrap a text to at most ``most`` lines of ``width`` pixels, with an ellipsis if it is cut.
 
     ``from_end`` keeps the end of a single line instead of its beginning.
@@ -120,6 +120,6 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int, *, 
     return lines
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    # Matplotlib's font has Latin, Greek and Cyrillic letters; other scripts show as boxes.
+def load_font(size: int) -> ImageFont.FreeTypeFont:
+    """Load Matplotlib's font, which has Latin, Greek and Cyrillic letters; other scripts show as boxes."""
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)

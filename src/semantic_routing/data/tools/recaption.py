@@ -7,11 +7,8 @@ in a part. A restart therefore requests only what is missing, and nothing is pai
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +27,7 @@ from semantic_routing.common.images.dimensions import dimensions
 from semantic_routing.common.locks import LOCK, claimed
 from semantic_routing.data.captions import USUAL
 from semantic_routing.data.sources.index import open_records
-from semantic_routing.data.sources.records import Record, RecordSource
+from semantic_routing.data.sources.records import ConcatRecords, Record
 from semantic_routing.data.sources.storage import absolute
 from semantic_routing.data.tools.caption_parts import CaptionRow, Parts
 
@@ -88,29 +85,13 @@ class RecaptionArguments(ChatConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
-class Records:
-    """Several sources as one, in order."""
-
-    def __init__(self, sources: Sequence[RecordSource]) -> None:
-        self._sources = sources
-        self._ends = [*accumulate(len(source) for source in sources)]
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def read(self, position: int) -> Record:
-        """Return a record by its position; BadData for a damaged one."""
-        number = bisect_right(self._ends, position)
-        return self._sources[number].read(position - self._ends[number] + len(self._sources[number]))
-
-
 def recaption(args: RecaptionArguments) -> str:
     """Request all missing captions, write the file and return a summary.
 
     Raises TrainingFailed, after writing, if more than ``max_failed`` of the records have no caption; ValueError, and
     writes nothing, if no record has a caption.
     """
-    records = Records([open_records(path, args.index) for path in args.paths])
+    records = ConcatRecords([open_records(path, args.index) for path in args.paths])
     if not len(records):
         raise ValueError(f"there are no records in {', '.join(args.paths)}")
     check_writable(args.out.parent)
@@ -119,7 +100,7 @@ def recaption(args: RecaptionArguments) -> str:
         return _recaption(args, records, Parts(folder, len(records), args.part_rows))
 
 
-def _recaption(args: RecaptionArguments, records: Records, parts: Parts) -> str:
+def _recaption(args: RecaptionArguments, records: ConcatRecords, parts: Parts) -> str:
     instruction = INSTRUCTION if args.instruction is None else _read_instruction(args.instruction)
     client = ChatClient(args if args.cache else replace(args, cache=parts.folder / ANSWERS))
     parts.claim(_request(args, instruction, len(records)))

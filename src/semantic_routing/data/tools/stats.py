@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from semantic_routing.common.errors import BadData
 from semantic_routing.common.images.dimensions import dimensions
-from semantic_routing.data.sources.records import Record, RecordSource
+from semantic_routing.data.sources.records import ConcatRecords, Record, RecordSource
 
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)
 """Quantiles in percent."""
@@ -27,14 +27,15 @@ def statistics(sources: Sequence[RecordSource], sample: int) -> dict[str, Any]:
         sources: The data.
         sample: Number of evenly spread records to read; 0 reads all.
     """
-    total = sum(len(source) for source in sources)
+    records = ConcatRecords(sources)
+    total = len(records)
     wanted = min(sample or total, total)
     damaged: Counter[str] = Counter()
     lengths: dict[str, list[int]] = {}
     bearers: Counter[str] = Counter()
     picture_bytes: list[int] = []
     sizes: list[tuple[int, int]] = []
-    for record in _spread(sources, wanted, damaged):
+    for record in _spread(records, wanted, damaged):
         for key, captions in record.captions.items():
             bearers[key] += 1
             lengths.setdefault(key, []).extend(len(caption) for caption in captions)
@@ -84,15 +85,11 @@ def table(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _spread(sources: Sequence[RecordSource], count: int, damaged: Counter[str]) -> Iterator[Record]:
+def _spread(records: ConcatRecords, count: int, damaged: Counter[str]) -> Iterator[Record]:
     """Read ``count`` records, evenly spread over all, and count damaged ones by reason."""
-    ends = np.cumsum([len(source) for source in sources])
-    total = int(ends[-1]) if len(ends) else 0
     for number in tqdm(range(count), desc="Reading", unit="record", leave=False):
-        index = number * total // count
-        which = int(np.searchsorted(ends, index, side="right"))
         try:
-            yield sources[which].read(index - int(ends[which]) + len(sources[which]))
+            yield records.read(number * len(records) // count)
         except BadData as error:
             damaged[error.reason] += 1
 
