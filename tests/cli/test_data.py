@@ -11,7 +11,7 @@ from semantic_routing.cli.main import main
 from semantic_routing.data.sources.index import DEFAULT
 from semantic_routing.data.sources.records import Record, Sharded
 from semantic_routing.data.tools.stats import statistics, table
-from tests.data.sources.test_webdataset import archive, picture
+from tests.helpers.data_files import archive, picture
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def dice(seed: int) -> Dice:
 
 
 def assert_clear(scene: Scene) -> None:
-    """Inside the picture, on the lattice, and at least a pixel between any two boxes."""
+    """Assert that objects are inside the picture, on the grid, and at least a pixel apart."""
     boxes = [thing.box for thing in scene.objects]
     for i, (left, top, right, bottom) in enumerate(boxes):
         assert min(left, top) >= 0

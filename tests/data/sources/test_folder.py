@@ -1,4 +1,4 @@
-"""A user's own pictures: what a manifest may hold, and pixels from files of every kind."""
+"""Folders and manifests of a user's own pictures, and pixels from files of every kind."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RED, GREEN, BLUE, WHITE = (200, 30, 30), (30, 200, 30), (30, 30, 200), (255, 255
 
 
 def square(path: Path, side: int) -> np.ndarray:
-    """The picture as training sees it."""
+    """Decode a picture as training does."""
     return decode(path.read_bytes(), side, side)
 
 
@@ -66,7 +66,7 @@ def test_manifests_of_each_name_are_found(folder: Path, name: str):
     assert (decode(second.image, 4, 4) == BLUE).all()
 
 
-def test_a_manifest_may_lie_apart_from_its_images(folder: Path, tmp_path_factory: pytest.TempPathFactory):
+def test_a_manifest_may_be_in_another_folder_than_its_images(folder: Path, tmp_path_factory: pytest.TempPathFactory):
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "list.jsonl"
     rows = [
         *GOOD,
@@ -121,7 +121,7 @@ def test_bad_rows_are_named(folder: Path, row: Any, message: str, suffix: str):
     assert "\n" not in str(caught.value)
 
 
-def test_a_sibling_with_the_roots_name_as_its_beginning_is_outside(folder: Path):
+def test_a_sibling_folder_whose_name_begins_with_the_roots_is_outside(folder: Path):
     picture(folder.parent / f"{folder.name}2" / "a.png")
     manifest = write(folder / "list.jsonl", [{"image": f"../{folder.name}2/a.png", "text": "x"}])
     with pytest.raises(ValueError, match="is outside"):
@@ -205,7 +205,7 @@ def test_rows_of_jsonl_stay_in_the_file(folder: Path):
         source.read(3)
 
 
-def test_pictures_with_captions_beside_them(folder: Path):
+def test_pictures_with_captions_next_to_them(folder: Path):
     (folder / "a.txt").write_text("red\n")
     (folder / "deep" / "b.json").write_text('{"caption": "blue", "tags": ["x", "y"]}')
     picture(folder / "deep" / "c.JPG")
@@ -251,7 +251,7 @@ def test_manifests_and_folders_at_urls(folder: Path):
     local = open_records(str(folder))
     found = open_records("memory://folder-test")
     assert [found.read(i) for i in range(2)] == [local.read(i) for i in range(2)]
-    row = {"image": "no.png", "text": "x"}  # asking the storage for each would take too long
+    row = {"image": "no.png", "text": "x"}  # at a URL, a missing picture shows only when it is read
     storage.pipe("/folder-test/metadata.jsonl", json.dumps(row).encode())
     with pytest.raises(BadData, match="missing file"):
         open_records("memory://folder-test").read(0)
@@ -356,7 +356,7 @@ def test_crop_equals_resizing_first():
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_shrinking_averages(tmp_path: Path, suffix: str):
-    # Stripes finer than a new pixel must become gray rather than moire.
+    # Stripes finer than a new pixel must become gray, without moire.
     stripes = np.zeros((512, 512, 3), dtype=np.uint8)
     stripes[:, ::2] = 255
     path = tmp_path / f"a.{suffix}"
@@ -371,7 +371,7 @@ def test_growing_keeps_a_gradient():
     assert (np.diff(grown[16, 4:-4, 0]) >= 0).all()
 
 
-def test_a_file_gone_since_the_start_is_named(folder: Path):
+def test_a_picture_that_was_deleted_since_the_start_is_named(folder: Path):
     source = ManifestRecords(write(folder / "list.jsonl", GOOD))
     os.remove(folder / "a.png")
     with pytest.raises(BadData, match="missing file") as caught:

@@ -1,4 +1,4 @@
-"""Indices: whole or not used, of these bytes or refused; and data opened by its path, with an index or without."""
+"""Indices and opening data by its path: a damaged or outdated index is refused; data opens the same without one."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from semantic_routing.data.sources.storage import (
     shard_names,
     stat,
 )
-from tests.data.sources.test_webdataset import archive, picture, records
+from tests.helpers.data_files import archive, picture, records
 
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """Three shards of 3, 0 and 4 records in img2dataset's layout."""
+    """Write three shards of 3, 0 and 4 records in img2dataset's layout."""
     folder = tmp_path / "data"
     folder.mkdir()
     for number, count in enumerate((3, 0, 4)):
@@ -97,7 +97,7 @@ def test_the_index_in_the_datas_folder_is_used_instead_of_a_scan(shards: Path):
     assert len(open_records(str(shards / "00002.tar"))) == 4
 
 
-def test_an_index_of_other_bytes_is_refused(shards: Path, tmp_path: Path):
+def test_an_index_of_changed_files_is_refused(shards: Path, tmp_path: Path):
     index = tmp_path / "index"
     build([str(shards)], index)
     path = shards / "00002.tar"
@@ -194,7 +194,7 @@ def test_everything_indexed_together_opens_together(shards: Path, tmp_path: Path
         open_records(str(pictures), index)
 
 
-def test_a_scan_without_an_index_tells_what_it_leaves_out(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_scan_without_an_index_reports_what_it_leaves_out(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     for number in range(17):
         (tmp_path / f"{number:05d}.tar").write_bytes(archive([("a.txt", b"alone"), ("b.jpg", b"x")]))
     with caplog.at_level(logging.WARNING):
@@ -236,7 +236,7 @@ def test_a_stopped_or_damaged_build_is_resumed(shards: Path, tmp_path: Path, hur
         entry.write_text(entry.read_text()[:30])
     elif hurt == "other rows":
         np.save(rows, np.zeros(4))
-    else:  # as a kill leaves it: rows under a temporary name, no entry, no list
+    else:  # as after a kill: rows under a temporary name, no entry, no list
         rows.rename(index / f".{rows.name}.partial-1")
         entry.unlink()
         (index / INDEX).unlink()
@@ -248,7 +248,7 @@ def test_a_stopped_or_damaged_build_is_resumed(shards: Path, tmp_path: Path, hur
     assert len(open_records(str(shards), index)) == 7
 
 
-def test_several_processes_find_the_same(shards: Path, tmp_path: Path):
+def test_several_processes_write_the_same_index(shards: Path, tmp_path: Path):
     reports = [build([str(shards)], tmp_path / f"index{workers}", workers=workers) for workers in (1, 2)]
     assert reports[0] == reports[1]
     assert same(open_records(str(shards), tmp_path / "index1"), open_records(str(shards), tmp_path / "index2"))
@@ -291,7 +291,7 @@ def test_a_manifest_with_bad_rows_is_reported_row_by_row(tmp_path: Path):
     assert build([str(tmp_path)], tmp_path / "index")["damaged"] == {"unreadable": 1}
 
 
-def test_what_cannot_be_built_says_why(shards: Path, tmp_path: Path):
+def test_a_build_that_cannot_start_says_why(shards: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="workers is 0"):
         build([str(shards)], tmp_path / "index", workers=0)
     with pytest.raises(ValueError, match="does not exist"):
@@ -305,7 +305,7 @@ def test_what_cannot_be_built_says_why(shards: Path, tmp_path: Path):
 
 @contextmanager
 def http_server(files: dict[str, bytes]) -> Iterator[str]:
-    """A server that knows ranges, as every storage does."""
+    """Serve files, with range requests as every storage has them."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -410,16 +410,16 @@ def test_the_ways_to_write_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ([], []),
     ],
 )
-def test_shards_are_called_by_what_tells_them_apart(paths: list[str], names: list[str]):
+def test_shard_names_are_unique_and_short(paths: list[str], names: list[str]):
     assert shard_names(paths) == names
 
 
-def test_what_a_url_needs_is_said():
+def test_an_unknown_protocol_is_named():
     with pytest.raises(ValueError, match="Protocol not known"):
         stat("nonsense://x")
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # the child does nothing that could wait for a thread
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # the child waits for no thread
 def test_ranges_of_files(tmp_path: Path):
     path = tmp_path / "a"
     path.write_bytes(b"0123456789")

@@ -143,7 +143,7 @@ def test_a_row_of_several_pictures_is_damaged(tmp_path: Path):
 
 @pytest.mark.behaviour(
     "Pictures and captions",
-    when="a Parquet file's column of pictures or captions is of a type that is neither",
+    when="a Parquet file's column of pictures or captions has an unsuitable type",
     then="the file is refused in one line that names the column and its type",
 )
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_types_that_are_refused(columns: dict[str, Any], said: str, tmp_path: Pa
         open_records(str(write(tmp_path / "a.parquet", columns)))
 
 
-def test_a_caption_that_is_no_utf8_is_damaged_and_a_column_of_nulls_is_none(tmp_path: Path):
+def test_a_caption_that_is_not_utf8_is_damage_and_a_column_of_nulls_is_ignored(tmp_path: Path):
     texts = pa.Array.from_buffers(pa.string(), 2, [*pa.array(["ok", "??"]).buffers()[:2], pa.py_buffer(b"ok\xff\xfe")])
     columns = {"image": [b"a", b"b"], "text": texts, "prompt": pa.nulls(2)}
     source = open_records(str(write(tmp_path / "a.parquet", columns)))
@@ -171,7 +171,7 @@ def test_a_caption_that_is_no_utf8_is_damaged_and_a_column_of_nulls_is_none(tmp_
 
 
 def noted_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], list[str]]]:
-    """The row groups and columns that are read from now on."""
+    """Record the row groups and columns of all further reads."""
     read: list[tuple[list[int], list[str]]] = []
     original = pq.ParquetFile.iter_batches
 
@@ -183,7 +183,7 @@ def noted_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], list[s
     return read
 
 
-def test_only_columns_in_need_are_read_and_those_row_groups_kept_that_were_used_last(
+def test_only_needed_columns_are_read_and_the_last_used_row_groups_are_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     columns = {"jpg": [b"x"] * 8, "txt": ["a"] * 8, "embedding": [[0.5] * 8] * 8, "mask": [b"m"] * 8}
@@ -198,7 +198,7 @@ def test_only_columns_in_need_are_read_and_those_row_groups_kept_that_were_used_
 @pytest.mark.behaviour(
     "Pictures and captions",
     when="a Parquet file is read in training order, which draws from many row groups at a time",
-    then="each is read once per window; 512 MiB of them lie in memory, and larger ones in temporary files",
+    then="each is read once per window; 512 MiB of them are kept in memory, and larger ones in temporary files",
 )
 @pytest.mark.parametrize("kept", [2**29, 20_000, 0])
 @pytest.mark.parametrize("window", [1, 4, 16])
@@ -219,7 +219,7 @@ def test_training_order_reads_each_row_group_once(
     captions = [stream.load(position).caption for position in range(80)]
     assert sorted(map(int, captions)) == sorted([*range(40)] * 2)
     assert len(read) == 20  # two files of ten row groups
-    assert sorted(os.listdir(tmp_path)) == ["0.parquet", "1.parquet"]  # nothing is left behind
+    assert sorted(os.listdir(tmp_path)) == ["0.parquet", "1.parquet"]  # no temporary file is left
 
 
 ALONE = """
@@ -250,7 +250,7 @@ sys.exit(5)
 @pytest.mark.behaviour(
     "Surroundings",
     when="a command ends, with an error or without, soon after it read Parquet from disk or a URL",
-    then="it ends with its own exit code: no thread of Arrow is left that could abort it",
+    then="it ends with its own exit code: no thread of Arrow is left to abort it",
 )
 def test_no_thread_of_arrow_outlives_a_read(tmp_path: Path):
     path = write(tmp_path / "a.parquet", {"image": [os.urandom(2**20) for _ in range(4)], "text": ["a"] * 4})
@@ -285,7 +285,7 @@ def test_a_damaged_row_group_costs_its_own_records_only(tmp_path: Path):
     assert reasons == [(2, "unreadable", "a.parquet/2"), (3, "unreadable", "a.parquet/3")]
 
 
-def test_what_is_no_such_file_is_named(tmp_path: Path):
+def test_a_file_that_is_not_parquet_or_has_no_pictures_is_named(tmp_path: Path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(ValueError, match=r"a\.parquet is not a complete Parquet file"):
         open_records(str(tmp_path))

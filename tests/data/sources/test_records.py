@@ -1,4 +1,4 @@
-"""Records, what is wrong with them, and captions out of files."""
+"""Records, the exception for bad ones, and captions from files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from semantic_routing.data.sources.records import (
 from semantic_routing.data.sources.scan import SIZE
 
 
-def test_a_damaged_record_survives_the_way_between_processes():
+def test_the_exception_for_bad_data_can_be_pickled():
     error = BadData("truncated", "5 of 9 bytes", "0.tar", "0.tar/a")
     again = pickle.loads(pickle.dumps(error))
     assert (again.reason, again.shard, again.key, again.detail) == ("truncated", "0.tar", "0.tar/a", "5 of 9 bytes")
@@ -30,7 +30,7 @@ def test_a_damaged_record_survives_the_way_between_processes():
     assert isinstance(again, ValueError)
 
 
-def test_shards_lie_one_after_the_other():
+def test_shards_are_consecutive():
     sharded = Sharded("x", ["a", "b", "c", "d"], [2, 0, 3, 1])
     assert len(sharded) == 6
     assert [sharded.locate(i) for i in range(6)] == [(0, 0), (0, 1), (2, 0), (2, 1), (2, 2), (3, 0)]
@@ -42,7 +42,7 @@ def test_shards_lie_one_after_the_other():
 
 
 class Numbered(Sharded):
-    """A source whose records have their index as key."""
+    """A source whose records' keys are their indices."""
 
     def read(self, index: int) -> Record:
         self.locate(index)

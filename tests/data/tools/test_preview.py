@@ -1,4 +1,4 @@
-"""The contact sheet: the pictures that training sees first, their captions beneath."""
+"""The contact sheet: the first pictures of training, with their captions below."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_lines_fit_and_nothing_is_lost(text: str, font: ImageFont.FreeTypeFont):
     assert all(wrap(text, font, 150, 2)[i] == line for i, line in enumerate(lines[:1]))
 
 
-def test_what_is_cut_says_so(font: ImageFont.FreeTypeFont):
+def test_cut_texts_end_with_an_ellipsis(font: ImageFont.FreeTypeFont):
     lines = wrap("many words " * 50, font, 150, 3)
     assert len(lines) == 3
     assert lines[-1].endswith("…")

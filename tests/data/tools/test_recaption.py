@@ -1,4 +1,4 @@
-"""New captions from a real server process, into a sidecar that the data pipeline reads."""
+"""Captions from a server process, written to a sidecar that training reads."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def encoded(number: int, side: int = 8, kind: str = "PNG") -> bytes:
 
 
 def shard(path: Path, pictures: list[bytes], captions: dict[int, str] | None = None) -> Path:
-    """A tar as img2dataset writes it."""
+    """Write a tar as img2dataset does."""
     with tarfile.open(path, "w") as tar:
         for number, picture in enumerate(pictures):
             for ending, content in (("png", picture), ("txt", (captions or {}).get(number, f"old {number}").encode())):
@@ -92,18 +92,18 @@ def test_every_picture_gets_its_caption(server: ChatServer, tmp_path: Path) -> N
     sidecar = Sidecar(out)
     records = open_records(str(second))
     assert f"I see {as_sent(pictures[33])}" in sidecar.captions(records.read(3).key)[0]
-    # Parts are whole, and no answer is stored twice.
+    # All parts are complete, and no answer is stored twice.
     parts = tmp_path / "captions.parquet.parts"
     assert sorted(path.name for path in parts.glob("*.parquet")) == [f"part-{i:06d}.parquet" for i in range(5)]
     assert not [*parts.rglob("answers/*/*")]
-    # Once more: nothing is asked.
+    # A second run requests nothing.
     before = server.counts()["asked"]
     assert "0 requests" in recaption(arguments(server, [first, second], out))
     assert server.counts()["asked"] == before
     assert rows(out) == found
 
 
-def test_pictures_are_reduced_to_so_many_pixels(tmp_path: Path) -> None:
+def test_large_pictures_are_reduced(tmp_path: Path) -> None:
     with ChatServer() as server:
         pixels = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
         buffer = io.BytesIO()
@@ -114,7 +114,7 @@ def test_pictures_are_reduced_to_so_many_pixels(tmp_path: Path) -> None:
         buffer = io.BytesIO()
         half.save(buffer, format="JPEG", quality=90)
         assert server.counts()["pictures"] == {hashlib.sha256(buffer.getvalue()).hexdigest(): 1}
-    (entry,) = (tmp_path / "kept").rglob("*.json")  # a cache of one's own is kept
+    (entry,) = (tmp_path / "kept").rglob("*.json")  # a cache that the user named is kept
     assert json.loads(entry.read_text())["question"]["parameters"] == {"max_tokens": 512}
 
 
@@ -134,7 +134,7 @@ def test_failures_are_counted_listed_and_tried_again(server: ChatServer, tmp_pat
     assert "wrong: [[429*1]]" in rows(out)[3]["caption"]
     parts = sorted((tmp_path / "captions.parquet.parts").glob("part-*.parquet"))
     assert [row["key"] for part in parts for row in rows(part)] == [f"0.tar/{number:09d}" for number in range(25)]
-    # Pictures that do not open and questions that were refused are not tried again, the others are.
+    # Bad pictures and refused questions are not tried again; the others are.
     before = server.counts()["asked"]
     recaption(args)
     after = server.counts()["asked"]
@@ -170,7 +170,7 @@ def test_nothing_paid_for_is_lost_when_the_process_is_killed(tmp_path: Path) -> 
         paid = server.counts()["pictures"].keys()
         assert len(kept) >= 16
         assert kept <= paid
-        assert len(paid - kept) <= 3  # what was on its way is all that may be lost
+        assert len(paid - kept) <= 3  # only requests in flight may be lost
         summary = recaption(arguments(server, [path], out, part_rows=8))
         assert "60 of 60 records have captions" in summary
         answered = server.counts()["pictures"]
@@ -183,8 +183,8 @@ def test_nothing_paid_for_is_lost_when_the_process_is_killed(tmp_path: Path) -> 
 
 @pytest.mark.behaviour(
     "Pictures and captions",
-    when="a model that writes captions thinks first, or thinks without an end",
-    then="its thoughts are no part of a caption, and an answer of thoughts alone is a failure with its reason",
+    when="a model that writes captions thinks first, or never stops thinking",
+    then="its thoughts are no part of a caption; an answer of thoughts only is a failure with its reason",
 )
 def test_thoughts_are_no_captions(server: ChatServer, tmp_path: Path) -> None:
     told = {1: "[[thinks]]", 2: "[[parts]]", 3: "[[thinking]]", 4: "[[length]]"}
@@ -200,8 +200,8 @@ def test_thoughts_are_no_captions(server: ChatServer, tmp_path: Path) -> None:
 
 @pytest.mark.behaviour(
     "Pictures and captions",
-    when="not one picture got a caption",
-    then="exit code 2 and the first reason; no file is written, and other settings go on into the same place",
+    when="no picture got a caption",
+    then="exit code 2 and the first reason; no file is written, and the same output works with other settings",
 )
 @pytest.mark.parametrize(
     ("fault", "reason", "setting"),
@@ -212,7 +212,7 @@ def test_thoughts_are_no_captions(server: ChatServer, tmp_path: Path) -> None:
         ("blank", "empty answer", "--extra"),
     ],
 )
-def test_captioning_of_which_everything_fails(
+def test_captioning_fails_if_every_picture_fails(
     server: ChatServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str, reason: str, setting: str
 ) -> None:
     told = dict.fromkeys(range(5), f"[[{fault}]]")
@@ -234,7 +234,7 @@ def test_another_request_into_the_same_parts_is_refused(server: ChatServer, tmp_
         recaption(arguments(server, [path], out, model=""))
     with pytest.raises(ValueError, match=r"serves 'mistyped'"):
         recaption(arguments(server, [path], out, model="mistyped"))
-    recaption(arguments(server, [path], out))  # nothing was answered yet, so nothing is in the way
+    recaption(arguments(server, [path], out))  # no answer yet, so nothing to refuse
     (tmp_path / "ask.txt").write_text("Name the colours.\n")
     with pytest.raises(ValueError, match=r"another instruction; choose another --out or delete it"):
         recaption(arguments(server, [path], out, instruction=tmp_path / "ask.txt"))
