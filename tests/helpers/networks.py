@@ -20,7 +20,7 @@ DISTINCT: dict[str, Any] = {
     "width": 24, "heads": 4, "kv_heads": 2, "mlp_width": 40, "text_width": 20, "text_layers": 5,
     "fusedit_first_layer": 1,
 }  # fmt: skip
-"""Changes of ``TINY`` for tests in which no two axes may have one size, so that none is taken for another."""
+"""Changes of ``TINY`` that give axes different sizes, for tests that must not confuse two of them."""
 
 
 def tiny_config(arm: str = "depth", **changes: Any) -> DiTConfig:
@@ -31,8 +31,8 @@ def tiny_config(arm: str = "depth", **changes: Any) -> DiTConfig:
 def tiny_network(arm: str = "depth", *, std: float = 0.1, seed: int = 0, **changes: Any) -> Backbone:
     """Return a frozen network of ``tiny_config(arm, **changes)`` that responds to picture, time and text.
 
-    Weights that start at zero, such as the router's logits and the last layer, are drawn with deviation ``std``, because
-    zeros would hide what reads them.
+    Weights that start at zero, such as the router's logits and the last layer, are drawn with deviation ``std``,
+    because zeros would hide what reads them.
     """
     torch.manual_seed(seed)
     return move_zeros(make_model(tiny_config(arm, **changes)), std).requires_grad_(False)

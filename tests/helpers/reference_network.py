@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from semantic_routing.text.features import TextFeatures
 EPS = 1e-6
 
 
-class Weights(NamedTuple):
+@dataclass(frozen=True)
+class Weights:
     """The weights of a network in float64, by name below a prefix."""
 
     named: dict[str, Tensor]
@@ -23,7 +24,7 @@ class Weights(NamedTuple):
     def at(self, prefix: str) -> Weights:
         return Weights(self.named, f"{self.prefix}{prefix}.")
 
-    def __getitem__(self, name: str) -> Tensor:  # type: ignore[override]
+    def __getitem__(self, name: str) -> Tensor:
         return self.named[self.prefix + name]
 
     def linear(self, name: str, x: Tensor) -> Tensor:
@@ -92,7 +93,7 @@ def _text(model: Backbone, w: Weights, t: Tensor, features: TextFeatures, b: int
 def _block(
     cfg: DiTConfig, w: Weights, x: Tensor, positions: Tensor, text: tuple[Tensor, Tensor], time: Tensor | None
 ) -> Tensor:
-    """Appendix A's block: self-attention, cross-attention, gated MLP; FuseDiT's joins the text in the first."""
+    """Run a block: self-attention, cross-attention, gated MLP; FuseDiT's self-attention also reads the text."""
     shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(cfg, w, time)
     h = w.norm("norm1", x) * (1 + scale1) + shift1
     split = [cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim]

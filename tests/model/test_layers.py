@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from semantic_routing.model import layers
 from semantic_routing.model.layers import (
     BlockText,
     CrossAttention,
@@ -147,11 +146,11 @@ def test_rope_of_a_larger_grid_continues_that_of_a_smaller() -> None:
 
 
 def test_rope_made_while_sampling_serves_training() -> None:
-    layers._rope_tables.cache_clear()
+    grid = (5, 3, 8, 1234.5, CPU)  # in no other test, so that sampling makes it
     with torch.inference_mode():
-        rope_2d(2, 2, 8, 1e4, CPU)
-    x = torch.randn(1, 4, 1, 8, requires_grad=True)
-    apply_rope(x, rope_2d(2, 2, 8, 1e4, CPU)).sum().backward()
+        rope_2d(*grid)
+    x = torch.randn(1, 15, 1, 8, requires_grad=True)
+    apply_rope(x, rope_2d(*grid)).sum().backward()
     assert x.grad is not None
 
 

@@ -116,7 +116,9 @@ class AttentionRouter(Router):
         self.bias = nn.Parameter(torch.zeros(layers))
 
     def weights(self, t: Float[Tensor, " T"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
-        raise ValueError("the weights of arm 'attention' differ from token to token: there are none without a text")
+        raise ValueError(
+            "the weights of arm 'attention' differ from token to token and depend on the text; use token_weights"
+        )
 
     def forward(
         self, hidden: Float[Tensor, "L B N C"], t: Float[Tensor, " T"] | None = None

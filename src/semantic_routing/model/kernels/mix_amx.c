@@ -58,7 +58,7 @@ static inline void moments_tiles(const uint16_t *h, int64_t C, float eps, float 
 }
 
 // As mix_bf16, for C a multiple of 32. w has D rows of UP(L, 32) weights for each sample, zero beyond L. token has room
-// for L x (C + 32) states: layers lie a power of two apart in memory, and would push each other out of the caches.
+// for L x (C + 32) states: layers are a power of two apart in memory, and would evict each other from the caches.
 void mix_tiles(const shape *s, const uint16_t *h, const float *w, int64_t step, uint16_t *token, uint16_t *out,
                float *mean, float *rstd, int64_t first, int64_t last) {
     const int64_t L = s->layers, C = s->channels, D = s->depths, tokens = s->batch * s->length;

@@ -41,7 +41,7 @@ LAYERS = 16
 """Layers multiplied at a time: the smallest number that matrix units take."""
 LANES, RUN_BYTES = 32, 16
 """Threads of a warp, and bytes that each of them loads at once."""
-PIECES = 16
+MAX_PIECES = 16
 """Largest number of a warp's vectors that hold a layer's state; above it, more warps share the state."""
 TOKENS = 4
 """Tokens over which one program sums the weights' gradient."""
@@ -106,7 +106,7 @@ def _grid(hidden: Tensor, depths: int, wanted: int) -> Callable[[dict[str, Any]]
 
 def _span(channels: int, vector: int) -> int:
     """Return the channels of a state that are loaded at once, with as few warps as can hold the state."""
-    return vector * min(4, triton.next_power_of_2(triton.cdiv(channels, PIECES * vector)))
+    return vector * min(4, triton.next_power_of_2(triton.cdiv(channels, MAX_PIECES * vector)))
 
 
 def _depths(depths: int) -> int:
@@ -206,18 +206,9 @@ def _store_moments(
 @triton.jit
 @no_type_check
 def _load_weights(
-    weights,
-    mean,
-    rstd,
-    token,
-    tokens,
-    depth,
-    dtype: tl.constexpr,
-    L: tl.constexpr,
-    D: tl.constexpr,
-    DEPTHS: tl.constexpr,
-    LAYERS: tl.constexpr,
-):
+    weights, mean, rstd, token, tokens, depth, dtype: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, DEPTHS: tl.constexpr, LAYERS: tl.constexpr,
+):  # fmt: skip
     """Return two halves of w_l / σ_l for each chunk of layers, the offset sum_l w_l μ_l / σ_l, and float16's scale."""
     CHUNKS: tl.constexpr = (L + LAYERS - 1) // LAYERS
     layers = tl.arange(0, LAYERS)
@@ -262,18 +253,10 @@ def forward_kernel(
     tokens,
     length,  # tokens of a sample
     sample_stride,  # between two samples' weights; 0 if they share them
-    L: tl.constexpr,
-    D: tl.constexpr,
-    C: tl.constexpr,
-    MANY: tl.constexpr,
-    DEPTHS: tl.constexpr,
-    LAYERS: tl.constexpr,
-    SPAN: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    WARPS: tl.constexpr,
-    RESIDENT: tl.constexpr,
-):
+    L: tl.constexpr, D: tl.constexpr, C: tl.constexpr, MANY: tl.constexpr,
+    DEPTHS: tl.constexpr, LAYERS: tl.constexpr, SPAN: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK_C: tl.constexpr, WARPS: tl.constexpr, RESIDENT: tl.constexpr,
+):  # fmt: skip
     """Grid-stride loop over tokens: moments of each layer's state, then the weighted sums for ``DEPTHS`` depths."""
     GROUPS: tl.constexpr = (D + DEPTHS - 1) // DEPTHS
     CHUNKS: tl.constexpr = (L + LAYERS - 1) // LAYERS
@@ -326,15 +309,9 @@ def backward_kernel(
     tokens,
     length,  # tokens of a sample
     splits,  # programs that share a sample
-    L: tl.constexpr,
-    D: tl.constexpr,
-    C: tl.constexpr,
-    MANY: tl.constexpr,
-    DEPTHS: tl.constexpr,
-    LAYERS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    L: tl.constexpr, D: tl.constexpr, C: tl.constexpr, MANY: tl.constexpr,
+    DEPTHS: tl.constexpr, LAYERS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Sum over up to ``TOKENS`` tokens n of a sample, for ``DEPTHS`` depths: (g_n · h_n - mean_n sum_c g_n) / σ_n."""
     GROUPS: tl.constexpr = (D + DEPTHS - 1) // DEPTHS
     CHUNKS: tl.constexpr = (L + LAYERS - 1) // LAYERS
