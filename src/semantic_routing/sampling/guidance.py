@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from semantic_routing.model.context import TextContext, _both, join_contexts
+from semantic_routing.model.context import TextContext, concat_padded, join_contexts
 from semantic_routing.model.dit import Backbone
-from semantic_routing.model.runtime import Recording
+from semantic_routing.model.runtime import CUDAGraphRunner
 from semantic_routing.sampling.clock import Clock
 from semantic_routing.sampling.samplers import Velocity
 from semantic_routing.sampling.text_plan import TextPlan
@@ -33,7 +33,7 @@ def text_velocity(
 
 def reading(model: Backbone, text: Contexts) -> Velocity:
     """Return the model's velocity with the text as it is at each time."""
-    network = Recording(model) if model.recorded else model
+    network = CUDAGraphRunner(model) if model.use_cuda_graph else model
     return lambda x, t: network(x, t, text(x, t)).float()
 
 
@@ -82,8 +82,8 @@ def join(features: TextFeatures, null: TextFeatures) -> TextFeatures:
     longest = max(length, null.mask.shape[1])
     pairs = [(features.hidden, null.hidden, 2), (features.keys, null.keys, 2), (features.values, null.values, 2)]
     hidden, keys, values = (
-        None if a is None or b is None else _both(a, b, batch, longest, rows=1, tokens=a.ndim - token)
+        None if a is None or b is None else concat_padded(a, b, batch, longest, rows=1, tokens=a.ndim - token)
         for a, b, token in pairs
     )
     assert hidden is not None
-    return TextFeatures(hidden, _both(features.mask, null.mask, batch, longest, rows=0, tokens=1), keys, values)
+    return TextFeatures(hidden, concat_padded(features.mask, null.mask, batch, longest, rows=0, tokens=1), keys, values)
