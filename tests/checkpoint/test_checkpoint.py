@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, exact when read again, and strict about whose they are."""
+"""Checkpoints: complete or absent, restored exactly, and refused by another model."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ from semantic_routing.checkpoint.load import (
     load_weights,
     read_state,
 )
-from semantic_routing.checkpoint.save import Saver, prune, save_checkpoint
+from semantic_routing.checkpoint.save import Saver, prune
 from semantic_routing.common.files import check_writable, write_text, written_whole
 from semantic_routing.training.optim import OptimConfig, make_optimizers
+from tests.helpers.checkpoints import save_checkpoint
 
 
 class Net(nn.Module):
@@ -67,7 +68,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run's folder with the checkpoint of step 3."""
+    """The folder of a run with a checkpoint of step 3."""
     save_checkpoint(tmp_path / "run", 3, *trained(), {"config": {"a": 1}})
     return tmp_path / "run"
 
@@ -75,7 +76,7 @@ def run(tmp_path: Path) -> Path:
 # --- round trips ---
 
 
-def test_everything_comes_back_and_training_goes_on_alike(tmp_path: Path) -> None:
+def test_a_loaded_checkpoint_continues_training_bitwise(tmp_path: Path) -> None:
     model, ema, optimizers = trained()
     folder = save_checkpoint(tmp_path, 3, model, ema, optimizers, {"config": {"a": 1}})
     assert folder == tmp_path / "checkpoints" / "step-0000003"
@@ -87,7 +88,7 @@ def test_everything_comes_back_and_training_goes_on_alike(tmp_path: Path) -> Non
     other = Net()
     others = make_optimizers(other, OptimConfig(name="muon", lr=0.1))
     average = load_training_state(folder, other, others)
-    assert torch.equal(torch.rand(3), drawn)  # the random generators go on, too
+    assert torch.equal(torch.rand(3), drawn)  # the random generators are restored, too
     assert list(average) == [name for name, _ in other.named_parameters()]
     assert all(torch.equal(average[name], ema[name]) for name in ema)
     for seed in (1, 2):
@@ -105,7 +106,7 @@ def test_a_model_on_meta_takes_the_weights(run: Path) -> None:
     assert all(torch.equal(p, saved[name]) for name, p in model.named_parameters())
 
 
-# --- whole or not at all ---
+# --- complete or absent ---
 
 
 def write_folder(path: Path) -> None:
@@ -114,7 +115,7 @@ def write_folder(path: Path) -> None:
         (scratch / "new").write_text("new")
 
 
-def test_an_existing_file_or_empty_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+def test_a_file_or_an_empty_folder_is_replaced(tmp_path: Path) -> None:
     write_text(tmp_path / "a" / "b.txt", "first")
     write_text(tmp_path / "a" / "b.txt", "second")
     (tmp_path / "folder").mkdir()
@@ -124,8 +125,8 @@ def test_an_existing_file_or_empty_folder_is_replaced_as_a_whole(tmp_path: Path)
 
 @pytest.mark.behaviour(
     "Surroundings",
-    when="a file or folder is to be written where a folder with other files is",
-    then="one line names the place, and the folder stays as it is",
+    when="a file or folder would be written over a folder that holds other files",
+    then="one line names the folder, and nothing in it changes",
 )
 @pytest.mark.parametrize("write", [write_folder, lambda path: write_text(path, "new")], ids=["folder", "file"])
 def test_a_folder_with_files_is_never_replaced(tmp_path: Path, write: Callable[[Path], None]) -> None:
@@ -136,13 +137,13 @@ def test_a_folder_with_files_is_never_replaced(tmp_path: Path, write: Callable[[
 
 
 class Stopped(Exception):
-    """What ends the writing in a test; no error of the program's own."""
+    """An error that the program itself never raises."""
 
 
 @pytest.mark.parametrize(
     ("failure", "seen"), [(Stopped(), CheckpointException), (OSError(30, "Read-only file system"), ValueError)]
 )
-def test_what_fails_while_writing_leaves_what_was_there(
+def test_a_failed_write_changes_no_file(
     run: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, seen: type[Exception]
 ) -> None:
     before = files(run)
@@ -156,7 +157,7 @@ def test_what_fails_while_writing_leaves_what_was_there(
         save_file(tensors, path, header)
 
     monkeypatch.setattr(storage, "save_file", fail_in_the_middle)
-    for step in (3, 4):  # over a checkpoint that is there, and beside it
+    for step in (3, 4):  # over an existing checkpoint and beside it
         calls.clear()
         with pytest.raises(seen):
             save_checkpoint(run, step, *trained(), {})
@@ -165,7 +166,7 @@ def test_what_fails_while_writing_leaves_what_was_there(
         assert os.listdir(run / "checkpoints") == ["step-0000003"]
 
 
-def test_a_checkpoint_is_of_the_moment_when_it_was_begun_and_failure_waits_to_be_asked_for(
+def test_a_checkpoint_holds_the_state_of_its_step_and_wait_reports_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go, began = Event(), Event()
@@ -200,7 +201,7 @@ def test_a_checkpoint_is_of_the_moment_when_it_was_begun_and_failure_waits_to_be
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """The system refuses to write files beyond ``size`` bytes, as a full disk would."""
+    """Limit files to ``size`` bytes, as a full disk would."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -220,7 +221,7 @@ def test_a_full_disk_is_one_clear_error(run: Path, size: int) -> None:
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "file/far/below"])
-def test_a_place_that_cannot_be_written(tmp_path: Path, place: str) -> None:
+def test_folders_that_cannot_be_written_are_refused(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("in the way")
     for act in (
         lambda: write_text(tmp_path / place / "x.txt", "x"),
@@ -232,14 +233,14 @@ def test_a_place_that_cannot_be_written(tmp_path: Path, place: str) -> None:
     assert files(tmp_path) == {"file": b"in the way"}
 
 
-def test_places_that_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checking_a_writable_folder_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for place in (tmp_path, tmp_path / "new" / "folder", Path("new"), Path()):
         check_writable(place)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_process_leaves_a_remnant_that_is_ignored_and_swept_away(run: Path) -> None:
+def test_an_incomplete_checkpoint_of_a_killed_process_is_ignored_and_deleted(run: Path) -> None:
     remnant = run / "checkpoints" / ".step-0000008.partial-12345"
     remnant.mkdir()
     (remnant / MODEL).write_bytes(b"half of a f")
@@ -260,10 +261,10 @@ def test_prune_keeps_the_latest(tmp_path: Path) -> None:
 
 @pytest.mark.behaviour(
     "Training",
-    when="copies, notes or folders of the user lie among or in a run's checkpoints",
-    then="they are never deleted; a checkpoint with something else in it stays whole",
+    when="copies, notes or folders of the user are among or in a run's checkpoints",
+    then="they are never deleted, nor is a checkpoint that holds other files",
 )
-def test_prune_deletes_nothing_that_the_run_has_not_written(tmp_path: Path) -> None:
+def test_prune_deletes_no_file_of_the_user(tmp_path: Path) -> None:
     state = trained()
     folders = [save_checkpoint(tmp_path, step, *state, {}) for step in (1, 2, 3, 4)]
     place = tmp_path / "checkpoints"
@@ -272,7 +273,7 @@ def test_prune_deletes_nothing_that_the_run_has_not_written(tmp_path: Path) -> N
     for name in ("step-notes.txt", "notes.txt", "step-0000002 (copy).zip", ".step-mine.partial-x", "step-0000000"):
         (place / name).write_text("mine")
     (folders[1] / "why.txt").write_text("I keep this one")
-    (place / ".step-0000009.partial-77").mkdir()  # of a killed process, with something of the user's in it
+    (place / ".step-0000009.partial-77").mkdir()  # of a killed process, with a user's file in it
     (place / ".step-0000009.partial-77" / "note").write_text("mine")
     before = {
         name: data for name, data in files(place).items() if not name.startswith(("step-0000001/", "step-0000003/"))
@@ -282,16 +283,16 @@ def test_prune_deletes_nothing_that_the_run_has_not_written(tmp_path: Path) -> N
     assert [folder.name for folder in checkpoints(tmp_path)] == ["step-0000000", "step-0000002", "step-0000004"]
 
 
-def test_copies_beside_checkpoints_are_none_of_them(tmp_path: Path) -> None:
+def test_copies_of_checkpoints_are_not_counted(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path, 3, *trained(), {})
     for name in ("step-0000009-best", "step-9", "step-x"):
         shutil.copytree(folder, folder.with_name(name))
     assert checkpoints(tmp_path) == [folder]
     assert find_checkpoint(tmp_path) == folder
-    assert find_checkpoint(folder.with_name("step-x")).name == "step-x"  # and yet one can be named
+    assert find_checkpoint(folder.with_name("step-x")).name == "step-x"  # but it can be named
 
 
-def test_a_checkpoint_that_is_replaced_leaves_what_a_user_put_into_it(tmp_path: Path) -> None:
+def test_replacing_a_checkpoint_keeps_a_users_files(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path, 3, *trained(), {})
     (folder / "why.txt").write_text("mine")
     (folder / STATE).unlink()
@@ -302,7 +303,7 @@ def test_a_checkpoint_that_is_replaced_leaves_what_a_user_put_into_it(tmp_path: 
     assert kept.parent.name.startswith("step-0000003-replaced-")
 
 
-def test_some_are_kept_for_good(tmp_path: Path) -> None:
+def test_every_nth_step_is_kept_for_good(tmp_path: Path) -> None:
     state, saver = trained(), Saver(tmp_path, keep=2, keep_every=4)
     for step in range(1, 10):
         saver.save(step, *state, {})
@@ -330,7 +331,7 @@ def lose_state(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [lose, cut, spoil_state, lose_state])
-def test_a_damaged_checkpoint_is_passed_over_and_replaced(
+def test_a_damaged_checkpoint_is_skipped_and_replaced(
     run: Path, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     state, whole = trained(), find_checkpoint(run)
@@ -342,7 +343,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_replaced(
     assert said.endswith(f"; going on from {whole}\n")
     assert str(folder) in said
     saver = Saver(run, keep=1)
-    for step in (7, 12):  # the damaged one, of a step to come, is not counted among those kept
+    for step in (7, 12):  # the damaged one, of a later step, does not count as kept
         saver.save(step, *state, {})
         saver.wait()
         assert read_state(find_checkpoint(run))["step"] == step
@@ -350,16 +351,16 @@ def test_a_damaged_checkpoint_is_passed_over_and_replaced(
     assert os.listdir(run / "checkpoints") == ["step-0000012"]
 
 
-def test_no_whole_checkpoint(run: Path) -> None:
+def test_a_run_with_only_damaged_checkpoints_is_refused(run: Path) -> None:
     lose(run / "checkpoints" / "step-0000003")
-    with pytest.raises(ValueError, match=r"no whole checkpoint at .*: there is no .*model\.safetensors"):
+    with pytest.raises(ValueError, match=r"no complete checkpoint at .*: there is no .*model\.safetensors"):
         find_checkpoint(run)
 
 
-# --- whose it is ---
+# --- of which run and model ---
 
 
-def test_the_latest_is_found_from_the_run_and_any_from_itself(run: Path) -> None:
+def test_a_run_gives_its_latest_checkpoint_and_a_checkpoint_itself(run: Path) -> None:
     save_checkpoint(run, 12, *trained(), {})
     assert find_checkpoint(run).name == "step-0000012"
     assert find_checkpoint(run / "checkpoints" / "step-0000003").name == "step-0000003"
@@ -374,7 +375,7 @@ def test_the_latest_is_found_from_the_run_and_any_from_itself(run: Path) -> None
         ("file/x", "it does not exist"),
     ],
 )
-def test_no_checkpoint(tmp_path: Path, place: str, message: str) -> None:
+def test_a_folder_without_checkpoints_is_refused(tmp_path: Path, place: str, message: str) -> None:
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match=f"no checkpoint at .*{message}.*give a run's folder"):
@@ -390,10 +391,10 @@ class Other(nn.Module):
 
 
 @pytest.mark.parametrize("file", [MODEL, EMA])
-def test_weights_of_another_model_are_told_apart_on_both_sides(run: Path, file: str) -> None:
+def test_weights_of_another_model_are_refused_with_both_sides(run: Path, file: str) -> None:
     folder = find_checkpoint(run)
     other = Other()
-    if file == EMA:  # the weights fit, but the average is another's
+    if file == EMA:  # the weights fit, but the average is of another model
         save_file(dict(other.state_dict()), folder / MODEL)
         save_file({}, folder / OPTIMIZER)
     with pytest.raises(ValueError, match="belongs to another model") as error:
@@ -403,7 +404,7 @@ def test_weights_of_another_model_are_told_apart_on_both_sides(run: Path, file: 
     assert "out.weight: (2, 3) in the file, (2, 4) in the model" in str(error.value)
 
 
-def test_optimiser_state_of_another_model(run: Path) -> None:
+def test_optimiser_state_of_another_model_is_refused(run: Path) -> None:
     folder = find_checkpoint(run)
     for wrong in ({"nobody/exp_avg": torch.ones(3)}, {"out.weight/exp_avg": torch.ones(5)}, {"exp_avg": torch.ones(3)}):
         save_file(wrong, folder / OPTIMIZER)
@@ -414,7 +415,7 @@ def test_optimiser_state_of_another_model(run: Path) -> None:
 
 @pytest.mark.parametrize("file", [MODEL, EMA, OPTIMIZER])
 @pytest.mark.parametrize("damage", ["missing", "cut", "text", "folder"])
-def test_damaged_tensors(run: Path, file: str, damage: str) -> None:
+def test_damaged_tensors_are_refused(run: Path, file: str, damage: str) -> None:
     folder = find_checkpoint(run)
     content = (folder / file).read_bytes()
     (folder / file).unlink()
@@ -429,7 +430,7 @@ def test_damaged_tensors(run: Path, file: str, damage: str) -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"\xff", b"[]", b"{}", b'{"step": "3"}'])
-def test_damaged_state(run: Path, content: bytes | None) -> None:
+def test_a_damaged_state_is_refused(run: Path, content: bytes | None) -> None:
     folder = find_checkpoint(run)
     (folder / STATE).unlink()
     if content is not None:
