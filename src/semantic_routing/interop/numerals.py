@@ -22,7 +22,7 @@ def whole(name: str, value: Any, *, at_least: int = 1) -> int:
     return int(number)
 
 
-def finite(name: str, value: Any, *, at_most: float) -> float:
+def finite(name: str, value: Any, *, at_most: int) -> float:
     """Convert a number to float; raise ValueError that names ``name`` unless -at_most <= value <= at_most."""
     number = _scalar(value)
     if number is None or not abs(number) <= at_most:
