@@ -1,4 +1,4 @@
-"""Files that version 0.1 wrote, before files moved and names changed, still load: ``tests/v0_1`` holds some.
+"""Files of version 0.1, some of which are in ``tests/v0_1``, still load although modules and names have changed.
 
 Written at commit 8558117 by a run of four steps, `semroute export` and `semroute sample RUN --prompt "a red circle"
 --steps 3 --guidance 3 --sampler ancestral`.
@@ -26,25 +26,25 @@ pytestmark = pytest.mark.filterwarnings("ignore:the sampler once called ancestra
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    """A copy that may be written to."""
+    """A copy that a test may change."""
     return Path(shutil.copytree(OLD, tmp_path / "old"))
 
 
 def assert_alike(found: Path | Image.Image) -> None:
-    """The picture is the old one; machines may round a level apart."""
+    """Compare a picture with the old one; machines may round to neighbouring levels."""
     image = found if isinstance(found, Image.Image) else Image.open(found)
     expected = np.asarray(Image.open(OLD / "sample.png")).astype(int)
     np.testing.assert_allclose(np.asarray(image.convert("RGB")).astype(int), expected, atol=1)
 
 
-def test_a_run_is_sampled_alike(old: Path, tmp_path: Path) -> None:
+def test_a_run_samples_the_same_picture(old: Path, tmp_path: Path) -> None:
     asked = ["--prompt", "a red circle", "--steps", "3", "--guidance", "3", "--device", "cpu"]
     main(["sample", str(old / "run"), *asked, "--sampler", "renoise", "--out", str(tmp_path / "out")])
     assert_alike(tmp_path / "out" / "00000_00.png")
 
 
-def test_a_folder_of_images_goes_on(old: Path, tmp_path: Path) -> None:
-    """It was begun by the sampler's old name."""
+def test_a_folder_of_images_is_resumed(old: Path, tmp_path: Path) -> None:
+    """Its manifest has the sampler's old name."""
     out = tmp_path / "images"
     out.mkdir()
     shutil.copy(OLD / "images-manifest.json", out / "manifest.json")
@@ -53,7 +53,7 @@ def test_a_folder_of_images_goes_on(old: Path, tmp_path: Path) -> None:
     assert_alike(out / "00000_00.png")
 
 
-def test_a_run_goes_on_from_its_checkpoint(old: Path) -> None:
+def test_a_run_is_resumed_from_its_checkpoint(old: Path) -> None:
     state = json.loads((old / "run" / "config.json").read_text())
     assert state["preview"]["sampler"] == "ancestral"
     main(["train", "--resume", str(old / "run"), "--steps", "6"])
@@ -73,7 +73,7 @@ def test_a_run_is_analysed_and_exported(old: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:__array")  # diffusers reads tensors with an old numpy call
-def test_a_pipeline_draws_as_it_did(old: Path) -> None:
+def test_a_pipeline_loads_and_samples(old: Path) -> None:
     from semantic_routing.interop.pipeline import SemanticRoutingPipeline
 
     index = json.loads((old / "pipeline" / "model_index.json").read_text())

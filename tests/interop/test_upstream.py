@@ -1,4 +1,4 @@
-"""Conversion of reference checkpoints: golden cases, a naive copy of the network, files, and bad input."""
+"""Conversion of reference checkpoints: golden cases, a naive reference network, file layouts, bad input."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ CONFIG: dict[str, Any] = {
     "fusedit_first_llm_layer": 1,
 }
 MLP_WIDTH = 44
-TEXT_HEADS = 4  # the language model may have other query heads than the transformer
+TEXT_HEADS = 4  # the language model may have another number of query heads than the transformer
 
 
-# --- a checkpoint of the reference, made up ---------------------------------------------------------------
+# --- a random checkpoint of the reference ---------------------------------------------------------------
 
 
 def attention_shapes(prefix: str, config: dict[str, Any], names: str, q: int, kv: int, out: int) -> dict:
@@ -151,7 +151,7 @@ def random_inputs(config: dict[str, Any], arm: str, height: int, width: int, bat
     return inputs | {"text_hidden_states": 3 * torch.randn(shape) + 1}
 
 
-# --- the reference's network, written naively from its description ----------------------------------------
+# --- the reference's network, written from its description ----------------------------------------
 
 
 def rms(x: Tensor, weight: Tensor) -> Tensor:
@@ -166,12 +166,12 @@ def turn(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def heads(x: Tensor, weight: Tensor, head_dim: int) -> Tensor:
-    """A projection as [heads, tokens, head_dim]."""
+    """Return a projection as [heads, tokens, head_dim]."""
     return (x @ weight.T).reshape(len(x), -1, head_dim).transpose(0, 1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-    """Softmax attention over [heads, tokens, hd] with repeated keys, as [tokens, heads * hd]."""
+    """Compute attention over [heads, tokens, hd] with repeated keys; return [tokens, heads * hd]."""
     k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
     scores = (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).masked_fill(~visible, -torch.inf)
     return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
@@ -188,7 +188,7 @@ def mlp(w: Weights, p: str, x: Tensor) -> Tensor:
 
 
 def text_keys_values(w: Weights, config: dict[str, Any], ids: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of every layer of the language model for one prompt."""
+    """Compute keys and values of every layer of the language model for one prompt."""
     hd, x, kept = config["head_dim"], w["llm.embed_tokens.weight"][ids], []
     freqs = config["text_rope_theta"] ** (-torch.arange(hd // 2) / (hd // 2))
     angles = torch.arange(len(ids))[:, None] * freqs
@@ -272,7 +272,7 @@ def naive_single(w: Weights, config: dict[str, Any], arm: str, inputs: Weights) 
 
 
 @pytest.mark.parametrize("arm", PAPER_ARMS)
-def test_golden_case(shared: Path, arm: str) -> None:
+def test_golden_cases_are_reproduced(shared: Path, arm: str) -> None:
     folder = shared / "golden" / "upstream"
     case = load_file(folder / f"{arm}.safetensors")
     weights = {k.removeprefix("weights."): v for k, v in case.items() if k.startswith("weights.")}
@@ -291,7 +291,7 @@ def test_golden_case(shared: Path, arm: str) -> None:
         ({"num_heads": 4, "num_kv_heads": 4, "head_dim": 12, "depth": 4, "mrope_section": [2, 2, 2]}, 32, 24),
     ],
 )
-def test_equals_a_naive_copy(arm: str, sizes: dict[str, int], height: int, width: int) -> None:
+def test_a_converted_model_equals_the_naive_reference(arm: str, sizes: dict[str, int], height: int, width: int) -> None:
     config = CONFIG | sizes
     weights, inputs = random_weights(config, arm), random_inputs(config, arm, height, width, batch=3)
     model = from_upstream(weights, config, arm)
@@ -301,13 +301,13 @@ def test_equals_a_naive_copy(arm: str, sizes: dict[str, int], height: int, width
 
 @pytest.mark.parametrize("arm", PAPER_ARMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_round_trip(arm: str, dtype: torch.dtype) -> None:
+def test_conversion_back_restores_the_weights(arm: str, dtype: torch.dtype) -> None:
     weights = {name: x.to(dtype) for name, x in random_weights(CONFIG, arm).items()}
     model = from_upstream(weights, CONFIG, arm)
     back = to_upstream(model)
     assert back.keys() == weights.keys()
     for name, x in weights.items():
-        # A gate's first layer is turned in time: in float32 its numbers come back within one rounding.
+        # The first layer of a gate changes by one rounding in float32.
         turned = "weight_generator.0.weight" in name and dtype == torch.float32
         torch.testing.assert_close(back[name], x, atol=1e-7 if turned else 0, rtol=0)
     again = from_upstream(back, upstream_config(model), arm)
@@ -317,14 +317,14 @@ def test_round_trip(arm: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(upstream_forward(again, **inputs), upstream_forward(model, **inputs))
 
 
-def test_activation_and_number_as_rope_base_are_read() -> None:
+def test_another_activation_and_one_rope_base_are_read() -> None:
     config = CONFIG | {"hidden_act": "gelu_pytorch_tanh", "rope_theta": 77.0}
     model = from_upstream(random_weights(config, "depth"), config, "S2")
     assert (model.cfg.activation, model.cfg.rope_theta, model.cfg.mlp_width) == ("gelu_tanh", 77.0, MLP_WIDTH)
     assert upstream_config(model)["hidden_act"] == "gelu_pytorch_tanh"
 
 
-def test_loaded_model_owns_its_weights_and_trains() -> None:
+def test_a_converted_model_owns_its_weights_and_is_trainable() -> None:
     weights = random_weights(CONFIG, "depth")
     model = from_upstream(weights, CONFIG, "depth")
     assert all(p.requires_grad for p in model.parameters())
@@ -335,7 +335,7 @@ def test_loaded_model_owns_its_weights_and_trains() -> None:
     assert torch.equal(weights["layers.0.mlp.down_proj.weight"], before)
 
 
-def test_language_model_is_kept_outside_of_the_state() -> None:
+def test_the_language_model_is_not_in_the_state_dict() -> None:
     weights = random_weights(CONFIG, "fusedit")
     model = from_upstream(weights, CONFIG, "fusedit")
     assert isinstance(model, UpstreamFuseDiT)
@@ -346,7 +346,7 @@ def test_language_model_is_kept_outside_of_the_state() -> None:
     bare = {name.removeprefix("dit."): x for name, x in weights.items() if name.startswith("dit.")}
     alone = from_upstream(bare, CONFIG, "fusedit")
     assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), model.parameters(), strict=True))
-    with pytest.raises(ValueError, match="without its language model"):
+    with pytest.raises(ValueError, match="came without its language model: convert a checkpoint"):
         upstream_forward(alone, **random_inputs(CONFIG, "fusedit", 4, 4))
 
 
@@ -389,7 +389,7 @@ def as_deepspeed(weights: Weights, folder: Path) -> Path:
 
 
 def as_deepspeed_itself(weights: Weights, folder: Path) -> Path:
-    """Its own layout, with all that its states hold beside the weights."""
+    """Write the layout of DeepSpeed itself, with other states beside the weights."""
     state = {
         "module": OrderedDict((f"module.{name}", x) for name, x in weights.items()),
         "optimizer": None,
@@ -432,7 +432,7 @@ def test_every_layout_loads(tmp_path: Path, write: Callable[[Weights, Path], Pat
 
 
 @pytest.mark.parametrize("prefix", ["module.", "transformer.", "dit.", "module._orig_mod.", "model.module."])
-def test_a_prefix_that_all_names_share(prefix: str) -> None:
+def test_a_prefix_of_all_names_is_removed(prefix: str) -> None:
     weights = random_weights(CONFIG, "static")
     model = from_upstream({f"{prefix}{name}": x for name, x in weights.items()}, CONFIG, "static")
     expected = from_upstream(weights, CONFIG, "static").state_dict()
@@ -442,7 +442,7 @@ def test_a_prefix_that_all_names_share(prefix: str) -> None:
         from_upstream(some, CONFIG, "static")
 
 
-def test_written_weights_load_again(tmp_path: Path) -> None:
+def test_written_weights_can_be_loaded(tmp_path: Path) -> None:
     model = from_upstream(random_weights(CONFIG, "time"), CONFIG, "time")
     save_file(to_upstream(model), tmp_path / "model.safetensors")
     again = load_upstream(tmp_path, upstream_config(model), "time")
@@ -464,8 +464,8 @@ def status(key):
 
 src, config = Path(sys.argv[1]), json.loads(sys.argv[2])
 with torch.device("meta"):
-    make_model(DiTConfig(depth=1))  # torch imports what its meta device needs: no part of the measurement
-Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    make_model(DiTConfig(depth=1))  # imports of torch for its meta device are not measured
+Path("/proc/self/clear_refs").write_text("5")  # resets the peak
 before = status("VmRSS")
 model = load_upstream(src, config, "depth")
 size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -475,7 +475,7 @@ sys.stdout.write(f"{(status('VmHWM') - before) / size}")
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory through Linux's /proc")
 @pytest.mark.parametrize("write", [as_safetensors_shards, as_safetensors, as_torch_file])
-def test_peak_memory_is_the_model(tmp_path: Path, write: Callable[[Weights, Path], Path]) -> None:
+def test_peak_memory_is_that_of_the_model(tmp_path: Path, write: Callable[[Weights, Path], Path]) -> None:
     config = CONFIG | {"depth": 24, "hidden_size": 384, "num_heads": 8, "num_kv_heads": 4, "head_dim": 64}
     config |= {"text_hidden_size": 256}
     src = write(random_weights(config, "depth"), tmp_path)
@@ -500,7 +500,7 @@ def test_both_sides_of_a_mismatch_are_named() -> None:
 
 
 @pytest.mark.parametrize("name", ["dit.layers.2.mlp.down_proj.weight", "llm.norm.weight"])
-def test_fusedit_is_strict_too(name: str) -> None:
+def test_fusedit_checkpoints_must_match_too(name: str) -> None:
     weights = random_weights(CONFIG, "fusedit")
     lost = weights.pop(name)
     with pytest.raises(ValueError, match=re.escape(name.split(".", 1)[1])):
@@ -522,7 +522,7 @@ def test_other_sizes_are_named() -> None:
         ({"hidden_act": "relu"}, "hidden_act='relu' is not known"),
         ({"timestep_conditioning": "adaln-zero"}, "timestep_conditioning='adaln-zero' cannot be converted"),
         ({"hidden_act": ["silu"]}, r"hidden_act=.* is not known"),
-        ({"rope_theta": {"time": 1e4}}, "knows time, but not arm 'depth'"),
+        ({"rope_theta": {"time": 1e4}}, "has time, but not arm 'depth'"),
         ({"rope_theta": None}, "rope_theta of the configuration is None; expected a number above 0"),
         ({"rope_theta": {"depth": "1e4"}}, "rope_theta of the configuration is '1e4'"),
         ({"depth": "3"}, "depth of the configuration is '3'; expected a whole number from 1 on"),
@@ -531,26 +531,26 @@ def test_other_sizes_are_named() -> None:
         ({"head_dim": None}, "head_dim of the configuration is None"),
     ],
 )
-def test_configurations_that_cannot_be(change: dict[str, Any], message: str) -> None:
+def test_bad_configurations_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         from_upstream(random_weights(CONFIG, "depth"), CONFIG | change, "depth")
 
 
-def test_weights_that_are_no_numbers_with_a_point() -> None:
+def test_weights_must_be_floating_point() -> None:
     weights = random_weights(CONFIG, "depth")
     weights["norm_out.weight"] = weights["norm_out.weight"].long()
     with pytest.raises(ValueError, match=r"1 tensors not of floating point \(norm_out.weight: torch.int64\)"):
         from_upstream(weights, CONFIG, "depth")
 
 
-def test_missing_setting_is_named() -> None:
+def test_a_missing_setting_is_named() -> None:
     config = {key: value for key, value in CONFIG.items() if key != "num_heads"}
     with pytest.raises(ValueError, match="lacks 'num_heads'"):
         from_upstream(random_weights(CONFIG, "depth"), config, "depth")
 
 
 class Runs:
-    """A pickle of this writes a file when it is opened."""
+    """An object whose pickle writes a file when it is loaded."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -560,7 +560,7 @@ class Runs:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_pickle_that_runs_code_is_refused(tmp_path: Path, zipped: bool) -> None:
+def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, zipped: bool) -> None:
     path, marker = tmp_path / "weights.pt", tmp_path / "ran"
     torch.save({"w": Runs(marker)}, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(ValueError, match=re.escape(str(path))):
@@ -569,7 +569,7 @@ def test_pickle_that_runs_code_is_refused(tmp_path: Path, zipped: bool) -> None:
 
 
 def with_changed_pickle(folder: Path) -> bytes:
-    """A torch file whose pickle asks for more than it has put on its stack."""
+    """Return a torch file with a changed pickle."""
     torch.save({"w": torch.zeros(2)}, folder / "good.pt")
     return (folder / "good.pt").read_bytes().replace(b"_rebuild_tensor_v2", b"_rebuild_tensor_v2"[::-1])
 
@@ -606,7 +606,7 @@ def test_index_and_shards_must_agree(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["../model.safetensors", "/model.safetensors", ".", "a/b.safetensors"])
-def test_an_index_names_files_beside_it_alone(tmp_path: Path, file: str) -> None:
+def test_an_index_may_only_name_files_beside_it(tmp_path: Path, file: str) -> None:
     index = tmp_path / "inner" / "model.safetensors.index.json"
     index.parent.mkdir()
     as_safetensors(random_weights(CONFIG, "static"), tmp_path)
@@ -615,14 +615,14 @@ def test_an_index_names_files_beside_it_alone(tmp_path: Path, file: str) -> None
         load_upstream(tmp_path / "inner", CONFIG, "static")
 
 
-def test_an_index_that_names_itself(tmp_path: Path) -> None:
+def test_an_index_that_names_itself_is_refused(tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"norm_out.weight": index.name}}))
     with pytest.raises(ValueError, match=re.escape(index.name)):
         load_upstream(tmp_path, CONFIG, "static")
 
 
-def test_folders_without_one_checkpoint(tmp_path: Path) -> None:
+def test_folders_without_exactly_one_checkpoint_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no weights"):
         read_upstream(tmp_path)
     save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors")
@@ -634,7 +634,7 @@ def test_folders_without_one_checkpoint(tmp_path: Path) -> None:
         read_upstream(tmp_path / "list.pt")
 
 
-def test_models_that_the_reference_lacks() -> None:
+def test_models_that_the_reference_lacks_are_refused() -> None:
     model = from_upstream(random_weights(CONFIG, "depth"), CONFIG, "depth")
     object.__setattr__(model.cfg, "prediction", "image")
     with pytest.raises(ValueError, match="has no known counterpart"):
