@@ -18,6 +18,9 @@ from PIL import Image
 from semantic_routing.checkpoint.load import find_checkpoint, read_state
 from semantic_routing.cli.main import main
 from semantic_routing.common.config import read_config
+from semantic_routing.sampling.load import load_bundle
+from semantic_routing.sampling.samplers import noise_for
+from semantic_routing.sampling.text_to_image import SampleConfig
 from semantic_routing.training.config import TrainConfig
 
 OLD = Path(__file__).with_name("v0_1")
@@ -73,14 +76,18 @@ def test_a_run_is_analysed_and_exported(old: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:__array")  # diffusers reads tensors with an old numpy call
-def test_a_pipeline_loads_and_samples(old: Path) -> None:
+def test_a_pipeline_samples_the_pixels_of_its_run(old: Path) -> None:
     from semantic_routing.interop.pipeline import SemanticRoutingPipeline
 
     index = json.loads((old / "pipeline" / "model_index.json").read_text())
     assert index["transformer"][0] == "semantic_routing.transformer"
     pipe = SemanticRoutingPipeline.from_pretrained(old / "pipeline")
-    drawn = pipe(["a red circle"], num_inference_steps=3, generator=torch.Generator().manual_seed(0)).images[0]
-    assert drawn.size == (16, 16)
+    noise = noise_for(0, [(0, 0)], pipe.latent_shape())
+    found = pipe(["a red circle"], num_inference_steps=3, guidance_scale=3.0, latents=noise).images[0]
+    run = load_bundle(old / "run", torch.device("cpu"))
+    expected = run.sample(["a red circle"], [(0, 0)], SampleConfig(steps=3, guidance=3.0))[0].numpy()
+    assert expected.std() > 10
+    np.testing.assert_array_equal(np.asarray(found), expected)
 
 
 def test_an_analysis_reads_a_pipeline(old: Path, tmp_path: Path) -> None:

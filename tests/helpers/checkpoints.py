@@ -34,6 +34,7 @@ class Net(nn.Module):
 
 
 def trained(steps: int = 3) -> tuple[Net, dict[str, Tensor], list[Optimizer]]:
+    """Return a network after some steps, a random moving average, and the optimisers."""
     model = Net()
     optimizers = make_optimizers(model, OptimConfig(name="muon", lr=0.1))
     for _ in range(steps):
@@ -42,6 +43,7 @@ def trained(steps: int = 3) -> tuple[Net, dict[str, Tensor], list[Optimizer]]:
 
 
 def train(model: Net, optimizers: list[Optimizer]) -> None:
+    """Take one step with random gradients."""
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     for optimizer in optimizers:
@@ -49,4 +51,5 @@ def train(model: Net, optimizers: list[Optimizer]) -> None:
 
 
 def files(folder: Path) -> dict[str, bytes]:
+    """Read all files below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
