@@ -287,7 +287,7 @@ BAD = {
     "analyze foreign --out out": "was not written by semroute train",
     # prompts
     "sample run --out out": "nothing to sample: give --prompt",
-    "sample run --prompts none.txt --out out": "there is no prompts file none.txt",
+    "sample run --prompts none.txt --out out": "cannot read prompts file none.txt: No such file or directory",
     "sample run --prompts empty.txt --out out": "empty.txt holds no prompts",
     "sample run --prompts latin.txt --out out": "latin.txt is not UTF-8 text (byte 3)",
     "sample run --prompts empty --out out": "cannot read empty: Is a directory",
