@@ -26,6 +26,7 @@ from semantic_routing.data.tools.caption_parts import Parts
 from semantic_routing.evaluation.fid import FeaturesArguments, evaluate_features
 from semantic_routing.interop.open import open_pipeline
 from semantic_routing.model.codec import CodecConfig, make_codec
+from semantic_routing.sampling.text_to_image import SampleConfig
 from semantic_routing.text.loading import quiet_transformers
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.loop import start
@@ -202,7 +203,10 @@ def test_all_that_is_written_is_as_the_umask_says(mask: int, tiny_config: Make, 
         tiny_lm(["a red circle", "a blue star"], layers=1, width=64, steps=1, cache_dir=place / "cache")
         run = place / "run"
         start(tiny_config(steps=2, checkpoint_every=1, preview_every=1), run)
-        sample_to_folder(SampleArguments(model=run, out=place / "images", prompt=("a star",), steps=1, device="cpu"))
+        sampling = SampleConfig(steps=1)
+        sample_to_folder(
+            SampleArguments(model=run, out=place / "images", prompt=("a star",), sampling=sampling, device="cpu")
+        )
         picture = next((place / "images").glob("*.png"))
         (place / "images" / f"{picture.stem}.txt").write_text("a star")
         with quiet_transformers():

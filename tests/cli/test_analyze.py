@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from semantic_routing.cli.analyze import AnalyzeArguments, run_analysis
+from semantic_routing.cli.analyze import AnalyzeArguments, TrajectorySampling, run_analysis
 from semantic_routing.interop.export import ExportArguments, export
 from semantic_routing.sampling.clock import parse_clock
 from semantic_routing.training.loop import start
@@ -88,7 +88,8 @@ def test_a_clock_changes_the_trajectory_and_stands_beside_its_numbers(joint_run:
     settings = {"trajectory": True, "n": 2, "guidance": (2.0,), "steps": (3,), "times": (0.5,), "device": "cpu"}
     leads = []
     for clock in ("nominal", "shifted:0.5:0"):
-        run_analysis(AnalyzeArguments(models=(joint_run,), out=tmp_path / clock, clock=clock, **settings))
+        sampling = TrajectorySampling(clock=clock)
+        run_analysis(AnalyzeArguments(models=(joint_run,), out=tmp_path / clock, sampling=sampling, **settings))
         leads += json.loads((tmp_path / clock / "lead.json").read_text())
     assert [row["clock"] for row in leads] == ["nominal", "shifted:0.5:0"]
     assert leads[0]["lead"] != leads[1]["lead"]
@@ -122,9 +123,9 @@ def test_what_cannot_be_analysed_is_said(tiny_run: Path, tmp_path: Path) -> None
         AnalyzeArguments(models=(), out=tmp_path)
     with pytest.raises(ValueError, match="at least 2 steps"):
         AnalyzeArguments(models=(tiny_run,), out=tmp_path, steps=(1,))
-    with pytest.raises(ValueError, match=r"times are from 0 \(noise\) to 1 \(data\), at least one"):
+    with pytest.raises(ValueError, match=r"times must be from 0 \(noise\) to 1 \(data\); give at least one"):
         AnalyzeArguments(models=(tiny_run,), out=tmp_path, times=(0.5, 1.5))
-    with pytest.raises(ValueError, match="one of the guidance is given twice"):
+    with pytest.raises(ValueError, match="guidance has a value twice"):
         AnalyzeArguments(models=(tiny_run,), out=tmp_path, guidance=(1.0, 1.0))
     with pytest.raises(ValueError, match="a model is given twice"):
         run_analysis(AnalyzeArguments(models=(tiny_run, tiny_run), out=tmp_path))

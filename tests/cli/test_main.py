@@ -25,6 +25,7 @@ import semantic_routing.training.loop as training
 from semantic_routing import __version__
 from semantic_routing.checkpoint.load import EMA, checkpoints, find_checkpoint, read_state
 from semantic_routing.cli.arguments import parse
+from semantic_routing.cli.convert import DIRECTIONS
 from semantic_routing.cli.evaluate import BENCHMARKS
 from semantic_routing.cli.main import COMMANDS, main
 from semantic_routing.common.config import to_dict
@@ -77,6 +78,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "paper", "--arm", "S3", "--help"], ["--optim.lr", "500000", "joint"]),
         (["sample", "--help"], ["--prompts", "--images-per-prompt"]),
         (["evaluate", "--help"], [f"\n{name} " for name in BENCHMARKS]),
+        (["convert", "--help"], [f"\nsemroute convert {name} " for name in DIRECTIONS]),
         (["evaluate", "shapes", "--help"], ["--prompt-seed", "--guidance"]),
         (["evaluate", "geneval", "--help"], ["--prompts", "--detector", "--variant", "--images", "--rescore"]),
         (["evaluate", "genai-bench", "--help"], ["--skills", "--judge.model", "--local-judge", "--template"]),
@@ -233,8 +235,9 @@ BAD = {
     "train toy --optim.lrr 5 --out out": "unknown option --optim.lrr; did you mean --optim.lr?",
     "train toy --zzzzzzzz 5 --out out": "unknown option --zzzzzzzz; semroute train toy --help lists the options",
     "train toy --steps 5 --steps 6 --out out": "--steps is given twice",
+    "train toy --out out --out other": "--out is given twice",
     "train toy --steps 5": "where should the run be written? give --out",
-    "train toy --out": "argument --out: expected one argument",
+    "train toy --out": "Missing value for argument '--out'",
     "train toy --steps --out out": "Missing value for argument '--steps'",
     "train toy --steps five --out out": "Error parsing --steps: invalid literal for int()",
     "train toy --optim.name adam --out out": "invalid choice 'adam' for argument '--optim.name'",

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from copy import deepcopy as copy_of
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -245,8 +245,10 @@ def test_a_runs_own_encoder_is_found_in_its_folder(tmp_path: Path) -> None:
 
 
 def arguments(run: Path, out: Path, **changes: object) -> SampleArguments:
-    settings = {"prompt": ("a red circle", "a star"), "images_per_prompt": 2, "steps": 2, "guidance": 2.0, "batch": 3}
-    return SampleArguments(model=run, out=out, device="cpu", **(settings | changes))
+    settings = {"prompt": ("a red circle", "a star"), "images_per_prompt": 2} | changes
+    sampling = {field.name: settings.pop(field.name) for field in fields(SampleConfig) if field.name in changes}
+    cfg = SampleConfig(**({"steps": 2, "guidance": 2.0, "batch": 3} | sampling))
+    return SampleArguments(model=run, out=out, device="cpu", sampling=cfg, **settings)
 
 
 def pixels(out: Path) -> dict[str, np.ndarray]:
