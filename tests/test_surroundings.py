@@ -112,7 +112,7 @@ def test_a_broken_tensorboard_that_nobody_asked_for(
     with broken("tensorboard", tmp_path / "packages", RAISED[3], monkeypatch), Tracker(tmp_path / "run", 0) as tracker:
         tracker.write({"step": 1, "loss": 0.5})
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5}
-    assert capsys.readouterr().err.count("going on without it") == 1
+    assert capsys.readouterr().err.count("continuing without it") == 1
 
 
 @pytest.mark.behaviour(

@@ -36,8 +36,8 @@ def _bare(monkeypatch: pytest.MonkeyPatch) -> None:
         ("https_proxy", "socks5h://me:secret@127.0.0.1:1", "pip install socksio, or unset https_proxy"),
         ("all_proxy", "socks://127.0.0.1:1080/", "http://HOST:PORT"),
         ("HTTPS_PROXY", "http://me:secret@proxy:port", "http://HOST:PORT"),
-        ("SSL_CERT_FILE", "/gone/cacert.pem", "which is no file; unset SSL_CERT_FILE"),
-        ("SSL_CERT_DIR", "/gone/certs", "which is no folder; unset SSL_CERT_DIR"),
+        ("SSL_CERT_FILE", "/gone/cacert.pem", "which is not a file; unset SSL_CERT_FILE"),
+        ("SSL_CERT_DIR", "/gone/certs", "which is not a folder; unset SSL_CERT_DIR"),
     ],
 )
 def test_what_spoils_the_way_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, fix: str) -> None:

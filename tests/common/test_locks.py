@@ -40,7 +40,7 @@ def test_another_process_is_named_until_it_is_killed(tmp_path: Path) -> None:
     try:
         with pytest.raises(ValueError, match="the folder is in use: process") as refused, claimed(lock, "the folder"):
             pass
-        assert f"process {process.pid} on host {socket.gethostname()} is at it since 20" in str(refused.value)
+        assert f"process {process.pid} on host {socket.gethostname()} has used it since 20" in str(refused.value)
         assert "delete" not in str(refused.value)  # on this machine the lock cannot be stale
         assert lock.is_file()
     finally:
@@ -80,7 +80,7 @@ def test_who_holds_it_on_another_machine_is_named_with_the_way_out(tmp_path: Pat
     lock.write_text(json.dumps({"host": "gpu07", "pid": 12, "since": "2026-01-01T00:00:00+00:00"}))
     with lock.open() as there:
         fcntl.flock(there, fcntl.LOCK_EX)
-        told = rf"process 12 on host gpu07 is at it since .*; if that machine is gone, delete {lock}$"
+        told = rf"process 12 on host gpu07 has used it since .*; if that machine is gone, delete {lock}$"
         with pytest.raises(ValueError, match=told), claimed(lock, "the folder"):
             pass
 
@@ -133,5 +133,5 @@ def test_a_disk_without_locks_is_told_and_goes_on(
     with claimed(tmp_path / LOCK, "the folder"):
         pass
     assert capsys.readouterr().err == (
-        f"semroute: {tmp_path} is on a disk without locks: let no other process write there\n"
+        f"semroute: the disk of {tmp_path} has no locks; let no other command write there\n"
     )

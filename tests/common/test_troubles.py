@@ -21,9 +21,9 @@ def test_each_thing_is_told_once_and_by_name(capsys: pytest.CaptureFixture[str])
         fail(troubles, what, OSError(28, "No space left on device"))
     fail(troubles, "wandb", RuntimeError("is gone"), RuntimeError)
     assert capsys.readouterr().err.splitlines() == [
-        "semroute: metrics.jsonl: No space left on device; going on without it, and saying so once",
-        "semroute: samples: No space left on device; going on without it, and saying so once",
-        "semroute: wandb: is gone; going on without it, and saying so once",
+        "semroute: metrics.jsonl: No space left on device; continuing without it (reported once)",
+        "semroute: samples: No space left on device; continuing without it (reported once)",
+        "semroute: wandb: is gone; continuing without it (reported once)",
     ]
 
 

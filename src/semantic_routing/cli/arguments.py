@@ -46,13 +46,12 @@ def parse(cls: type[T], args: list[str], *, prog: str, default: T | None = None,
     that is missing or wrong. --help ends the process with code 0.
     """
     known = options(cls)
-    for name in _names(args):
+    for name in _names(args, known):
         if name not in [*known, "--help"]:
             meant = _meant(name, [*known, *beside])
             raise ValueError(
                 f"unknown option {name}; " + (f"did you mean {meant}?" if meant else f"{prog} --help lists the options")
             )
-    _check_once(args, known)
     parsed = _tyro(cls, args=args, prog=prog, default=tyro.MISSING_NONPROP if default is None else default)
     check_finite(parsed)
     return parsed
@@ -60,16 +59,16 @@ def parse(cls: type[T], args: list[str], *, prog: str, default: T | None = None,
 
 def parse_known(cls: type[T], args: list[str], *, prog: str) -> tuple[T, list[str]]:
     """Return an instance of the dataclass ``cls`` and the arguments that are not its own, --help among them."""
-    _check_once(args, options(cls))
+    _names(args, options(cls))  # for the error of a repeated one
     return _tyro(cls, args=args, prog=prog, add_help=False, return_unknown_args=True)
 
 
 def options(cls: Any, prefix: str = "") -> list[str]:
     """Return the options of a dataclass in tyro's spelling (tyro 1.0.17 has deprecated its own list, get_parser)."""
     names = []
-    hints, annotations = get_type_hints(cls), _annotations(cls)
+    hints, annotations = get_type_hints(cls), get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
-        markers = _markers(annotations[field.name])
+        markers = getattr(annotations[field.name], "__metadata__", ())
         if tyro.conf.Positional in markers or tyro.conf.Fixed in markers:
             continue
         name, kind = prefix + field.name.replace("_", "-"), hints[field.name]
@@ -82,23 +81,13 @@ def options(cls: Any, prefix: str = "") -> list[str]:
     return names
 
 
-def _annotations(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls, include_extras=True)
-
-
-def _markers(annotation: Any) -> tuple[Any, ...]:
-    return getattr(annotation, "__metadata__", ())
-
-
-def _names(args: list[str]) -> list[str]:
-    return [arg.split("=", 1)[0].replace("_", "-") for arg in args if arg.startswith("--")]
-
-
-def _check_once(args: list[str], known: list[str]) -> None:
-    names = _names(args)
+def _names(args: list[str], known: list[str]) -> list[str]:
+    """Return the names of the options in ``args``; ValueError if one of ``known`` comes twice."""
+    names = [arg.split("=", 1)[0].replace("_", "-") for arg in args if arg.startswith("--")]
     for name in known:
         if names.count(name) > 1:
             raise ValueError(f"{name} is given twice; put several values after one {name}")
+    return names
 
 
 def _tyro(cls: type, **settings: Any) -> Any:
@@ -114,10 +103,7 @@ def _tyro(cls: type, **settings: Any) -> Any:
     except SystemExit as end:
         if not end.code:
             raise
-        message = _unboxed(printed.getvalue())
-        for name in (cls.__name__, *(name for name, hint in _annotations(cls).items() if FLAT in _markers(hint))):
-            message = message.removeprefix(f"Error parsing {name}: ")  # no names that the user has typed
-        raise ValueError(message) from None
+        raise ValueError(_unboxed(printed.getvalue()).removeprefix(f"Error parsing {cls.__name__}: ")) from None
 
 
 def _unboxed(text: str) -> str:

@@ -33,7 +33,7 @@ class UpstreamArguments:
     """Turn a checkpoint of the paper's reference implementation into a run that every command can open."""
 
     src: Annotated[Path, tyro.conf.Positional]
-    """A safetensors or torch file, or a folder with such a file, with its shards, or saved by DeepSpeed or Accelerate."""
+    """A safetensors or torch file, or a folder with such a file, with its shards, or of DeepSpeed or Accelerate."""
     config: Path
     """JSON file of the checkpoint's sizes under the reference's names."""
     arm: str
