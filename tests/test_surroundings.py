@@ -162,6 +162,7 @@ def semroute(line: str, **variables: str) -> subprocess.CompletedProcess[str]:
         ("semroute --version > /dev/full", 1, "semroute: the standard output cannot be written: No space left"),
         ("semroute nonsense 2>&-", 2, ""),
         ("PYTHONIOENCODING=ascii semroute overhead --scale toy", 0, ""),
+        ("PYTHONIOENCODING=ascii semroute overhead --scale try", 2, "semroute: invalid choice 'try' for argument"),
         ("LC_ALL=C semroute --help", 0, ""),
     ],
 )

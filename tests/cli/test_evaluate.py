@@ -200,7 +200,7 @@ def test_drawbench_through_a_server(judge: tuple[str, list[dict]], tmp_path: Pat
     [
         ("shapes --out out", "give either --model, a run or pipeline, or --images, a folder"),
         ("shapes --model run --images run --out out", "give either --model"),
-        ("shapes --images x --no-score --out out", "--no-score samples images only"),
+        ("shapes --images x --no-score --out out", "--no-score only samples images"),
         ("shapes --images nowhere --out out", "there is no folder of images nowhere"),
         ("shapes --model run --n 0 --out out", "n is 0"),
         ("geneval --model run --out out", "Missing from semroute evaluate geneval: --prompts PATH"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -346,13 +347,17 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What a command takes."""
+    """Arguments of a command."""
 
     model: Annotated[Path, tyro.conf.Positional]
     """A place."""
     some_count: int = 1
     names: tuple[str, ...] = ()
     part: Part = field(default_factory=Part)
+
+    def __post_init__(self) -> None:
+        if self.some_count == 7:
+            raise ValueError("some_count is 7; choose another number")
 
 
 def test_options_are_parsed() -> None:
@@ -372,10 +377,18 @@ def test_options_are_parsed() -> None:
         (["here", "--some-count"], "Missing value for argument '--some-count'"),
         (["here", "--part.rate", "x"], "Error parsing --part.rate: could not convert string to float: 'x'"),
         (["here", "--names", "a", "--names", "b"], "--names is given twice; put several values after one --names"),
+        (["here", "--some-count", "7"], "some_count is 7; choose another number$"),
+        (["here", "there"], "Unrecognized options: there$"),
         ([], "Missing from x: PATH A place"),
     ],
 )
-def test_options_that_cannot_be_parsed(args: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_options_that_cannot_be_parsed(
+    args: list[str], message: str, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tyro draws another box where the standard output is not UTF-8."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    with pytest.raises(ValueError, match=f"^{message}") as error:
         parse(Arguments, args, prog="x")
     assert not set("╭│╰─\n") & set(str(error.value))
+    assert "---" not in str(error.value)

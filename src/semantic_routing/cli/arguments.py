@@ -107,9 +107,10 @@ def _tyro(cls: type, **settings: Any) -> Any:
 
 
 def _unboxed(text: str) -> str:
-    """Return the first part of a box with a title as one line."""
+    """Return the first part of a box as one line; if the output is not UTF-8, tyro draws its title above a rule."""
     lines = [line.strip("│ ") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
-    ends = [i for i, line in enumerate(lines) if line and not line.strip("─")]
+    lines = lines if text.startswith("╭") else lines[2:]
+    ends = [i for i, line in enumerate(lines) if line and not line.strip("─-")]
     return " ".join(" ".join(lines[: ends[0] if ends else None]).split())
 
 
