@@ -48,16 +48,9 @@ class Processes:
 
 @contextmanager
 def processes() -> Iterator[Processes]:
-    """Open a gloo process group for the context, so that the job's processes can wait for each other."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1 or dist.is_initialized():
-        yield Processes(int(os.environ.get("RANK", "0")), count)
-        return
-    dist.init_process_group("gloo", timeout=PATIENCE)
-    try:
-        yield Processes(dist.get_rank(), count)
-    finally:
-        dist.destroy_process_group()
+    """Join the job's processes for the context, so that they can wait for each other (over gloo, on the host)."""
+    with _joined("gloo") as (rank, count):
+        yield Processes(rank, count)
 
 
 ALONE = Processes()
@@ -145,18 +138,32 @@ class World(Processes):
 
 @contextmanager
 def open_world() -> Iterator[World]:
-    """Open the process group of the processes that torchrun started for the context; none for a single process."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
-        yield World()
-        return
+    """Join the run's processes for the context: over gloo on CPUs and NCCL on GPUs."""
     backend = "gloo"
-    if torch.cuda.is_available():
+    if _count() > 1 and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
+    with _joined(backend) as (rank, count):
+        yield World(rank, count)
+
+
+@contextmanager
+def _joined(backend: str) -> Iterator[tuple[int, int]]:
+    """Open the process group of torchrun's processes, unless it is open; yield rank and world size."""
+    if _count() == 1:
+        yield 0, 1
+        return
+    if dist.is_initialized():
+        yield dist.get_rank(), _count()
+        return
     dist.init_process_group(backend, timeout=PATIENCE)
     try:
-        yield World(dist.get_rank(), count)
+        yield dist.get_rank(), _count()
     finally:
         time.sleep(SETTLE)
         dist.destroy_process_group()
+
+
+def _count() -> int:
+    """Return the world size that torchrun sets."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
