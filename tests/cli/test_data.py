@@ -1,4 +1,4 @@
-"""semroute data: index and stats from the command line."""
+"""``semroute data``: index and stats from the command line."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_sample_is_spread_evenly_over_all_sources():
     assert "0 records" in table(empty)
 
 
-def test_what_is_asked_wrong_is_said(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_bad_arguments_are_one_line(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "needs paths" in fails(capsys, "index")
     assert "needs paths" in fails(capsys, "stats")
     assert "needs paths" in fails(capsys, "recaption", "--out", "captions.parquet")

@@ -1,4 +1,4 @@
-"""The command line: a whole run through it, and one clear line for everything that cannot be done."""
+"""The command line: a complete run, and one clear line for every mistake."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Make = Callable[..., TrainConfig]
 
 
 def call(*args: object) -> int:
-    """Run the command in this process; its exit code."""
+    """Run the command in this process and return its exit code."""
     try:
         main([str(arg) for arg in args])
     except SystemExit as end:
@@ -94,13 +94,13 @@ def test_every_command_has_help(args: list[str], shown: list[str], capsys: pytes
     assert all(text in out for text in shown)
 
 
-# --- a whole run ---
+# --- a complete run ---
 
 
 def test_from_training_to_scores(
     tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Train, stopped by SIGTERM; resume; sample, and again what is missing; evaluate; analyse."""
+    """Train until SIGTERM, resume, sample, sample a missing image again, evaluate and analyse."""
     config, run = tmp_path / "config.json", tmp_path / "run"
     config.write_text(json.dumps(to_dict(tiny_config("joint"))))
 
@@ -156,7 +156,7 @@ def test_from_training_to_scores(
 def test_a_recipe_from_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The toy recipe as it is, but small and with a language model of two steps."""
+    """The toy recipe with small sizes and a language model trained for two steps."""
     monkeypatch.setattr(training, "training_corpus", lambda source: [f"a {i} circle" for i in range(40)])
     monkeypatch.setattr(
         training, "tiny_lm", partial(tiny_lm, layers=3, width=64, steps=2, cache_dir=tmp_path / "cache")
@@ -186,7 +186,7 @@ def test_failed_training_ends_with_code_1(
     ("error", "code", "line"),
     [(KeyboardInterrupt(), 130, "interrupted"), (OSError(28, "No space left on device"), 1, "[Errno 28] No space")],
 )
-def test_how_else_a_command_may_end(
+def test_other_errors_have_their_exit_codes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str
 ) -> None:
     def fail(args: list[str]) -> None:
@@ -202,7 +202,7 @@ def test_how_else_a_command_may_end(
 
 @pytest.fixture
 def place(tmp_path: Path, tiny_run: Path, tiny_config: Make, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what bad input is made of; commands run in it."""
+    """Working folder with files for bad input."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").symlink_to(tiny_run)
     (tmp_path / "file").write_text("a file")
@@ -307,7 +307,7 @@ BAD = {
     "analyze run --out file/out": "cannot write file/out",
     "quickstart --out file/out": "cannot write file/out: ",
 }  # fmt: skip
-"""What is typed, and what the one line on stderr says."""
+"""Command and a part of its one line on stderr."""
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -324,7 +324,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(place: Path, typed: str, capsy
     assert tree(place) == before
 
 
-def test_a_real_process_ends_alike(tmp_path: Path) -> None:
+def test_a_real_process_ends_the_same_way(tmp_path: Path) -> None:
     code = "from semantic_routing.cli.main import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "sample", "nowhere", "--prompt", "a", "--out", "out"],

@@ -143,7 +143,7 @@ def _captions(args: AnalyzeArguments) -> list[str]:
 def _trajectories(bundle: TextToImage, args: AnalyzeArguments, out: Path) -> list[tuple[SampleConfig, Trajectory]]:
     """Measure a trajectory for each number of steps and guidance; write the calibration of each at once."""
     captions = _captions(args)
-    runs = []
+    runs: list[tuple[SampleConfig, Trajectory]] = []
     for steps in args.steps:
         for guidance in args.guidance:
             cfg = replace(args.sampling, steps=steps, guidance=guidance)
