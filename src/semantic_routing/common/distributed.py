@@ -140,7 +140,7 @@ class World(Processes):
 def open_world() -> Iterator[World]:
     """Join the run's processes for the context: over gloo on CPUs and NCCL on GPUs."""
     backend = "gloo"
-    if _count() > 1 and torch.cuda.is_available():
+    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
     with _joined(backend) as (rank, count):
@@ -150,20 +150,13 @@ def open_world() -> Iterator[World]:
 @contextmanager
 def _joined(backend: str) -> Iterator[tuple[int, int]]:
     """Open the process group of torchrun's processes, unless it is open; yield rank and world size."""
-    if _count() == 1:
-        yield 0, 1
-        return
-    if dist.is_initialized():
-        yield dist.get_rank(), _count()
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1 or dist.is_initialized():
+        yield dist.get_rank() if count > 1 else 0, count
         return
     dist.init_process_group(backend, timeout=PATIENCE)
     try:
-        yield dist.get_rank(), _count()
+        yield dist.get_rank(), count
     finally:
         time.sleep(SETTLE)
         dist.destroy_process_group()
-
-
-def _count() -> int:
-    """Return the world size that torchrun sets."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
