@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,10 +26,12 @@ from safetensors.torch import save_file
 import semantic_routing.training.loop as training
 from semantic_routing import __version__
 from semantic_routing.checkpoint.load import EMA, checkpoints, find_checkpoint, read_state
-from semantic_routing.cli.arguments import parse
+from semantic_routing.cli.analyze import AnalyzeArguments
+from semantic_routing.cli.arguments import options, parse
 from semantic_routing.cli.convert import DIRECTIONS
-from semantic_routing.cli.evaluate import BENCHMARKS
+from semantic_routing.cli.evaluate import BENCHMARKS, GenAIBenchArguments
 from semantic_routing.cli.main import COMMANDS, main
+from semantic_routing.cli.sample import SampleArguments
 from semantic_routing.common.config import to_dict
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.tiny_lm import tiny_lm
@@ -234,6 +237,8 @@ BAD = {
     "train --config good.json --model.arm unifrom --out out": "unknown arm 'unifrom'; did you mean 'uniform'?",
     "train toy --stepz 5 --out out": "unknown option --stepz; did you mean --steps?",
     "train toy --optim.lrr 5 --out out": "unknown option --optim.lrr; did you mean --optim.lr?",
+    "sample run --prompt a --stepz 5 --out out": "unknown option --stepz; did you mean --steps?",
+    "analyze run --compile --out out": "unknown option --compile; ",
     "train toy --zzzzzzzz 5 --out out": "unknown option --zzzzzzzz; semroute train toy --help lists the options",
     "train toy --steps 5 --steps 6 --out out": "--steps is given twice",
     "train toy --out out --out other": "--out is given twice",
@@ -367,6 +372,17 @@ def test_options_are_parsed() -> None:
     assert parse(Arguments, ["here", "--some_count", "3"], prog="x").some_count == 3
     default = Arguments(model=Path("there"), some_count=9, names=("z",))
     assert parse(Arguments, ["--part.rate", "0.25"], prog="x", default=default).some_count == 9
+
+
+@pytest.mark.parametrize("cls", [SampleArguments, AnalyzeArguments, GenAIBenchArguments, TrainConfig])
+def test_options_are_those_of_the_help(
+    cls: type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")  # one column of options
+    with pytest.raises(SystemExit):
+        parse(cls, ["--help"], prog="x")
+    columns = re.findall(r"^[│ ]*(--[a-z].*?)(?:  |[ │]*$)", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(re.findall(r"--[a-z][\w.-]*", " ".join(columns))) == sorted(options(cls))
 
 
 @pytest.mark.parametrize(
