@@ -24,7 +24,7 @@ class OverheadArguments:
     arms: tuple[str, ...] = PAPER_ARMS
     """Conditioning strategies to measure."""
     text_tokens: int = 32
-    """Length of the prompt in tokens, for the numbers that the paper does not give."""
+    """Length of the prompt in tokens, in the counts of this program."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device for latency and memory; auto measures them only if there is a CUDA device."""
     compile: bool = False
