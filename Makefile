@@ -1,4 +1,4 @@
-# What a newcomer runs, and exactly what CI runs. VENV names another environment folder.
+# Commands for newcomers and CI. VENV sets the environment's folder.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

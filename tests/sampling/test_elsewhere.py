@@ -141,8 +141,8 @@ def test_a_pipeline_samples_the_images_of_its_run(
     tiny_run: Path, tmp_path: Path, guidance: float, negative: str | None
 ) -> None:
     export(ExportArguments(model=tiny_run, out=tmp_path / "pipe"))
-    asked = SampleArguments(model=tiny_run, out=tmp_path / "run", prompt=("a star",), steps=2, guidance=guidance,
-                            negative_prompt=negative, device="cpu")  # fmt: skip
+    asked = SampleArguments(model=tiny_run, out=tmp_path / "run", prompt=("a star",), negative_prompt=negative,
+                            sampling=SampleConfig(steps=2, guidance=guidance), device="cpu")  # fmt: skip
     drawn = [sample_to_folder(replace(asked, model=model, out=tmp_path / out), open_model) / "00000_00.png"
              for model, out in ((tiny_run, "run"), (tmp_path / "pipe", "pipe-images"))]  # fmt: skip
     pipe = SemanticRoutingPipeline.from_pretrained(str(tmp_path / "pipe"))
@@ -193,7 +193,8 @@ def test_a_picture_that_is_not_finite_is_an_error(tiny_run: Path, value: float) 
     then="images follow it, and the manifest records it",
 )
 def test_size_and_negative_prompt_are_part_of_the_request(tiny_run: Path, tmp_path: Path) -> None:
-    asked = SampleArguments(model=tiny_run, out=tmp_path / "a", prompt=("a star",), steps=1, device="cpu", height=16)
+    asked = SampleArguments(model=tiny_run, out=tmp_path / "a", prompt=("a star",), device="cpu", height=16,
+                            sampling=SampleConfig(steps=1))  # fmt: skip
     sample_to_folder(asked)
     assert np.asarray(Image.open(tmp_path / "a" / "00000_00.png")).shape == (16, 32, 3)
     with pytest.raises(ValueError, match="holds other images"):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,10 @@ CPU = torch.device("cpu")
 
 
 def arguments(run: Path, out: Path, **changes: object) -> SampleArguments:
-    settings = {"prompt": ("a red circle", "a star"), "images_per_prompt": 2, "steps": 2, "guidance": 2.0, "batch": 3}
-    return SampleArguments(model=run, out=out, device="cpu", **(settings | changes))
+    settings = {"prompt": ("a red circle", "a star"), "images_per_prompt": 2} | changes
+    sampling = {field.name: settings.pop(field.name) for field in fields(SampleConfig) if field.name in changes}
+    cfg = SampleConfig(**({"steps": 2, "guidance": 2.0, "batch": 3} | sampling))
+    return SampleArguments(model=run, out=out, device="cpu", sampling=cfg, **settings)
 
 
 def pixels(out: Path) -> dict[str, np.ndarray]:

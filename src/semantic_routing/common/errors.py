@@ -1,10 +1,10 @@
-"""Ways to end other than well that are not the user's mistake; those are plain ``ValueError``."""
+"""Errors that are not the user's mistake; the user's mistakes are ``ValueError``."""
 
 from __future__ import annotations
 
 
 class TrainingFailed(RuntimeError):
-    """Training cannot go on; the last checkpoint is whole."""
+    """Training cannot continue; the last checkpoint is complete."""
 
 
 class BadData(ValueError):
@@ -27,16 +27,16 @@ class BadData(ValueError):
 
 
 class Interrupted(RuntimeError):
-    """Work was stopped by a signal, and what was done is safe on disk."""
+    """A signal stopped the work; its progress is saved."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
         self.number = number
-        """The signal's number."""
+        """Number of the signal."""
 
 
 def exit_code(error: BaseException) -> int:
-    """What a command ends with: 2 for what the user can mend, 128 + n after signal n, 1 for all else."""
+    """Return a command's exit code: 2 for a mistake of the user, 128 + n after signal n, else 1."""
     if isinstance(error, Interrupted):
         return 128 + error.number
     return 2 if isinstance(error, ValueError) else 1

@@ -267,7 +267,7 @@ def test_shapes_is_the_toy_world_to_every_command(
     refusing = [
         lambda: index(IndexArguments(paths=("shapes",), out=tmp_path / "index")),
         lambda: stats(StatsArguments(paths=("shapes",))),
-        lambda: recaption(RecaptionArguments(paths=("shapes",), out=tmp_path / "o.parquet", model="m")),
+        lambda: recaption(RecaptionArguments(paths=("shapes",), out=tmp_path / "o.parquet")),
     ]
     for command in refusing:
         with pytest.raises(ValueError, match=r"'shapes' is the toy world.* is \./shapes"):

@@ -11,7 +11,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from semantic_routing.chat.server import ChatConfig
 from semantic_routing.common.errors import TrainingFailed
 from semantic_routing.data.sidecar import Sidecar
 from semantic_routing.data.sources.index import open_records
@@ -59,10 +60,10 @@ def shard(path: Path, pictures: list[bytes], captions: dict[int, str] | None = N
 
 
 def arguments(server: ChatServer, paths: list[Path], out: Path, **changes: Any) -> RecaptionArguments:
-    quick = {"model": MODEL, "first_wait": 0.01, "longest_wait": 0.5, "timeout": 10.0, "part_rows": 10}
-    return RecaptionArguments(
-        base_url=server.url, paths=tuple(str(path) for path in paths), out=out, **(quick | changes)
-    )
+    quick = {"model": MODEL, "first_wait": 0.01, "longest_wait": 0.5, "timeout": 10.0, "part_rows": 10} | changes
+    names = {field.name for field in fields(ChatConfig)} & quick.keys()
+    config = ChatConfig(base_url=server.url, **{name: quick.pop(name) for name in names})
+    return RecaptionArguments(server=config, paths=tuple(str(path) for path in paths), out=out, **quick)
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -225,7 +226,7 @@ def test_captioning_fails_if_every_picture_fails(
     said = [line for line in capsys.readouterr().err.split("\n") if "answers cannot be used" in line]
     assert len(said) == (2 if setting else 0)
     assert all(setting in line for line in said)
-    assert "5 of 5" in recaption(replace(args, show_caption=False, extra='{"seed": 1}'))
+    assert "5 of 5" in recaption(replace(args, show_caption=False, server=replace(args.server, extra='{"seed": 1}')))
 
 
 def test_another_request_into_the_same_parts_is_refused(server: ChatServer, tmp_path: Path) -> None:
@@ -277,7 +278,6 @@ def test_finished_file_is_written_in_row_groups_of_about_ten_thousand(tmp_path: 
         ({"paths": ()}, "needs paths"),
         ({"out": Path("captions.json")}, "name it .parquet"),
         ({"part_rows": 0}, "part_rows"),
-        ({"concurrency": 0}, "concurrency"),
         ({"instruction": Path("nowhere.txt")}, "cannot read the instruction"),
     ],
 )

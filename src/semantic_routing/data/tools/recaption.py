@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,7 +50,7 @@ ADVICE = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecaptionArguments(ChatConfig):
+class RecaptionArguments:
     """Have every picture described by a model on an OpenAI-compatible server; writes a sidecar of captions."""
 
     paths: Annotated[tuple[str, ...], tyro.conf.Positional]
@@ -73,9 +73,9 @@ class RecaptionArguments(ChatConfig):
     """Records of a part."""
     max_failed: float = 0.1
     """Share of records without a caption above which the command fails, after it wrote the others."""
+    server: Annotated[ChatConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=ChatConfig)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not self.paths:
             raise ValueError("semroute data recaption needs paths of data")
         if self.out.suffix != ".parquet":
@@ -102,9 +102,9 @@ def recaption(args: RecaptionArguments) -> str:
 
 def _recaption(args: RecaptionArguments, records: ConcatRecords, parts: Parts) -> str:
     instruction = INSTRUCTION if args.instruction is None else _read_instruction(args.instruction)
-    client = ChatClient(args if args.cache else replace(args, cache=parts.folder / ANSWERS))
+    client = ChatClient(args.server if args.server.cache else replace(args.server, cache=parts.folder / ANSWERS))
     parts.claim(_request(args, instruction, len(records)))
-    passing = None if args.cache else client.cache
+    passing = None if args.server.cache else client.cache
     keys: dict[int, str] = {}
     first = FirstAnswers(ADVICE)
 
@@ -147,9 +147,10 @@ def _question(args: RecaptionArguments, instruction: str, record: Record) -> Que
 
 def _request(args: RecaptionArguments, instruction: str, records: int) -> dict[str, Any]:
     """Return all settings that affect the captions."""
-    settings = {name: getattr(args, name) for name in ("model", "show_caption", "pixels", "quality", "max_tokens")}
+    settings = {name: getattr(args, name) for name in ("show_caption", "pixels", "quality", "max_tokens")}
     data = {"paths": [absolute(path) for path in args.paths], "records": records, "part_rows": args.part_rows}
-    return settings | {"instruction": instruction, "extra": args.extra_parameters()} | data
+    server = {"model": args.server.model, "extra": args.server.extra_parameters()}
+    return server | settings | {"instruction": instruction} | data
 
 
 def _read_instruction(path: Path) -> str:
@@ -178,7 +179,7 @@ def _row(position: int, key: str, answer: Answer | Failure) -> CaptionRow:
 
 def _summary(args: RecaptionArguments, records: int, reasons: Counter[str], usage: Usage) -> str:
     failed = reasons.total()
-    lines = [f"{records - failed:,} of {records:,} records have captions by {args.model}"]
+    lines = [f"{records - failed:,} of {records:,} records have captions by {args.server.model}"]
     lines += [f"  {reason:<22}{count:>8,}" for reason, count in reasons.most_common()]
     tokens = f"{usage.prompt_tokens:,} prompt and {usage.completion_tokens:,} completion tokens"
     lines.append(f"{usage.requests:,} requests, {tokens}" + (f", cost {usage.cost:,.2f}" if usage.cost else ""))

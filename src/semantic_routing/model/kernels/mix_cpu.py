@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from semantic_routing.common.device import cache_folder
+from semantic_routing.common.device import cache_folder, processor
 
 TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 WIDE = 16
@@ -166,7 +166,8 @@ def library() -> ctypes.CDLL | None:
         return None
     folder = files("semantic_routing.model.kernels")
     source = "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in SOURCES)
-    name = hashlib.sha256("\0".join([source, compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
+    machine = "\n".join([platform.machine(), *processor()])  # a home folder may be shared by several kinds
+    name = hashlib.sha256("\0".join([source, compiler, *FLAGS, machine]).encode()).hexdigest()[:16]
     try:
         cache = cache_folder()
         built = cache / f"mix-{name}.so"
@@ -187,13 +188,3 @@ def _build(compiler: str, source: str, built: Path) -> None:
         command = [compiler, *FLAGS, tuned, "-x", "c", "-", "-o", str(written), "-lm"]
         subprocess.run(command, input=source.encode(), check=True, capture_output=True, timeout=120)
         written.replace(built)
-
-
-def _processor() -> str:
-    """Return the kind of this processor, because machines of several kinds may share a home folder."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine()
-    kept = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
-    return "\n".join([platform.machine(), *sorted(kept)])
