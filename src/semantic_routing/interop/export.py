@@ -21,7 +21,7 @@ from semantic_routing.interop.transformer import SemanticRoutingTransformer
 from semantic_routing.model.codec import VAECodec
 from semantic_routing.sampling.load import load_bundle
 from semantic_routing.sampling.text_to_image import TextToImage
-from semantic_routing.text.loading import quiet_transformers
+from semantic_routing.text.quiet import quiet_transformers
 
 CARD = """\
 ---

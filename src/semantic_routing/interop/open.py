@@ -38,7 +38,7 @@ def open_pipeline(path: Path, device: torch.device) -> TextToImage:
     """The parts of an exported pipeline, to be sampled as a run is: with the same samplers, from the same noise."""
     require_diffusers("a pipeline")
     from semantic_routing.interop.pipeline import SemanticRoutingPipeline
-    from semantic_routing.text.loading import quiet_transformers
+    from semantic_routing.text.quiet import quiet_transformers
 
     try:
         with quiet_transformers():

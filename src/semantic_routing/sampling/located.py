@@ -10,7 +10,7 @@ from typing import TypeVar
 from semantic_routing.data.sources.discover import SHAPES
 from semantic_routing.data.sources.storage import expand, is_url
 from semantic_routing.model.codec import CodecConfig
-from semantic_routing.text.loading import TextEncoderConfig
+from semantic_routing.text.config import TextEncoderConfig
 
 KEY, FOLDER = "origins", "folder"
 """Where ``state.json`` keeps them, and among them the folder in which the run was started."""

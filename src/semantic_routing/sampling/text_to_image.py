@@ -20,7 +20,7 @@ from semantic_routing.sampling.guidance import guided
 from semantic_routing.sampling.samplers import SAMPLERS, Callback, SamplerSpelling, noise_for, sampler_name, schedule
 from semantic_routing.text.encoder import TextEncoder
 from semantic_routing.text.features import TextFeatures
-from semantic_routing.text.loading import TextShape
+from semantic_routing.text.config import TextShape
 
 MOST_GUIDANCE = 1000
 """Scales of guidance beyond it only overflow."""
