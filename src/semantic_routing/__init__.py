@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from semantic_routing.sampling.guidance import guided
     from semantic_routing.sampling.samplers import euler, euler_ancestral, heun, noise_for, renoise, schedule
     from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
+    from semantic_routing.text.config import TextEncoderConfig
     from semantic_routing.text.encoder import TextEncoder
     from semantic_routing.text.features import TextFeatures
-    from semantic_routing.text.config import TextEncoderConfig
     from semantic_routing.training.config import TrainConfig
     from semantic_routing.training.loop import resume
     from semantic_routing.training.loop import start as train

@@ -31,8 +31,8 @@ from semantic_routing.model.codec import NotFiniteError, PixelCodec, VAECodec
 from semantic_routing.model.dit import DiTConfig
 from semantic_routing.sampling.samplers import noise_for, schedule
 from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
-from semantic_routing.text.encoder import TextEncoder
 from semantic_routing.text.config import TextEncoderConfig
+from semantic_routing.text.encoder import TextEncoder
 
 PROMPTS = ["a red square above a white circle", "a blue star"]
 STEPS, GUIDANCE = 5, 3.0

@@ -30,8 +30,8 @@ from semantic_routing.sampling.folder import weights_sha256
 from semantic_routing.sampling.load import load_bundle, locate_encoder
 from semantic_routing.sampling.samplers import noise_for
 from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
-from semantic_routing.text.encoder import TextEncoder
 from semantic_routing.text.config import TINY, TextEncoderConfig
+from semantic_routing.text.encoder import TextEncoder
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle", "a blue square above a black circle and a white star below a gray circle", "", "a star"]

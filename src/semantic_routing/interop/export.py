@@ -105,7 +105,8 @@ def make_pipeline(bundle: TextToImage) -> SemanticRoutingPipeline:
     """The pipeline of a trained model, whose weights it shares."""
     shape = bundle.encoder.shape
     text = to_dict(replace(bundle.encoder.config, name_or_path=_encoder_name(bundle), layers=shape.layers))
-    del text["dtype"], text["offload"]  # the weights' own, and the pipeline's
+    for name in ("dtype", "offload", "keep", "keep_on_disk", "keep_on_disk_bytes"):  # the weights' own, the pipeline's
+        del text[name]
     return SemanticRoutingPipeline(
         text_encoder=bundle.encoder.model,
         tokenizer=bundle.encoder.tokenizer,
@@ -168,4 +169,4 @@ def _training_facts(bundle: TextToImage) -> str:
 def _encoder_name(bundle: TextToImage) -> str:
     """The text encoder's name as the run's configuration has it; of a path its last part."""
     name = bundle.config.get("text", {}).get("name_or_path") or bundle.encoder.config.name_or_path
-    return Path(name).name if Path(name).is_dir() else name
+    return Path(name).name if Path(name).exists() else name

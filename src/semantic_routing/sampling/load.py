@@ -17,8 +17,8 @@ from semantic_routing.model.dit import Backbone, DiTConfig
 from semantic_routing.model.runtime import compile_network
 from semantic_routing.sampling.located import FOLDER, KEY, located_model
 from semantic_routing.sampling.text_to_image import TextToImage, check_channels, check_encoder, latent_shape
-from semantic_routing.text.encoder import TextEncoder
 from semantic_routing.text.config import TextEncoderConfig, tiny_sizes
+from semantic_routing.text.encoder import TextEncoder
 
 TEXT_ENCODER = "text_encoder"
 """Folder of a run that holds the text encoder made for it."""

@@ -30,6 +30,8 @@ def located(name: str, folder: str | None) -> str:
 
 def located_model(cfg: Named, folder: str | None) -> Named:
     """The configuration of a frozen model with its path as it was meant; a name on the hub stays."""
+    if isinstance(cfg, TextEncoderConfig):
+        cfg = replace(cfg, keep_on_disk=located(cfg.keep_on_disk, folder))
     return replace(cfg, name_or_path=located(cfg.name_or_path, folder))
 
 

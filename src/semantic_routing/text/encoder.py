@@ -201,6 +201,13 @@ class TextEncoder:
                         found[row] = states
         return self._batch([found[row] for row in rows])
 
+    def state_bytes(self, prompts: Sequence[str], *, with_kv: bool = False) -> float:
+        """Return the mean bytes of a prompt's states, without encoding the prompts."""
+        rows = self._tokens(prompts, strict=False)
+        width = self.width + (2 * self.shape.kv_heads * self.shape.head_dim if with_kv else 0)
+        weights = next(self.model.parameters())
+        return sum(map(len, rows)) / len(rows) * self.num_layers * width * weights.element_size()
+
     def _chunks(self, rows: Sequence[Row]) -> Iterator[list[Row]]:
         """Yield the prompts of each forward pass: those of one bucket, the last chunk filled up with its last prompt.
 
