@@ -121,7 +121,7 @@ def test_compiling_and_unloading_forget_states(folder: Path) -> None:
 
 
 def states(value: float, size: int = 100) -> States:
-    return States(torch.full((1, size // 4, 1), value))
+    return States(torch.full((1, size // 4, 1), float(value)))
 
 
 def test_the_least_recently_used_states_make_room() -> None:
@@ -237,8 +237,10 @@ def fill(folder: Path, states: Path, how: str) -> subprocess.Popen[str]:
     then="each prompt is there once and whole",
 )
 def test_two_processes_fill_one_folder(folder: Path, tmp_path: Path) -> None:
-    processes = [fill(folder, tmp_path / "states", "once") for _ in range(2)]
-    assert [process.wait(300) for process in processes] == [0, 0]
+    with fill(folder, tmp_path / "states", "once") as one, fill(folder, tmp_path / "states", "once") as other:
+        one.communicate()
+        other.communicate()
+    assert (one.returncode, other.returncode) == (0, 0)
     assert len([*(tmp_path / "states").rglob("*.safetensors")]) == 238
     assert not [*(tmp_path / "states").rglob(".*")]
     encoder = read_nothing(load(folder, keep="0", keep_on_disk=str(tmp_path / "states")))
@@ -256,12 +258,11 @@ def test_two_processes_fill_one_folder(folder: Path, tmp_path: Path) -> None:
 def test_killed_while_writing(folder: Path, tmp_path: Path) -> None:
     plain = load(folder, keep="0")
     for delay in (0.01, 0.05):
-        process = fill(folder, tmp_path / "states", "again and again")
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        with fill(folder, tmp_path / "states", "again and again") as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(delay)
+            process.send_signal(signal.SIGKILL)
         encoder = load(folder, keep="0", keep_on_disk=str(tmp_path / "states"))
         with warnings.catch_warnings():
             warnings.simplefilter("error")

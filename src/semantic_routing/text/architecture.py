@@ -23,6 +23,8 @@ UNFIT = {
     "xlm": "its layers are no modules",
 }
 """Architectures that transformers loads and whose features would be wrong."""
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Names that configurations have for their number of experts."""
 
 
 def text_shape(config: TextEncoderConfig) -> TextShape:
@@ -113,5 +115,6 @@ def positions(model: nn.Module) -> int | None:
 
 
 def has_experts(model: Any) -> bool:
-    """Return whether tokens share experts, so that a product's shape depends on the other tokens of the batch."""
-    return any("expert" in name and value for name, value in vars(stack_config(model.config)).items())
+    """Return whether tokens are sent to experts, whose products' shapes depend on the other tokens of the batch."""
+    stack = stack_config(model.config)
+    return any((getattr(stack, name, None) or 0) > 1 for name in EXPERTS)

@@ -13,6 +13,7 @@ import warnings
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -144,7 +145,8 @@ class DiskStates:
             save_file(states.tensors(), scratch, metadata={CHECKSUM: _checksum(states)})
             os.replace(scratch, path)
         except (OSError, SafetensorError) as error:
-            scratch.unlink(missing_ok=True)
+            with suppress(OSError):
+                scratch.unlink()
             self._stop(f"cannot write {path}: {getattr(error, 'strerror', None) or error}")
 
     def _has_room(self, size: int) -> bool:
