@@ -177,10 +177,9 @@ def test_a_full_folder(folder: Path, tmp_path: Path) -> None:
     settings = {"keep": "0", "keep_on_disk": str(tmp_path / "states")}
     encoder = load(folder, **settings, keep_on_disk_bytes="4kB")
     with pytest.warns(UserWarning, match="as many as text.keep_on_disk_bytes allows; no more are kept") as caught:
-        for n in range(1, 12):
-            encoder.encode(["red " * n])
+        encoder.encode(["red " * n for n in range(1, 12)])
     assert len(caught) == 1
-    kept = [*(tmp_path / "states").rglob("*.safetensors")]
+    kept = list((tmp_path / "states").rglob("*.safetensors"))
     assert 1 <= len(kept) < 11
     assert sum(file.stat().st_size for file in kept) < 8000
     with pytest.raises(ValueError, match="cannot write"):

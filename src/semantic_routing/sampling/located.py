@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from semantic_routing.data.sources.discover import SHAPES
 from semantic_routing.data.sources.storage import expand, is_url
@@ -30,9 +30,9 @@ def located(name: str, folder: str | None) -> str:
 
 def located_model(cfg: Named, folder: str | None) -> Named:
     """The configuration of a frozen model with its path as it was meant; a name on the hub stays."""
-    if isinstance(cfg, TextEncoderConfig):
-        cfg = replace(cfg, keep_on_disk=located(cfg.keep_on_disk, folder))
-    return replace(cfg, name_or_path=located(cfg.name_or_path, folder))
+    names = [name for name in ("name_or_path", "keep_on_disk") if hasattr(cfg, name)]
+    moved: dict[str, Any] = {name: located(getattr(cfg, name), folder) for name in names}
+    return replace(cfg, **moved)
 
 
 def here() -> str:

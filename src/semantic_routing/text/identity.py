@@ -8,7 +8,6 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import nn
 
 from semantic_routing.text.config import TextShape
 
@@ -16,13 +15,13 @@ RULE = 1
 """Number of the rule by which prompts are batched; another one changes the last bits."""
 
 
-def encoder_identity(model: nn.Module, shape: TextShape) -> str:
+def encoder_identity(model: Any, shape: TextShape) -> str:
     """Return a digest of an encoder's weights, configuration and layers, and of the libraries' versions.
 
     ValueError for weights that are not in memory, such as those that accelerate offloads layer by layer.
     """
     digest = blake2b(digest_size=20)
-    settings: Any = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}  # type: ignore[operator]
+    settings = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
     attention = getattr(model.config, "_attn_implementation", None)
     facts = [RULE, settings, attention, shape.layers, shape.total_layers, torch.__version__, version("transformers")]
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())

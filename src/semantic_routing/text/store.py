@@ -168,7 +168,7 @@ class DiskStates:
 def _checksum(states: States) -> str:
     total = 0
     for x in states.tensors().values():
-        total = zlib.crc32(x.contiguous().view(torch.uint8).numpy(), total)
+        total = zlib.crc32(x.contiguous().view(torch.uint8).numpy().data, total)
     return f"{total:08x}"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,7 @@ from semantic_routing.data.streams import RecordStream, ShapesStream
 from semantic_routing.model.arms import parse_arm
 from semantic_routing.sampling.load import locate_encoder, read_run_config
 from semantic_routing.sampling.located import FOLDER, KEY
-from semantic_routing.text.config import TextEncoderConfig, tiny_sizes
+from semantic_routing.text.config import tiny_sizes
 from semantic_routing.text.encoder import TextEncoder
 from semantic_routing.toy.captions import sample as draw_sample
 from semantic_routing.training.config import TrainConfig
@@ -41,22 +41,17 @@ MEASURED = 1000
 
 def encode_text(args: EncodeArguments) -> str:
     """Encode the captions that are not in the folder yet; returns a summary."""
-    cfg, text = _configuration(args)
-    if not text.keep_on_disk:
+    cfg = _configuration(args)
+    if not cfg.text.keep_on_disk:
         raise ValueError("the run keeps no states on disk: give --keep-on-disk, and train with --text.keep-on-disk")
     if cfg.parallel.text_encoder == "sharded":
         raise ValueError("a sharded text encoder keeps no states: train with another parallel.text_encoder")
     data = open_data(cfg.data, image_size=cfg.image_size, seed=cfg.seed)
-    if (sizes := tiny_sizes(text.name_or_path)) is not None:
-        text = replace(text, name_or_path=str(tiny_lm(training_corpus(data), **sizes)))
     found = distinct_captions(data, cfg)
-    encoder = place_encoder(
-        TextEncoder.from_pretrained(text), cfg.parallel, World(device=pick_device(cfg.device)), compiled=cfg.compile
-    )
-    with_kv = cfg.model.strategy.reads_keys
-    step = max(1, len(found) // MEASURED)
-    size = encoder.state_bytes(found[::step], with_kv=with_kv) * len(found)
-    summary = f"{len(found):,} captions, about {size / 2**30:.2f} GiB of states in {text.keep_on_disk}"
+    encoder, with_kv = _encoder(cfg, data), cfg.model.strategy.reads_keys
+    sample = found[:: max(1, len(found) // MEASURED)]
+    size = encoder.state_bytes(sample, with_kv=with_kv) * len(found) / 2**30
+    summary = f"{len(found):,} captions, about {size:.2f} GiB of states in {cfg.text.keep_on_disk}"
     if args.size_only:
         return summary
     tqdm.write(summary)
@@ -65,11 +60,20 @@ def encode_text(args: EncodeArguments) -> str:
             part = found[start : start + args.batch]
             encoder.encode(part, with_kv=with_kv, strict=False)
             bar.update(len(part))
-    return f"{len(found):,} captions encoded into {text.keep_on_disk}"
+    return f"{len(found):,} captions encoded into {cfg.text.keep_on_disk}"
 
 
-def _configuration(args: EncodeArguments) -> tuple[TrainConfig, TextEncoderConfig]:
-    """Return the run's configuration, and that of its text encoder where it is now."""
+def _encoder(cfg: TrainConfig, data: Dataset) -> TextEncoder:
+    """Load the text encoder as a run does."""
+    text = cfg.text
+    if (sizes := tiny_sizes(text.name_or_path)) is not None:
+        text = replace(text, name_or_path=str(tiny_lm(training_corpus(data), **sizes)))
+    encoder = TextEncoder.from_pretrained(text)
+    return place_encoder(encoder, cfg.parallel, World(device=pick_device(cfg.device)), compiled=cfg.compile)
+
+
+def _configuration(args: EncodeArguments) -> TrainConfig:
+    """Return the run's configuration, with its text encoder where it is now."""
     if args.run in RECIPES:
         cfg = RECIPES[args.run](parse_arm(args.arm))
     elif (path := Path(args.run)).is_file():
@@ -80,11 +84,13 @@ def _configuration(args: EncodeArguments) -> tuple[TrainConfig, TextEncoderConfi
         begun = read_state(folder).get(KEY, {}).get(FOLDER)
         cfg = located_run(from_dict(TrainConfig, read_run_config(folder)), begun)
         cfg = replace(cfg, text=locate_encoder(cfg.text, run))
-    given = {"keep_on_disk": args.keep_on_disk, "keep_on_disk_bytes": args.keep_on_disk_bytes}
-    given["name_or_path"] = args.text
-    text = replace(cfg.text, **{name: value for name, value in given.items() if value})
-    cfg = replace(cfg, steps=args.steps or cfg.steps, device=args.device or cfg.device)
-    return cfg, text
+    text = replace(
+        cfg.text,
+        name_or_path=args.text or cfg.text.name_or_path,
+        keep_on_disk=args.keep_on_disk or cfg.text.keep_on_disk,
+        keep_on_disk_bytes=args.keep_on_disk_bytes or cfg.text.keep_on_disk_bytes,
+    )
+    return replace(cfg, text=text, steps=args.steps or cfg.steps, device=args.device or cfg.device)
 
 
 def distinct_captions(data: Dataset, cfg: TrainConfig) -> list[str]:
@@ -100,6 +106,7 @@ def distinct_captions(data: Dataset, cfg: TrainConfig) -> list[str]:
         found |= dict.fromkeys(pictures(i).caption for i in range(cfg.validation.samples))
     with tqdm(desc="Listing captions", unit="sample") as bar:
         for stream in data.streams:
+            texts: Iterator[str]
             if isinstance(stream, ShapesStream):
                 texts = islice(_toy_captions(stream), cfg.steps * cfg.batch)
             else:
@@ -134,7 +141,7 @@ def _record_captions(stream: RecordStream) -> Iterator[str]:
             yield from (text.strip() for key in _keys(stream.how.choice, captions) for text in captions[key])
 
 
-def _keys(choice: CaptionChoice, captions: dict[str, Sequence[str]]) -> list[str]:
+def _keys(choice: CaptionChoice, captions: Mapping[str, Sequence[str]]) -> list[str]:
     """Return the keys of a record that captions are chosen from."""
     if choice.weights:
         return [key for key in choice.weights if captions.get(key)]
