@@ -39,11 +39,12 @@ def read_nothing(encoder: TextEncoder) -> TextEncoder:
     return encoder
 
 
-def rows_read(encoder: TextEncoder) -> list[int]:
-    """The rows of every forward pass from now on."""
-    rows: list[int] = []
+def rows_read(encoder: TextEncoder) -> list[tuple[int, int]]:
+    """The rows of every forward pass from now on, and how many of them differ."""
+    rows: list[tuple[int, int]] = []
     encoder.model.register_forward_pre_hook(
-        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+        lambda module, args, kwargs: rows.append((len(kwargs["input_ids"]), len(kwargs["input_ids"].unique(dim=0)))),
+        with_kwargs=True,
     )
     return rows
 
@@ -76,22 +77,22 @@ def test_kept_states_are_the_models_own(dtype: str, with_kv: bool, folder: Path,
 
 
 def test_a_prompt_is_read_once(folder: Path) -> None:
-    encoder = load(folder, buckets=(512,))  # one prompt a forward pass
+    encoder = load(folder, buckets=(128,))
     rows = rows_read(encoder)
     encoder.encode(PROMPTS)
-    assert rows == [1] * 4
+    assert rows == [(8, 4)]
     encoder.encode(["the blue square", *PROMPTS])
-    assert rows == [1] * 5
+    assert rows == [(8, 4), (8, 1)]
     encoder.encode(PROMPTS, with_kv=True)
-    assert rows == [1] * 9
+    assert rows == [(8, 4), (8, 1), (8, 4)]
 
 
 def test_every_forward_pass_of_a_bucket_has_one_shape(folder: Path) -> None:
     encoder = load(folder, keep="0", buckets=(16, 32, 64))
     rows = rows_read(encoder)
-    encoder.encode(["red " * n for n in range(1, 15)])
+    encoder.encode([word * n for n in range(1, 15) for word in ("red ", "blue ", "of ", "and ", "the ")])
     encoder.encode(["red", "red " * 17, "red " * 33])
-    assert rows == [8, 8, 8, 4, 2]
+    assert rows == [(64, 64), (64, 6), (64, 1), (32, 1), (16, 1)]
 
 
 def test_features_belong_to_the_caller(folder: Path) -> None:

@@ -39,8 +39,10 @@ from semantic_routing.text.taps import recorded
 from semantic_routing.text.tokens import PromptTokenizer, check_sizes, load_tokenizer
 from semantic_routing.text.weights import load_model
 
-CPU_TOKENS, GPU_TOKENS = 128, 1024
-"""Tokens, padding included, of one forward pass: enough for products to be efficient."""
+FEW_TOKENS, MANY_TOKENS = 128, 1024
+"""Tokens, padding included, of one forward pass: enough for products to be efficient, on a CPU and on a GPU."""
+SMALL = 2**22
+"""Parameters up to which a language model reads many tokens at once on a CPU, too: there each call costs most."""
 CPU_MEMORY = 2**30
 """Bytes of states that ``keep="auto"`` keeps on a CPU."""
 Row = tuple[int, ...]
@@ -60,6 +62,7 @@ class TextEncoder:
         self._limit = min(config.max_tokens, positions(model) or config.max_tokens)
         self._tokens = PromptTokenizer(tokenizer, config, rows, self._limit)
         self._compiled = False
+        self._small = sum(p.numel() for p in model.parameters()) <= SMALL
         self._moving = threading.Lock()
         self._reads_on: torch.device | None = None  # with ``offload``, where the weights are not
         disk = None
@@ -218,7 +221,7 @@ class TextEncoder:
         if isinstance(self.model, FSDPModule):
             yield [*rows]
             return
-        tokens = CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS
+        tokens = MANY_TOKENS if self._small or self.device.type != "cpu" else FEW_TOKENS
         groups: dict[int, list[Row]] = {}
         for row in rows:
             groups.setdefault(self._bucket(len(row)), []).append(row)
