@@ -75,7 +75,7 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("how", ["config", "run"])
 @pytest.mark.behaviour(
-    "Data",
+    "Pictures and captions",
     when="semroute data encode has read a run's captions into text.keep_on_disk",
     then="training, validation, previews and sampling of that run read none with the language model",
 )
