@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from semantic_routing.interop.export import ExportArguments, export
+from semantic_routing.interop.pipeline import SemanticRoutingPipeline
 from semantic_routing.text.architecture import text_shape
 from semantic_routing.text.config import TextEncoderConfig
 from semantic_routing.text.encoder import TextEncoder
+from semantic_routing.training.config import TrainConfig
+from semantic_routing.training.loop import resume, start
 
 LAYERS, HEADS, KV_HEADS, WIDTH = 3, 4, 2, 64
 PROMPTS = ["a red circle", "", "the blue square"]
@@ -211,3 +216,30 @@ def test_a_folder_with_safetensors_is_not_a_gguf_model(file: Path) -> None:
     encoder.tokenizer.save_pretrained(file.parent)
     file.write_bytes(b"")
     assert load(file.parent).encode(PROMPTS).hidden.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.behaviour(
+    "Text encoders",
+    when="a run on a GGUF file is exported, or resumed after the file changed",
+    then="the pipeline holds dense safetensors; the resumption is refused as for any other language model",
+)
+def test_a_run_is_exported_and_knows_its_file(
+    file: Path, tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    cfg = tiny_config(steps=2, text=TextEncoderConfig(name_or_path=str(file)), preview_every=0)
+    out = tmp_path / "run"
+    start(cfg, out)
+    export(ExportArguments(model=out, out=tmp_path / "pipeline"))
+    assert (tmp_path / "pipeline" / "text_encoder" / "model.safetensors").is_file()
+    pipe = SemanticRoutingPipeline.from_pretrained(tmp_path / "pipeline")
+    found = pipe.encode_prompt(PROMPTS)
+    assert torch.equal(found.hidden, load(file).encode(PROMPTS).hidden)
+    assert "| text encoder | tiny.gguf: 3 layers" in (tmp_path / "pipeline" / "README.md").read_text()
+    model = llama()
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    file.unlink()
+    write(file, model)
+    with pytest.raises(ValueError, match="the text encoder is another"):
+        resume(out, steps=3)
