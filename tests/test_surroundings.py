@@ -27,7 +27,7 @@ from semantic_routing.evaluation.fid import FeaturesArguments, evaluate_features
 from semantic_routing.interop.open import open_pipeline
 from semantic_routing.model.codec import CodecConfig, make_codec
 from semantic_routing.sampling.text_to_image import SampleConfig
-from semantic_routing.text.loading import quiet_transformers
+from semantic_routing.text.quiet import quiet_transformers
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.loop import start
 from semantic_routing.training.tiny_lm import tiny_lm

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from semantic_routing.sampling.guidance import guided
     from semantic_routing.sampling.samplers import euler, euler_ancestral, heun, noise_for, renoise, schedule
     from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
+    from semantic_routing.text.config import TextEncoderConfig
     from semantic_routing.text.encoder import TextEncoder
     from semantic_routing.text.features import TextFeatures
-    from semantic_routing.text.loading import TextEncoderConfig
     from semantic_routing.training.config import TrainConfig
     from semantic_routing.training.loop import resume
     from semantic_routing.training.loop import start as train
@@ -54,7 +54,7 @@ _MODULES = {
     "sampling.text_to_image": ("SampleConfig", "TextToImage"),
     "text.encoder": ("TextEncoder",),
     "text.features": ("TextFeatures",),
-    "text.loading": ("TextEncoderConfig",),
+    "text.config": ("TextEncoderConfig",),
     "training.config": ("TrainConfig",),
     "training.loop": ("resume", "train"),
     "training.recipes": ("paper", "small", "toy"),

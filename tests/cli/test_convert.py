@@ -21,7 +21,7 @@ from semantic_routing.model.build import make_model
 from semantic_routing.model.dit import Backbone, DiTConfig
 from semantic_routing.sampling.load import load_bundle
 from semantic_routing.sampling.text_to_image import SampleConfig
-from semantic_routing.text.loading import TextEncoderConfig
+from semantic_routing.text.config import TextEncoderConfig
 
 CPU = torch.device("cpu")
 

@@ -16,8 +16,8 @@ from semantic_routing.interop.pipeline import SemanticRoutingPipeline
 from semantic_routing.model.build import make_model
 from semantic_routing.model.codec import PixelCodec, VAECodec
 from semantic_routing.sampling.text_to_image import TextToImage
+from semantic_routing.text.config import TextEncoderConfig
 from semantic_routing.text.encoder import TextEncoder
-from semantic_routing.text.loading import TextEncoderConfig
 from tests.helpers.pipelines import SIZES, MakeBundle, quiet, tiny_vae
 
 

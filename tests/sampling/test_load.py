@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from semantic_routing.checkpoint.load import EMA, MODEL, STATE, find_checkpoint
 from semantic_routing.cli.sample import SampleArguments, sample_to_folder
 from semantic_routing.sampling.load import load_bundle, locate_encoder
-from semantic_routing.text.loading import TINY, TextEncoderConfig
+from semantic_routing.text.config import TINY, TextEncoderConfig
 
 CPU = torch.device("cpu")
 

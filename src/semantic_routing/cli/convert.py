@@ -24,7 +24,8 @@ from semantic_routing.model.codec import HUB_NAME, CodecConfig, PixelCodec
 from semantic_routing.model.dit import Backbone
 from semantic_routing.sampling.load import load_model
 from semantic_routing.sampling.text_to_image import check_channels, check_encoder, latent_shape
-from semantic_routing.text.loading import TextEncoderConfig, text_shape
+from semantic_routing.text.architecture import text_shape
+from semantic_routing.text.config import TextEncoderConfig
 from semantic_routing.training.recipes import paper
 
 

@@ -16,6 +16,7 @@ from semantic_routing.data.sources.index_writer import REPORT, build
 from semantic_routing.data.tools.preview import PreviewArguments, preview
 from semantic_routing.data.tools.recaption import RecaptionArguments, recaption
 from semantic_routing.data.tools.stats import statistics, table
+from semantic_routing.training.encode_arguments import EncodeArguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +75,19 @@ def stats(args: StatsArguments) -> str:
     return json.dumps(facts, indent=2) if args.json else table(facts)
 
 
+def encode(args: EncodeArguments) -> str:
+    """Fill the folder of states and answer with a summary."""
+    from semantic_routing.training.encode_text import (
+        encode_text,  # torch and transformers, which the others do not need
+    )
+
+    return encode_text(args)
+
+
 SUBCOMMANDS: dict[str, tuple[type, Callable[[Any], str]]] = {
     "index": (IndexArguments, index),
     "stats": (StatsArguments, stats),
     "recaption": (RecaptionArguments, recaption),
     "preview": (PreviewArguments, preview),
+    "encode": (EncodeArguments, encode),
 }

@@ -19,9 +19,9 @@ from semantic_routing.interop.numerals import Number, whole
 from semantic_routing.model.arms import ARMS
 from semantic_routing.model.codec import Codec, PixelCodec, VAECodec
 from semantic_routing.sampling.text_to_image import check_channels, check_encoder, latent_shape
+from semantic_routing.text.config import TextEncoderConfig
 from semantic_routing.text.encoder import TextEncoder
 from semantic_routing.text.features import TextFeatures
-from semantic_routing.text.loading import TextEncoderConfig
 
 CLASS_FILE = "pipeline"
 IMPORT = "from semantic_routing import SemanticRoutingPipeline\n"

@@ -21,7 +21,7 @@ from semantic_routing.interop.transformer import SemanticRoutingTransformer
 from semantic_routing.model.codec import VAECodec
 from semantic_routing.sampling.load import load_bundle
 from semantic_routing.sampling.text_to_image import TextToImage
-from semantic_routing.text.loading import quiet_transformers
+from semantic_routing.text.quiet import quiet_transformers
 
 CARD = """\
 ---
@@ -104,7 +104,8 @@ def make_pipeline(bundle: TextToImage) -> SemanticRoutingPipeline:
     """Return a pipeline that shares the weights of a trained model."""
     shape = bundle.encoder.shape
     text = to_dict(replace(bundle.encoder.config, name_or_path=_encoder_name(bundle), layers=shape.layers))
-    del text["dtype"], text["offload"]  # decided by the weights and by the pipeline
+    for name in ("dtype", "offload", "keep", "keep_on_disk", "keep_on_disk_bytes"):  # the weights' own, the pipeline's
+        del text[name]
     return SemanticRoutingPipeline(
         text_encoder=bundle.encoder.model,
         tokenizer=bundle.encoder.tokenizer,
@@ -167,4 +168,4 @@ def _training_facts(bundle: TextToImage) -> str:
 def _encoder_name(bundle: TextToImage) -> str:
     """Return the text encoder's name in the run's configuration, or the last part of its path."""
     name = bundle.config.get("text", {}).get("name_or_path") or bundle.encoder.config.name_or_path
-    return Path(name).name if Path(name).is_dir() else name
+    return Path(name).name if Path(name).exists() else name

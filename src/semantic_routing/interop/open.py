@@ -38,7 +38,7 @@ def open_pipeline(path: Path, device: torch.device) -> TextToImage:
     """Load an exported pipeline as TextToImage, which samples like a run: same samplers, same noise."""
     require_diffusers("a pipeline")
     from semantic_routing.interop.pipeline import SemanticRoutingPipeline
-    from semantic_routing.text.loading import quiet_transformers
+    from semantic_routing.text.quiet import quiet_transformers
 
     try:
         with quiet_transformers():

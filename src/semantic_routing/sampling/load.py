@@ -17,8 +17,8 @@ from semantic_routing.model.dit import Backbone, DiTConfig
 from semantic_routing.model.runtime import compile_network
 from semantic_routing.sampling.located import FOLDER, KEY, located_model
 from semantic_routing.sampling.text_to_image import TextToImage, check_channels, check_encoder, latent_shape
+from semantic_routing.text.config import TextEncoderConfig, tiny_sizes
 from semantic_routing.text.encoder import TextEncoder
-from semantic_routing.text.loading import TextEncoderConfig, tiny_sizes
 
 TEXT_ENCODER = "text_encoder"
 """The folder inside a run that holds the tiny language model made for it."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from semantic_routing.data.sources.discover import SHAPES
 from semantic_routing.data.sources.storage import expand, is_url
 from semantic_routing.model.codec import CodecConfig
-from semantic_routing.text.loading import TextEncoderConfig
+from semantic_routing.text.config import TextEncoderConfig
 
 KEY, FOLDER = "origins", "folder"
 """Keys of ``state.json``: the origins of a run's data and models, and in it the folder in which the run started."""
@@ -29,8 +29,10 @@ def located(name: str, folder: str | None) -> str:
 
 
 def located_model(cfg: Named, folder: str | None) -> Named:
-    """Resolve the path in the configuration of a frozen model; a name on the hub stays as it is."""
-    return replace(cfg, name_or_path=located(cfg.name_or_path, folder))
+    """Resolve the paths in the configuration of a frozen model; a name on the hub stays as it is."""
+    names = [name for name in ("name_or_path", "keep_on_disk") if hasattr(cfg, name)]
+    moved: dict[str, Any] = {name: located(getattr(cfg, name), folder) for name in names}
+    return replace(cfg, **moved)
 
 
 def here() -> str:

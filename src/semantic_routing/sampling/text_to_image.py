@@ -18,9 +18,9 @@ from semantic_routing.model.runtime import autocast, rounded_once
 from semantic_routing.sampling.clock import NOMINAL, parse_clock
 from semantic_routing.sampling.guidance import guided
 from semantic_routing.sampling.samplers import SAMPLERS, Callback, SamplerSpelling, noise_for, sampler_name, schedule
+from semantic_routing.text.config import TextShape
 from semantic_routing.text.encoder import TextEncoder
 from semantic_routing.text.features import TextFeatures
-from semantic_routing.text.loading import TextShape
 
 MOST_GUIDANCE = 1000
 """The largest guidance scale; larger ones overflow."""
