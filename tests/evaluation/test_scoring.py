@@ -31,6 +31,8 @@ class Redness:
     blind: frozenset[int] = frozenset()
     url: str = "here"
 
+    usage = None
+
     @property
     def identity(self) -> dict[str, Any]:
         return {"scorer": self.name, "base_url": self.url}

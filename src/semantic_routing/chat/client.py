@@ -18,7 +18,7 @@ from semantic_routing.common.files import check_writable
 
 T = TypeVar("T")
 FIRST_FAILURES = 8
-"""So many failures before any answer say that there will be none."""
+"""Failures before any answer after which the run gives up."""
 
 
 @dataclass
@@ -158,7 +158,7 @@ class ChatClient:
         answer = await self._ask(server, question)
         if isinstance(answer, Answer):
             answer = replace(answer, question=name)
-        # An answer that lacks the logprobs it was asked for is not whole: a mended server is asked again.
+        # An answer without the logprobs asked for is not cached: once the server is fixed, it is asked again.
         whole = isinstance(answer, Answer) and not (question.parameters.get("logprobs") and answer.logprobs is None)
         if self.cache is not None and isinstance(answer, Answer) and whole:
             await asyncio.to_thread(self.cache.put, name, facts, answer)

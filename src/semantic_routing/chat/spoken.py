@@ -28,7 +28,7 @@ OPEN, CLOSE = re.compile(_OPEN, re.IGNORECASE), re.compile(_CLOSE, re.IGNORECASE
 FRAME = re.compile(r"</?answer>|<\|(?:begin|end)_of_(?:box|solution)\|>|<\|(?:return|end)\|>\s*$", re.IGNORECASE)
 """What some models put around the answer after their thoughts."""
 ENOUGH = 3
-"""So many answers that say nothing, and fewer that do, make a line about it."""
+"""Useless answers, more than useful ones, after which a line advises."""
 
 
 def spoken(answer: Answer) -> str | Failure:

@@ -13,6 +13,7 @@ from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+from semantic_routing.chat.client import Usage
 from semantic_routing.evaluation.listing import list_pictures
 from semantic_routing.evaluation.records import CORRECT, Record
 from semantic_routing.evaluation.summary import Columns, markdown_table, summarize, tag_columns
@@ -63,7 +64,12 @@ class Scorer(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Return all that affects the scores in JSON types: models with their hashes, templates, thresholds."""
+        """All that affects the scores in JSON types: models with their hashes, templates, thresholds."""
+        ...
+
+    @property
+    def usage(self) -> Usage | None:
+        """Requests to a server so far and their cost; None for a scorer that asks no server."""
         ...
 
     def score(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Finding]]:

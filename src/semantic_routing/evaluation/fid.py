@@ -36,7 +36,7 @@ from semantic_routing.evaluation.summary import spread, without_nan
 from semantic_routing.text.quiet import quiet_transformers
 
 ENOUGH = 2048
-"""Pictures below which an FID says more of their number than of them; its authors ask for so many, better 10,000."""
+"""Fewest pictures for an FID by its authors' advice, better 10,000; with fewer, their number biases it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,7 +286,7 @@ def _open(path: Path) -> Image.Image:
             if image.mode != "F":
                 return to_rgb(image)
     except BROKEN as error:
-        raise ValueError(f"{path} does not open as an image; mend or remove it") from error
+        raise ValueError(f"{path} does not open as an image; fix or remove it") from error
     raise ValueError(f"{path} has floating-point pixels, whose range nobody knows; save it with 8 or 16 bits")
 
 

@@ -45,8 +45,8 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Sample the benchmark's images into ``out/images``, score them, and return the summary, empty without a scorer.
 
-    What is already in ``out`` is kept, so that a stopped evaluation goes on; ValueError where it belongs to another
-    model, sampler, set of prompts or scorer. ``rescore`` scores again what another scorer scored.
+    Results already in ``out`` are kept, so that a stopped evaluation goes on. Raises ValueError if they belong to
+    another model, sampler, set of prompts or scorer; with ``rescore`` another scorer's scores are replaced.
     """
     with claimed_by_first(out, job):
         texts = [prompt.text for prompt in benchmark.prompts]
@@ -54,20 +54,11 @@ def evaluate_model(
         earlier = read_manifest(out / MANIFEST)
         if earlier and job.first:  # other images are refused before any score goes; the manifest stays as it is
             claim_folder(out, wanted, **{name: fact for name, fact in earlier.items() if name not in wanted})
-        identity = earlier.get("scorer")
         if scorer is not None:
-            identity = scorer.identity
-            check_scorer(benchmark, out, identity, rescore=rescore, job=job)
-        claim_folder(
-            out,
-            wanted,
-            job,
-            **_facts(benchmark, identity),
-            seed_rule=SEED_RULE,
-            checkpoint=None if bundle.checkpoint is None else str(bundle.checkpoint),
-            bf16=bundle.bf16,
-            **facts,
-        )
+            check_scorer(benchmark, out, scorer.identity, rescore=rescore, job=job)
+        facts |= _facts(benchmark, earlier.get("scorer") if scorer is None else scorer.identity)
+        checkpoint = None if bundle.checkpoint is None else str(bundle.checkpoint)
+        claim_folder(out, wanted, job, seed_rule=SEED_RULE, checkpoint=checkpoint, bf16=bundle.bf16, **facts)
         sample_missing(bundle, texts, {place: out / benchmark.sampled(*place) for place in benchmark.images}, cfg, job)
         if job.first:
             benchmark.complete(out)

@@ -88,8 +88,8 @@ def score_folder(
 ) -> dict[str, Any]:
     """Score the images, write all results to ``out``, and return the summary.
 
-    What was scored before is kept; images that had no score are tried again. ``facts`` is the manifest. Raises
-    ValueError where there is no image at all, and where no image could be scored.
+    Earlier scores are kept; images without a score are tried again. ``facts`` is the manifest. Raises ValueError if
+    there is no image, or if no image could be scored.
     """
     found = benchmark.find(images)
     if not found:
@@ -100,16 +100,7 @@ def score_folder(
         place: Path(os.path.relpath(found.get(place, images / benchmark.file(*place)), out)).as_posix()
         for place in sorted({*benchmark.images, *found})
     }
-    if job.first:
-        parts = _parts(out)
-        kept = _kept(benchmark, [*out.glob(RECORDS), *parts])
-        write_text(out / MANIFEST, json.dumps(facts, indent=2) + "\n")
-        write_records(_part(out, 0), kept.values())
-        for path in set(parts) - {_part(out, 0)}:
-            path.unlink()
-    job.wait()
-    kept = _kept(benchmark, [_part(out, 0)])
-    job.wait()  # until all have read it
+    kept = _earlier(benchmark, out, facts, job)
     share = job.share(list(files))
     with (
         _part(out, job.rank).open("a", encoding="utf-8") as file,
@@ -135,6 +126,21 @@ def score_folder(
     return _finish(benchmark, out, facts, files) if job.first else {}
 
 
+def _earlier(benchmark: Benchmark, out: Path, facts: dict[str, Any], job: Processes) -> dict[Place, Record]:
+    """Gather the records of earlier processes in one file, beside the manifest; return those that are kept."""
+    if job.first:
+        parts = _parts(out)
+        kept = _kept(benchmark, [*out.glob(RECORDS), *parts])
+        write_text(out / MANIFEST, json.dumps(facts, indent=2) + "\n")
+        write_records(_part(out, 0), kept.values())
+        for path in set(parts) - {_part(out, 0)}:
+            path.unlink()
+    job.wait()
+    kept = _kept(benchmark, [_part(out, 0)])
+    job.wait()  # until all have read it
+    return kept
+
+
 def _finish(benchmark: Benchmark, out: Path, facts: dict[str, Any], files: dict[Place, str]) -> dict[str, Any]:
     """Write the results in order and return the summary."""
     by_place = {(r.prompt, r.image): r for r in _read(_parts(out))}
@@ -146,7 +152,7 @@ def _finish(benchmark: Benchmark, out: Path, facts: dict[str, Any], files: dict[
     if not any(_is_scored(record) for record in by_place.values()):
         first = min(by_place.values(), key=lambda r: ((UNSCORED, UNREADABLE, MISSING).index(r.gap), r.prompt, r.image))
         raise ValueError(
-            f"none of {len(files)} images could be scored; the first: {first.reason}; mend that and run it again (all "
+            f"none of {len(files)} images could be scored; the first: {first.reason}; fix that and run it again (all "
             f"reasons: {_part(out, 0)})"
         )
     # Scores stay where an image moved, or where a prompt is counted for other skills.

@@ -41,6 +41,8 @@ class ShapesChecker:
     claims: tuple[tuple[Claim, ...], ...]
     """Of every prompt."""
 
+    usage = None
+
     @property
     def identity(self) -> dict[str, Any]:
         return {"scorer": "exact checker of shapes", "version": __version__}

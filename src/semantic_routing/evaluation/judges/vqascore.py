@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from semantic_routing.chat.client import ChatClient
+from semantic_routing.chat.client import ChatClient, Usage
 from semantic_routing.chat.messages import Answer, Failure, Question
 from semantic_routing.chat.replies import word
 from semantic_routing.chat.server import ChatConfig
@@ -29,7 +29,7 @@ VQA_TEMPLATES = {
 """By release of t2v_metrics; that of 3.0 is for CLIP-FlanT5, LLaVA, GPT-4o and Gemini."""
 VQA_PARAMETERS = {"max_tokens": 1, "logprobs": True, "top_logprobs": 20}
 ENOUGH_BLIND = 5
-"""So many answers without logprobs, and none with them, say that the server has none."""
+"""Answers without logprobs, and none with them, after which the server counts as having none."""
 TOLERANCE = 1e-3
 """How far rounding may bring a probability above 1."""
 LEAST_MASS = 0.1
@@ -51,6 +51,11 @@ class VQAJudge:
     def identity(self) -> dict[str, Any]:
         """Return the judge's identity and settings, for manifests."""
         return _identity("vqascore", self.client, self.template, VQA_PARAMETERS)
+
+    @property
+    def usage(self) -> Usage:
+        """Requests so far and their cost."""
+        return self.client.usage
 
     def score(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Finding]]:
         """Yield every task with its finding, in order of arrival; ValueError if the server has no logprobs."""
