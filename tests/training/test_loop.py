@@ -25,10 +25,11 @@ from semantic_routing.checkpoint.load import EMA, MODEL, OPTIMIZER, checkpoints,
 from semantic_routing.common.errors import Interrupted, TrainingFailed
 from semantic_routing.common.images.save import grid
 from semantic_routing.common.stopping import ENDING
+from semantic_routing.data.batch import Batch
 from semantic_routing.data.damage import FILE as DAMAGED
 from semantic_routing.data.dataset import DataConfig, open_data
 from semantic_routing.data.draws import draw
-from semantic_routing.data.loader import Batch, Loader
+from semantic_routing.data.loader import Loader
 from semantic_routing.data.order import locate
 from semantic_routing.flow import path
 from semantic_routing.sampling.load import load_bundle

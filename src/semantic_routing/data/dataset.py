@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 
@@ -98,21 +98,23 @@ class Dataset:
         self.streams = tuple(streams)
         self._mixture = Mixture(cfg.weights if len(self.streams) > 1 else (1.0,))
 
-    def load(self, step: int, batch: int, rows: range) -> list[tuple[int, Row]]:
-        """The given rows of the batch of a step, each with the number of its stream.
+    def load(self, step: int, batch: int, rows: range) -> list[Row]:
+        """Load the given rows of the batch of a step.
 
-        Without buckets, rows are at positions ``step * batch + row`` of the mixture; with buckets, the mixture decides
-        of which stream the whole batch is, and the stream of which bucket.
+        Without buckets, rows are at positions ``step * batch + row`` of the mixture. With buckets, the mixture chooses
+        the stream of the whole batch, and the stream chooses its bucket.
         """
         if step < 0 or batch < 1 or not 0 <= rows.start <= rows.stop <= batch:
             raise ValueError(f"rows {rows.start} to {rows.stop} of {batch} at step {step}; expected some of a batch")
         if self.cfg.buckets:
             number, turn = self._mixture.locate(step)
-            stream = self.streams[number]
-            bucket, turn = stream.turns.locate(turn)
-            return [(number, stream.load(turn * batch + row, bucket)) for row in rows]
+            bucket, turn = self.streams[number].turns.locate(turn)
+            return [self._row(number, turn * batch + row, bucket) for row in rows]
         places = [self._mixture.locate(step * batch + row) for row in rows]
-        return [(number, self.streams[number].load(place)) for number, place in places]
+        return [self._row(number, place) for number, place in places]
+
+    def _row(self, number: int, position: int, bucket: int = 0) -> Row:
+        return replace(self.streams[number].load(position, bucket), stream=number)
 
     def captions(self, count: int) -> list[str]:
         """Up to ``count`` captions to watch the training by, from all streams in turn."""

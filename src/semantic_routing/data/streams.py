@@ -42,6 +42,8 @@ class Row:
     key: str = ""
     """The record's key; another than the sample's own where that was skipped."""
     skipped: tuple[Skipped, ...] = ()
+    stream: int = 0
+    """Number of its stream in the mixture."""
 
 
 @runtime_checkable

@@ -8,8 +8,10 @@ started: relative paths are taken from there.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,6 +83,16 @@ def _tokens(tokenizer: Any) -> str:
 def spread(count: int, most: int) -> Sequence[int]:
     """At most ``most`` numbers of 0..count - 1, evenly spread, the first and the last among them."""
     return range(count) if count <= most else [i * (count - 1) // (most - 1) for i in range(most)]
+
+
+def accept(run: Path, found: list[str], accepted: bool) -> list[str]:
+    """Return messages about changed data or models; raise ValueError if there are any and the user accepts none."""
+    if found and not accepted:
+        raise ValueError(
+            f"this is not what {run} was begun on: {'; '.join(found)}. Put back what was, or go on with it as it is: "
+            f"semroute train --resume {shlex.quote(str(run))} --accept-changes"
+        )
+    return [f"going on with what has changed: {one}" for one in found]
 
 
 def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -6,13 +6,17 @@ import filecmp
 import json
 import shlex
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from semantic_routing.checkpoint.load import STATE, checkpoints, find_checkpoint, read_state
 from semantic_routing.common.config import from_dict, read_config, to_dict
+from semantic_routing.common.distributed import World
 from semantic_routing.common.files import check_writable, write_text, written_whole
+from semantic_routing.common.locks import LOCK, claimed
 from semantic_routing.data.damage import FILE as DAMAGED
 from semantic_routing.sampling.load import TEXT_ENCODER, read_run_config
 from semantic_routing.sampling.located import located, located_model
@@ -23,6 +27,19 @@ from semantic_routing.training.tracking import IDENTITY, METRICS
 CONFIG, MANIFEST = "config.json", "manifest.json"
 WRITTEN = (CONFIG, MANIFEST, METRICS, DAMAGED, IDENTITY)
 """Files of a run that replace what has the same name."""
+
+
+@contextmanager
+def claimed_run(world: World, out: Path) -> Iterator[None]:
+    """Lock a run's folder against other jobs while the context lasts; the first process holds the lock for all."""
+    with ExitStack() as held:
+
+        def claim() -> None:
+            check_writable(out)
+            held.enter_context(claimed(out / LOCK, out))
+
+        world.on_first(claim)
+        yield
 
 
 def run_of(path: Path) -> Path:

@@ -21,7 +21,10 @@ from tqdm import tqdm
 
 from semantic_routing.common.device import cache_folder, has_bfloat16
 from semantic_routing.common.files import as_umask_says
+from semantic_routing.data.dataset import Dataset
+from semantic_routing.data.sources.discover import SHAPES
 from semantic_routing.text.loading import quiet_transformers
+from semantic_routing.toy.stories import story
 from semantic_routing.training.optim import OptimConfig, make_optimizers, set_rates
 
 RECIPE = 1  # part of the cache key: raise it when anything below changes the trained weights
@@ -32,6 +35,7 @@ EMBEDDING_STD = 1.0
 VOCABULARY = 4096  # upper limit; a small corpus of templated captions needs a few hundred
 CONTEXT = 512  # longest caption in tokens
 HELD_OUT = 20  # every 20th distinct caption is kept for the report, never trained on
+CORPUS_SEED = 1  # seed of the stories; one model then serves every run
 SPECIAL = ("<pad>", "<s>", "</s>")
 PAD, BOS, EOS = range(3)
 
@@ -83,6 +87,12 @@ def tiny_lm(
         if not folder.is_dir():  # another process may have been quicker, with the same result
             written.rename(folder)
     return folder
+
+
+def training_corpus(data: Dataset, size: int = 20_000) -> list[str]:
+    """Return the texts that a run's language model learns from: stories of the toy world, and the user's captions."""
+    toy = [story(CORPUS_SEED, index) for index in range(size)]
+    return toy if data.cfg.paths == (SHAPES,) else toy + data.captions(size)
 
 
 def _train_tokenizer(corpus: list[str]) -> Any:

@@ -19,8 +19,8 @@ from torch import Tensor
 from semantic_routing.common.distributed import ALONE, Processes
 from semantic_routing.common.errors import TrainingFailed
 from semantic_routing.common.troubles import Troubles
+from semantic_routing.data.batch import collate
 from semantic_routing.data.dataset import DataConfig, open_data
-from semantic_routing.data.draws import draw, posterior_noise
 from semantic_routing.data.sources.discover import SHAPES
 from semantic_routing.data.streams import Row
 from semantic_routing.flow import FIXED_TIMES, path, velocity
@@ -73,7 +73,7 @@ def held_out(cfg: ValidationConfig, data: DataConfig, image_size: int) -> HeldOu
         return lambda i: Row(replace(drawn[i], size=image_size).image, drawn[i].caption, cfg.seed, 0, i)
     own = replace(data, paths=cfg.paths, weights=(), buckets=False, flip=False)
     opened = open_data(own, image_size=image_size, seed=cfg.seed)
-    return lambda i: opened.load(0, cfg.samples, range(i, i + 1))[0][1]
+    return lambda i: opened.load(0, cfg.samples, range(i, i + 1))[0]
 
 
 def validate(
@@ -130,23 +130,17 @@ def _blank(size: int) -> Row:
 
 @torch.no_grad()
 def batch_errors(bundle: TextToImage, rows: Sequence[Row], times: Sequence[float]) -> Float64[Tensor, "T B"]:
-    """The velocity's mean squared error of each picture at each time; its noise is the same at all of them."""
-    device, model = bundle.device, bundle.model
-    images = torch.from_numpy(np.stack([row.image for row in rows])).to(device)
-    shape = bundle.codec.latent_shape(*images.shape[1:3])
-    keys = [(row.seed, row.sample, row.epoch) for row in rows]
-    noise = torch.from_numpy(np.stack([draw(*key, shape).noise for key in keys])).to(device)
-    extra = None
-    if bundle.codec.has_posterior:
-        extra = torch.from_numpy(np.stack([posterior_noise(*key, shape) for key in keys])).to(device)
-    latents = bundle.codec.encode(images, extra)
-    target = velocity(latents, noise)
-    features = bundle.encode([row.caption for row in rows], strict=False)
-    plan, errors = TextPlan(model, features), []
+    """Return the velocity's mean squared error of each image at each time, with the same noise at all times."""
+    device, codec = bundle.device, bundle.codec
+    arrays = collate(rows, codec.latent_shape(*rows[0].image.shape[:2]), posterior=codec.has_posterior)
+    batch = arrays.tensors(lambda values: torch.from_numpy(values).to(device))
+    latents = codec.encode(batch.images, batch.posterior_noise)
+    target = velocity(latents, batch.noise)
+    plan, errors = TextPlan(bundle.model, bundle.encode(batch.captions, strict=False)), []
     for time in times:
         t = torch.full((len(rows),), time, device=device)
         with autocast(device, bundle.bf16):
-            noisy = path(latents, noise, t)
-            predicted = model(noisy, t, plan.at(noisy, t))
+            noisy = path(latents, batch.noise, t)
+            predicted = bundle.model(noisy, t, plan.at(noisy, t))
         errors.append((predicted.float() - target).square().flatten(1).double().mean(1))
     return torch.stack(errors)
