@@ -119,9 +119,9 @@ def test_configurations_survive_json():
     [
         ({"paths": ()}, "paths is empty"),
         ({"paths": ("a", "b"), "weights": (1.0,)}, "1 weights for 2 paths"),
-        ({"paths": ("shapes", "b")}, "no end"),
+        ({"paths": ("shapes", "b")}, "endless"),
         ({"buckets": True}, "is square"),
-        ({"max_damaged": 1.5}, "share from 0 to 1"),
+        ({"max_damaged": 1.5}, "must be from 0 to 1"),
         ({"window": 0}, "window is 0"),
         ({"workers": -1}, "workers is -1"),
         ({"max_aspect": 0.5}, "max_aspect"),

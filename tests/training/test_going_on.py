@@ -113,10 +113,13 @@ def test_an_edited_configuration_is_noticed(
     path = run / "config.json"
     config = json.loads(path.read_text())
     for change, words in (
-        ({"batch": 8}, "config.json was edited and is not heeded in batch: "),
-        ({"optim": config["optim"] | {"lr": 1.0}}, "config.json was edited and is not heeded in optim.lr: "),
-        ({"steps": 1}, "config.json says 1 steps: not heeded, for step 2 is done"),
-        ({"btach": 8}, "config.json is not heeded, for the checkpoint has the run's settings: unknown setting 'btach'"),
+        ({"batch": 8}, "config.json was edited, which is ignored for batch: "),
+        ({"optim": config["optim"] | {"lr": 1.0}}, "config.json was edited, which is ignored for optim.lr: "),
+        ({"steps": 1}, "config.json says 1 steps: ignored, because step 2 is done; the run goes on to step 2"),
+        (
+            {"btach": 8},
+            "config.json is ignored, because the checkpoint has the run's settings: unknown setting ",
+        ),
     ):
         path.write_text(json.dumps(config | change))
         resume(run)
@@ -307,7 +310,7 @@ def test_a_second_writer_is_refused(tiny_config: Make, tmp_path: Path) -> None:
 )
 def test_files_of_others_are_never_replaced(tiny_config: Make, tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=f"{name} is there already, and of no run"):
+    with pytest.raises(ValueError, match=f"{name} exists and belongs to no run"):
         start(tiny_config(), tmp_path)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: content}
 
@@ -323,7 +326,7 @@ def test_a_language_model_of_others_is_never_replaced(
     cfg = replace(cfg, text=replace(cfg.text, name_or_path="tiny"))
     (tmp_path / "mine" / "text_encoder").mkdir(parents=True)
     (tmp_path / "mine" / "text_encoder" / "weights").write_text("mine")
-    with pytest.raises(ValueError, match="text_encoder is there already, and another model than this run's"):
+    with pytest.raises(ValueError, match="text_encoder exists and is another model than this run's"):
         start(cfg, tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").rglob("*")] == ["text_encoder", "weights"]
     shutil.copytree(tiny_encoder, tmp_path / "begun" / "text_encoder")  # as of a run that died at once

@@ -59,7 +59,7 @@ def test_every_strategy_is_a_mesh(
         ({"text_encoder": "sharded"}, 1, "a sharded text encoder needs several processes"),
         ({"strategy": "none"}, 2, "the strategy none is for one process, not 2"),
         ({"strategy": "hsdp", "shard_size": 3}, 8, "8 processes do not divide into groups of shard_size 3"),
-        ({"shard_size": 2}, 8, "shard_size belongs to the strategy hsdp, not auto"),
+        ({"shard_size": 2}, 8, "shard_size is for the strategy hsdp, not auto"),
         ({"strategy": "hsdp", "shard_size": -1}, 8, "shard_size is -1"),
     ],
 )

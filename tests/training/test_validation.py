@@ -202,7 +202,7 @@ def test_the_users_own_held_out_pictures_are_square_and_never_mirrored(folder: P
 
 
 def test_the_users_data_has_no_held_out_part_of_itself(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"validation needs pictures that are not trained on: give validation\.paths"):
+    with pytest.raises(ValueError, match=r"validation needs images that are not trained on: give validation\.paths"):
         held_out(CFG, DataConfig(paths=(str(folder),)), 16)
 
 
@@ -214,8 +214,8 @@ Make = Callable[[], ValidationConfig]
     [
         (lambda: ValidationConfig(samples=0), "on 0 samples"),
         (lambda: ValidationConfig(every=-1), "every -1 steps"),
-        (lambda: ValidationConfig(times=()), "must be some from 0 to 1"),
-        (lambda: ValidationConfig(times=(0.5, 1.5)), "must be some from 0 to 1"),
+        (lambda: ValidationConfig(times=()), "must be at least one number from 0 to 1"),
+        (lambda: ValidationConfig(times=(0.5, 1.5)), "must be at least one number from 0 to 1"),
     ],
 )
 def test_what_a_validation_cannot_be(make: Make, message: str) -> None:

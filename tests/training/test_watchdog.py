@@ -170,7 +170,7 @@ def test_a_first_process_that_does_not_run_is_seen_by_the_others(capfd: pytest.C
 
 
 def test_processes_need_a_store_that_they_share() -> None:
-    with pytest.raises(ValueError, match="one store that they share"):
+    with pytest.raises(ValueError, match="need a store that they share"):
         Watchdog(WatchdogConfig(), rank=1, world=2)
 
 
