@@ -169,12 +169,15 @@ def test_other_data_are_refused(
     else:
         (data / "0.txt").write_text("another text")
     told = {"added": "holds 8 records instead of 6", "taken away": "holds 5 records instead of 6"}
+    change = f"{data} {told.get(what, f'holds {what}')}"
     before = sorted((run / "checkpoints").rglob("*"))
-    with pytest.raises(ValueError, match=f"not what {run} was begun on: {data} {told.get(what, f'holds {what}')}"):
+    with pytest.raises(
+        ValueError, match=f"{run} was started on other data or models: {data} {told.get(what, f'holds {what}')}"
+    ):
         resume(run)
     assert sorted((run / "checkpoints").rglob("*")) == before
     main(["train", "--resume", str(run), "--accept-changes"])
-    assert "going on with what has changed: " in said(capsys)
+    assert f"resuming although {change}" in said(capsys)
     resume(run)  # what was accepted is what counts from then on
 
 

@@ -19,7 +19,7 @@ PERIOD = 2**14
 
 
 def bucket_shapes(size: int, multiple: int, longest: float = 2.0) -> list[tuple[int, int]]:
-    """Return all (height, width) in multiples of about ``size`` squared pixels, with aspect ratios up to ``longest``."""
+    """Return all (height, width) in multiples of about ``size`` squared pixels and aspect ratios up to ``longest``."""
     if multiple < 1 or size % multiple:
         raise ValueError(f"an image size of {size} pixels is no multiple of {multiple}; change one of them")
     shapes = {(size, size)}

@@ -75,15 +75,9 @@ def make_optimizers(model: nn.Module, cfg: OptimConfig, blocks: str = "blocks.")
         groups.append({"params": router, "lr": rate, "weight_decay": 0.0})
     optimizers: list[Optimizer] = [AdamW(groups, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True)]
     if matrices:
-        optimizers.append(
-            (ShardedMuon if isinstance(matrices[0], DTensor) else BatchedMuon)(
-                matrices,
-                lr=cfg.muon_lr,
-                momentum=cfg.momentum,
-                weight_decay=cfg.weight_decay,
-                adjust_lr_fn="original",
-            )
-        )
+        kind = ShardedMuon if isinstance(matrices[0], DTensor) else BatchedMuon
+        decay, momentum = cfg.weight_decay, cfg.momentum
+        optimizers.append(kind(matrices, cfg.muon_lr, decay, momentum=momentum, adjust_lr_fn="original"))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]

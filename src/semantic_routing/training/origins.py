@@ -87,10 +87,10 @@ def accept(run: Path, found: list[str], accepted: bool) -> list[str]:
     """Return messages about changed data or models; raise ValueError if there are any and the user accepts none."""
     if found and not accepted:
         raise ValueError(
-            f"this is not what {run} was begun on: {'; '.join(found)}. Put back what was, or go on with it as it is: "
+            f"{run} was started on other data or models: {'; '.join(found)}. Restore them, or resume with the changes: "
             f"semroute train --resume {shlex.quote(str(run))} --accept-changes"
         )
-    return [f"going on with what has changed: {one}" for one in found]
+    return [f"resuming although {one}" for one in found]
 
 
 def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -106,5 +106,5 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             else:
                 others = [what for what in ("pictures", "captions") if old[what] != new[what]]
                 found += [f"{new['path']} holds other {' and '.join(others)}"] if others else []
-    return found + [f"the {what} is another" for what in ("text encoder", "VAE") if what in then
-                    and then[what] != now.get(what)]  # fmt: skip
+    other = [what for what in ("text encoder", "VAE") if what in then and then[what] != now.get(what)]
+    return found + [f"the {what} is another" for what in other]

@@ -26,32 +26,16 @@ GATE_RATE = 2e-5
 than logits that are parameters: at the network's rate gates collapse onto one layer (docs/log.md)."""
 
 
-def _toy_network(arm: str) -> DiTConfig:
-    return DiTConfig(
-        arm=arm,
-        depth=6,
-        width=192,
-        heads=6,
-        kv_heads=2,
-        head_dim=32,
-        mlp_width=512,
-        patch=8,
-        channels=3,
-        conditioning="adaln-zero",
-        prediction="image",
-        rope_theta=100.0,
-        text_width=128,
-        text_layers=8,
-        text_init_std=128**-0.5,
-        fusedit_first_layer=1,
-    )
-
-
 def toy(arm: str) -> TrainConfig:
     """Train in minutes on two CPU cores: 32x32 images of shapes in pixel space, with a tiny language model."""
+    model = DiTConfig(
+        arm=arm, depth=6, width=192, heads=6, kv_heads=2, head_dim=32, mlp_width=512, patch=8, channels=3,
+        conditioning="adaln-zero", prediction="image", rope_theta=100.0,
+        text_width=128, text_layers=8, text_init_std=128**-0.5, fusedit_first_layer=1,
+    )  # fmt: skip
     return TrainConfig(
         image_size=32,
-        model=_toy_network(arm),
+        model=model,
         text=TextEncoderConfig(name_or_path=TINY, dtype="bfloat16"),
         codec=CodecConfig(kind="pixels"),
         optim=OptimConfig(
@@ -82,22 +66,13 @@ def debug(arm: str) -> TrainConfig:
 
     It checks that an installation, a data set or a change runs from end to end; the tests use it, too.
     """
+    model = DiTConfig(
+        arm=arm, depth=2, width=32, heads=2, kv_heads=1, head_dim=32, mlp_width=48, patch=8, channels=3,
+        text_width=64, text_layers=2, fusedit_first_layer=0,
+    )  # fmt: skip
     return TrainConfig(
         image_size=32,
-        model=DiTConfig(
-            arm=arm,
-            depth=2,
-            width=32,
-            heads=2,
-            kv_heads=1,
-            head_dim=32,
-            mlp_width=48,
-            patch=8,
-            channels=3,
-            text_width=64,
-            text_layers=2,
-            fusedit_first_layer=0,
-        ),
+        model=model,
         text=TextEncoderConfig(name_or_path=f"{TINY}:2x64x5", buckets=(16, 32, 64)),
         codec=CodecConfig(kind="pixels"),
         optim=OptimConfig(lr=1e-2),
