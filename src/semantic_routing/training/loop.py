@@ -37,7 +37,8 @@ from semantic_routing.data.dataset import Dataset, open_data
 from semantic_routing.data.loader import Loader
 from semantic_routing.model.codec import Codec, NotFiniteError
 from semantic_routing.sampling.located import FOLDER, KEY, here
-from semantic_routing.text.loading import TextEncoderConfig, text_shape, tiny_sizes
+from semantic_routing.text.architecture import text_shape
+from semantic_routing.text.config import TextEncoderConfig, tiny_sizes
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.metrics import Meter, flops_per_image, peak_flops, peak_memory, routing_entropy
 from semantic_routing.training.origins import accept, changes, data_origins

@@ -24,7 +24,7 @@ from semantic_routing.common.device import cache_folder, has_bfloat16
 from semantic_routing.common.files import as_umask_says
 from semantic_routing.data.dataset import Dataset
 from semantic_routing.data.sources.discover import SHAPES
-from semantic_routing.text.loading import quiet_transformers
+from semantic_routing.text.quiet import quiet_transformers
 from semantic_routing.toy.stories import story
 from semantic_routing.training.optim import OptimConfig, make_optimizers, set_rates
 
