@@ -13,12 +13,11 @@ from semantic_routing.checkpoint.load import find_checkpoint, read_state
 from semantic_routing.common.config import from_dict, read_config
 from semantic_routing.common.device import pick_device
 from semantic_routing.common.distributed import World
-from semantic_routing.common.images.decode import Unusable
+from semantic_routing.common.errors import BadData
 from semantic_routing.data.captions import CaptionChoice
 from semantic_routing.data.dataset import Dataset, open_data
 from semantic_routing.data.order import locate
 from semantic_routing.data.sidecar import RECAPTION
-from semantic_routing.data.sources.records import DamagedRecord
 from semantic_routing.data.streams import RecordStream, ShapesStream
 from semantic_routing.model.arms import parse_arm
 from semantic_routing.sampling.load import locate_encoder, read_run_config
@@ -132,7 +131,7 @@ def _record_captions(stream: RecordStream) -> Iterator[str]:
         for index in range(len(source)):
             try:
                 record = source.read(index)
-            except (DamagedRecord, Unusable):
+            except BadData:
                 continue
             captions = dict(record.captions)
             if sidecar is not None and (more := sidecar.captions(record.key)):
