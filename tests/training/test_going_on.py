@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import semantic_routing.training.loop as module
 from semantic_routing.checkpoint.load import EMA, MODEL, OPTIMIZER, STATE, find_checkpoint, read_state
 from semantic_routing.cli.main import main
 from semantic_routing.common.errors import Interrupted
@@ -319,18 +320,17 @@ def test_files_of_others_are_never_replaced(tiny_config: Make, tmp_path: Path, n
 
 
 def test_a_language_model_of_others_is_never_replaced(
-    tiny_config: Make, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import semantic_routing.training.loop as module
-
-    monkeypatch.setattr(module, "training_corpus", lambda data: [])
-    monkeypatch.setattr(module, "tiny_lm", lambda corpus: tiny_encoder)
+    monkeypatch.setattr(module, "training_corpus", lambda data: [f"a {i} circle" for i in range(40)])
+    monkeypatch.setenv("SEMROUTE_CACHE", str(tmp_path / "cache"))
     cfg = tiny_config(steps=1)
-    cfg = replace(cfg, text=replace(cfg.text, name_or_path="tiny"))
+    cfg = replace(cfg, text=replace(cfg.text, name_or_path="tiny:2x64x1"))
     (tmp_path / "mine" / "text_encoder").mkdir(parents=True)
     (tmp_path / "mine" / "text_encoder" / "weights").write_text("mine")
     with pytest.raises(ValueError, match="text_encoder exists and is another model than this run's"):
         start(cfg, tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").rglob("*")] == ["text_encoder", "weights"]
-    shutil.copytree(tiny_encoder, tmp_path / "begun" / "text_encoder")  # as of a run that died at once
+    (made,) = (tmp_path / "cache").iterdir()
+    shutil.copytree(made, tmp_path / "begun" / "text_encoder")  # as of a run that died at once
     start(cfg, tmp_path / "begun")

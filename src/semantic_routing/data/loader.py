@@ -73,7 +73,7 @@ class Loader:
             return _from_workers(replace(self._source, first=first), self._workers, max(self._ahead, 1))
         if self._ahead:
             return prefetch(self.load, first, ahead=self._ahead)
-        return _one_by_one(self.load, first)
+        return (self.load(step) for step in count(first))
 
 
 def prefetch(load: Callable[[int], T], start: int = 0, *, ahead: int = 2) -> Generator[T, None, None]:
@@ -133,8 +133,3 @@ def _without_warnings() -> Iterator[None]:
     finally:
         logging.disable(before)
         logging.root.removeHandler(silent)
-
-
-def _one_by_one(load: Callable[[int], T], first: int) -> Generator[T, None, None]:
-    for step in count(first):
-        yield load(step)

@@ -19,17 +19,15 @@ ENDLESS = 2**48
 
 @dataclass(frozen=True, kw_only=True)
 class RankBatches:
-    """One rank's batches from a step on, at random access; a source for ``grain.MapDataset``."""
+    """One rank's batches from a step on, at random access; a source for ``grain.MapDataset``. See ``Loader``."""
 
     data: Dataset
     batch: int
-    """Global batch size: rows of all ranks together."""
+    """Global batch size."""
     rows: range
     """Rows of this rank."""
     noise_shape: tuple[int, ...]
-    """Shape (C, h, w) of the latents of a square image."""
     posterior: bool
-    """Whether the codec needs noise."""
     first: int = 0
     """Step of item 0."""
 
