@@ -59,9 +59,7 @@ def make_optimizers(model: nn.Module, cfg: OptimConfig, blocks: str = "blocks.")
 
     With Muon, ``blocks`` is the name prefix of the weights whose matrices it takes.
     """
-    router: list[Tensor] = []
-    matrices: list[Tensor] = []
-    others: list[Tensor] = []
+    router, matrices, others = list[Tensor](), list[Tensor](), list[Tensor]()
     for name, p in model.named_parameters():
         if name.startswith("router."):
             router.append(p)
