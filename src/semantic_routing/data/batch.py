@@ -45,7 +45,7 @@ class Batch(Generic[A]):
         return [self._map(itemgetter(slice(i * size, (i + 1) * size))) for i in range(parts)]
 
     def _map(self, change: Callable[[Any], Any]) -> Batch[Any]:
-        values = [getattr(self, field.name) for field in fields(self)]
+        values = (getattr(self, field.name) for field in fields(self))
         changed: list[Any] = [None if value is None else change(value) for value in values]
         return Batch(*changed)
 

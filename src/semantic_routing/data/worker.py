@@ -40,8 +40,7 @@ class RankBatches:
         return collate(rows, self._latent(*rows[0].image.shape[:2]), posterior=self.posterior)
 
     def _latent(self, height: int, width: int) -> tuple[int, ...]:
-        *channels, down, across = self.noise_shape
-        size = self.data.image_size
+        (*channels, down, across), size = self.noise_shape, self.data.image_size
         return (*channels, height * down // size, width * across // size)
 
 
