@@ -111,7 +111,7 @@ def measure(prompts: int, tokens: int, repeats: int) -> dict[str, Any]:
     times["naive forward and backward"] = seconds(lambda: naive(leaf, hidden, out, grad), 3)
     ours = gpu.mix_forward(weights, hidden)[0][:, :1].float()
     both = times["forward"] + times["backward"]
-    kernels = {"forward": gpu._forward, "backward": gpu._backward}
+    kernels = {"forward": gpu.forward_kernel, "backward": gpu.backward_kernel}
     return {
         "prompts": prompts,
         "bytes": counted,

@@ -167,7 +167,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_no_arms_are_an_error() -> None:
-    with pytest.raises(ValueError, match="nothing to measure: name some of the arms penultimate, uniform"):
+    with pytest.raises(ValueError, match="nothing to measure: give --arms with some of penultimate, uniform"):
         run_overhead(OverheadArguments(arms=()))
 
 

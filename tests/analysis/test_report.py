@@ -12,7 +12,6 @@ import pytest
 
 from semantic_routing.analysis.report import duration, write_report
 from semantic_routing.analysis.report_data import smoothed
-from semantic_routing.checkpoint.save import save_checkpoint
 from semantic_routing.common.config import to_dict
 from semantic_routing.common.images.save import save_png
 from semantic_routing.common.manifest import manifest
@@ -22,6 +21,7 @@ from semantic_routing.model.build import make_model
 from semantic_routing.model.dit import DiTConfig
 from semantic_routing.toy.captions import TAGS, prompts
 from semantic_routing.training.recipes import toy
+from tests.helpers.checkpoints import save_checkpoint
 from tests.helpers.networks import tiny_config
 
 N = 4 * len(TAGS)  # one image of each tag more than the page shows

@@ -63,12 +63,12 @@ class FirstAnswers:
     """Watches a model's first answers; where most say nothing, says once what to set."""
 
     def __init__(self, advice: Mapping[str, str]) -> None:
-        """``advice`` by reason, that of the empty reason for all others."""
+        """Take ``advice`` by reason; the empty reason's is for all others."""
         self.advice = advice
         self._useful, self._useless, self._told = 0, Counter[str](), False
 
     def note(self, reason: str = "") -> None:
-        """Take in why an answer is of no use; nothing where it is."""
+        """Count the reason why an answer is unusable; empty for a usable one."""
         self._useful += not reason
         if not reason:
             return

@@ -43,7 +43,7 @@ def evaluate_model(
     rescore: bool = False,
     **facts: Any,
 ) -> dict[str, Any]:
-    """Sample the benchmark's images into ``out/images`` and score them; the summary, empty without a scorer.
+    """Sample the benchmark's images into ``out/images``, score them, and return the summary, empty without a scorer.
 
     What is already in ``out`` is kept, so that a stopped evaluation goes on; ValueError where it belongs to another
     model, sampler, set of prompts or scorer. ``rescore`` scores again what another scorer scored.
@@ -87,7 +87,7 @@ def evaluate_images(
     rescore: bool = False,
     **facts: Any,
 ) -> dict[str, Any]:
-    """Score a folder of images, made by any tool, that lie as the benchmark's official tools expect; the summary."""
+    """Score a folder of images in the layout of the benchmark's official tools, and return the summary."""
     with claimed_by_first(out, job):
         check_scorer(benchmark, out, scorer.identity, rescore=rescore, job=job)
         told = image_origin(benchmark, images) | _facts(benchmark, scorer.identity) | {"images": str(images)} | facts
@@ -95,7 +95,7 @@ def evaluate_images(
 
 
 def image_origin(benchmark: Benchmark, images: Path) -> dict[str, Any]:
-    """How the images were made, if a manifest in or beside their folder tells; ValueError if for other prompts."""
+    """Read how the images were made from a manifest in or beside their folder; ValueError if for other prompts."""
     for folder in (images, images.absolute().parent):
         found = read_manifest(folder / MANIFEST)
         if "sampler" in found:
@@ -109,7 +109,7 @@ def image_origin(benchmark: Benchmark, images: Path) -> dict[str, Any]:
 
 
 def _facts(benchmark: Benchmark, identity: Any) -> dict[str, Any]:
-    """What both ways of scoring write into the manifest."""
+    """Return the manifest's facts for both ways of scoring."""
     return {
         "benchmark": benchmark.name,
         "prompt_set": benchmark.prompt_set,

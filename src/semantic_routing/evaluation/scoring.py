@@ -54,9 +54,9 @@ Place = tuple[int, int]
 
 
 def check_scorer(benchmark: Benchmark, out: Path, identity: dict[str, Any], *, rescore: bool, job: Processes) -> None:
-    """ValueError if ``out`` holds scores of another scorer, or verdicts on what other prompts asked for.
+    """Raise ValueError if ``out`` holds scores of another scorer, or verdicts on other prompts.
 
-    A scorer that scored nothing is in nobody's way: what was wrong with it can be mended. With ``rescore`` they are
+    A scorer that scored nothing is ignored, because its settings may have been wrong. With ``rescore`` they are
     deleted instead.
     """
     if job.first:
@@ -86,7 +86,7 @@ def check_scorer(benchmark: Benchmark, out: Path, identity: dict[str, Any], *, r
 def score_folder(
     benchmark: Benchmark, images: Path, out: Path, scorer: Scorer, facts: dict[str, Any], job: Processes
 ) -> dict[str, Any]:
-    """Score the images and write all results to ``out``; the summary.
+    """Score the images, write all results to ``out``, and return the summary.
 
     What was scored before is kept; images that had no score are tried again. ``facts`` is the manifest. Raises
     ValueError where there is no image at all, and where no image could be scored.
@@ -136,7 +136,7 @@ def score_folder(
 
 
 def _finish(benchmark: Benchmark, out: Path, facts: dict[str, Any], files: dict[Place, str]) -> dict[str, Any]:
-    """Write the results in order; the summary."""
+    """Write the results in order and return the summary."""
     by_place = {(r.prompt, r.image): r for r in _read(_parts(out))}
     lost = files.keys() - by_place.keys()
     if lost:
@@ -169,7 +169,7 @@ def _finish(benchmark: Benchmark, out: Path, facts: dict[str, Any], files: dict[
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """A manifest; empty where there is none, ValueError where it is damaged."""
+    """Read a manifest; empty if there is none, ValueError if it is damaged."""
     if not path.is_file():
         return {}
     try:
@@ -182,7 +182,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _open(benchmark: Benchmark, place: Place, path: Path | None) -> Task | tuple[str, str]:
-    """The task of an image that opens, or why there is none and what the gap is called."""
+    """Return the task of a readable image, or the name of the gap and its reason."""
     if path is None:
         return MISSING, "there is no image"
     try:
@@ -202,19 +202,19 @@ def _open(benchmark: Benchmark, place: Place, path: Path | None) -> Task | tuple
 
 
 def _is_scored(record: Record) -> bool:
-    """Whether a record has a score, of whichever metric."""
+    """Return True if a record has a score of any metric."""
     return any(score is not None for score in record.scores.values())
 
 
 def _is_of(record: Record | None, task: Task) -> bool:
-    """Whether an earlier record is of this very image, and whole."""
+    """Return True if an earlier record is complete and of this image."""
     return record is not None and record.sha256 == task.sha256 and not record.gap
 
 
 def _record(
     benchmark: Benchmark, place: Place, file: str, finding: Finding | tuple[str, str], sha256: str = ""
 ) -> Record:
-    """The record of a finding, or of a gap and its reason."""
+    """Return the record of a finding, or of a gap and its reason."""
     index, number = place
     prompt = benchmark.prompts[index]
     if isinstance(finding, Finding):
@@ -238,7 +238,7 @@ def _record(
 
 
 def _kept(benchmark: Benchmark, paths: Iterable[Path]) -> dict[Place, Record]:
-    """Earlier records by place, but for those without a score and those of other prompts."""
+    """Return earlier records by place, without unscored ones and those of other prompts."""
     return {
         (r.prompt, r.image): r
         for r in _read(paths)
@@ -247,7 +247,7 @@ def _kept(benchmark: Benchmark, paths: Iterable[Path]) -> dict[Place, Record]:
 
 
 def _read(paths: Iterable[Path]) -> list[Record]:
-    """The records of several files; a last line that a crash cut off is left out."""
+    """Read the records of several files, without a last line that a crash cut off."""
     records = []
     for path in paths:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -259,7 +259,7 @@ def _read(paths: Iterable[Path]) -> list[Record]:
 
 
 def _parts(out: Path) -> list[Path]:
-    """The files of all processes that have scored."""
+    """List the files of all processes that have scored."""
     return sorted(path for path in out.glob("records.part-*.jsonl") if PART.fullmatch(path.name))
 
 
@@ -268,7 +268,7 @@ def _part(out: Path, rank: int) -> Path:
 
 
 def same_scorer(one: Any, other: Any) -> bool:
-    """Whether two identities are of one scorer, wherever it runs."""
+    """Return True if two identities are of one scorer, on any machine."""
     return isinstance(one, dict) and isinstance(other, dict) and not _differing(one, other)
 
 

@@ -58,7 +58,7 @@ class ShapesChecker:
 
 
 def shapes_benchmark(seed: int, n: int) -> tuple[Shapes, ShapesChecker]:
-    """``n`` unseen captions, spread evenly over the tags, and their checker; a function of the seed alone."""
+    """Return ``n`` unseen captions, spread evenly over the tags, and their checker; the seed alone decides."""
     samples = prompts(seed, n)
     benchmark = Shapes(
         prompts=tuple(
@@ -79,7 +79,7 @@ def evaluate_shapes(
     job: Processes = ALONE,
     rescore: bool = False,
 ) -> dict[str, Any]:
-    """Sample one image for each of ``n`` unseen captions of the toy world, check them exactly; the summary.
+    """Sample an image for each of ``n`` unseen toy captions, check them exactly, and return the summary.
 
     ``seed`` decides the prompts, ``cfg.seed`` the noise. Images that are already in ``out`` are kept, so that a
     stopped evaluation goes on; ValueError if they belong to another model, sampler or set of prompts.

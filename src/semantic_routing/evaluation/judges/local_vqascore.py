@@ -19,7 +19,7 @@ from semantic_routing.evaluation.benchmark import Finding, Task
 from semantic_routing.evaluation.genai_bench import VQASCORE
 from semantic_routing.evaluation.judges.base import checked_template, open_rgb, sha256
 from semantic_routing.evaluation.judges.vqascore import VQA_TEMPLATES
-from semantic_routing.text.loading import quiet_transformers
+from semantic_routing.text.quiet import quiet_transformers
 
 YES = "Yes"
 SPELLINGS = (YES, "yes", "YES", " Yes", " yes", "No", "no", "NO", " No", " no")
@@ -62,7 +62,7 @@ class LocalVQAJudge:
         dtype: torch.dtype = torch.bfloat16,
         template: str = VQA_TEMPLATES["3.1"],
     ) -> LocalVQAJudge:
-        """The model of a folder or of a name on the hub; ValueError where there is none that can judge."""
+        """Load a model from a folder or the hub; ValueError if it cannot judge."""
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         check_hub(name_or_path)
@@ -85,7 +85,7 @@ class LocalVQAJudge:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Who judges and how, for manifests."""
+        """Return the judge's identity and settings, for manifests."""
         return {
             "scorer": "vqascore-local",
             "model": self.name,
@@ -97,7 +97,7 @@ class LocalVQAJudge:
         }
 
     def score(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Finding]]:
-        """Every task with its finding, one after the other."""
+        """Yield every task with its finding, in order."""
         for task in tasks:
             image = open_rgb(task.path)
             if isinstance(image, Failure):

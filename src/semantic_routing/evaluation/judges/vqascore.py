@@ -41,7 +41,7 @@ class VQAJudge:
     """VQAScore (Lin et al., 2024): the probability that a model says Yes to a question about the image."""
 
     def __init__(self, cfg: ChatConfig, template: str = VQA_TEMPLATES["3.1"]) -> None:
-        """``template`` holds {} in the prompt's place."""
+        """Take a ``template`` with {} in the prompt's place."""
         self.client = ChatClient(cfg)
         self.template = checked_template(template, "{}", "the template")
         self._seen = self._blind = 0
@@ -49,11 +49,11 @@ class VQAJudge:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Who judges and how, for manifests."""
+        """Return the judge's identity and settings, for manifests."""
         return _identity("vqascore", self.client, self.template, VQA_PARAMETERS)
 
     def score(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Finding]]:
-        """Every task with its finding, as they come; ValueError where the server has no logprobs at all."""
+        """Yield every task with its finding, in order of arrival; ValueError if the server has no logprobs."""
         return _judged(self.client, tasks, self._question, self._read, (VQASCORE,))
 
     def _question(self, task: Task) -> Question | Failure:
@@ -80,7 +80,7 @@ class VQAJudge:
 
 
 def p_yes(logprobs: Sequence[tuple[str, float]]) -> tuple[float | None, str]:
-    """P(Yes) from the first token's likeliest choices, or None and the reason.
+    """Return P(Yes) from the first token's likeliest choices, or None and the reason.
 
     The sum over all spellings of yes; where there are none, 1 minus that of no. Neither is a judgement where yes and
     no together are hardly likely.
