@@ -272,10 +272,10 @@ def tables(tokens: int = 256, utilisation: float = 0.4) -> str:
         "products an image: transformer, forward and backward": f"{counts.train_flops / TERA:.2f} TFLOP",
         "products an image: language model": f"{counts.encoder_flops / TERA:.2f} TFLOP",
         "products an image: autoencoder": f"{counts.codec_flops / TERA:.2f} TFLOP",
-        "kept for backward an image: no, selective, full activation checkpointing": f"{kept} GB",
-        "an image's next turn, prepared meanwhile": f"{counts.ahead / GB:.2f} GB",
+        "saved for backward an image: no, selective, full activation checkpointing": f"{kept} GB",
+        "a prefetched image": f"{counts.ahead / GB:.2f} GB",
         "frozen networks on each GPU": f"{counts.frozen / GB:.1f} GB",
-        "weights and gradients that are whole at a time": f"{counts.gathered / GB:.1f} GB",
+        "unsharded weights and gradients at a time": f"{counts.gathered / GB:.1f} GB",
     }
     heads = (
         "GPUs", "images a GPU", "states a GPU (GB)", "images at once, 80 / 141 GB", "products (s)",
