@@ -122,7 +122,7 @@ def test_nearest() -> None:
         ({"seed": -1}, "seed is -1"),
         ({"prompt_dropout": 1.5}, "prompt_dropout is 1.5"),
         ({"ema_decay": -0.1}, "ema_decay is -0.1"),
-        ({"time": {"std": -1.0}}, "std -1.0"),
+        ({"time": {"std": -1.0}}, "std is -1.0"),
         ({"optim": {"lr": -1}}, "lr is -1.0"),
         ({"optim": {"lr": float("nan")}}, "lr is nan"),
         ({"optim": {"router_lr": -1}}, "router_lr is -1.0"),
