@@ -27,7 +27,7 @@ import torch
 from semantic_routing.checkpoint.load import checkpoints, find_checkpoint
 from semantic_routing.checkpoint.safetensors_storage import SafetensorsReader
 from semantic_routing.common.config import to_dict
-from semantic_routing.text.loading import TextEncoderConfig
+from semantic_routing.text.config import TextEncoderConfig
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.recipes import toy
 from semantic_routing.training.tiny_lm import tiny_lm

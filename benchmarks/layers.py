@@ -20,8 +20,8 @@ from results import save
 from torch import Tensor
 
 from semantic_routing.data.dataset import DataConfig, open_data
+from semantic_routing.text.config import TextEncoderConfig
 from semantic_routing.text.encoder import TextEncoder
-from semantic_routing.text.loading import TextEncoderConfig
 
 RIDGE = 1e-3
 """Of the mean variance of a channel."""

@@ -121,7 +121,7 @@ def main() -> int:
     for name, ratio in ratios.items():
         write(f"naive {name:22} {1e3 * times[f'naive {name}']:8.1f} ms   {ratio:6.1f}x\n")
     write(f"difference from naive {difference:.1e}\n")
-    kernels = {"forward": gpu._forward, "backward": gpu._backward}
+    kernels = {"forward": gpu.forward_kernel, "backward": gpu.backward_kernel}
     for name, kernel in kernels.items():
         write(f"{name}: {kernel.best_config}\n")
     save(

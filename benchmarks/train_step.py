@@ -35,8 +35,8 @@ from semantic_routing.data.dataset import DataConfig, open_data
 from semantic_routing.data.loader import Loader
 from semantic_routing.flow import path, velocity_loss
 from semantic_routing.model.dit import DiTConfig
+from semantic_routing.text.config import TextEncoderConfig
 from semantic_routing.text.features import TextFeatures
-from semantic_routing.text.loading import TextEncoderConfig
 from semantic_routing.training.parallelize import ParallelConfig, parallelize
 from semantic_routing.training.recipes import toy
 from semantic_routing.training.tiny_lm import tiny_lm

@@ -24,8 +24,8 @@ from transformers import AutoModel, PreTrainedTokenizerFast
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from semantic_routing.text.config import TextEncoderConfig
 from semantic_routing.text.encoder import TextEncoder
-from semantic_routing.text.loading import TextEncoderConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "text-encoders.md"
 BEGIN, END = "<!-- architectures: python tests/architectures.py -->", "<!-- end -->"

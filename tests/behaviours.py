@@ -1,8 +1,8 @@
-"""Make ``docs/what-happens-when.md`` from the tests: each row of the page is the ``behaviour`` mark of one.
+"""Generator of ``docs/what-happens-when.md``: each row is the ``behaviour`` mark of a test.
 
-    python tests/behaviours.py     # after a mark was added or changed
+    python tests/behaviours.py     # run after changing a mark
 
-A mark names the chapter, the situation and what the program does, and the test below it shows that it does::
+A mark names the chapter, the situation and the program's behaviour, which its test shows::
 
     @pytest.mark.behaviour("Training", when="a second process trains into a run's folder", then="is refused, ...")
 """
@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
 
 def rows(folder: Path = TESTS) -> Iterator[Row]:
-    """Yield the marks of all tests, by file and line. ValueError for a mark that is not three literal strings."""
+    """Yield the marks of all tests by file and line; ValueError for a mark that is not three literal strings."""
     for path in sorted(folder.rglob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.behaviour":
@@ -55,12 +55,12 @@ def _row(mark: ast.Call, place: str) -> Row:
     except (ValueError, KeyError) as error:
         raise ValueError(f'{place}: expected behaviour("chapter", when="...", then="...")') from error
     if said or chapter not in CHAPTERS:
-        raise ValueError(f"{place}: chapter {chapter!r} is none of {', '.join(CHAPTERS)}")
+        raise ValueError(f"{place}: chapter {chapter!r} is not one of {', '.join(CHAPTERS)}")
     return row
 
 
 def page() -> str:
-    """The page as it ought to be."""
+    """Return the text of the page."""
     found = sorted(set(rows()))
     text = HEAD
     for chapter in CHAPTERS:

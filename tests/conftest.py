@@ -1,4 +1,4 @@
-"""What all tests share: checked annotations, a fixed seed, the reference material beside the repository."""
+"""Shared fixtures: checked annotations, a fixed seed, tiny models and runs, reference data."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ import torch
 if TYPE_CHECKING:
     from semantic_routing.training.config import TrainConfig
 
-# Nothing is ever asked of the hub: a name that is no folder fails at once.
+# No test reaches the hub: a name that is not a folder fails immediately.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# Before anything imports the package: every annotated shape and type is checked while tests run.
+# Before the package is imported: tests check every annotated shape and type at run time.
 jaxtyping.install_import_hook("semantic_routing", "beartype.beartype")
 
-# As from a terminal: a shell's background jobs and nohup ignore some of these, and so would all that tests start.
+# Handlers as in a terminal: background jobs and nohup ignore some signals, and child processes would inherit that.
 for number in (signal.SIGHUP, signal.SIGQUIT):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.SIG_DFL)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# torch counts the host's cores, also where this process may use only some of them.
+# torch counts all cores of the host, but this process may be limited to some.
 torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    """Every test draws the same numbers, alone or in any order."""
+    """Seed every test, so that it draws the same numbers alone or in any order."""
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As users run it: annotations are not checked, so that the program's own messages are heard."""
+    """Switch the checks of annotations off, as for users, so that the program's own errors appear."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of facts and golden cases: ``shared`` beside the repository, or ``$SEMROUTE_SHARED``."""
+    """Folder of reference facts and golden cases: ``shared`` beside the repository, or ``$SEMROUTE_SHARED``."""
     folder = Path(os.environ.get("SEMROUTE_SHARED") or Path(__file__).parents[2] / "shared")
     if not folder.is_dir():
         pytest.skip(f"no folder {folder}; set SEMROUTE_SHARED to the one that holds golden/")
@@ -65,7 +65,7 @@ CAPTIONS = [
 
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a language model of 2 layers of 64, in float32."""
+    """Folder of a language model with 2 layers of width 64, in float32."""
     from semantic_routing.training.tiny_lm import tiny_lm
 
     return tiny_lm(CAPTIONS, layers=2, width=64, steps=5, cache_dir=tmp_path_factory.mktemp("cache"))
@@ -73,7 +73,7 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_config(tiny_encoder: Path) -> Callable[..., TrainConfig]:
-    """Makes the configuration of a run of 8 steps in float32 that takes about a second: (arm, **changes)."""
+    """Function (arm, **changes) that makes the configuration of a one-second run: 8 steps in float32."""
     from semantic_routing.training.recipes import debug
 
     def make(arm: str = "depth", **changes: Any) -> TrainConfig:
@@ -86,7 +86,7 @@ def tiny_config(tiny_encoder: Path) -> Callable[..., TrainConfig]:
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_config: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a finished run of the depth-wise arm; not to be changed."""
+    """Folder of a finished run of the depth-wise arm; read-only."""
     from semantic_routing.training.loop import start
 
     out = tmp_path_factory.mktemp("runs") / "tiny"

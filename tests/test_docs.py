@@ -1,4 +1,4 @@
-"""The commands and programs on the pages of docs, run on tiny models."""
+"""The commands and programs of the docs, run on tiny models."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def fenced(page: str, language: str) -> list[str]:
-    """The fenced blocks of a language, in order."""
+    """Return the fenced blocks of a language in order."""
     text = (DOCS / page).read_text(encoding="utf-8")
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def commands(page: str) -> list[list[str]]:
-    """The arguments of the indented ``semroute`` commands, in order."""
+    """Return the arguments of the indented ``semroute`` commands in order."""
     text = (DOCS / page).read_text(encoding="utf-8")
     return [shlex.split(line) for line in re.findall(r"^ {4}semroute (.*)$", text, re.MULTILINE)]
 
@@ -88,9 +88,10 @@ def test_text_encoders(tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     small = ["--steps", "1", "--batch", "4", "--preview-every", "0", "--no-compile"]
     for command in commands("text-encoders.md"):
-        command = [str(tiny_encoder) if "/Qwen3" in word else word for word in command]
+        command = [str(tiny_encoder) if "/Qwen3" in word or word == "smollm2" else word for word in command]
         main(command + (small if command[0] == "train" else ["--steps", "1"]))
     assert Path("images/qwen/00000_00.png").is_file()
+    assert list(Path("states").rglob("*.safetensors"))
     (block,) = fenced("text-encoders.md", "python")
     names: dict[str, Any] = {}
     exec(block.replace("Qwen/Qwen3-VL-4B-Instruct", str(tiny_encoder)), names)
@@ -106,7 +107,7 @@ def test_sampling(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         main(command)
     page = (DOCS / "sampling.md").read_text(encoding="utf-8")
     (line,) = re.findall(r"^ {4}torchrun (.*)$", page, re.MULTILINE)
-    # What `torchrun` is, with this interpreter.
+    # `torchrun` with this interpreter.
     command = [sys.executable, "-m", "torch.distributed.run", *shlex.split(line), "--steps", "20", "--guidance", "3"]
     subprocess.run(command, check=True, timeout=300, capture_output=True)
     once, shared = (sorted(Path("images", name).glob("*.png")) for name in "bc")
@@ -156,15 +157,15 @@ def test_analysis(
     assert chosen == {"heatmap-t0", "heatmap-t0.5", "heatmap-t1", "heatmap-block0", "heatmap-block1"}
     scored = json.loads(Path("evaluations/shifted/manifest.json").read_text())
     assert scored["sampler"]["clock"] == "shifted:0.05:0.1"
-    told = [json.loads(Path("images", name, "manifest.json").read_text()) for name in ("shifted", "calibrated")]
-    assert [manifest["sampler"]["clock"] for manifest in told] == [
+    manifests = [json.loads(Path("images", name, "manifest.json").read_text()) for name in ("shifted", "calibrated")]
+    assert [manifest["sampler"]["clock"] for manifest in manifests] == [
         "shifted",
         "figures/joint/calibration-g6-s50.json",
     ]
 
 
 class InThisProcess:
-    """What the study takes for a process, done at once."""
+    """Stand-in for a study's process that runs the command immediately."""
 
     def __init__(self, command: list[str], **_: Any) -> None:
         assert command[1:3] == ["-m", "semantic_routing"]
@@ -218,7 +219,7 @@ def test_the_papers_sizes() -> None:
 
 @pytest.fixture
 def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    """Tiny models and a server by what the page on evaluation calls them; the files it names, in the folder."""
+    """Tiny models and a server under the names of the evaluation page, and the files that it mentions."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -289,7 +290,7 @@ TINY = shlex.split(
 
 
 def smaller(command: list[str], *options: str) -> list[str]:
-    """The command with other values for some options; an option may be given once."""
+    """Return the command with other values for some options, each given once."""
     names = [option for option in options if option.startswith("--")]
     kept = [word for i, word in enumerate(command) if word not in names and (i == 0 or command[i - 1] not in names)]
     return [*kept, *options]

@@ -1,4 +1,4 @@
-"""Every arm through every command that takes one or reads a model of one."""
+"""Every arm in every command that takes an arm or reads a model."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def arm(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def run(arm: str, tiny_config: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a run of two steps, with previews and metrics."""
+    """Folder of a run of two steps with previews and metrics."""
     out = tmp_path_factory.mktemp("every") / arm
     start(tiny_config(arm, steps=2, preview_every=2), out)
     return out
 
 
 def refused(capsys: pytest.CaptureFixture[str], *command: object) -> str:
-    """The one line with which a command is refused."""
+    """Run a command that must exit with code 2; return its one line of error."""
     with pytest.raises(SystemExit) as end:
         main([str(word) for word in command])
     assert end.value.code == 2
@@ -83,7 +83,7 @@ def test_export(run: Path, tmp_path: Path) -> None:
 
 
 def test_convert(arm: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The toy run's transformer has what the reference's has; arms that it lacks are refused by name."""
+    """Arms of the paper are converted; others, which the reference lacks, are refused by name."""
     out = tmp_path / "model.safetensors"
     command = ("convert", "ours", run, "--out", out)
     if arm in PAPER_ARMS:

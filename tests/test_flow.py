@@ -27,7 +27,7 @@ from semantic_routing.flow import (
 from semantic_routing.sampling.samplers import schedule
 
 SHAPE = (4, 3, 5, 2)
-"""The last axis is no multiple of the batch, so that time cannot be broadcast along the wrong one."""
+"""The last axis is not the batch's size, so that time cannot be broadcast along it."""
 
 
 def pair() -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,12 +83,12 @@ def test_logit_normal_has_the_quantiles_of_its_definition(mean: float, std: floa
     torch.testing.assert_close(torch.tensor(cdf), quantiles, rtol=1e-4, atol=0)
 
 
-def test_logit_normal_of_any_uniform_number_lies_inside() -> None:
+def test_logit_normal_times_are_inside_0_and_1() -> None:
     t = logit_normal(torch.tensor([0.0, 1.0]))
     assert ((t > 0) & (t < 1)).all()
 
 
-# --- training times: Esser et al. (2024) speak of z_t = (1 - t) x + t noise, so of 1 minus the times here ---
+# --- training times: in Esser et al. (2024) z_t = (1 - t) x + t noise, so their times are 1 - t here ---
 
 UNIFORM = torch.linspace(0, 1, 10_001)
 
@@ -207,14 +207,14 @@ def test_weights_of_one_leave_the_loss_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"std": -1.0}, "std -1.0 must be at least 0"),
-        ({"mean": math.nan}, "be finite"),
-        ({"mode_scale": 1.8}, "mode_scale is 1.8; it must be from -1 to 1.752"),
-        ({"shift": 0.0}, "shift 0.0 and snr_limit 5.0 must be above 0"),
+        ({"std": -1.0}, "std is -1.0 and mean 0.0; use finite numbers"),
+        ({"mean": math.nan}, "mean nan; use finite numbers"),
+        ({"mode_scale": 1.8}, "mode_scale is 1.8; use a number from -1 to 1.752"),
+        ({"shift": 0.0}, "shift is 0.0 and snr_limit 5.0; use finite numbers above 0"),
         ({"shift_size": -1}, "shift_size is -1; use 0"),
     ],
 )
-def test_what_times_cannot_be(wrong: dict[str, float], message: str) -> None:
+def test_impossible_times_are_refused(wrong: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TimeConfig(**wrong)
 
@@ -228,7 +228,7 @@ def test_loss_is_the_mean_square_in_float32() -> None:
 
 
 def test_annotated_shapes_are_checked_while_tests_run() -> None:
-    """What every other test relies on: a shape that an annotation forbids does not pass unseen."""
+    """Every other test relies on this: a shape that an annotation forbids raises."""
     with pytest.raises(TypeCheckError, match="noise"):
         velocity(torch.zeros(2, 3), torch.zeros(3, 2))
     with pytest.raises(TypeCheckError, match="image"):

@@ -1,4 +1,4 @@
-"""Files that version 0.1 wrote, before files moved and names changed, still load: ``tests/v0_1`` holds some.
+"""Files of version 0.1, some of which are in ``tests/v0_1``, still load although modules and names have changed.
 
 Written at commit 8558117 by a run of four steps, `semroute export` and `semroute sample RUN --prompt "a red circle"
 --steps 3 --guidance 3 --sampler ancestral`.
@@ -18,6 +18,9 @@ from PIL import Image
 from semantic_routing.checkpoint.load import find_checkpoint, read_state
 from semantic_routing.cli.main import main
 from semantic_routing.common.config import read_config
+from semantic_routing.sampling.load import load_bundle
+from semantic_routing.sampling.samplers import noise_for
+from semantic_routing.sampling.text_to_image import SampleConfig
 from semantic_routing.training.config import TrainConfig
 
 OLD = Path(__file__).with_name("v0_1")
@@ -26,25 +29,25 @@ pytestmark = pytest.mark.filterwarnings("ignore:the sampler once called ancestra
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    """A copy that may be written to."""
+    """A copy that a test may change."""
     return Path(shutil.copytree(OLD, tmp_path / "old"))
 
 
 def assert_alike(found: Path | Image.Image) -> None:
-    """The picture is the old one; machines may round a level apart."""
+    """Compare a picture with the old one; machines may round to neighbouring levels."""
     image = found if isinstance(found, Image.Image) else Image.open(found)
     expected = np.asarray(Image.open(OLD / "sample.png")).astype(int)
     np.testing.assert_allclose(np.asarray(image.convert("RGB")).astype(int), expected, atol=1)
 
 
-def test_a_run_is_sampled_alike(old: Path, tmp_path: Path) -> None:
+def test_a_run_samples_the_same_picture(old: Path, tmp_path: Path) -> None:
     asked = ["--prompt", "a red circle", "--steps", "3", "--guidance", "3", "--device", "cpu"]
     main(["sample", str(old / "run"), *asked, "--sampler", "renoise", "--out", str(tmp_path / "out")])
     assert_alike(tmp_path / "out" / "00000_00.png")
 
 
-def test_a_folder_of_images_goes_on(old: Path, tmp_path: Path) -> None:
-    """It was begun by the sampler's old name."""
+def test_a_folder_of_images_is_resumed(old: Path, tmp_path: Path) -> None:
+    """Its manifest has the sampler's old name."""
     out = tmp_path / "images"
     out.mkdir()
     shutil.copy(OLD / "images-manifest.json", out / "manifest.json")
@@ -53,7 +56,7 @@ def test_a_folder_of_images_goes_on(old: Path, tmp_path: Path) -> None:
     assert_alike(out / "00000_00.png")
 
 
-def test_a_run_goes_on_from_its_checkpoint(old: Path) -> None:
+def test_a_run_is_resumed_from_its_checkpoint(old: Path) -> None:
     state = json.loads((old / "run" / "config.json").read_text())
     assert state["preview"]["sampler"] == "ancestral"
     main(["train", "--resume", str(old / "run"), "--steps", "6"])
@@ -73,14 +76,18 @@ def test_a_run_is_analysed_and_exported(old: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:__array")  # diffusers reads tensors with an old numpy call
-def test_a_pipeline_draws_as_it_did(old: Path) -> None:
+def test_a_pipeline_samples_the_pixels_of_its_run(old: Path) -> None:
     from semantic_routing.interop.pipeline import SemanticRoutingPipeline
 
     index = json.loads((old / "pipeline" / "model_index.json").read_text())
     assert index["transformer"][0] == "semantic_routing.transformer"
     pipe = SemanticRoutingPipeline.from_pretrained(old / "pipeline")
-    drawn = pipe(["a red circle"], num_inference_steps=3, generator=torch.Generator().manual_seed(0)).images[0]
-    assert drawn.size == (16, 16)
+    noise = noise_for(0, [(0, 0)], pipe.latent_shape())
+    found = pipe(["a red circle"], num_inference_steps=3, guidance_scale=3.0, latents=noise).images[0]
+    run = load_bundle(old / "run", torch.device("cpu"))
+    expected = run.sample(["a red circle"], [(0, 0)], SampleConfig(steps=3, guidance=3.0))[0].numpy()
+    assert expected.std() > 10
+    np.testing.assert_array_equal(np.asarray(found), expected)
 
 
 def test_an_analysis_reads_a_pipeline(old: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Commands that write into one folder at the same time, and files of the user's in the folders they write to."""
+"""Commands that write to one folder at the same time, and the user's own files in such folders."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ COMMANDS = {
     "study toy --arms B1 B2 --steps 1 --n 11 --out out": f"out/{LOCK}",
     "train toy --steps 1 --out out": f"out/{LOCK}",
 }
-"""What is typed, and the lock that it holds meanwhile."""
+"""Command and the lock that it holds."""
 
 
 @pytest.mark.behaviour(
     "Surroundings",
-    when="two commands write into one folder: sample, evaluate, data index, export, quickstart, study or train",
-    then="the second is refused in one line that names host and process of the first",
+    when="two commands write to one folder: sample, evaluate, data index, export, quickstart, study or train",
+    then="the second ends with one line that names host and process of the first",
 )
 @pytest.mark.parametrize("typed", COMMANDS)
 def test_a_second_command_into_a_folder_is_refused(
@@ -47,7 +47,7 @@ def test_a_second_command_into_a_folder_is_refused(
         assert {path.name for path in left} <= {"photos", "1.png", "out"}
 
 
-def test_prompts_that_lie_where_images_go_are_not_replaced(
+def test_prompts_in_the_folder_of_images_are_not_replaced(
     tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = tmp_path / "prompts.jsonl"
@@ -58,7 +58,7 @@ def test_prompts_that_lie_where_images_go_are_not_replaced(
     assert {path.name: '"mine"' in path.read_text() for path in tmp_path.iterdir()} == {"prompts.jsonl": True}
 
 
-def test_a_contact_sheet_never_takes_the_place_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_contact_sheet_never_replaces_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "photos" / "1.png")
     (tmp_path / "photos" / "1.txt").write_text("a picture")
@@ -68,7 +68,7 @@ def test_a_contact_sheet_never_takes_the_place_of_a_folder(tmp_path: Path, capsy
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["1.png", "1.txt", "photos"]
 
 
-def test_answers_are_forgotten_and_other_files_stay(tmp_path: Path) -> None:
+def test_cached_answers_are_deleted_and_other_files_stay(tmp_path: Path) -> None:
     cache = AnswerCache(tmp_path / "answers")
     answer = Answer(text="a cat", logprobs=None, model="m", finish="stop", prompt_tokens=1, completion_tokens=1)
     for name in ("ab" * 32, "cd" * 32):

@@ -1,4 +1,4 @@
-"""A machine that is not as it should be: packages that cannot be imported, no home, closed outputs, open umasks."""
+"""Unusual machines: packages that cannot be imported, no home folder, closed outputs, unusual umasks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from semantic_routing.data.tools.caption_parts import Parts
 from semantic_routing.evaluation.fid import FeaturesArguments, evaluate_features
 from semantic_routing.interop.open import open_pipeline
 from semantic_routing.model.codec import CodecConfig, make_codec
-from semantic_routing.text.loading import quiet_transformers
+from semantic_routing.sampling.text_to_image import SampleConfig
+from semantic_routing.text.quiet import quiet_transformers
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.loop import start
 from semantic_routing.training.tiny_lm import tiny_lm
@@ -43,7 +44,7 @@ RAISED = (
 
 @contextmanager
 def broken(name: str, folder: Path, raised: str, patch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A package of that name raises while it is imported."""
+    """Make the import of a package raise during the context."""
     (folder / name).mkdir(parents=True)
     (folder / name / "__init__.py").write_text(f"raise {raised}\n")
     with patch.context() as now:
@@ -70,7 +71,7 @@ ASKED: dict[str, tuple[str, Callable[[Path], object]]] = {
 @pytest.mark.behaviour(
     "Surroundings",
     when="a package that an option needs is missing, or raises while it is imported",
-    then="one line says what needs it, why it cannot be imported, and the pip install that mends it",
+    then="one line names the option, the reason of the failed import, and the pip install that fixes it",
 )
 @pytest.mark.parametrize("raised", RAISED)
 @pytest.mark.parametrize("name", ASKED)
@@ -101,23 +102,23 @@ def test_what_no_extra_brings_is_installed_by_its_own_name(tmp_path: Path, monke
 
 @pytest.mark.behaviour(
     "Surroundings",
-    when="TensorBoard is installed but broken, and nobody asked for it",
-    then="that is told once, and the run goes on without it",
+    when="TensorBoard is installed but broken, and --track does not ask for it",
+    then="one line says so, and the run continues without it",
 )
-def test_a_broken_tensorboard_that_nobody_asked_for(
+def test_a_broken_tensorboard_that_is_not_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run").mkdir()
     with broken("tensorboard", tmp_path / "packages", RAISED[3], monkeypatch), Tracker(tmp_path / "run", 0) as tracker:
         tracker.write({"step": 1, "loss": 0.5})
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5}
-    assert capsys.readouterr().err.count("going on without it") == 1
+    assert capsys.readouterr().err.count("continuing without it") == 1
 
 
 @pytest.mark.behaviour(
     "Surroundings",
     when="SEMROUTE_CACHE or XDG_CACHE_HOME is set",
-    then="what is made once a machine is kept there; else it is kept under ~/.cache",
+    then="files that are made once per machine are kept there; without them, in ~/.cache",
 )
 @pytest.mark.parametrize(
     ("variables", "folder"),
@@ -129,7 +130,7 @@ def test_a_broken_tensorboard_that_nobody_asked_for(
         ({"XDG_CACHE_HOME": "/scratch", "SEMROUTE_CACHE": "~/own"}, "/home/me/own"),
     ],
 )
-def test_the_cache_lies_where_the_environment_says(
+def test_the_cache_is_in_the_folder_that_the_environment_sets(
     variables: dict[str, str], folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("SEMROUTE_CACHE", "XDG_CACHE_HOME"):
@@ -140,7 +141,7 @@ def test_the_cache_lies_where_the_environment_says(
 
 
 def semroute(line: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A command of a shell in which ``semroute`` is this program."""
+    """Run a shell command in which ``semroute`` is this program."""
     shell = f'semroute() {{ "{sys.executable}" -m semantic_routing "$@"; }}; set -o pipefail; {line}'
     environment = {**os.environ, **variables}
     return subprocess.run(["bash", "-c", shell], env=environment, capture_output=True, text=True, check=False)
@@ -148,8 +149,8 @@ def semroute(line: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.behaviour(
     "Surroundings",
-    when="the standard output is closed, full or knows few letters",
-    then="there is no traceback: 141 where a pipe's reader is gone, 1 where nothing fits, other letters as escapes",
+    when="the standard output is closed, its disk is full, or it is ASCII",
+    then="there is no traceback: exit code 141 for a closed pipe, 1 for a full disk; other letters become escapes",
 )
 @pytest.mark.parametrize(
     ("line", "code", "said"),
@@ -161,10 +162,11 @@ def semroute(line: str, **variables: str) -> subprocess.CompletedProcess[str]:
         ("semroute --version > /dev/full", 1, "semroute: the standard output cannot be written: No space left"),
         ("semroute nonsense 2>&-", 2, ""),
         ("PYTHONIOENCODING=ascii semroute overhead --scale toy", 0, ""),
+        ("PYTHONIOENCODING=ascii semroute overhead --scale try", 2, "semroute: invalid choice 'try' for argument"),
         ("LC_ALL=C semroute --help", 0, ""),
     ],
 )
-def test_outputs_that_are_not_as_they_should_be(line: str, code: int, said: str) -> None:
+def test_outputs_that_cannot_take_everything(line: str, code: int, said: str) -> None:
     done = semroute(line)
     assert (done.returncode, done.stderr[: len(said) or None]) == (code, said)
 
@@ -183,26 +185,29 @@ def test_a_cache_that_cannot_be_written(
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match="2"):
         main(["train", "toy", "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "run")])
-    told = capsys.readouterr().err.strip().splitlines()[-1]
-    assert told.startswith("semroute: cannot write the cache /")
-    assert told.endswith("set SEMROUTE_CACHE")
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("semroute: cannot write the cache /")
+    assert message.endswith("set SEMROUTE_CACHE")
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
 @pytest.mark.behaviour(
     "Surroundings",
     when="commands write files and folders",
-    then="all of them are as readable as the umask says, weights and caches included",
+    then="all of them, weights and caches included, have the mode of the umask",
 )
 @pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
-def test_all_that_is_written_is_as_the_umask_says(mask: int, tiny_config: Make, tmp_path: Path) -> None:
+def test_all_files_have_the_mode_of_the_umask(mask: int, tiny_config: Make, tmp_path: Path) -> None:
     place = tmp_path / "all"
     before = os.umask(mask)
     try:
         tiny_lm(["a red circle", "a blue star"], layers=1, width=64, steps=1, cache_dir=place / "cache")
         run = place / "run"
         start(tiny_config(steps=2, checkpoint_every=1, preview_every=1), run)
-        sample_to_folder(SampleArguments(model=run, out=place / "images", prompt=("a star",), steps=1, device="cpu"))
+        sampling = SampleConfig(steps=1)
+        sample_to_folder(
+            SampleArguments(model=run, out=place / "images", prompt=("a star",), sampling=sampling, device="cpu")
+        )
         picture = next((place / "images").glob("*.png"))
         (place / "images" / f"{picture.stem}.txt").write_text("a star")
         with quiet_transformers():
@@ -220,7 +225,7 @@ def test_all_that_is_written_is_as_the_umask_says(mask: int, tiny_config: Make, 
 
 @pytest.mark.behaviour(
     "Surroundings",
-    when="matplotlib finds no folder to keep its settings in",
+    when="matplotlib has no folder for its settings",
     then="it makes a temporary one, and figures are drawn",
 )
 @pytest.mark.parametrize("variable", ["HOME", "MPLCONFIGDIR", "XDG_CONFIG_HOME"])

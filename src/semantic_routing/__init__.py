@@ -1,6 +1,6 @@
 """Semantic Routing: condition text-to-image diffusion transformers on all layers of a large language model.
 
-Everything named here is imported when it is first used, so that importing the package costs nothing.
+Names are imported on first use, so that importing the package itself is fast.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from semantic_routing.sampling.guidance import guided
     from semantic_routing.sampling.samplers import euler, euler_ancestral, heun, noise_for, renoise, schedule
     from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
+    from semantic_routing.text.config import TextEncoderConfig
     from semantic_routing.text.encoder import TextEncoder
     from semantic_routing.text.features import TextFeatures
-    from semantic_routing.text.loading import TextEncoderConfig
     from semantic_routing.training.config import TrainConfig
     from semantic_routing.training.loop import resume
     from semantic_routing.training.loop import start as train
     from semantic_routing.training.recipes import paper, small, toy
 
-_HOME = {
+_MODULES = {
     "data.dataset": ("DataConfig", "open_data"),
     "evaluation.run": ("evaluate_images", "evaluate_model"),
     "interop.open": ("load",),
@@ -54,17 +54,17 @@ _HOME = {
     "sampling.text_to_image": ("SampleConfig", "TextToImage"),
     "text.encoder": ("TextEncoder",),
     "text.features": ("TextFeatures",),
-    "text.loading": ("TextEncoderConfig",),
+    "text.config": ("TextEncoderConfig",),
     "training.config": ("TrainConfig",),
     "training.loop": ("resume", "train"),
     "training.recipes": ("paper", "small", "toy"),
 }
-"""The module of each name."""
-_CALLED = {"train": "start"}
-"""Names that are others in their module."""
-_HIDDEN = {"ModelMixin": "interop.transformer"}
-"""By which diffusers knows how to load the transformer of an exported pipeline."""
-_WHERE = {name: home for home, names in _HOME.items() for name in names}
+"""Public names by module."""
+_RENAMED = {"train": "start"}
+"""Public names that differ from the name in their module."""
+_UNLISTED = {"ModelMixin": "interop.transformer"}
+"""Looked up by diffusers to load the transformer of an exported pipeline."""
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names} | _UNLISTED
 
 __all__ = [
     "ARMS",
@@ -112,10 +112,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    home = _WHERE.get(name) or _HIDDEN.get(name)
-    if home is None:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{home}"), _CALLED.get(name, name))
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), _RENAMED.get(name, name))
 
 
 def __dir__() -> list[str]:

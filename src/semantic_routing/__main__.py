@@ -1,4 +1,4 @@
-"""``python -m semantic_routing`` is ``semroute``; ``torchrun -m semantic_routing`` starts it in several processes."""
+"""Runs ``semroute`` as ``python -m semantic_routing``, or in several processes as ``torchrun -m semantic_routing``."""
 
 from semantic_routing.cli.main import main
 

@@ -1,9 +1,8 @@
-"""Flow matching, and the one statement of what time means.
+"""Flow matching: the path from noise to data, its velocity, training times and the loss. Defines what time means.
 
 Time t runs from 0 (noise) to 1 (data). The path between an image x and its noise ε is the straight line
 ``x_t = (1 - t) ε + t x``; its velocity ``v = x - ε`` is what networks predict and samplers integrate (Lipman
-et al., 2022). Other conventions (diffusers' ``sigma = 1 - t`` and its 0..1000 timesteps) live only where this
-program meets other programs.
+et al., 2022). Other conventions (diffusers' ``sigma = 1 - t`` and its 0..1000 timesteps) are converted in ``interop/``.
 """
 
 from __future__ import annotations
@@ -17,99 +16,99 @@ from jaxtyping import Float
 from torch import Tensor
 
 MIN_REMAINING = 0.05
-"""Least 1 - t by which a difference of images is divided: near the data that would only amplify error."""
+"""Smallest 1 - t that an image error is divided by: nearer to the data the division would only amplify it."""
 MODE_SCALES = (-1.0, 2 / (math.pi - 2))
-"""Between these the map of mode sampling is monotonic."""
+"""Range in which the map of mode sampling is monotonic."""
 FIXED_TIMES = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
-"""Where a run is looked at: its validation loss, its routing."""
+"""Times at which validation loss and routing are reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimeConfig:
-    """Which times are trained, and how much each of them counts (Esser et al., 2024, Section 3.1).
+    """Density of the training times and weight of the loss at each time (Esser et al., 2024, Section 3.1).
 
-    That paper's time is this program's 1 - t, so a mean of m there is -m here; the other densities are symmetric.
+    That paper's time is 1 - t here, so its mean m is -m here. The other densities are symmetric.
     """
 
     density: Literal["logit_normal", "uniform", "mode", "cosmap"] = "logit_normal"
-    """How times are distributed before the shift."""
+    """Density of the times before the shift."""
     mean: float = 0.0
     """logit_normal: mean of the logit of times; below 0 prefers noise."""
     std: float = 1.0
     """logit_normal: standard deviation of the logit of times."""
     mode_scale: float = 1.29
-    """mode: above 0 prefers the middle of the path, below 0 its ends; 0 is uniform."""
+    """mode: above 0 prefers the middle of the path, below 0 its ends. 0 is uniform."""
     shift: float = 1.0
     """Above 1 moves times towards the noise, as the sampler's shift does."""
     shift_size: int = 0
-    """Side in pixels of the pictures that ``shift`` is meant for; others get more in proportion to their side. 0: all
-    the same."""
+    """Side in pixels of the pictures that ``shift`` is meant for; it grows in proportion to the side. 0: the same shift
+    at every size."""
     weighting: Literal["uniform", "sigma", "cosmap", "min_snr"] = "uniform"
-    """How much the velocity's squared error counts at each time."""
+    """Weight of the velocity's squared error at each time."""
     snr_limit: float = 5.0
-    """min_snr: signal-to-noise ratio above which the image's squared error counts no more."""
+    """min_snr: largest weight of the image's squared error, as a signal-to-noise ratio."""
 
     def __post_init__(self) -> None:
         if not (self.std >= 0 and math.isfinite(self.std) and math.isfinite(self.mean)):
-            raise ValueError(f"std {self.std} must be at least 0, and it and mean be finite")
+            raise ValueError(f"std is {self.std} and mean {self.mean}; use finite numbers, and a std of at least 0")
         if not MODE_SCALES[0] <= self.mode_scale <= MODE_SCALES[1]:
-            raise ValueError(f"mode_scale is {self.mode_scale}; it must be from -1 to {MODE_SCALES[1]:.3f}")
+            raise ValueError(f"mode_scale is {self.mode_scale}; use a number from -1 to {MODE_SCALES[1]:.3f}")
         if not (0 < self.shift < math.inf and 0 < self.snr_limit < math.inf):
-            raise ValueError(f"shift {self.shift} and snr_limit {self.snr_limit} must be above 0 and finite")
+            raise ValueError(f"shift is {self.shift} and snr_limit {self.snr_limit}; use finite numbers above 0")
         if self.shift_size < 0:
             raise ValueError(f"shift_size is {self.shift_size}; use 0 for the same shift at every size")
 
     def shift_for(self, pixels: int) -> float:
-        """The shift of pictures with so many pixels: sqrt(m/n) times that of n pixels (Eq. 23)."""
+        """Return the shift for pictures of ``pixels`` = m pixels: sqrt(m/n) times that of n pixels (Eq. 23)."""
         return self.shift * (math.sqrt(pixels) / self.shift_size if self.shift_size else 1.0)
 
 
 def path(
     image: Float[Tensor, " B *shape"], noise: Float[Tensor, " B *shape"], t: Float[Tensor, " T"]
 ) -> Float[Tensor, " B *shape"]:
-    """The noisy image at time t."""
+    """Return the noisy image at time t."""
     t = _expand(t, image)
     return (1 - t) * noise + t * image
 
 
 def velocity(image: Float[Tensor, " B *shape"], noise: Float[Tensor, " B *shape"]) -> Float[Tensor, " B *shape"]:
-    """The path's velocity, the same at every time."""
+    """Return the path's velocity, which is the same at every time."""
     return image - noise
 
 
 def velocity_from_image(
     image: Float[Tensor, " B *shape"], noisy: Float[Tensor, " B *shape"], t: Float[Tensor, " T"]
 ) -> Float[Tensor, " B *shape"]:
-    """The velocity that leads from the noisy image at time t to a predicted image: (x - x_t) / (1 - t)."""
+    """Return the velocity from the noisy image at time t to a predicted image: (x - x_t) / (1 - t)."""
     return (image - noisy) / (1 - _expand(t, image)).clamp(min=MIN_REMAINING)
 
 
 def logit_normal(uniform: Float[Tensor, " B"], mean: float = 0.0, std: float = 1.0) -> Float[Tensor, " B"]:
-    """Times whose logit is normal (Esser et al., 2024), from uniform numbers in (0, 1) by the inverse CDF."""
+    """Map uniform numbers in (0, 1) to times whose logit is normal (Esser et al., 2024), by the inverse CDF."""
     normal = torch.special.ndtri(uniform.double().clamp(1e-7, 1 - 1e-7))
     return torch.sigmoid(mean + std * normal).float()
 
 
 def mode(uniform: Float[Tensor, " B"], scale: float) -> Float[Tensor, " B"]:
-    """Times around the middle of the path with heavy tails (Eq. 20), from uniform numbers in [0, 1]."""
+    """Map uniform numbers in [0, 1] to times around the middle of the path with heavy tails (Eq. 20)."""
     u = uniform.double()
     return (u + scale * (torch.cos(math.pi / 2 * u).square() - 1 + u)).float()
 
 
 def cosmap(uniform: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """Times whose signal-to-noise ratios are those of the cosine schedule (Eq. 21), from uniform numbers in [0, 1]."""
+    """Map uniform numbers in [0, 1] to times with the signal-to-noise ratios of the cosine schedule (Eq. 21)."""
     angle = math.pi / 2 * uniform.double()
     return (torch.sin(angle) / (torch.sin(angle) + torch.cos(angle))).float()
 
 
 def shifted(t: Float[Tensor, " B"], shift: float) -> Float[Tensor, " B"]:
-    """Times moved towards the noise: the noise level 1 - t becomes a (1 - t) / (1 + (a - 1) (1 - t)) (Eq. 23)."""
+    """Move times towards the noise: the noise level s = 1 - t becomes a s / (1 + (a - 1) s) for shift a (Eq. 23)."""
     t = t.double()
     return (t / (shift - (shift - 1) * t)).float()
 
 
 def training_times(uniform: Float[Tensor, " B"], cfg: TimeConfig, pixels: int) -> Float[Tensor, " B"]:
-    """Times to train pictures of ``pixels`` pixels at, rising with the uniform numbers in [0, 1] they come from."""
+    """Map uniform numbers in [0, 1] to training times of pictures of ``pixels`` pixels, in increasing order."""
     if cfg.density == "logit_normal":
         t = logit_normal(uniform, cfg.mean, cfg.std)
     elif cfg.density == "mode":
@@ -120,7 +119,7 @@ def training_times(uniform: Float[Tensor, " B"], cfg: TimeConfig, pixels: int) -
 
 
 def time_weights(t: Float[Tensor, " B"], cfg: TimeConfig) -> Float[Tensor, " B"]:
-    """What the velocity's squared error is multiplied by at each time.
+    """Return the weight of the velocity's squared error at each time.
 
     The velocity's squared error is the image's over (1 - t)^2 and the noise's over t^2. "sigma" is (1 - t)^-2, capped
     near the data; "cosmap" is the density of ``cosmap`` (Eq. 22); "min_snr" weighs the image's error with
@@ -140,7 +139,7 @@ def velocity_loss(
     target: Float[Tensor, " B *shape"],
     weights: Float[Tensor, " B"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Mean squared error of the velocity over batch and pixels, in float32; ``weights`` multiply each sample's."""
+    """Return the velocity's mean squared error over batch and pixels, in float32, each sample's times its weight."""
     error = (predicted.float() - target.float()).square()
     return (error if weights is None else error * _expand(weights, error)).mean()
 

@@ -1,4 +1,4 @@
-"""Where pipelines that version 0.1 exported look for the pipeline; it is in ``interop/pipeline.py``."""
+"""Import path of the pipeline in folders that version 0.1 exported; the code is in ``interop/pipeline.py``."""
 
 from semantic_routing.interop.pipeline import SemanticRoutingPipeline
 

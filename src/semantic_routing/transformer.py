@@ -1,4 +1,4 @@
-"""Where pipelines that version 0.1 exported look for the transformer; it is in ``interop/transformer.py``."""
+"""Import path of the transformer in folders that version 0.1 exported; the code is in ``interop/transformer.py``."""
 
 from semantic_routing.interop.transformer import ModelMixin, SemanticRoutingTransformer
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from semantic_routing.analysis.report import duration, smoothed, write_report
-from semantic_routing.checkpoint.save import save_checkpoint
 from semantic_routing.common.config import to_dict
 from semantic_routing.common.images.save import save_png
 from semantic_routing.common.manifest import manifest
@@ -19,6 +18,7 @@ from semantic_routing.model.build import make_model
 from semantic_routing.model.dit import DiTConfig
 from semantic_routing.toy.captions import TAGS, prompts
 from semantic_routing.training.recipes import toy
+from tests.helpers.checkpoints import save_checkpoint
 
 N = 4 * len(TAGS)  # one more of each tag than is shown
 STEPS, BATCH = 400, 64

@@ -13,10 +13,10 @@ from PIL import Image
 from semantic_routing.analysis.figures import INK, new_axes, to_svg
 from semantic_routing.analysis.routers import TIMES, open_router, routing_weights
 from semantic_routing.analysis.weights import plot_heatmap, plot_lines, weight_figures
-from semantic_routing.checkpoint.save import save_checkpoint
 from semantic_routing.common.config import to_dict
 from semantic_routing.model.build import make_model
 from semantic_routing.model.dit import Backbone, DiTConfig
+from tests.helpers.checkpoints import save_checkpoint
 
 DEPTH, LAYERS = 4, 5
 

@@ -1,25 +1,19 @@
-"""Checkpoints: whole or not there, exact when read again, and strict about whose they are."""
+"""Checkpoints: restored exactly, skipped if damaged, and refused by another model."""
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.optim import Optimizer
+from torch import nn
 
-import semantic_routing.checkpoint.safetensors_storage as storage
 from semantic_routing.checkpoint.load import (
     EMA,
     MODEL,
@@ -32,50 +26,12 @@ from semantic_routing.checkpoint.load import (
     load_weights,
     read_state,
 )
-from semantic_routing.checkpoint.save import Saver, prune, save_checkpoint
-from semantic_routing.common.files import check_writable, write_text, written_whole
+from semantic_routing.checkpoint.save import Saver
 from semantic_routing.training.optim import OptimConfig, make_optimizers
+from tests.helpers.checkpoints import Net, files, save_checkpoint, train, trained
 
 
-class Net(nn.Module):
-    """More than ten blocks of one shape, so that an order by name would mix them up."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Linear(3, 3) for _ in range(12))
-        self.out = nn.Linear(3, 2)
-
-
-def trained(steps: int = 3) -> tuple[Net, dict[str, Tensor], list[Optimizer]]:
-    model = Net()
-    optimizers = make_optimizers(model, OptimConfig(name="muon", lr=0.1))
-    for _ in range(steps):
-        train(model, optimizers)
-    return model, {name: torch.randn_like(p) for name, p in model.named_parameters()}, optimizers
-
-
-def train(model: Net, optimizers: list[Optimizer]) -> None:
-    for p in model.parameters():
-        p.grad = torch.randn_like(p)
-    for optimizer in optimizers:
-        optimizer.step()
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """A run's folder with the checkpoint of step 3."""
-    save_checkpoint(tmp_path / "run", 3, *trained(), {"config": {"a": 1}})
-    return tmp_path / "run"
-
-
-# --- round trips ---
-
-
-def test_everything_comes_back_and_training_goes_on_alike(tmp_path: Path) -> None:
+def test_a_loaded_checkpoint_continues_training_bitwise(tmp_path: Path) -> None:
     model, ema, optimizers = trained()
     folder = save_checkpoint(tmp_path, 3, model, ema, optimizers, {"config": {"a": 1}})
     assert folder == tmp_path / "checkpoints" / "step-0000003"
@@ -87,7 +43,7 @@ def test_everything_comes_back_and_training_goes_on_alike(tmp_path: Path) -> Non
     other = Net()
     others = make_optimizers(other, OptimConfig(name="muon", lr=0.1))
     average = load_training_state(folder, other, others)
-    assert torch.equal(torch.rand(3), drawn)  # the random generators go on, too
+    assert torch.equal(torch.rand(3), drawn)  # the random generators are restored, too
     assert list(average) == [name for name, _ in other.named_parameters()]
     assert all(torch.equal(average[name], ema[name]) for name in ema)
     for seed in (1, 2):
@@ -105,212 +61,13 @@ def test_a_model_on_meta_takes_the_weights(run: Path) -> None:
     assert all(torch.equal(p, saved[name]) for name, p in model.named_parameters())
 
 
-# --- whole or not at all ---
-
-
-def write_folder(path: Path) -> None:
-    with written_whole(path) as scratch:
-        scratch.mkdir()
-        (scratch / "new").write_text("new")
-
-
-def test_an_existing_file_or_empty_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
-    write_text(tmp_path / "a" / "b.txt", "first")
-    write_text(tmp_path / "a" / "b.txt", "second")
-    (tmp_path / "folder").mkdir()
-    write_folder(tmp_path / "folder")
-    assert files(tmp_path) == {"a/b.txt": b"second", "folder/new": b"new"}
-
-
-@pytest.mark.behaviour(
-    "Surroundings",
-    when="a file or folder is to be written where a folder with other files is",
-    then="one line names the place, and the folder stays as it is",
-)
-@pytest.mark.parametrize("write", [write_folder, lambda path: write_text(path, "new")], ids=["folder", "file"])
-def test_a_folder_with_files_is_never_replaced(tmp_path: Path, write: Callable[[Path], None]) -> None:
-    write_text(tmp_path / "photos" / "cat.txt", "a cat")
-    with pytest.raises(ValueError, match=r"cannot write .*photos: (Directory not empty|Is a directory)"):
-        write(tmp_path / "photos")
-    assert files(tmp_path) == {"photos/cat.txt": b"a cat"}
-
-
-class Stopped(Exception):
-    """What ends the writing in a test; no error of the program's own."""
-
-
-@pytest.mark.parametrize(
-    ("failure", "seen"), [(Stopped(), CheckpointException), (OSError(30, "Read-only file system"), ValueError)]
-)
-def test_what_fails_while_writing_leaves_what_was_there(
-    run: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, seen: type[Exception]
-) -> None:
-    before = files(run)
-    calls: list[Path] = []
-
-    def fail_in_the_middle(tensors: dict[str, Tensor], path: Path, header: dict[str, str] | None) -> None:
-        calls.append(path)
-        if len(calls) == 2:
-            path.write_bytes(b"half of a f")
-            raise failure
-        save_file(tensors, path, header)
-
-    monkeypatch.setattr(storage, "save_file", fail_in_the_middle)
-    for step in (3, 4):  # over a checkpoint that is there, and beside it
-        calls.clear()
-        with pytest.raises(seen):
-            save_checkpoint(run, step, *trained(), {})
-        assert len(calls) == 2
-        assert files(run) == before
-        assert os.listdir(run / "checkpoints") == ["step-0000003"]
-
-
-def test_a_checkpoint_is_of_the_moment_when_it_was_begun_and_failure_waits_to_be_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    go, began = Event(), Event()
-
-    def slow(tensors: dict[str, Tensor], path: Path, header: dict[str, str] | None) -> None:
-        began.set()
-        assert go.wait(30)
-        if "step-0000004" in str(path):
-            raise OSError(28, "No space left on device")
-        save_file(tensors, path, header)
-
-    monkeypatch.setattr(storage, "save_file", slow)
-    (model, ema, optimizers), saver = trained(), Saver(tmp_path)
-    folder = saver.save(3, model, ema, optimizers, {})
-    assert began.wait(30)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    train(model, optimizers)
-    assert not folder.exists()
-    assert not saver.failed
-    go.set()
-    saver.wait()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in load_file(folder / MODEL).items())
-
-    saver.save(4, model, ema, optimizers, {})
-    saver.close()
-    assert saver.failed
-    with pytest.raises(ValueError, match=r"cannot write .*/step-0000004: \w+\.safetensors: No space left on device"):
-        saver.save(5, model, ema, optimizers, {})
-    assert not saver.failed
-    assert os.listdir(tmp_path / "checkpoints") == ["step-0000003"]
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """The system refuses to write files beyond ``size`` bytes, as a full disk would."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.mark.parametrize("size", [0, 900])
-def test_a_full_disk_is_one_clear_error(run: Path, size: int) -> None:
-    before = files(run)
-    state = trained()
-    with largest_file(size), pytest.raises(ValueError, match=r"cannot write .*step-0000009: .*[Ff]ile too large"):
-        save_checkpoint(run, 9, *state, {})
-    assert files(run) == before
-    assert os.listdir(run / "checkpoints") == ["step-0000003"]
-
-
-@pytest.mark.parametrize("place", ["file", "file/below", "file/far/below"])
-def test_a_place_that_cannot_be_written(tmp_path: Path, place: str) -> None:
-    (tmp_path / "file").write_text("in the way")
-    for act in (
-        lambda: write_text(tmp_path / place / "x.txt", "x"),
-        lambda: save_checkpoint(tmp_path / place, 1, *trained(1), {}),
-        lambda: check_writable(tmp_path / place),
-    ):
-        with pytest.raises(ValueError, match="cannot write"):
-            act()
-    assert files(tmp_path) == {"file": b"in the way"}
-
-
-def test_places_that_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for place in (tmp_path, tmp_path / "new" / "folder", Path("new"), Path()):
-        check_writable(place)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_killed_process_leaves_a_remnant_that_is_ignored_and_swept_away(run: Path) -> None:
-    remnant = run / "checkpoints" / ".step-0000008.partial-12345"
-    remnant.mkdir()
-    (remnant / MODEL).write_bytes(b"half of a f")
-    assert find_checkpoint(run).name == "step-0000003"
-    prune(run, 1)
-    assert os.listdir(run / "checkpoints") == ["step-0000003"]
-
-
-def test_prune_keeps_the_latest(tmp_path: Path) -> None:
-    state = trained()
-    for step in (999_999, 1, 20, 1_000_000, 3):
-        save_checkpoint(tmp_path, step, *state, {})
-    prune(tmp_path, 2)
-    assert [read_state(folder)["step"] for folder in checkpoints(tmp_path)] == [999_999, 1_000_000]
-    prune(tmp_path, 2)
-    assert len(checkpoints(tmp_path)) == 2
-
-
-@pytest.mark.behaviour(
-    "Training",
-    when="copies, notes or folders of the user lie among or in a run's checkpoints",
-    then="they are never deleted; a checkpoint with something else in it stays whole",
-)
-def test_prune_deletes_nothing_that_the_run_has_not_written(tmp_path: Path) -> None:
-    state = trained()
-    folders = [save_checkpoint(tmp_path, step, *state, {}) for step in (1, 2, 3, 4)]
-    place = tmp_path / "checkpoints"
-    for name in ("step-0000001-best", "step-favourite", "step-1", "best"):
-        shutil.copytree(folders[0], place / name)
-    for name in ("step-notes.txt", "notes.txt", "step-0000002 (copy).zip", ".step-mine.partial-x", "step-0000000"):
-        (place / name).write_text("mine")
-    (folders[1] / "why.txt").write_text("I keep this one")
-    (place / ".step-0000009.partial-77").mkdir()  # of a killed process, with something of the user's in it
-    (place / ".step-0000009.partial-77" / "note").write_text("mine")
-    before = {
-        name: data for name, data in files(place).items() if not name.startswith(("step-0000001/", "step-0000003/"))
-    }
-    prune(tmp_path, 1)
-    assert files(place) == before
-    assert [folder.name for folder in checkpoints(tmp_path)] == ["step-0000000", "step-0000002", "step-0000004"]
-
-
-def test_copies_beside_checkpoints_are_none_of_them(tmp_path: Path) -> None:
+def test_copies_of_checkpoints_are_not_counted(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path, 3, *trained(), {})
     for name in ("step-0000009-best", "step-9", "step-x"):
         shutil.copytree(folder, folder.with_name(name))
     assert checkpoints(tmp_path) == [folder]
     assert find_checkpoint(tmp_path) == folder
-    assert find_checkpoint(folder.with_name("step-x")).name == "step-x"  # and yet one can be named
-
-
-def test_a_checkpoint_that_is_replaced_leaves_what_a_user_put_into_it(tmp_path: Path) -> None:
-    folder = save_checkpoint(tmp_path, 3, *trained(), {})
-    (folder / "why.txt").write_text("mine")
-    (folder / STATE).unlink()
-    assert save_checkpoint(tmp_path, 3, *trained(), {}) == folder
-    assert find_checkpoint(tmp_path) == folder
-    (kept,) = tmp_path.rglob("why.txt")
-    assert kept.read_text() == "mine"
-    assert kept.parent.name.startswith("step-0000003-replaced-")
-
-
-def test_some_are_kept_for_good(tmp_path: Path) -> None:
-    state, saver = trained(), Saver(tmp_path, keep=2, keep_every=4)
-    for step in range(1, 10):
-        saver.save(step, *state, {})
-    saver.wait()
-    assert [read_state(folder)["step"] for folder in checkpoints(tmp_path)] == [4, 8, 9]
-
-
-# --- damage ---
+    assert find_checkpoint(folder.with_name("step-x")).name == "step-x"  # but it can be named
 
 
 def lose(folder: Path) -> None:
@@ -330,7 +87,7 @@ def lose_state(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [lose, cut, spoil_state, lose_state])
-def test_a_damaged_checkpoint_is_passed_over_and_replaced(
+def test_a_damaged_checkpoint_is_skipped_and_replaced(
     run: Path, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     state, whole = trained(), find_checkpoint(run)
@@ -342,7 +99,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_replaced(
     assert said.endswith(f"; going on from {whole}\n")
     assert str(folder) in said
     saver = Saver(run, keep=1)
-    for step in (7, 12):  # the damaged one, of a step to come, is not counted among those kept
+    for step in (7, 12):  # the damaged one, of a later step, does not count as kept
         saver.save(step, *state, {})
         saver.wait()
         assert read_state(find_checkpoint(run))["step"] == step
@@ -350,16 +107,13 @@ def test_a_damaged_checkpoint_is_passed_over_and_replaced(
     assert os.listdir(run / "checkpoints") == ["step-0000012"]
 
 
-def test_no_whole_checkpoint(run: Path) -> None:
+def test_a_run_with_only_damaged_checkpoints_is_refused(run: Path) -> None:
     lose(run / "checkpoints" / "step-0000003")
-    with pytest.raises(ValueError, match=r"no whole checkpoint at .*: there is no .*model\.safetensors"):
+    with pytest.raises(ValueError, match=r"no complete checkpoint at .*: there is no .*model\.safetensors"):
         find_checkpoint(run)
 
 
-# --- whose it is ---
-
-
-def test_the_latest_is_found_from_the_run_and_any_from_itself(run: Path) -> None:
+def test_a_run_gives_its_latest_checkpoint_and_a_checkpoint_itself(run: Path) -> None:
     save_checkpoint(run, 12, *trained(), {})
     assert find_checkpoint(run).name == "step-0000012"
     assert find_checkpoint(run / "checkpoints" / "step-0000003").name == "step-0000003"
@@ -374,7 +128,7 @@ def test_the_latest_is_found_from_the_run_and_any_from_itself(run: Path) -> None
         ("file/x", "it does not exist"),
     ],
 )
-def test_no_checkpoint(tmp_path: Path, place: str, message: str) -> None:
+def test_a_folder_without_checkpoints_is_refused(tmp_path: Path, place: str, message: str) -> None:
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match=f"no checkpoint at .*{message}.*give a run's folder"):
@@ -390,10 +144,10 @@ class Other(nn.Module):
 
 
 @pytest.mark.parametrize("file", [MODEL, EMA])
-def test_weights_of_another_model_are_told_apart_on_both_sides(run: Path, file: str) -> None:
+def test_weights_of_another_model_are_refused_with_both_sides(run: Path, file: str) -> None:
     folder = find_checkpoint(run)
     other = Other()
-    if file == EMA:  # the weights fit, but the average is another's
+    if file == EMA:  # the weights fit, but the average is of another model
         save_file(dict(other.state_dict()), folder / MODEL)
         save_file({}, folder / OPTIMIZER)
     with pytest.raises(ValueError, match="belongs to another model") as error:
@@ -403,7 +157,7 @@ def test_weights_of_another_model_are_told_apart_on_both_sides(run: Path, file: 
     assert "out.weight: (2, 3) in the file, (2, 4) in the model" in str(error.value)
 
 
-def test_optimiser_state_of_another_model(run: Path) -> None:
+def test_optimiser_state_of_another_model_is_refused(run: Path) -> None:
     folder = find_checkpoint(run)
     for wrong in ({"nobody/exp_avg": torch.ones(3)}, {"out.weight/exp_avg": torch.ones(5)}, {"exp_avg": torch.ones(3)}):
         save_file(wrong, folder / OPTIMIZER)
@@ -414,7 +168,7 @@ def test_optimiser_state_of_another_model(run: Path) -> None:
 
 @pytest.mark.parametrize("file", [MODEL, EMA, OPTIMIZER])
 @pytest.mark.parametrize("damage", ["missing", "cut", "text", "folder"])
-def test_damaged_tensors(run: Path, file: str, damage: str) -> None:
+def test_damaged_tensors_are_refused(run: Path, file: str, damage: str) -> None:
     folder = find_checkpoint(run)
     content = (folder / file).read_bytes()
     (folder / file).unlink()
@@ -429,7 +183,7 @@ def test_damaged_tensors(run: Path, file: str, damage: str) -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"\xff", b"[]", b"{}", b'{"step": "3"}'])
-def test_damaged_state(run: Path, content: bytes | None) -> None:
+def test_a_damaged_state_is_refused(run: Path, content: bytes | None) -> None:
     folder = find_checkpoint(run)
     (folder / STATE).unlink()
     if content is not None:

@@ -1,4 +1,4 @@
-"""States in plain safetensors files, whole or in parts."""
+"""States in plain safetensors files, single or in parts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ WHOLE = {
 
 
 def write(folder: Path) -> None:
-    """``WHOLE`` in two parts of the file "model", as two processes would write it."""
+    """Write ``WHOLE`` in two parts of the file "model", as two processes would."""
     pieces = [
         {
             "rows": ((0, 0), WHOLE["rows"][:3]),
@@ -64,19 +64,25 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def test_one_process_writes_files_that_any_program_reads(tmp_path: Path) -> None:
-    began: list[str] = []
-    ended: list[list[str]] = []
-    writer = SafetensorsWriter(tmp_path, lambda: began.append("now"), ended.append)
+    noted: list[list[str]] = []
+
+    class Writer(SafetensorsWriter):
+        def begin(self) -> None:
+            noted.append(os.listdir(tmp_path))
+
+        def end(self, files: list[str]) -> None:
+            noted.append(files)
+            assert sorted(os.listdir(tmp_path)) == files
+
     alone()
-    dcp.save({"model": WHOLE, "other": {"x.y": torch.ones(2)}}, storage_writer=writer, no_dist=True)
-    assert (began, ended) == (["now"], [["model.safetensors", "other.safetensors"]])
-    assert sorted(os.listdir(tmp_path)) == ended[0]
+    dcp.save({"model": WHOLE, "other": {"x.y": torch.ones(2)}}, storage_writer=Writer(tmp_path), no_dist=True)
+    assert noted == [[], ["model.safetensors", "other.safetensors"]]
     assert_same(load_file(tmp_path / "model.safetensors"), WHOLE)
     assert_same(load_file(tmp_path / "other.safetensors"), {"x.y": torch.ones(2)})
     assert_same(SafetensorsReader(tmp_path, ["other"]).tensors(), {"other.x.y": torch.ones(2)})
 
 
-def test_parts_become_whole(tmp_path: Path) -> None:
+def test_parts_are_joined(tmp_path: Path) -> None:
     write(tmp_path)
     save_file({"x": torch.ones(1)}, tmp_path / "model-other.safetensors")
     assert [path.name for path in parts_of(tmp_path / "model.safetensors")] == [
@@ -87,7 +93,7 @@ def test_parts_become_whole(tmp_path: Path) -> None:
 
 
 def test_a_process_reads_the_slices_it_needs(tmp_path: Path) -> None:
-    """Two pieces meet in the middle of a third process's."""
+    """A tensor of one process is in two parts of others."""
     write(tmp_path)
     state = {"model": {"rows": torch.zeros(4, 3), "number": torch.zeros(())}}
     alone()
@@ -95,7 +101,7 @@ def test_a_process_reads_the_slices_it_needs(tmp_path: Path) -> None:
     assert_same(state["model"], {name: WHOLE[name] for name in ("rows", "number")})
 
 
-def test_torch_reads_the_parts_too(tmp_path: Path) -> None:
+def test_torch_reads_the_parts(tmp_path: Path) -> None:
     write(tmp_path)
     found = {name: torch.zeros_like(tensor) for name, tensor in WHOLE.items() if tensor.numel()}
     alone()
@@ -104,7 +110,7 @@ def test_torch_reads_the_parts_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", [1, 2])
-def test_a_part_that_is_missing(tmp_path: Path, part: int) -> None:
+def test_a_missing_part_is_refused(tmp_path: Path, part: int) -> None:
     write(tmp_path)
     (tmp_path / part_name("model", part, 2)).unlink()
     with pytest.raises(ValueError, match=r"model\.safetensors lacks parts of model\.(rows|square)"):
@@ -114,7 +120,7 @@ def test_a_part_that_is_missing(tmp_path: Path, part: int) -> None:
 @pytest.mark.parametrize(
     "change", [lambda data: data[:-1], lambda data: data + b"x", lambda data: b"", lambda data: b"x"]
 )
-def test_a_part_that_is_damaged(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
+def test_a_damaged_part_is_refused(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
     write(tmp_path)
     path = tmp_path / part_name("model", 2, 2)
     path.write_bytes(change(path.read_bytes()))
@@ -123,8 +129,7 @@ def test_a_part_that_is_damaged(tmp_path: Path, change: Callable[[bytes], bytes]
 
 
 def test_nothing_but_tensors_is_written(tmp_path: Path) -> None:
-    writer = SafetensorsWriter(tmp_path, lambda: None, lambda files: None)
     alone()
-    with pytest.raises(dcp.CheckpointException, match=r"model\.step is no tensor"):
-        dcp.save({"model": {"step": 3}}, storage_writer=writer, no_dist=True)
+    with pytest.raises(dcp.CheckpointException, match=r"model\.step is not a tensor"):
+        dcp.save({"model": {"step": 3}}, storage_writer=SafetensorsWriter(tmp_path), no_dist=True)
     assert os.listdir(tmp_path) == []

@@ -1,4 +1,4 @@
-"""The command on a tiny run: its files, its page, and a calibration that sampling accepts."""
+"""``semroute analyze`` on tiny runs: its files, its page, and a calibration that sampling accepts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from semantic_routing.cli.analyze import AnalyzeArguments, run_analysis
+from semantic_routing.cli.analyze import AnalyzeArguments, TrajectorySampling, run_analysis
 from semantic_routing.interop.export import ExportArguments, export
 from semantic_routing.sampling.clock import parse_clock
 from semantic_routing.training.loop import start
@@ -49,9 +49,9 @@ def test_a_run_is_drawn_with_its_trajectory_and_its_page(joint_run: Path, tmp_pa
     assert list(lead["columns"]) == ["guidance 1", "guidance 4", "nominal"]
     clock = parse_clock(str(out / "calibration-g4-s4.json"))
     assert clock is not None
-    told = clock(torch.tensor([0.0, 0.25, 0.5, 0.75]))
+    measured = clock(torch.tensor([0.0, 0.25, 0.5, 0.75]))
     nominal = torch.tensor([0.0, 0.25, 0.5, 0.75])
-    assert (told - nominal).tolist() == pytest.approx(lead["values"][:, 1].tolist(), abs=1e-5)
+    assert (measured - nominal).tolist() == pytest.approx(lead["values"][:, 1].tolist(), abs=1e-5)
     assert json.loads((out / "manifest.json").read_text())["guidance"] == [1, 4]
 
 
@@ -84,11 +84,12 @@ def test_a_model_without_routing_weights_has_its_trajectory(tiny_config, tmp_pat
         run_analysis(AnalyzeArguments(models=(tmp_path / "run",), out=tmp_path / "again"))
 
 
-def test_a_clock_changes_the_trajectory_and_stands_beside_its_numbers(joint_run: Path, tmp_path: Path) -> None:
+def test_a_clock_changes_the_trajectory_and_is_recorded_with_its_numbers(joint_run: Path, tmp_path: Path) -> None:
     settings = {"trajectory": True, "n": 2, "guidance": (2.0,), "steps": (3,), "times": (0.5,), "device": "cpu"}
     leads = []
     for clock in ("nominal", "shifted:0.5:0"):
-        run_analysis(AnalyzeArguments(models=(joint_run,), out=tmp_path / clock, clock=clock, **settings))
+        sampling = TrajectorySampling(clock=clock)
+        run_analysis(AnalyzeArguments(models=(joint_run,), out=tmp_path / clock, sampling=sampling, **settings))
         leads += json.loads((tmp_path / clock / "lead.json").read_text())
     assert [row["clock"] for row in leads] == ["nominal", "shifted:0.5:0"]
     assert leads[0]["lead"] != leads[1]["lead"]
@@ -101,7 +102,7 @@ def test_several_models_have_a_folder_each_and_are_compared(tiny_run: Path, join
     assert list(np.load(tmp_path / "models-jensen-shannon.npz")["rows"]) == ["tiny", "joint"]
 
 
-def test_an_exported_pipeline_is_drawn_as_its_run_is(joint_run: Path, tmp_path: Path) -> None:
+def test_an_exported_pipeline_gives_the_figures_of_its_run(joint_run: Path, tmp_path: Path) -> None:
     pipeline = export(ExportArguments(model=joint_run, out=tmp_path / "pipeline"))
     settings = {"trajectory": True, "n": 2, "guidance": (2.0,), "steps": (3,), "device": "cpu"}
     for name, model in (("run", joint_run), ("pipeline", pipeline)):
@@ -117,14 +118,14 @@ def test_an_exported_pipeline_is_drawn_as_its_run_is(joint_run: Path, tmp_path: 
         run_analysis(AnalyzeArguments(models=(pipeline,), out=tmp_path / "again"))
 
 
-def test_what_cannot_be_analysed_is_said(tiny_run: Path, tmp_path: Path) -> None:
+def test_bad_arguments_are_refused(tiny_run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to analyse"):
         AnalyzeArguments(models=(), out=tmp_path)
     with pytest.raises(ValueError, match="at least 2 steps"):
         AnalyzeArguments(models=(tiny_run,), out=tmp_path, steps=(1,))
-    with pytest.raises(ValueError, match=r"times are from 0 \(noise\) to 1 \(data\), at least one"):
+    with pytest.raises(ValueError, match=r"times must be from 0 \(noise\) to 1 \(data\); give at least one"):
         AnalyzeArguments(models=(tiny_run,), out=tmp_path, times=(0.5, 1.5))
-    with pytest.raises(ValueError, match="one of the guidance is given twice"):
+    with pytest.raises(ValueError, match="guidance has a value twice"):
         AnalyzeArguments(models=(tiny_run,), out=tmp_path, guidance=(1.0, 1.0))
     with pytest.raises(ValueError, match="a model is given twice"):
         run_analysis(AnalyzeArguments(models=(tiny_run, tiny_run), out=tmp_path))

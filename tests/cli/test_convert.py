@@ -1,4 +1,4 @@
-"""``semroute convert``: a reference checkpoint becomes a run that everything else opens, and comes back."""
+"""``semroute convert``: a reference checkpoint becomes a run for every command, and a run becomes a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from semantic_routing.model.build import make_model
 from semantic_routing.model.dit import Backbone, DiTConfig
 from semantic_routing.sampling.load import load_bundle
 from semantic_routing.sampling.text_to_image import SampleConfig
-from semantic_routing.text.loading import TextEncoderConfig
+from semantic_routing.text.config import TextEncoderConfig
 
 CPU = torch.device("cpu")
 
 
 def network(arm: str, **changes: Any) -> Backbone:
-    """A random network for the tiny text encoder and pixels."""
+    """Make a random network for the tiny text encoder and pixels."""
     sizes = {"depth": 2, "width": 24, "heads": 2, "kv_heads": 1, "head_dim": 32, "mlp_width": 40, "channels": 3}
     text = {"text_width": 64, "text_layers": 2, "fusedit_first_layer": 0}
     model = make_model(DiTConfig(**({"arm": arm} | sizes | text | changes)))
@@ -38,7 +38,7 @@ def network(arm: str, **changes: Any) -> Backbone:
 
 @pytest.fixture
 def reference(tmp_path: Path) -> Callable[..., Backbone]:
-    """Writes ``weights.safetensors`` and ``config.json`` of a random network by the reference's names; returns it."""
+    """Function that writes a random network as ``weights.safetensors`` and ``config.json`` and returns it."""
 
     def write(arm: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Backbone:
         model = network(arm, **changes).to(dtype)
@@ -89,7 +89,7 @@ def test_labels_of_the_paper_and_manifest(
     assert "already holds a run" in capsys.readouterr().err
 
 
-def test_weights_lie_on_disk_once_in_float32(
+def test_weights_are_stored_once_in_float32(
     reference: Callable[..., Backbone], tiny_encoder: Path, tmp_path: Path
 ) -> None:
     reference("depth", torch.bfloat16)
@@ -133,7 +133,11 @@ def test_sizes_that_patches_do_not_divide(
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "there is no configuration file"), ("{", "is not JSON"), ("[]", "must hold an object of sizes")],
+    [
+        (None, "cannot read the sizes .*config.json: No such file"),
+        ("{", "is not JSON"),
+        ("[]", "must hold an object of sizes"),
+    ],
 )
 def test_sizes_that_cannot_be_read(tmp_path: Path, content: str | None, message: str) -> None:
     if content is not None:
@@ -143,8 +147,8 @@ def test_sizes_that_cannot_be_read(tmp_path: Path, content: str | None, message:
         convert_upstream(arguments)
 
 
-def test_a_run_of_our_own(tiny_run: Path, tmp_path: Path) -> None:
-    """Averaged weights unless asked otherwise."""
+def test_a_run_is_written_under_the_references_names(tiny_run: Path, tmp_path: Path) -> None:
+    """The weights are the averaged ones by default."""
     files = {True: EMA, False: MODEL}
     for averaged, file in files.items():
         out = convert_ours(OursArguments(model=tiny_run, out=tmp_path / file, averaged=averaged))

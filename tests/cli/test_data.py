@@ -1,4 +1,4 @@
-"""semroute data: index and stats from the command line."""
+"""``semroute data``: index and stats from the command line."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from semantic_routing.cli.data import SUBCOMMANDS
 from semantic_routing.cli.main import main
 from semantic_routing.data.sources.index import DEFAULT
 from semantic_routing.data.sources.records import Record, Sharded
 from semantic_routing.data.tools.stats import statistics, table
-from tests.data.sources.test_webdataset import archive, picture
+from tests.helpers.data_files import archive, picture
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 def test_subcommands_are_listed(capsys: pytest.CaptureFixture[str]):
     listed = run(capsys)
     assert listed == run(capsys, "--help")
-    assert "index, stats" in listed
+    assert all(f"\n{name} " in listed for name in SUBCOMMANDS)
     assert "unknown subcommand 'indx'; did you mean 'index'?" in fails(capsys, "indx")
 
 
@@ -94,9 +95,11 @@ def test_a_sample_is_spread_evenly_over_all_sources():
     assert "0 records" in table(empty)
 
 
-def test_what_is_asked_wrong_is_said(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_bad_arguments_are_one_line(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "needs paths" in fails(capsys, "index")
     assert "needs paths" in fails(capsys, "stats")
+    assert "needs paths" in fails(capsys, "recaption", "--out", "captions.parquet")
+    assert "concurrency is 0" in fails(capsys, "recaption", str(shards), "--out", "a.parquet", "--concurrency", "0")
     assert "give --out" in fails(capsys, "index", "memory://x/a.tar")
     assert "give --out" in fails(capsys, "index", str(shards), str(tmp_path))
     assert "does not exist" in fails(capsys, "stats", str(tmp_path / "nothing"))

@@ -1,4 +1,4 @@
-"""``semroute evaluate`` from what is typed to the table: a run, a pipeline or a folder, a judge behind a socket."""
+"""``semroute evaluate`` from the command line to the table: runs, pipelines, folders, and a judge on a server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS = ("--steps", "2", "--device", "cpu")
 
 
 def call(*args: object) -> int:
-    """Run the command in this process; its exit code."""
+    """Run the command in this process and return its exit code."""
     try:
         main([str(arg) for arg in args])
     except SystemExit as end:
@@ -33,7 +33,7 @@ def call(*args: object) -> int:
 
 
 class Judge(BaseHTTPRequestHandler):
-    """Says Yes with a probability of 0.8, and its scores where it is asked for many tokens."""
+    """Server that answers Yes with probability 0.8, or with scores if asked for more than one token."""
 
     asked: list[dict] = []  # noqa: RUF012
 
@@ -61,7 +61,7 @@ class Judge(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[dict]]]:
-    """The address of a judge and what it was asked."""
+    """Address of a judge and the list of its requests."""
     monkeypatch.setattr(Judge, "asked", [])
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
@@ -88,7 +88,7 @@ def manifest(folder: Path) -> dict:
     return json.loads((folder / "manifest.json").read_text())
 
 
-def test_a_pipeline_draws_what_its_run_draws(
+def test_a_pipeline_samples_the_images_of_its_run(
     tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     export(ExportArguments(model=tiny_run, out=tmp_path / "pipe"))
@@ -135,9 +135,9 @@ def test_sampling_and_scoring_are_separate(
     monkeypatch.setattr(commands, "load_geneval_models", lambda *args: (Dogs(), Dogs()))
     assert call(*command, "--variant", "mine", "--out", out) == 0
     assert [r.correct for r in read_records(out / "records.jsonl")] == [True, True, False, False]
-    told = manifest(out)
-    assert told["scorer"]["label"] == "mine, detector variant: dogs, colours variant: dogs"
-    assert told["sampler"] == {
+    facts = manifest(out)
+    assert facts["scorer"]["label"] == "mine, detector variant: dogs, colours variant: dogs"
+    assert facts["sampler"] == {
         "steps": 2,
         "guidance": 6.0,
         "sampler": "euler",
@@ -146,7 +146,7 @@ def test_sampling_and_scoring_are_separate(
         "clock": "nominal",
         "seed": 0,
     }
-    assert told["resolution"] == 32
+    assert facts["resolution"] == 32
     assert call(*command, "--out", out) == 2  # another label, another scorer
     assert "they differ in label" in capsys.readouterr().err
 
@@ -168,7 +168,7 @@ def test_genai_bench_through_a_server(
     usage = json.loads((sampled / "usage.jsonl").read_text())
     assert (usage["requests"], usage["prompt_tokens"]) == (3, 300)
     assert not any(KEY.encode() in path.read_bytes() for path in sampled.rglob("*") if path.is_file())
-    # Again with the other template: another judge; then told to.
+    # Another template is another judge, which needs --rescore.
     other = [*command, "--images", sampled / "images", "--template", "3.0", "--out", sampled]
     assert call(*other) == 2
     assert call(*other, "--rescore") == 0
@@ -200,14 +200,14 @@ def test_drawbench_through_a_server(judge: tuple[str, list[dict]], tmp_path: Pat
     [
         ("shapes --out out", "give either --model, a run or pipeline, or --images, a folder"),
         ("shapes --model run --images run --out out", "give either --model"),
-        ("shapes --images x --no-score --out out", "--no-score samples images only"),
+        ("shapes --images x --no-score --out out", "--no-score only samples images"),
         ("shapes --images nowhere --out out", "there is no folder of images nowhere"),
         ("shapes --model run --n 0 --out out", "n is 0"),
         ("geneval --model run --out out", "Missing from semroute evaluate geneval: --prompts PATH"),
         ("geneval --model run --prompts none.jsonl --out out", "cannot read the prompts of GenEval none.jsonl"),
         ("geneval --images x --prompts genai.json --out out", "genai.json:1 is no prompt of GenEval"),
-        ("genai-bench --images x --prompts a.json --skills b.json --out out", "who should judge? give --judge.model"),
-        ("drawbench --images x --prompts genai.json --out out", "who should judge?"),
+        ("genai-bench --images x --prompts a.json --skills b.json --out out", "no judge: give --judge.model"),
+        ("drawbench --images x --prompts genai.json --out out", "no judge: give --judge.model"),
         ("drawbench --images x --prompts genai.json --judge.model m --out out", "genai.json holds no prompts of DrawB"),
         ("compare run --out out.md", "run is no finished evaluation of semroute evaluate"),
         ("features --images x", "nothing to compute"),
@@ -215,7 +215,7 @@ def test_drawbench_through_a_server(judge: tuple[str, list[dict]], tmp_path: Pat
     ],
 )
 @pytest.mark.usefixtures("unchecked")
-def test_what_cannot_be_evaluated_is_one_line(
+def test_bad_arguments_are_one_line(
     typed: str,
     message: str,
     tiny_run: Path,

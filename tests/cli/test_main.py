@@ -1,9 +1,11 @@
-"""The command line: a whole run through it, and one clear line for everything that cannot be done."""
+"""The command line: a complete run, and one clear line for every mistake."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,9 +26,12 @@ from safetensors.torch import save_file
 import semantic_routing.training.loop as training
 from semantic_routing import __version__
 from semantic_routing.checkpoint.load import EMA, checkpoints, find_checkpoint, read_state
-from semantic_routing.cli.arguments import parse
-from semantic_routing.cli.evaluate import BENCHMARKS
+from semantic_routing.cli.analyze import AnalyzeArguments
+from semantic_routing.cli.arguments import options, parse
+from semantic_routing.cli.convert import DIRECTIONS
+from semantic_routing.cli.evaluate import BENCHMARKS, GenAIBenchArguments
 from semantic_routing.cli.main import COMMANDS, main
+from semantic_routing.cli.sample import SampleArguments
 from semantic_routing.common.config import to_dict
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.tiny_lm import tiny_lm
@@ -35,7 +40,7 @@ Make = Callable[..., TrainConfig]
 
 
 def call(*args: object) -> int:
-    """Run the command in this process; its exit code."""
+    """Run the command in this process and return its exit code."""
     try:
         main([str(arg) for arg in args])
     except SystemExit as end:
@@ -77,6 +82,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "paper", "--arm", "S3", "--help"], ["--optim.lr", "500000", "joint"]),
         (["sample", "--help"], ["--prompts", "--images-per-prompt"]),
         (["evaluate", "--help"], [f"\n{name} " for name in BENCHMARKS]),
+        (["convert", "--help"], [f"\nsemroute convert {name} " for name in DIRECTIONS]),
         (["evaluate", "shapes", "--help"], ["--prompt-seed", "--guidance"]),
         (["evaluate", "geneval", "--help"], ["--prompts", "--detector", "--variant", "--images", "--rescore"]),
         (["evaluate", "genai-bench", "--help"], ["--skills", "--judge.model", "--local-judge", "--template"]),
@@ -91,13 +97,13 @@ def test_every_command_has_help(args: list[str], shown: list[str], capsys: pytes
     assert all(text in out for text in shown)
 
 
-# --- a whole run ---
+# --- a complete run ---
 
 
 def test_from_training_to_scores(
     tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Train, stopped by SIGTERM; resume; sample, and again what is missing; evaluate; analyse."""
+    """Train until SIGTERM, resume, sample, sample a missing image again, evaluate and analyse."""
     config, run = tmp_path / "config.json", tmp_path / "run"
     config.write_text(json.dumps(to_dict(tiny_config("joint"))))
 
@@ -153,7 +159,7 @@ def test_from_training_to_scores(
 def test_a_recipe_from_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The toy recipe as it is, but small and with a language model of two steps."""
+    """The toy recipe with small sizes and a language model trained for two steps."""
     monkeypatch.setattr(training, "training_corpus", lambda source: [f"a {i} circle" for i in range(40)])
     monkeypatch.setattr(
         training, "tiny_lm", partial(tiny_lm, layers=3, width=64, steps=2, cache_dir=tmp_path / "cache")
@@ -183,7 +189,7 @@ def test_failed_training_ends_with_code_1(
     ("error", "code", "line"),
     [(KeyboardInterrupt(), 130, "interrupted"), (OSError(28, "No space left on device"), 1, "[Errno 28] No space")],
 )
-def test_how_else_a_command_may_end(
+def test_other_errors_have_their_exit_codes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str
 ) -> None:
     def fail(args: list[str]) -> None:
@@ -199,7 +205,7 @@ def test_how_else_a_command_may_end(
 
 @pytest.fixture
 def place(tmp_path: Path, tiny_run: Path, tiny_config: Make, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what bad input is made of; commands run in it."""
+    """Working folder with files for bad input."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").symlink_to(tiny_run)
     (tmp_path / "file").write_text("a file")
@@ -231,10 +237,13 @@ BAD = {
     "train --config good.json --model.arm unifrom --out out": "unknown arm 'unifrom'; did you mean 'uniform'?",
     "train toy --stepz 5 --out out": "unknown option --stepz; did you mean --steps?",
     "train toy --optim.lrr 5 --out out": "unknown option --optim.lrr; did you mean --optim.lr?",
+    "sample run --prompt a --stepz 5 --out out": "unknown option --stepz; did you mean --steps?",
+    "analyze run --compile --out out": "unknown option --compile; ",
     "train toy --zzzzzzzz 5 --out out": "unknown option --zzzzzzzz; semroute train toy --help lists the options",
     "train toy --steps 5 --steps 6 --out out": "--steps is given twice",
+    "train toy --out out --out other": "--out is given twice",
     "train toy --steps 5": "where should the run be written? give --out",
-    "train toy --out": "argument --out: expected one argument",
+    "train toy --out": "Missing value for argument '--out'",
     "train toy --steps --out out": "Missing value for argument '--steps'",
     "train toy --steps five --out out": "Error parsing --steps: invalid literal for int()",
     "train toy --optim.name adam --out out": "invalid choice 'adam' for argument '--optim.name'",
@@ -261,7 +270,7 @@ BAD = {
     "train --config typo.json --out out": "unknown setting 'prompt_dropuot'; did you mean 'prompt_dropout'?",
     "train --config type.json --out out": "batch is '4', which is not int",
     "train --config text.json --out out": "text.json is not JSON",
-    "train --config empty --out out": "cannot read empty: Is a directory",
+    "train --config empty --out out": "cannot read prompts file empty: Is a directory",
     "train toy --config good.json --out out": "leave out the recipe and --arm",
     "train --config good.json --text.name-or-path nowhere --out out": "no text encoder at 'nowhere'",
     "train --config good.json --data.paths nowhere --out out": "nowhere' does not exist",
@@ -287,10 +296,10 @@ BAD = {
     "analyze foreign --out out": "was not written by semroute train",
     # prompts
     "sample run --out out": "nothing to sample: give --prompt",
-    "sample run --prompts none.txt --out out": "there is no prompts file none.txt",
+    "sample run --prompts none.txt --out out": "cannot read prompts file none.txt: No such file or directory",
     "sample run --prompts empty.txt --out out": "empty.txt holds no prompts",
     "sample run --prompts latin.txt --out out": "latin.txt is not UTF-8 text (byte 3)",
-    "sample run --prompts empty --out out": "cannot read empty: Is a directory",
+    "sample run --prompts empty --out out": "cannot read prompts file empty: Is a directory",
     "sample run --promt a --out out": "unknown option --promt; did you mean --prompt?",
     "sample run --prompt a": "Missing from semroute sample: --out PATH",
     # places
@@ -303,7 +312,7 @@ BAD = {
     "analyze run --out file/out": "cannot write file/out",
     "quickstart --out file/out": "cannot write file/out: ",
 }  # fmt: skip
-"""What is typed, and what the one line on stderr says."""
+"""Command and a part of its one line on stderr."""
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -320,7 +329,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(place: Path, typed: str, capsy
     assert tree(place) == before
 
 
-def test_a_real_process_ends_alike(tmp_path: Path) -> None:
+def test_a_real_process_ends_the_same_way(tmp_path: Path) -> None:
     code = "from semantic_routing.cli.main import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "sample", "nowhere", "--prompt", "a", "--out", "out"],
@@ -343,13 +352,17 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What a command takes."""
+    """Arguments of a command."""
 
     model: Annotated[Path, tyro.conf.Positional]
     """A place."""
     some_count: int = 1
     names: tuple[str, ...] = ()
     part: Part = field(default_factory=Part)
+
+    def __post_init__(self) -> None:
+        if self.some_count == 7:
+            raise ValueError("some_count is 7; choose another number")
 
 
 def test_options_are_parsed() -> None:
@@ -361,6 +374,17 @@ def test_options_are_parsed() -> None:
     assert parse(Arguments, ["--part.rate", "0.25"], prog="x", default=default).some_count == 9
 
 
+@pytest.mark.parametrize("cls", [SampleArguments, AnalyzeArguments, GenAIBenchArguments, TrainConfig])
+def test_options_are_those_of_the_help(
+    cls: type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")  # one column of options
+    with pytest.raises(SystemExit):
+        parse(cls, ["--help"], prog="x")
+    columns = re.findall(r"^[│ ]*(--[a-z].*?)(?:  |[ │]*$)", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(re.findall(r"--[a-z][\w.-]*", " ".join(columns))) == sorted(options(cls))
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -369,10 +393,18 @@ def test_options_are_parsed() -> None:
         (["here", "--some-count"], "Missing value for argument '--some-count'"),
         (["here", "--part.rate", "x"], "Error parsing --part.rate: could not convert string to float: 'x'"),
         (["here", "--names", "a", "--names", "b"], "--names is given twice; put several values after one --names"),
+        (["here", "--some-count", "7"], "some_count is 7; choose another number$"),
+        (["here", "there"], "Unrecognized options: there$"),
         ([], "Missing from x: PATH A place"),
     ],
 )
-def test_options_that_cannot_be_parsed(args: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_options_that_cannot_be_parsed(
+    args: list[str], message: str, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tyro draws another box where the standard output is not UTF-8."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    with pytest.raises(ValueError, match=f"^{message}") as error:
         parse(Arguments, args, prog="x")
     assert not set("╭│╰─\n") & set(str(error.value))
+    assert "---" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Configurations: through JSON and back, and an error for everything that they cannot mean."""
+"""Configurations: to JSON and back, with an error for every wrong key and value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Proxies and certificates that the environment names."""
+"""Proxies and certificates that the environment sets."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def _bare(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.behaviour(
     "Judges and scores",
-    when="the environment names a SOCKS proxy without its package, no proxy at all, or certificates that are gone",
-    then="one line names the variable and what to do, before any work is done",
+    when="the environment sets a SOCKS proxy whose package is missing, an invalid proxy, or missing certificates",
+    then="one line names the variable and the fix, before any work",
 )
 @pytest.mark.parametrize(
     ("name", "value", "fix"),
@@ -36,11 +36,11 @@ def _bare(monkeypatch: pytest.MonkeyPatch) -> None:
         ("https_proxy", "socks5h://me:secret@127.0.0.1:1", "pip install socksio, or unset https_proxy"),
         ("all_proxy", "socks://127.0.0.1:1080/", "http://HOST:PORT"),
         ("HTTPS_PROXY", "http://me:secret@proxy:port", "http://HOST:PORT"),
-        ("SSL_CERT_FILE", "/gone/cacert.pem", "which is no file; unset SSL_CERT_FILE"),
-        ("SSL_CERT_DIR", "/gone/certs", "which is no folder; unset SSL_CERT_DIR"),
+        ("SSL_CERT_FILE", "/gone/cacert.pem", "which is not a file; unset SSL_CERT_FILE"),
+        ("SSL_CERT_DIR", "/gone/certs", "which is not a folder; unset SSL_CERT_DIR"),
     ],
 )
-def test_what_spoils_the_way_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, fix: str) -> None:
+def test_bad_settings_are_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, fix: str) -> None:
     monkeypatch.setattr("semantic_routing.common.connection.find_spec", lambda name: None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv(name, value)
@@ -63,8 +63,8 @@ def test_a_file_that_holds_no_certificates(monkeypatch: pytest.MonkeyPatch, tmp_
 
 @pytest.mark.behaviour(
     "Judges and scores",
-    when="a judge is served on this machine and the environment names a proxy or certificates",
-    then="it is asked directly; neither is looked at",
+    when="a judge is served on this machine and the environment sets a proxy or certificates",
+    then="requests go to it directly; both settings are ignored",
 )
 @pytest.mark.parametrize(
     ("name", "value"),

@@ -1,4 +1,4 @@
-"""One process at a time in a folder: who is there is named, and what dead processes left hinders nobody."""
+"""Folder locks: the error names the holder, and locks of dead processes block nobody."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ with claimed(Path(sys.argv[1]), "the folder"):
 
 
 def holder(lock: Path) -> subprocess.Popen[str]:
-    """Another process that holds the lock."""
+    """Start another process that holds the lock."""
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     with process.stdout as said:
@@ -40,13 +40,13 @@ def test_another_process_is_named_until_it_is_killed(tmp_path: Path) -> None:
     try:
         with pytest.raises(ValueError, match="the folder is in use: process") as refused, claimed(lock, "the folder"):
             pass
-        assert f"process {process.pid} on host {socket.gethostname()} is at it since 20" in str(refused.value)
+        assert f"process {process.pid} on host {socket.gethostname()} has used it since 20" in str(refused.value)
         assert "delete" not in str(refused.value)  # on this machine the lock cannot be stale
         assert lock.is_file()
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert lock.is_file()  # nobody was there to take it away
+    assert lock.is_file()  # a killed process cannot delete it
     with claimed(lock, "the folder"):
         assert json.loads(lock.read_text())["pid"] == os.getpid()
     assert list((tmp_path / "run").iterdir()) == []
@@ -54,8 +54,8 @@ def test_another_process_is_named_until_it_is_killed(tmp_path: Path) -> None:
 
 @pytest.mark.behaviour(
     "Training",
-    when="a lock was left by a process that is dead, whose number another has now, or by another machine",
-    then="it hinders nobody",
+    when="a lock file is left by a dead process, also if its id is in use again, or by another machine",
+    then="it blocks nobody",
 )
 @pytest.mark.parametrize(
     "left",
@@ -67,21 +67,21 @@ def test_another_process_is_named_until_it_is_killed(tmp_path: Path) -> None:
     ],
     ids=["dead", "reused", "elsewhere", "cut off"],
 )
-def test_a_lock_that_nobody_holds_hinders_nobody(tmp_path: Path, left: dict | None) -> None:
+def test_a_lock_file_without_a_holder_blocks_nobody(tmp_path: Path, left: dict | None) -> None:
     (tmp_path / LOCK).write_text("{" if left is None else json.dumps(left))
     with claimed(tmp_path / LOCK, "the folder"):
         assert json.loads((tmp_path / LOCK).read_text())["host"] == socket.gethostname()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_who_holds_it_on_another_machine_is_named_with_the_way_out(tmp_path: Path) -> None:
-    """As over NFS, where the server keeps the lock of a machine that is gone."""
+def test_a_holder_on_another_machine_is_named_with_the_fix(tmp_path: Path) -> None:
+    """Over NFS the server may keep the lock of a machine that is gone."""
     lock = tmp_path / LOCK
     lock.write_text(json.dumps({"host": "gpu07", "pid": 12, "since": "2026-01-01T00:00:00+00:00"}))
     with lock.open() as there:
         fcntl.flock(there, fcntl.LOCK_EX)
-        told = rf"process 12 on host gpu07 is at it since .*; if that machine is gone, delete {lock}$"
-        with pytest.raises(ValueError, match=told), claimed(lock, "the folder"):
+        message = rf"process 12 on host gpu07 has used it since .*; if that machine is gone, delete {lock}$"
+        with pytest.raises(ValueError, match=message), claimed(lock, "the folder"):
             pass
 
 
@@ -107,7 +107,7 @@ def test_a_fork_does_not_keep_the_lock(tmp_path: Path) -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_a_folder_that_is_taken_away_is_no_trouble_at_the_end(tmp_path: Path) -> None:
+def test_a_folder_may_be_deleted_while_it_is_locked(tmp_path: Path) -> None:
     lock = tmp_path / "run" / LOCK
     with claimed(lock, "the folder"):
         lock.unlink()
@@ -117,13 +117,13 @@ def test_a_folder_that_is_taken_away_is_no_trouble_at_the_end(tmp_path: Path) ->
     assert [path.name for path in lock.parent.iterdir()] == ["kept"]
 
 
-def test_folders_made_for_a_lock_go_with_it_if_nothing_came_into_them(tmp_path: Path) -> None:
+def test_empty_folders_made_for_a_lock_are_deleted_with_it(tmp_path: Path) -> None:
     with claimed(tmp_path / "new" / "run" / LOCK, "the folder"):
         assert (tmp_path / "new" / "run").is_dir()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_without_locks_is_told_and_goes_on(
+def test_a_disk_without_locks_is_reported_and_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def none(handle: int, how: int) -> None:
@@ -133,5 +133,5 @@ def test_a_disk_without_locks_is_told_and_goes_on(
     with claimed(tmp_path / LOCK, "the folder"):
         pass
     assert capsys.readouterr().err == (
-        f"semroute: {tmp_path} is on a disk without locks: let no other process write there\n"
+        f"semroute: the disk of {tmp_path} has no locks; let no other command write there\n"
     )

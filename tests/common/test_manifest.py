@@ -1,4 +1,4 @@
-"""The manifest: what ran, from which commit, with what, on what."""
+"""The manifest: command, commit, versions and hardware."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from semantic_routing import __version__
 from semantic_routing.common.manifest import manifest
 
 
-def test_everything_that_a_result_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_manifest_holds_command_versions_hardware_and_facts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/usr/bin/semroute", "sample", "--prompt", "a red circle"])
     facts = json.loads(json.dumps(manifest(config={"a": 1}, seeds={"run": 3})))
     assert facts["command"] == "semroute sample --prompt 'a red circle'"

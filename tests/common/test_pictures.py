@@ -1,4 +1,4 @@
-"""Grids and PNG files, pixel by pixel."""
+"""Image grids and PNG files, pixel by pixel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from semantic_routing.common.images.save import grid, is_whole, save_png
+from semantic_routing.common.images.save import grid, is_valid_image, save_png
 
 RNG = np.random.default_rng(0)
 
@@ -36,19 +36,19 @@ def test_png_holds_the_pixels_enlarged(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.png"]
 
 
-def test_whole_images_of_the_right_size_alone_count(tmp_path: Path) -> None:
+def test_only_intact_images_of_the_right_size_are_valid(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
-    assert not is_whole(path, (8, 8))
+    assert not is_valid_image(path, (8, 8))
     save_png(path, RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-    assert is_whole(path, (8, 8))
-    assert not is_whole(path, (16, 16))
+    assert is_valid_image(path, (8, 8))
+    assert not is_valid_image(path, (16, 16))
     content = path.read_bytes()
     for damaged in (content[: len(content) // 2], b"", b"text"):
         path.write_bytes(damaged)
-        assert not is_whole(path, (8, 8))
+        assert not is_valid_image(path, (8, 8))
 
 
-def test_what_cannot_be_written(tmp_path: Path) -> None:
+def test_a_png_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="cannot write"):
         save_png(tmp_path / "file" / "a.png", images(1)[0])

@@ -1,8 +1,11 @@
-"""The signals that end programs: noted while work goes on, and as they were before and after."""
+"""Signals that end programs: collected during the context, and handled as before after it."""
 
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
+import threading
 
 import pytest
 
@@ -10,7 +13,7 @@ from semantic_routing.common.stopping import ENDING, stop_signals
 
 
 @pytest.mark.parametrize("number", ENDING)
-def test_each_signal_is_noted_and_then_does_what_it_did(number: signal.Signals) -> None:
+def test_each_signal_is_collected_and_its_handler_restored(number: signal.Signals) -> None:
     before = {each: signal.getsignal(each) for each in ENDING}
     with stop_signals() as received:
         signal.raise_signal(number)
@@ -22,7 +25,7 @@ def test_each_signal_is_noted_and_then_does_what_it_did(number: signal.Signals) 
     "Training", when="the program was started under nohup and its terminal closes", then="the run goes on"
 )
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU])
-def test_what_is_ignored_at_the_start_stays_ignored(number: signal.Signals) -> None:
+def test_signals_that_were_ignored_stay_ignored(number: signal.Signals) -> None:
     before = signal.signal(number, signal.SIG_IGN)
     try:
         with stop_signals() as received:
@@ -34,7 +37,7 @@ def test_what_is_ignored_at_the_start_stays_ignored(number: signal.Signals) -> N
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_background_jobs_of_a_shell_still_hear_what_ends_them(number: signal.Signals) -> None:
+def test_background_jobs_of_a_shell_collect_signals_that_it_ignores(number: signal.Signals) -> None:
     before = signal.signal(number, signal.SIG_IGN)
     try:
         with stop_signals() as received:
@@ -45,7 +48,7 @@ def test_background_jobs_of_a_shell_still_hear_what_ends_them(number: signal.Sig
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT])
-def test_people_who_press_the_key_twice_do_not_wait(number: signal.Signals) -> None:
+def test_a_second_key_press_interrupts_immediately(number: signal.Signals) -> None:
     with stop_signals() as received:
         signal.raise_signal(number)
         with pytest.raises(KeyboardInterrupt):
@@ -58,8 +61,33 @@ def test_people_who_press_the_key_twice_do_not_wait(number: signal.Signals) -> N
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU])
-def test_what_machines_send_again_changes_nothing(number: signal.Signals) -> None:
+def test_repeated_signals_of_machines_do_not_interrupt(number: signal.Signals) -> None:
     with stop_signals() as received:
         for _ in range(3):
             signal.raise_signal(number)
-    assert received[0] == number
+    assert received == [number] * 3
+
+
+def test_other_threads_collect_nothing_and_change_no_handler() -> None:
+    """Python can set handlers only in the main thread."""
+    seen: list[object] = []
+
+    def work() -> None:
+        before = signal.getsignal(signal.SIGTERM)
+        with stop_signals() as received:
+            seen.extend([received == [], signal.getsignal(signal.SIGTERM) is before])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [True, True]
+
+
+def test_a_worker_leaves_all_signals_to_its_parent() -> None:
+    code = (
+        "import signal; from semantic_routing.common.stopping import ENDING, leave_to_parent; leave_to_parent()\n"
+        "for number in ENDING: signal.raise_signal(number)\n"
+        "print('alive')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "alive\n")

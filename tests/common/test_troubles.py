@@ -1,4 +1,4 @@
-"""Trouble beside the work: told once for each thing, and survived."""
+"""Failures beside the main work: each is reported once and ignored."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def fail(troubles: Troubles, what: str, error: Exception, *more: type[Exception]
         raise error
 
 
-def test_each_thing_is_told_once_and_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_failure_is_reported_once_with_its_name(capsys: pytest.CaptureFixture[str]) -> None:
     troubles = Troubles()
     for what in ("metrics.jsonl", "metrics.jsonl", "samples"):
         fail(troubles, what, OSError(28, "No space left on device"))
     fail(troubles, "wandb", RuntimeError("is gone"), RuntimeError)
     assert capsys.readouterr().err.splitlines() == [
-        "semroute: metrics.jsonl: No space left on device; going on without it, and saying so once",
-        "semroute: samples: No space left on device; going on without it, and saying so once",
-        "semroute: wandb: is gone; going on without it, and saying so once",
+        "semroute: metrics.jsonl: No space left on device; continuing without it (reported once)",
+        "semroute: samples: No space left on device; continuing without it (reported once)",
+        "semroute: wandb: is gone; continuing without it (reported once)",
     ]
 
 

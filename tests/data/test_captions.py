@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from semantic_routing.common.images.decode import Unusable
+from semantic_routing.common.errors import BadData
 from semantic_routing.data.captions import CaptionChoice
 
 CAPTIONS = {"txt": ("short",), "dense": ("long", "longer"), "url": ("https://x",)}
@@ -35,7 +35,7 @@ def test_weights_count_among_the_keys_that_a_record_has():
 
 @pytest.mark.parametrize("choice", [CaptionChoice(), CaptionChoice(("dense",))])
 def test_no_caption_has_a_reason(choice: CaptionChoice):
-    with pytest.raises(Unusable) as caught:
+    with pytest.raises(BadData) as caught:
         choice.choose({"url": ("https://x",)}, 0.0, 0.0)
     assert (caught.value.reason, caught.value.detail) == ("no caption", "found url")
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from semantic_routing.common.errors import TrainingFailed
+from semantic_routing.common.errors import BadData, TrainingFailed
 from semantic_routing.common.images.decode import Limits
 from semantic_routing.data.captions import CaptionChoice
 from semantic_routing.data.damage import Skipped
-from semantic_routing.data.sources.records import DamagedRecord, Record, Sharded
+from semantic_routing.data.sources.records import Record, Sharded
 from semantic_routing.data.streams import ATTEMPTS, Reading, RecordStream, Row
 
 
@@ -31,7 +31,7 @@ class Numbered(Sharded):
         shard, number = self.locate(index)
         key = f"{self.shard_name(shard)}/{number}"
         if index in self.bad:
-            raise DamagedRecord("truncated", self.shard_name(shard), key, "by the test")
+            raise BadData("truncated", "by the test", self.shard_name(shard), key)
         width, height = (8, 8) if self.sizes is None else self.sizes[index].tolist()
         pixels = np.full((height, width, 3), index % 251, np.uint8)
         pixels[:, : width // 2] = 255

@@ -1,4 +1,4 @@
-"""WebDataset shards with one damaged record for each reason that there is."""
+"""WebDataset shards with damaged records, one for each reason."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ import struct
 import tarfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 
-def encoded(pixels: np.ndarray, form: str = "PNG") -> bytes:
+def encoded(pixels: np.ndarray | Image.Image, form: str = "PNG", **options: Any) -> bytes:
+    """Encode a picture in one of Pillow's formats."""
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, form)
+    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(file, form, **options)
     return file.getvalue()
 
 
 def bomb() -> bytes:
-    """The beginning of a PNG of 50,000 x 50,000 pixels."""
+    """Make the first bytes of a PNG of 50,000 x 50,000 pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
     start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
     return start + struct.pack(">I", 10**6) + b"IDAT"
@@ -44,7 +46,7 @@ RECORDS, EVERY = 200, 20
 
 
 def write_shards(folder: Path) -> Path:
-    """Four shards of 50 records, of which one in twenty is damaged, each in another way; returns the folder."""
+    """Write four shards of 50 records, one in twenty damaged, each for another reason; return the folder."""
     folder.mkdir(exist_ok=True)
     reasons = list(TEN.values())
     for shard in range(4):
@@ -52,7 +54,7 @@ def write_shards(folder: Path) -> Path:
             for number in range(shard, RECORDS, 4):
                 color = np.full((16, 16, 3), number, np.uint8)
                 image, caption = encoded(color), f"number {number}".encode()
-                if number % EVERY == EVERY // 2 + number // EVERY:  # all shards have some
+                if number % EVERY == EVERY // 2 + number // EVERY:  # spread over all shards
                     image, caption = reasons[number // EVERY]
                 for ending, content in ((".png", image), (".txt", caption)):
                     member = tarfile.TarInfo(f"{number:09d}{ending}")

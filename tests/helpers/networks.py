@@ -1,4 +1,4 @@
-"""Tiny networks with random weights, of a kind and size that one line of a test decides."""
+"""Tiny networks with random weights, whose kind and sizes a test chooses in one line."""
 
 from __future__ import annotations
 
@@ -16,25 +16,40 @@ TINY = DiTConfig(
     fusedit_first_layer=0,
 )  # fmt: skip
 """Three blocks of width 16 that read three layers of width 8."""
+DISTINCT: dict[str, Any] = {
+    "width": 24, "heads": 4, "kv_heads": 2, "mlp_width": 40, "text_width": 20, "text_layers": 5,
+    "fusedit_first_layer": 1,
+}  # fmt: skip
+"""Changes of ``TINY`` that give axes different sizes, for tests that must not confuse two of them."""
 
 
 def tiny_config(arm: str = "depth", **changes: Any) -> DiTConfig:
-    """``TINY`` as a network of an arm, with some of its sizes changed."""
+    """Return ``TINY`` for an arm, with some of its sizes changed."""
     return DiTConfig(**{**vars(TINY), "arm": arm, **changes})
 
 
 def tiny_network(arm: str = "depth", *, std: float = 0.1, seed: int = 0, **changes: Any) -> Backbone:
-    """A frozen network of ``tiny_config(arm, **changes)`` that answers to picture, time and text.
+    """Return a frozen network of ``tiny_config(arm, **changes)`` that responds to picture, time and text.
 
-    Weights that start at zero, among them the router's logits and the last layer, would hide what reads them: they are
-    drawn with deviation ``std``, as if they had been trained.
+    Weights that start at zero, such as the router's logits and the last layer, are drawn with deviation ``std``,
+    because zeros would hide what reads them.
     """
     torch.manual_seed(seed)
     return move_zeros(make_model(tiny_config(arm, **changes)), std).requires_grad_(False)
 
 
+def randomize(model: M) -> M:
+    """Draw every weight of ``model`` again, so that no weight is 0 or 1, and return it."""
+    for p in model.parameters():
+        if p.ndim > 1:
+            nn.init.normal_(p.data, std=p.shape[-1] ** -0.5)
+        else:
+            nn.init.normal_(p.data, mean=1.0, std=0.3)
+    return model
+
+
 def move_zeros(model: M, std: float = 0.1) -> M:
-    """Draw the weights of ``model`` that are all zero, with deviation ``std``; returns it."""
+    """Draw the parameters of ``model`` that are all zero, with deviation ``std``, and return it."""
     for p in model.parameters():
         if p.eq(0).all():
             nn.init.normal_(p.data, std=std)
@@ -42,7 +57,7 @@ def move_zeros(model: M, std: float = 0.1) -> M:
 
 
 class CountingModel(nn.Module):
-    """A network that counts how often it is run, and on how many rows each time."""
+    """A network that records the batch size of every forward pass."""
 
     def __init__(self, model: Backbone) -> None:
         super().__init__()
@@ -54,5 +69,5 @@ class CountingModel(nn.Module):
 
     @property
     def calls(self) -> int:
-        """How often the network was run."""
+        """Number of forward passes."""
         return len(self.rows)

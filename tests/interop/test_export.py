@@ -1,4 +1,4 @@
-"""``semroute export``: a run as a diffusers pipeline that draws the same pixels in another process."""
+"""``semroute export``: a diffusers pipeline that samples the pixels of its run in another process."""
 
 from __future__ import annotations
 
@@ -46,8 +46,9 @@ def pixels(path: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("arm", ["depth", "time", "fusedit"])
-def test_round_trip(tiny_config: Callable[..., TrainConfig], tmp_path: Path, arm: str) -> None:
-    """Train, export, load in a fresh process, sample: the same pixels as semroute sample."""
+def test_an_exported_pipeline_samples_the_pixels_of_its_run(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, arm: str
+) -> None:
     start(tiny_config(arm), tmp_path / "run")
     main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "pipe")])
     prompts = ["--prompt", *PROMPTS]
@@ -62,7 +63,7 @@ def test_round_trip(tiny_config: Callable[..., TrainConfig], tmp_path: Path, arm
 
 
 def test_diffusers_alone_opens_the_folder(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing of this program is imported, as long as it is installed."""
+    """This program must be installed, but need not be imported."""
     export(ExportArguments(model=tiny_run, out=tmp_path / "pipe"))
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("sys.path", list(sys.path))
@@ -77,7 +78,7 @@ def test_diffusers_alone_opens_the_folder(tiny_run: Path, tmp_path: Path, monkey
 @pytest.mark.behaviour(
     "diffusers",
     when="a pipeline was exported before its files named the package and the transformer's config held its facts",
-    then="it loads and draws as before",
+    then="it loads and samples the same pictures",
 )
 def test_files_name_the_package_and_old_ones_load(tiny_run: Path, tmp_path: Path) -> None:
     folder = export(ExportArguments(model=tiny_run, out=tmp_path / "pipe"))
@@ -100,7 +101,7 @@ def test_files_name_the_package_and_old_ones_load(tiny_run: Path, tmp_path: Path
     assert torch.equal(SemanticRoutingPipeline(**old.components)("a star", **options).images, expected)
 
 
-def test_the_package_gives_its_face_when_asked() -> None:
+def test_the_package_imports_the_pipeline_on_access() -> None:
     assert semantic_routing.SemanticRoutingPipeline is SemanticRoutingPipeline
     assert semantic_routing.SemanticRoutingTransformer.__module__ == "semantic_routing"
     with pytest.raises(AttributeError, match="has no attribute 'Pipeline'"):
@@ -108,7 +109,9 @@ def test_the_package_gives_its_face_when_asked() -> None:
 
 
 @pytest.mark.parametrize(("averaged", "file"), [(True, EMA), (False, MODEL)])
-def test_weights_are_the_averaged_ones_unless_asked(tiny_run: Path, tmp_path: Path, averaged: bool, file: str) -> None:
+def test_exported_weights_are_averaged_unless_turned_off(
+    tiny_run: Path, tmp_path: Path, averaged: bool, file: str
+) -> None:
     export(ExportArguments(model=tiny_run, out=tmp_path / "pipe", averaged=averaged))
     written = load_file(tmp_path / "pipe" / "transformer" / "diffusion_pytorch_model.safetensors")
     expected = load_file(find_checkpoint(tiny_run) / file)
@@ -116,7 +119,7 @@ def test_weights_are_the_averaged_ones_unless_asked(tiny_run: Path, tmp_path: Pa
     assert all(torch.equal(written[f"backbone.{name}"], x) for name, x in expected.items())
 
 
-def test_card_says_what_it_is(tiny_run: Path, tmp_path: Path) -> None:
+def test_the_card_names_sizes_and_training(tiny_run: Path, tmp_path: Path) -> None:
     export(ExportArguments(model=tiny_run, out=tmp_path / "pipe"))
     card = (tmp_path / "pipe" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: diffusers\n")
@@ -130,8 +133,8 @@ def test_card_says_what_it_is(tiny_run: Path, tmp_path: Path) -> None:
     assert loading.startswith("pipe = SemanticRoutingPipeline.from_pretrained(")
 
 
-def test_a_checkpoint_without_its_run(tiny_run: Path, tmp_path: Path) -> None:
-    """Its manifest is elsewhere: the card tells what the checkpoint itself knows."""
+def test_a_checkpoint_without_its_run_is_exported(tiny_run: Path, tmp_path: Path) -> None:
+    """There is no manifest, so the card holds only facts of the checkpoint."""
     shutil.copytree(find_checkpoint(tiny_run), tmp_path / "some" / "checkpoint")
     export(ExportArguments(model=tmp_path / "some" / "checkpoint", out=tmp_path / "pipe"))
     card = (tmp_path / "pipe" / "README.md").read_text()
@@ -143,20 +146,22 @@ def test_nothing_is_overwritten(tiny_run: Path, tmp_path: Path, capsys: pytest.C
     (tmp_path / "mine.txt").write_text("kept")
     with pytest.raises(SystemExit, match="2"):
         main(["export", str(tiny_run), "--out", str(tmp_path)])
-    assert "is there already; choose another --out" in capsys.readouterr().err
+    assert "exists already; choose another --out" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no checkpoint at"):
         export(ExportArguments(model=tmp_path / "nowhere", out=tmp_path / "pipe"))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_without_diffusers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_diffusers_an_error_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(SystemExit, match="2"):
         main(["export", "runs/x", "--out", "pipelines/x"])
     assert 'pip install "semantic-routing[diffusers]"' in capsys.readouterr().err
 
 
-def test_core_does_not_need_diffusers() -> None:
+def test_training_and_conversion_do_not_import_diffusers() -> None:
     code = (
         "import sys, semantic_routing.training.loop, semantic_routing.interop.upstream\n"
         "sys.exit('diffusers' in sys.modules)"

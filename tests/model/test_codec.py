@@ -20,7 +20,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def tiny_vae(**changes: Any) -> AutoencoderKL:
-    """A random VAE of factor 4, with a posterior wide enough to see."""
+    """Return a random VAE of factor 4 whose posterior is wide enough to see."""
     torch.manual_seed(0)
     settings: dict[str, Any] = {
         "block_out_channels": (8, 8, 8),
@@ -195,9 +195,9 @@ def load(path: Path | str, **options: Any) -> None:
 def test_a_missing_vae_is_named(tmp_path: Path):
     with pytest.raises(ValueError, match="name_or_path"):
         CodecConfig(kind="vae")
-    with pytest.raises(ValueError, match=r"no VAE at .*nowhere'; expected a folder"):
+    with pytest.raises(ValueError, match=r"no VAE at .*nowhere'; use a folder"):
         load(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="no VAE could be loaded from"):
+    with pytest.raises(ValueError, match="cannot load a VAE from"):
         load(tmp_path)
 
 
@@ -211,19 +211,19 @@ def test_a_vae_that_does_not_fit_is_refused(copy: Path):
     with pytest.raises(ValueError, match=r"do not fit its configuration.*unexpected.*extra"):
         load(copy)
     save_file(weights | {first: torch.ones(3)}, copy / WEIGHTS)
-    with pytest.raises(ValueError, match=f"no VAE could be loaded.*{first}"):
+    with pytest.raises(ValueError, match=f"cannot load a VAE.*{first}"):
         load(copy)
 
 
 def test_damaged_and_pickled_weights_are_refused(copy: Path):
     whole = (copy / WEIGHTS).read_bytes()
     (copy / WEIGHTS).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="no VAE could be loaded"):
+    with pytest.raises(ValueError, match="cannot load a VAE"):
         load(copy)
     (copy / WEIGHTS).write_bytes(whole)
     torch.save(load_file(copy / WEIGHTS), copy / "diffusion_pytorch_model.bin")
     (copy / WEIGHTS).unlink()
-    with pytest.raises(ValueError, match="no VAE could be loaded"):
+    with pytest.raises(ValueError, match="cannot load a VAE"):
         load(copy)
 
 
@@ -231,7 +231,7 @@ def test_damaged_and_pickled_weights_are_refused(copy: Path):
     ("change", "message"),
     [
         ({"_class_name": "AutoencoderTiny"}, "AutoencoderTiny, not AutoencoderKL"),
-        ({"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}, "each channel by itself"),
+        ({"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}, "each channel separately"),
     ],
 )
 def test_other_kinds_of_vae_are_refused(copy: Path, change: dict[str, Any], message: str):
@@ -242,7 +242,7 @@ def test_other_kinds_of_vae_are_refused(copy: Path, change: dict[str, Any], mess
 
 
 def test_a_vae_of_other_channels_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="reads 4 channels and draws 3; expected 3 and 3, RGB"):
+    with pytest.raises(ValueError, match="reads 4 channels and draws 3; use one of RGB images"):
         VAECodec(tiny_vae(in_channels=4))
 
 

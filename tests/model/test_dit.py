@@ -1,4 +1,4 @@
-"""The backbone: what it computes at the start, what the text and the time may change, and how large it is."""
+"""The backbone: the paper's network, its start, what text and time may change, its sizes and its errors."""
 
 from __future__ import annotations
 
@@ -14,23 +14,14 @@ from semantic_routing.model.arms import PAPER_ARMS
 from semantic_routing.model.build import make_model
 from semantic_routing.model.context import TextContext
 from semantic_routing.model.dit import Backbone, Block, DiT, DiTConfig, patchify, unpatchify
+from semantic_routing.model.flops import META, count_image, count_text
 from semantic_routing.model.fusedit import FuseBlock
 from semantic_routing.model.layers import BlockText, TimeEmbedding, rope_2d
-from semantic_routing.model.routing import mix
 from semantic_routing.text.features import TextFeatures
+from tests.helpers.networks import DISTINCT, move_zeros, randomize, tiny_config
+from tests.helpers.reference_network import reference_velocity
 
-CFG = DiTConfig(
-    depth=3,
-    width=24,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    mlp_width=40,
-    channels=3,
-    text_width=20,
-    text_layers=5,
-    fusedit_first_layer=1,
-)
+CFG = tiny_config(**DISTINCT)
 ROUTED = [arm for arm in PAPER_ARMS if arm != "fusedit"]
 TIMED = ["time", "joint"]
 CONDITIONINGS = ["none", "adaln-zero", "adaln-single", "addition"]
@@ -39,16 +30,12 @@ IMAGE = (3, 4, 6)
 
 
 def trained(cfg: DiTConfig) -> Backbone:
-    """A network whose zero-initialised weights have been moved, as by training."""
-    model = make_model(cfg).requires_grad_(False)
-    for p in model.parameters():
-        if p.eq(0).all():
-            nn.init.normal_(p, std=0.2)
-    return model
+    """Return a frozen network whose zero weights have moved, as by training."""
+    return move_zeros(make_model(cfg), std=0.2).requires_grad_(False)
 
 
 def some_text(cfg: DiTConfig = CFG, lengths: tuple[int, ...] = (5, 3), padded_to: int = 5) -> TextFeatures:
-    """States, keys and values for prompts of these lengths; padding holds large finite garbage."""
+    """Return states, keys and values for prompts of these lengths; padding holds large finite garbage."""
     mask = torch.arange(padded_to) < torch.tensor(lengths)[:, None]
     L, B, N = cfg.text_layers, len(lengths), padded_to
     hidden = torch.randn(L, B, N, cfg.text_width)
@@ -130,31 +117,19 @@ def test_text_projection_starts_normal_with_the_given_deviation() -> None:
     assert model.text_proj.bias.eq(0).all()
 
 
-# --- the block, written out ---
+# --- the whole network, written out ---
 
 
-def test_block_is_self_attention_then_text_then_mlp() -> None:
-    block, (x, rope, text) = a_block(Block, "none")
-    h = x + block.attn(block.norm1(x), rope)
-    h = h + block.cross(h, text)
-    torch.testing.assert_close(block(x, rope, text, None), h + block.mlp(block.norm2(h)))
-
-
-@pytest.mark.parametrize("conditioning", ["adaln-zero", "adaln-single"])
-def test_adaptive_block_shifts_scales_and_gates_each_branch(conditioning: str) -> None:
-    block, (x, rope, text) = a_block(Block, conditioning)
-    if conditioning == "adaln-zero":
-        time = torch.randn(2, CFG.width)
-        nn.init.normal_(block.modulation.proj[1].weight)
-        six = block.modulation.proj[1](nn.functional.silu(time))
-    else:
-        time = torch.randn(2, 6 * CFG.width)
-        six = time + block.modulation.table
-    shift1, scale1, gate1, shift2, scale2, gate2 = six.reshape(2, 6, 1, CFG.width).unbind(1)
-    h = x + gate1 * block.attn(block.norm1(x) * (1 + scale1) + shift1, rope)
-    h = h + block.cross(h, text)
-    h = h + gate2 * block.mlp(block.norm2(h) * (1 + scale2) + shift2)
-    torch.testing.assert_close(block(x, rope, text, time), h)
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("arm", PAPER_ARMS)
+def test_the_network_is_the_papers(arm: str, conditioning: str) -> None:
+    """Every arm and conditioning against float64 attention, RoPE, RMSNorm and SwiGLU of other code."""
+    model = randomize(make_model(replace(CFG, arm=arm, conditioning=conditioning))).requires_grad_(False)
+    features, x = some_text(), torch.randn(2, *IMAGE)
+    t = torch.tensor([0.25, 0.75])
+    found = run(model, x, t, features)
+    expected = reference_velocity(model, x, t, features)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
 # --- time ---
@@ -182,15 +157,16 @@ def test_conditioned_blocks_see_the_time_of_their_own_sample(conditioning: str) 
     assert not torch.allclose(a[1], b[1], atol=1e-3)
 
 
-def test_adaln_single_projects_the_time_once_for_all_blocks() -> None:
-    model, seen = trained(replace(CFG, conditioning="adaln-single")), []
-    for block in model.blocks:
-        block.register_forward_pre_hook(lambda _, args: seen.append(args[-1]))
-    x, t = some_image()
-    run(model, x, t, some_text())
-    assert [id(time) for time in seen] == [id(seen[0])] * CFG.depth
-    shared = model.time_shared[1]
-    torch.testing.assert_close(seen[0], shared(nn.functional.silu(model.time_embed(t))))
+def test_adaln_single_projects_the_time_once_and_adaln_zero_in_every_block() -> None:
+    def products(conditioning: str) -> int:
+        with META:
+            model = make_model(replace(CFG, conditioning=conditioning))
+        return count_image(model, 2, *IMAGE[1:], count_text(model, 2, 5)[1]).total
+
+    embedding, projection = 2 * 2 * (256 + CFG.width) * CFG.width, 2 * 2 * CFG.width * 6 * CFG.width
+    assert products("addition") - products("none") == embedding
+    assert products("adaln-single") - products("none") == embedding + projection
+    assert products("adaln-zero") - products("none") == embedding + CFG.depth * projection
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
@@ -257,27 +233,14 @@ def test_text_changes_its_own_sample_only(arm: str) -> None:
 
 
 @pytest.mark.parametrize("arm", ROUTED)
-def test_each_block_reads_its_own_mixture(arm: str) -> None:
-    model, features = trained(replace(CFG, arm=arm)), some_text()
-    _, t = some_image()
-    context = model.prepare_text(features, t)
-    weights = model.router.weights(t).expand(2, CFG.depth, -1)
-    assert len(context.blocks()) == CFG.depth
-    for d, (block, text) in enumerate(zip(model.blocks, context.blocks(), strict=True)):
-        fused = mix(weights[:, d : d + 1], features.hidden)[0]
-        keys, values = block.cross.prepare(model.text_proj(model.text_norm(fused)))
-        torch.testing.assert_close(text.keys, keys, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(text.values, values, rtol=1e-4, atol=1e-4)
-        assert text.mask is features.mask
-
-
-def test_shared_mixtures_are_projected_once() -> None:
-    """B1, B2, B3 and S1 run the wide text projection once, S2 and S3 once a block."""
-    for arm in ROUTED:
-        model, seen = trained(replace(CFG, arm=arm)), []
-        model.text_proj.register_forward_hook(lambda _, args, out, seen=seen: seen.append(len(out)))
-        model.prepare_text(some_text(), torch.rand(2))
-        assert seen == [CFG.depth if arm in ("depth", "joint") else 1]
+def test_shared_mixtures_are_projected_once(arm: str) -> None:
+    """B1, B2, B3 and S1 run the wide text projection once, S2 and S3 once per block."""
+    with META:
+        model = make_model(replace(CFG, arm=arm))
+    tokens, width = 2 * 5, CFG.text_width
+    projections = CFG.depth if arm in ("depth", "joint") else 1
+    keys_and_values = CFG.depth * width * 2 * CFG.kv_heads * CFG.head_dim
+    assert count_text(model, 2, 5)[0].weights == 2 * tokens * (projections * width**2 + keys_and_values)
 
 
 def test_context_without_mask_sees_every_token() -> None:

@@ -1,4 +1,4 @@
-"""The estimator sees what noise looks like at every scale, and learns to tell the time by it."""
+"""The estimator's energies of noise are known, and it learns the time of noisy pictures."""
 
 from __future__ import annotations
 

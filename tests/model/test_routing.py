@@ -1,4 +1,4 @@
-"""Routers and the mix: against a plain float64 Eq. 2, and Appendix A written with torch's own layers."""
+"""Routers and the mix, against Eq. 2 in float64 and Appendix A written with torch's layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LAYERS, DEPTH, WIDTH = 6, 3, 8
 
 
 def naive_mix(weights: Tensor, hidden: Tensor) -> Tensor:
-    """Eq. 2 as it is written, in float64: normalise every layer, then add."""
+    """Compute Eq. 2 as written, in float64: normalise every layer, then add."""
     hidden, weights = hidden.double(), weights.double().expand(hidden.shape[1], -1, -1)
     mean = hidden.mean(-1, keepdim=True)
     var = (hidden - mean).square().mean(-1, keepdim=True)
@@ -30,7 +30,7 @@ def naive_mix(weights: Tensor, hidden: Tensor) -> Tensor:
 
 
 def states(*shape: int) -> Tensor:
-    """Hidden states like a language model's: layers differ in scale, tokens in mean."""
+    """Draw hidden states like a language model's: layers differ in scale, tokens in mean."""
     scale = torch.logspace(-1, 2, shape[0]).reshape(-1, 1, 1, 1)
     return scale * (torch.randn(shape) + 3 * torch.randn(*shape[:3], 1))
 
@@ -40,7 +40,7 @@ def convex(*shape: int) -> Tensor:
 
 
 def trained(arm: str) -> Router:
-    """A router of an arm as if it had learned something."""
+    """Return a router of an arm whose weights have moved, as by training."""
     router = make_router(arm, LAYERS, DEPTH, WIDTH)
     for p in router.parameters():
         nn.init.normal_(p, std=0.2)
@@ -163,7 +163,7 @@ def test_fixed_arms_have_nothing_to_learn_or_to_save(arm: str) -> None:
     router = make_router(arm, LAYERS, DEPTH, WIDTH)
     assert not list(router.parameters())
     assert not router.state_dict()
-    assert router.weights(torch.rand(2, device="meta")).is_meta, "without a state they go where the time is"
+    assert router.weights(torch.rand(2, device="meta")).is_meta, "without a state they are on the device of the time"
 
 
 @pytest.mark.parametrize("arm", ROUTED)
@@ -190,7 +190,7 @@ def test_static_and_depth_weights_are_the_softmax_of_their_logits() -> None:
 
 
 def appendix_a(router: GateRouter, gate: int, t: Tensor) -> Tensor:
-    """Appendix A in float64: 128 sinusoids (Eq. 12), Linear to 512, SiLU, Linear to L, softmax."""
+    """Compute Appendix A in float64: 128 sinusoids (Eq. 12), Linear to 512, SiLU, Linear to L, softmax."""
     net = nn.Sequential(nn.Linear(128, 512), nn.SiLU(), nn.Linear(512, LAYERS)).double()
     values = [router.w1[gate].T, router.b1[gate, 0], router.w2[gate].T, router.b2[gate, 0]]
     with torch.no_grad():
@@ -309,7 +309,7 @@ def test_arms_without_router_and_too_few_layers_are_errors() -> None:
 
 
 def test_layer_norm_here_is_torchs() -> None:
-    """The reference above and torch agree on what LayerNorm without affine is, tiny variances included."""
+    """The reference above and torch agree on LayerNorm without affine part, also for tiny variances."""
     hidden = 1e-3 * torch.randn(1, 2, 3, 8, dtype=torch.float64)
     one = torch.ones(1, 1, 1, dtype=torch.float64)
     torch.testing.assert_close(naive_mix(one, hidden)[0], F.layer_norm(hidden[0], (8,)))

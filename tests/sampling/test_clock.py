@@ -1,4 +1,4 @@
-"""Eq. 11 at known times, and calibrations as the curves they are."""
+"""Clocks: Eq. 11 at known times, and interpolated calibrations."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def test_the_papers_shift_at_known_times() -> None:
 
 def test_a_shift_of_any_size_and_start() -> None:
     t = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
-    # From t = 0.5 on, half of the size is reached halfway to 1.
+    # The shift starts at t = 0.5 and reaches half of its size at t = 0.75.
     torch.testing.assert_close(shifted(t, 0.1, 0.5), torch.tensor([0.0, 0.25, 0.5, 0.8, 1.0]))
     torch.testing.assert_close(shifted(t, -0.1, 0.5), torch.tensor([0.0, 0.25, 0.5, 0.7, 0.9]))
     assert torch.equal(shifted(t, 0.0), t)
     for size in (1.0, -1.0):
-        told = shifted(torch.linspace(0, 1, 101), size, 0.0)
-        assert float(told.min()) >= 0
-        assert float(told.max()) <= 1
+        gate = shifted(torch.linspace(0, 1, 101), size, 0.0)
+        assert float(gate.min()) >= 0
+        assert float(gate.max()) <= 1
 
 
-def test_a_calibration_goes_through_its_points_and_is_straight_between_them() -> None:
+def test_a_calibration_is_interpolated_linearly() -> None:
     clock = tabulated(torch.tensor([0.0, 0.5, 0.75]), torch.tensor([0.0, 0.7, 0.9]))
     t = torch.tensor([0.0, 0.25, 0.5, 0.625, 0.75, 0.875, 1.0])
     expected = torch.tensor([0.0, 0.35, 0.7, 0.8, 0.9, 0.95, 1.0])
@@ -43,10 +43,10 @@ def test_clocks_by_name_and_by_file(tmp_path: Path) -> None:
     assert parse_clock("nominal") is None
     assert parse_clock("shifted") is shifted
     t = torch.linspace(0, 1, 21)
-    for name, told in (("shifted:0.05", shifted(t, 0.05)), ("shifted:-0.1:0", shifted(t, -0.1, 0.0))):
+    for name, gate in (("shifted:0.05", shifted(t, 0.05)), ("shifted:-0.1:0", shifted(t, -0.1, 0.0))):
         clock = parse_clock(name)
         assert clock is not None
-        assert torch.equal(clock(t), told)
+        assert torch.equal(clock(t), gate)
     path = tmp_path / "calibration.json"
     path.write_text(json.dumps({"times": [0.0, 0.5], "effective": [0.0, 0.6], "steps": 2}))
     clock = parse_clock(str(path))
@@ -68,10 +68,10 @@ def test_clocks_by_name_and_by_file(tmp_path: Path) -> None:
         '{"times": [NaN], "effective": [0.5]}',
     ],
 )
-def test_what_is_no_calibration_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_a_calibration_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "calibration.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"calibration\.json is no calibration"):
+    with pytest.raises(ValueError, match=r"calibration\.json is not a calibration"):
         parse_clock(str(path))
 
 
@@ -84,6 +84,6 @@ def test_an_unknown_clock_names_the_known_ones() -> None:
     "name",
     ["shifted:", "shifted:x", "shifted:0.1:0.2:0.3", "shifted:nan", "shifted:1.5", "shifted:0:1", "shifted:0:-1"],
 )
-def test_what_is_no_shift_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=r"is no shift: give its size from -1 to 1, perhaps its start"):
+def test_a_name_that_is_not_a_shift_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"is not a shift: give a size from -1 to 1 and optionally a start"):
         parse_clock(name)

@@ -1,4 +1,4 @@
-"""What people bring along: other programs' words, devices that are not here, numbers that are none, open umasks."""
+"""Unusual users: other programs' option names, missing devices, numbers that are not finite, umasks."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ from semantic_routing.training.loop import start
 CPU = torch.device("cpu")
 
 
-@pytest.mark.behaviour(
-    "Sampling", when="an option has the name that another program gives it", then="the error names ours"
-)
+@pytest.mark.behaviour("Sampling", when="an option has the name that another program uses", then="the error names ours")
 @pytest.mark.parametrize(
     ("command", "typed", "ours"),
     [
@@ -61,14 +59,16 @@ CPU = torch.device("cpu")
         ("quickstart", "--output", "--out"),
     ],
 )
-def test_words_of_other_programs(command: str, typed: str, ours: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_of_other_programs_are_corrected(
+    command: str, typed: str, ours: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match="2"):
         main([*command.split(), typed, "3"])
     assert capsys.readouterr().err == f"semroute: unknown option {typed}; did you mean {ours}?\n"
 
 
 @pytest.mark.parametrize("typed", ["--learning-rate", "--mixed-precision", "--ckpt"])
-def test_words_for_what_a_command_has_not(typed: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_without_a_counterpart_are_refused(typed: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["sample", "run", typed, "3"])
     assert capsys.readouterr().err == f"semroute: unknown option {typed}; semroute sample --help lists the options\n"
@@ -77,7 +77,7 @@ def test_words_for_what_a_command_has_not(typed: str, capsys: pytest.CaptureFixt
 @pytest.mark.behaviour(
     "Surroundings",
     when="a setting is NaN or infinite, on the command line or in a configuration file",
-    then="is refused by its name",
+    then="the error names the setting",
 )
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
 @pytest.mark.parametrize("name", ["optim.lr", "prompt_dropout", "data.max_aspect", "preview.shift", "watchdog.grace"])
@@ -98,11 +98,11 @@ def test_settings_are_finite_numbers(
 
 @pytest.mark.behaviour(
     "Judges and scores",
-    when="a picture that is to be scored comes out NaN or infinite",
-    then="the evaluation stops and says so, and nothing is scored",
+    when="a sampled picture is NaN or infinite",
+    then="the evaluation stops with an error, and nothing is scored",
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_nothing_that_is_not_finite_is_scored(tiny_run: Path, tmp_path: Path, value: float) -> None:
+def test_pictures_that_are_not_finite_are_not_scored(tiny_run: Path, tmp_path: Path, value: float) -> None:
     bundle = load_bundle(tiny_run, CPU)
     bundle.model.proj_out.weight[0, 0] = value
     with pytest.raises(ValueError, match=r"the picture of .* is not finite from step 1 of 1 on"):
@@ -112,37 +112,37 @@ def test_nothing_that_is_not_finite_is_scored(tiny_run: Path, tmp_path: Path, va
 
 @pytest.mark.behaviour(
     "Training",
-    when="a preview comes out NaN or infinite",
-    then="that is told with prompt and step, no picture is written, and the run goes on",
+    when="a preview is NaN or infinite",
+    then="a line names prompt and step, no picture is written, and the run goes on",
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_previews_that_are_not_finite(
+def test_previews_that_are_not_finite_do_not_stop_a_run(
     tiny_config: Callable[..., TrainConfig], tmp_path: Path, value: float, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
     decode = PixelCodec.decode
     monkeypatch.setattr(PixelCodec, "decode", lambda self, latents: decode(self, torch.full_like(latents, value)))
     start(tiny_config(steps=2, preview_every=1), tmp_path / "run")
-    told = capsys.readouterr().err
+    err = capsys.readouterr().err
     for step in (1, 2):
-        assert f"semroute: no samples of step {step}: the picture of " in told
-    assert "is not finite where its latents are decoded" in told
+        assert f"semroute: no samples of step {step}: the picture of " in err
+    assert "is not finite when its latents are decoded" in err
     assert not list((tmp_path / "run").rglob("samples/*.png"))
     assert list((tmp_path / "run").rglob("ema.safetensors"))
 
 
 @pytest.mark.behaviour(
     "Sampling",
-    when="a run and the pipeline exported from it draw the same prompt",
-    then="semroute sample gives the same pixels of both, as does the pipeline's own call from the same noise",
+    when="a run and the pipeline exported from it sample the same prompt",
+    then="semroute sample and the pipeline's own call give the same pixels",
 )
 @pytest.mark.parametrize(("guidance", "negative"), [(1.0, None), (3.0, None), (3.0, "a circle")])
-def test_a_pipeline_draws_what_its_run_does(
+def test_a_pipeline_samples_the_images_of_its_run(
     tiny_run: Path, tmp_path: Path, guidance: float, negative: str | None
 ) -> None:
     export(ExportArguments(model=tiny_run, out=tmp_path / "pipe"))
-    asked = SampleArguments(model=tiny_run, out=tmp_path / "run", prompt=("a star",), steps=2, guidance=guidance,
-                            negative_prompt=negative, device="cpu")  # fmt: skip
+    asked = SampleArguments(model=tiny_run, out=tmp_path / "run", prompt=("a star",), negative_prompt=negative,
+                            sampling=SampleConfig(steps=2, guidance=guidance), device="cpu")  # fmt: skip
     drawn = [sample_to_folder(replace(asked, model=model, out=tmp_path / out), open_model) / "00000_00.png"
              for model, out in ((tiny_run, "run"), (tmp_path / "pipe", "pipe-images"))]  # fmt: skip
     pipe = SemanticRoutingPipeline.from_pretrained(str(tmp_path / "pipe"))
@@ -153,30 +153,32 @@ def test_a_pipeline_draws_what_its_run_does(
     np.testing.assert_array_equal(first, np.asarray(own.images[0]))
 
 
-@pytest.mark.behaviour("Surroundings", when="--device names one that torch lacks here", then="is refused in one line")
+@pytest.mark.behaviour(
+    "Surroundings", when="--device names a device that is not there", then="it is refused in one line"
+)
 @pytest.mark.parametrize("name", ["mps", "xpu", "meta", "cuda:9", "cpu:1", "nonsense"])
-def test_devices_that_are_not_here(name: str) -> None:
+def test_devices_that_are_not_there_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="device"):
         pick_device(name)
 
 
 @pytest.mark.behaviour(
-    "Sampling", when="a setting of sampling is NaN, infinite or overflows", then="is refused at once"
+    "Sampling", when="a setting of sampling is NaN, infinite or overflows", then="it is refused before sampling"
 )
 @pytest.mark.parametrize("wrong", [{"guidance": float("nan")}, {"guidance": 1e38}, {"shift": float("inf")},
                                    {"shift": float("nan")}])  # fmt: skip
-def test_settings_that_are_no_numbers(wrong: dict[str, float]) -> None:
+def test_settings_of_sampling_are_finite(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="finite"):
         SampleConfig(**wrong)
 
 
 @pytest.mark.behaviour(
     "Sampling",
-    when="a picture comes out NaN or infinite",
+    when="a picture is NaN or infinite",
     then="the error names prompt and step, and no file is written",
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_picture_that_is_not_finite(tiny_run: Path, value: float) -> None:
+def test_a_picture_that_is_not_finite_is_an_error(tiny_run: Path, value: float) -> None:
     with pytest.raises(NotFiniteError):
         PixelCodec().decode(torch.full((1, 3, 2, 2), value))
     bundle = load_bundle(tiny_run, CPU)
@@ -186,10 +188,13 @@ def test_a_picture_that_is_not_finite(tiny_run: Path, value: float) -> None:
 
 
 @pytest.mark.behaviour(
-    "Sampling", when="--height, --width or --negative-prompt is given", then="is drawn so, and the manifest tells it"
+    "Sampling",
+    when="--height, --width or --negative-prompt is given",
+    then="images follow it, and the manifest records it",
 )
-def test_size_and_negative_prompt(tiny_run: Path, tmp_path: Path) -> None:
-    asked = SampleArguments(model=tiny_run, out=tmp_path / "a", prompt=("a star",), steps=1, device="cpu", height=16)
+def test_size_and_negative_prompt_are_part_of_the_request(tiny_run: Path, tmp_path: Path) -> None:
+    asked = SampleArguments(model=tiny_run, out=tmp_path / "a", prompt=("a star",), device="cpu", height=16,
+                            sampling=SampleConfig(steps=1))  # fmt: skip
     sample_to_folder(asked)
     assert np.asarray(Image.open(tmp_path / "a" / "00000_00.png")).shape == (16, 32, 3)
     with pytest.raises(ValueError, match="holds other images"):
@@ -201,10 +206,10 @@ def test_size_and_negative_prompt(tiny_run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.behaviour(
-    "Surroundings", when="weights and other files are written", then="the umask decides who reads them"
+    "Surroundings", when="weights and other files are written", then="the umask decides who can read them"
 )
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
-def test_the_umask_decides(tmp_path: Path, mask: int, mode: int) -> None:
+def test_files_follow_the_umask(tmp_path: Path, mask: int, mode: int) -> None:
     before = os.umask(mask)
     try:
         with written_whole(tmp_path / "file") as scratch:
@@ -218,7 +223,7 @@ def test_the_umask_decides(tmp_path: Path, mask: int, mode: int) -> None:
 
 
 @pytest.mark.behaviour("Surroundings", when="the user has no home folder", then="one line asks for SEMROUTE_CACHE")
-def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_home_folder_the_cache_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def none() -> Path:
         raise RuntimeError("Could not determine home directory.")
 

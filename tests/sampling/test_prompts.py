@@ -1,4 +1,4 @@
-"""Prompts from files of three kinds, and the files that hold none."""
+"""Prompts from files of three kinds, and files that are refused."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from semantic_routing.sampling.prompts import read_prompts
         ("p.csv", '\ufeffprompt,id\r\n"a ""big"", é",1\r\n\r\nb,2\r\nb,3\r\n', ['a "big", é', "b", "b"]),
     ],
 )
-def test_prompts_of_a_file(tmp_path: Path, name: str, content: str, expected: list[str]) -> None:
+def test_the_prompts_of_a_file_are_read(tmp_path: Path, name: str, content: str, expected: list[str]) -> None:
     (tmp_path / name).write_bytes(content.encode())
     assert read_prompts(tmp_path / name) == expected
 
 
-def test_any_text_survives_jsonl(tmp_path: Path) -> None:
+def test_jsonl_keeps_any_text(tmp_path: Path) -> None:
     prompts = ['a "quoted" \\ prompt', "two\nlines", "赤い円 🟥", "é"]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
     assert read_prompts(tmp_path / "p.jsonl") == prompts
@@ -40,7 +40,7 @@ def test_any_text_survives_jsonl(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.txt", b"", "holds no prompts; write one a line"),
+        ("p.txt", b"", "holds no prompts; write one per line"),
         ("p.txt", b" \n\t\n", "holds no prompts"),
         ("p.jsonl", b"\n", "holds no prompts"),
         ("p.csv", b"", "holds no prompts"),
@@ -59,14 +59,14 @@ def test_any_text_survives_jsonl(tmp_path: Path) -> None:
         ("p.csv", b"prompt\n" + b"x" * 200_000, r"p\.csv:1 is not CSV: field larger than field limit"),
     ],
 )
-def test_files_without_prompts(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_files_without_prompts_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_prompts(tmp_path / name)
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is no prompts file"):
+def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cannot read prompts file .*none\.txt: No such file"):
         read_prompts(tmp_path / "none.txt")
-    with pytest.raises(ValueError, match=r"cannot read .*: Is a directory"):
+    with pytest.raises(ValueError, match=r"cannot read prompts file .*: Is a directory"):
         read_prompts(tmp_path)

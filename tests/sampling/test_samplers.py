@@ -1,20 +1,17 @@
-"""Samplers against closed forms, the algebra of guidance, and the text prepared no more often than needed."""
+"""Samplers against closed forms, the algebra of guidance, and how often text is prepared."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from copy import deepcopy
 from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from semantic_routing.model.arms import PAPER_ARMS
-from semantic_routing.model.build import make_model
-from semantic_routing.model.context import TextContext
-from semantic_routing.model.dit import Backbone, DiTConfig
 from semantic_routing.sampling.clock import Clock, shifted
 from semantic_routing.sampling.guidance import guided, join, text_velocity
 from semantic_routing.sampling.samplers import (
@@ -27,32 +24,21 @@ from semantic_routing.sampling.samplers import (
     renoise,
     schedule,
 )
+from semantic_routing.sampling.text_plan import TextPlan
 from semantic_routing.sampling.text_to_image import SampleConfig
 from semantic_routing.text.features import TextFeatures
+from tests.helpers.networks import TINY, CountingModel, tiny_network
 
-CFG = DiTConfig(
-    depth=2, width=16, heads=2, kv_heads=1, head_dim=8, mlp_width=16, channels=3, text_width=12, text_layers=3,
-    fusedit_first_layer=0,
-)  # fmt: skip
 IMAGE = (3, 4, 6)
 TIMED = ("time", "joint")
 METHODS = pytest.mark.parametrize("method", [euler, heun])
 
 
-def model_of(arm: str) -> Backbone:
-    """A network whose zero-initialised weights have been moved, as by training."""
-    model = make_model(replace(CFG, arm=arm)).requires_grad_(False)
-    for p in model.parameters():
-        if p.eq(0).all():
-            nn.init.normal_(p, std=0.3)
-    return model
-
-
 def text(lengths: tuple[int, ...], padded_to: int) -> TextFeatures:
     mask = torch.arange(padded_to) < torch.tensor(lengths)[:, None]
-    L, B, N = CFG.text_layers, len(lengths), padded_to
-    keys, values = torch.randn(2, L, B, CFG.kv_heads, N, CFG.head_dim)
-    return TextFeatures(torch.randn(L, B, N, CFG.text_width), mask, keys, values)
+    L, B, N = TINY.text_layers, len(lengths), padded_to
+    keys, values = torch.randn(2, L, B, TINY.kv_heads, N, TINY.head_dim)
+    return TextFeatures(torch.randn(L, B, N, TINY.text_width), mask, keys, values)
 
 
 # --- times ---
@@ -70,7 +56,7 @@ def test_schedule_is_the_shifted_line(steps: int, shift: float) -> None:
         assert 1 - t == pytest.approx(shift * sigma / (1 + (shift - 1) * sigma), abs=1e-7)
 
 
-def test_shift_above_one_spends_more_steps_near_the_noise() -> None:
+def test_a_shift_above_one_puts_more_steps_near_the_noise() -> None:
     assert (schedule(10, 3.0)[1:-1] < schedule(10)[1:-1]).all()
 
 
@@ -110,14 +96,14 @@ def test_order_of_convergence_on_a_linear_equation(method: Callable, order: int,
     assert found[-1] < 0.05
 
 
-def test_euler_is_its_recurrence() -> None:
+def test_euler_equals_its_recurrence() -> None:
     """x <- (1 + h * rate) x at every step."""
     x = torch.randn(2, 3, dtype=torch.float64)
     found = euler(lambda x, t: -2 * x, x, torch.linspace(0, 1, 6, dtype=torch.float64))
     torch.testing.assert_close(found, x * (1 - 2 / 5) ** 5)
 
 
-def test_heun_is_its_recurrence_and_ends_with_eulers_step() -> None:
+def test_heun_equals_its_recurrence_and_ends_with_eulers_step() -> None:
     x = torch.randn(2, 3, dtype=torch.float64)
     found = heun(lambda x, t: -2 * x, x, torch.linspace(0, 1, 6, dtype=torch.float64))
     z = -2 / 5
@@ -125,7 +111,7 @@ def test_heun_is_its_recurrence_and_ends_with_eulers_step() -> None:
 
 
 @METHODS
-def test_the_callback_sees_every_step_as_it_begins(method: Callable) -> None:
+def test_the_callback_gets_the_beginning_of_every_step(method: Callable) -> None:
     seen: list[tuple[int, float, Tensor, Tensor]] = []
     times = schedule(4, 2.0)
     x = torch.randn(2, 3)
@@ -142,22 +128,6 @@ def test_the_callback_sees_every_step_as_it_begins(method: Callable) -> None:
 # --- guidance ---
 
 
-class Record:
-    """What a network was asked: the times at which it prepared text, the sizes of the batches it computed."""
-
-    def __init__(self, model: Backbone) -> None:
-        self.prepared: list[Tensor | None] = []
-        self.batches: list[int] = []
-        prepare = model.prepare_text
-
-        def counted(features: TextFeatures, t: Tensor | None = None) -> TextContext:
-            self.prepared.append(t)
-            return prepare(features, t)
-
-        model.prepare_text = counted
-        model.register_forward_pre_hook(lambda module, inputs: self.batches.append(len(inputs[0])))
-
-
 def repeated(features: TextFeatures, count: int) -> TextFeatures:
     rows = [0] * count
     return TextFeatures(features.hidden[:, rows], features.mask[rows], features.keys[:, rows], features.values[:, rows])
@@ -166,27 +136,29 @@ def repeated(features: TextFeatures, count: int) -> TextFeatures:
 @pytest.mark.parametrize("arm", PAPER_ARMS)
 @pytest.mark.parametrize("null_length", [1, 7])
 def test_guidance_is_null_plus_scale_times_the_difference(arm: str, null_length: int) -> None:
-    model = model_of(arm)
+    model = tiny_network(arm, std=0.3)
     prompts, null = text((5, 2), 5), text((null_length,), null_length)
-    x, t = torch.randn(2, *IMAGE), torch.tensor([0.7])
     every_null = repeated(null, 2)
-    with_prompt, without = text_velocity(model, prompts)(x, t), text_velocity(model, every_null)(x, t)
-    assert (with_prompt - without).abs().max() > 1e-3
-    for scale in (0.0, 0.5, 3.0, 6.0):
+    steps = []
+    for t in (torch.tensor([0.2]), torch.tensor([0.7])):
+        x = torch.randn(2, *IMAGE)
+        with_prompt, without = (model(x, t, model.prepare_text(half, t)) for half in (prompts, every_null))
+        assert (with_prompt - without).abs().max() > 1e-3
+        steps.append((x, t, with_prompt, without))
+    for scale in (0.0, 0.5, 1.0, 3.0, 6.0):
         for nulls in (null, every_null):
-            found = guided(model, prompts, nulls, scale)(x, t)
-            torch.testing.assert_close(found, without + scale * (with_prompt - without), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(guided(model, prompts, null, 1.0)(x, t), with_prompt)
+            velocity = guided(model, prompts, nulls, scale)
+            for x, t, with_prompt, without in steps:
+                expected = without + scale * (with_prompt - without)
+                torch.testing.assert_close(velocity(x, t), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_scale_one_never_asks_for_the_null_prompt() -> None:
-    model = model_of("depth")
-    record = Record(model)
-    velocity = guided(model, text((5, 2), 5), text((1,), 1), 1.0)
-    euler(velocity, torch.randn(2, *IMAGE), schedule(3))
-    assert record.batches == [2] * 3
-    euler(guided(model, text((5, 2), 5), text((1,), 1), 2.0), torch.randn(2, *IMAGE), schedule(3))
-    assert record.batches == [2] * 3 + [4] * 3
+def test_at_scale_one_only_the_prompts_are_computed() -> None:
+    for scale, rows in ((1.0, 2), (2.0, 4)):
+        model = tiny_network("depth", std=0.3)
+        counting = CountingModel(model)
+        euler(guided(model, text((5, 2), 5), text((1,), 1), scale), torch.randn(2, *IMAGE), schedule(3))
+        assert counting.rows == [rows] * 3
 
 
 @pytest.mark.parametrize(("first", "second"), [(5, 3), (3, 5), (4, 4)])
@@ -203,58 +175,82 @@ def test_join_pads_to_the_longer_and_keeps_every_token(first: int, second: int) 
     assert join(TextFeatures(a.hidden, a.mask), TextFeatures(b.hidden, b.mask)).keys is None
 
 
-# --- the text, once ---
+# --- how often text is prepared ---
+
+
+def change(*texts: TextFeatures) -> None:
+    """Change features after a network may have read them; tensors that it has read stay as they are."""
+    for features in texts:
+        vars(features).update(hidden=-features.hidden, keys=-features.keys, values=-features.values)
 
 
 @pytest.mark.parametrize("arm", PAPER_ARMS)
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_text_is_prepared_once_unless_routing_depends_on_time(arm: str, scale: float, sampler: str) -> None:
-    model, steps = model_of(arm), 6
-    record = Record(model)
-    velocity = guided(model, text((5, 2), 5), text((1,), 1), scale)
-    SAMPLERS[sampler](velocity, torch.randn(2, *IMAGE), schedule(steps))
-    evaluations = 2 * steps - 1 if sampler == "heun" else steps
-    assert len(record.batches) == evaluations
-    halves = 1 if scale == 1 else 2
-    assert len(record.prepared) == halves * (evaluations if arm in TIMED else 1)
-    if arm in TIMED and sampler != "heun":  # at the very time of each step
-        for half in range(halves):
-            assert [float(t[0]) for t in record.prepared[half::halves]] == schedule(steps)[:-1].tolist()
+    """Features that change after the first evaluation change the result only if they are read again."""
+    model, steps, x = tiny_network(arm, std=0.3), 6, torch.randn(2, *IMAGE)
+    prompts, null = text((5, 2), 5), text((1,), 1)
+    counting = CountingModel(model)
+
+    def sample(*, changed: bool) -> Tensor:
+        given = deepcopy((prompts, null))
+
+        def callback(step: int, *state: Tensor) -> None:
+            if changed and step == 0:
+                change(*given)
+
+        velocity = guided(model, *given, scale)
+        return SAMPLERS[sampler](velocity, x, schedule(steps), noise=lambda step: x, callback=callback)
+
+    expected = sample(changed=False)
+    assert counting.calls == (2 * steps - 1 if sampler == "heun" else steps)
+    assert torch.equal(sample(changed=True), expected) is (arm not in TIMED)
 
 
-@pytest.mark.parametrize("budget", [0, 6000, 2**28])
-@pytest.mark.parametrize("told", [None, shifted], ids=["nominal", "shifted"])
+@pytest.mark.parametrize("clock", [None, shifted], ids=["nominal", "shifted"])
 @pytest.mark.parametrize("arm", TIMED)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_steps_to_come_are_prepared_together(
-    arm: str, sampler: str, told: Clock | None, budget: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As many as there is room for, with the same pictures."""
-    model, times, x = model_of(arm), schedule(7, 2.0), torch.randn(2, *IMAGE)
+def test_text_prepared_ahead_gives_the_same_images(arm: str, sampler: str, clock: Clock | None) -> None:
+    model, times, x = tiny_network(arm, std=0.3), schedule(7, 2.0), torch.randn(2, *IMAGE)
     prompts, null = text((5, 2), 5), text((1,), 1)
-    fresh = lambda step: torch.full_like(x, step / 10)  # noqa: E731
-    expected = SAMPLERS[sampler](guided(model, prompts, null, 3.0, told), x, times, noise=fresh)
-    monkeypatch.setattr("semantic_routing.sampling.text_plan.PLANNED_BYTES", budget)
-    record, together = Record(model), []
-    plan = model.prepare_steps
-    model.prepare_steps = lambda features, t: together.append(len(t)) or plan(features, t)
-    found = SAMPLERS[sampler](guided(model, prompts, null, 3.0, told, times), x, times, noise=fresh)
+    found, expected = (
+        SAMPLERS[sampler](guided(model, prompts, null, 3.0, clock, known), x, times, noise=lambda step: x * step / 10)
+        for known in (times, None)
+    )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    if budget == 2**28:
-        assert together == [8, 8]
-        assert not record.prepared
-    elif budget == 0:
-        assert not together
-    else:
-        assert together.count(8) == 1  # the null prompt, which is short
-        assert set(together) - {8} <= {2, 3}
-        assert len(together) > 3
+    other = SAMPLERS[sampler](guided(model, prompts, null, 3.0, lambda t: t / 2), x, times, noise=lambda step: x)
+    assert not torch.allclose(other, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_prepared_steps_are_those_prepared_alone() -> None:
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+@pytest.mark.parametrize("arm", TIMED)
+def test_text_is_prepared_ahead_for_as_many_steps_as_fit_the_budget(arm: str, steps: int) -> None:
+    """A change of the features after the first step changes only steps whose text was not prepared ahead."""
+    model, times, x = tiny_network(arm, std=0.3), schedule(8)[:-1], torch.randn(2, *IMAGE)
+    prompts = text((5, 2), 5)
+    expected = [TextPlan(model, prompts).at(x, t[None]) for t in times]
+    blocks = zip(expected[0].keys, expected[0].values, strict=True)
+    mixed = prompts.hidden[0].nbytes * (model.cfg.depth if arm == "joint" else 1)
+    step = mixed + sum(keys.nbytes + values.nbytes for keys, values in blocks)
+
+    def prepared_at_the_first_step(budget: int) -> int:
+        given = deepcopy(prompts)
+        plan = TextPlan(model, given, times=times, budget=budget)
+        plan.at(x, times[:1])
+        change(given)
+        same = [torch.allclose(plan.at(x, t[None]).values[0], context.values[0], rtol=1e-4)
+                for t, context in zip(times[1:], expected[1:], strict=True)]  # fmt: skip
+        assert same == sorted(same, reverse=True)
+        return 1 + sum(same)
+
+    assert prepared_at_the_first_step(steps * step) == steps
+    assert prepared_at_the_first_step(steps * step - 1) == max(steps - 1, 1)
+
+
+def test_steps_prepared_together_equal_steps_prepared_alone() -> None:
     for arm in PAPER_ARMS:
-        model, prompts, times = model_of(arm), text((5, 2), 5), torch.tensor([0.1, 0.5, 0.9])
+        model, prompts, times = tiny_network(arm, std=0.3), text((5, 2), 5), torch.tensor([0.1, 0.5, 0.9])
         for context, t in zip(model.prepare_steps(prompts, times), times, strict=True):
             alone = model.prepare_text(prompts, t[None])
             torch.testing.assert_close(context.keys, alone.keys)
@@ -262,9 +258,8 @@ def test_prepared_steps_are_those_prepared_alone() -> None:
 
 
 @pytest.mark.parametrize("arm", PAPER_ARMS)
-def test_preparing_once_or_at_every_step_is_the_same(arm: str) -> None:
-    """What is reused over steps and halves gives the velocity that a fresh preparation would."""
-    model, prompts = model_of(arm), text((5, 2), 5)
+def test_the_velocity_equals_one_with_freshly_prepared_text(arm: str) -> None:
+    model, prompts = tiny_network(arm, std=0.3), text((5, 2), 5)
     velocity = text_velocity(model, prompts)
     for time in (0.0, 0.4, 0.9):
         x, t = torch.randn(2, *IMAGE), torch.full((2,), time)
@@ -274,11 +269,11 @@ def test_preparing_once_or_at_every_step_is_the_same(arm: str) -> None:
 # --- noise ---
 
 
-def test_noise_is_a_function_of_seed_prompt_and_image_alone() -> None:
+def test_noise_depends_only_on_seed_prompt_and_image() -> None:
     names = [(0, 0), (0, 1), (1, 0), (12, 3), (1, 23), (123, 0)]
     together = noise_for(5, names, IMAGE)
     backwards = noise_for(5, names[::-1], IMAGE).flip(0)
-    torch.randn(7)  # nor does it depend on, or change, the global generator
+    torch.randn(7)  # neither depends on nor changes the global generator
     alone = torch.cat([noise_for(5, [name], IMAGE) for name in names])
     assert torch.equal(together, backwards)
     assert torch.equal(together, alone)
@@ -304,7 +299,7 @@ def test_noise_is_standard_normal_and_uncorrelated() -> None:
 
 
 @pytest.mark.parametrize("sampler", [renoise, euler_ancestral])
-def test_stochastic_samplers_land_on_what_they_predict_and_renew_the_noise(sampler: Sampler) -> None:
+def test_stochastic_samplers_end_at_their_prediction_and_replace_the_noise(sampler: Sampler) -> None:
     target, drawn = torch.full((2, 3), 0.5), []
 
     def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -317,7 +312,7 @@ def test_stochastic_samplers_land_on_what_they_predict_and_renew_the_noise(sampl
     seen: list[Tensor] = []
     out = sampler(velocity, torch.randn(2, 3), schedule(4), noise=fresh, callback=lambda i, t, x, v: seen.append(x))
     torch.testing.assert_close(out, target)
-    assert drawn == [0, 1, 2]  # none after the last step
+    assert drawn == [0, 1, 2]  # not after the last step
     if sampler is renoise:
         torch.testing.assert_close(seen[2], 0.5 * torch.full((2, 3), 2.0) + 0.5 * target)
     else:  # from t = 1/4 to 1/2, (1/2)^2 (1/2)^2 / (3/4)^2 = 1/9 of the noise's variance is kept: 1 and then fresh 2
@@ -326,11 +321,11 @@ def test_stochastic_samplers_land_on_what_they_predict_and_renew_the_noise(sampl
 
 
 MEAN, STD = 0.7, 0.4
-"""Of the Gaussian data whose exact denoiser is known in closed form."""
+"""Mean and standard deviation of Gaussian data, whose exact denoiser has a closed form."""
 
 
 def gain(t: float) -> float:
-    """How much the best estimate of the Gaussian's image moves with x_t."""
+    """Return the derivative of the best estimate of the image with respect to x_t."""
     return t * STD**2 / ((t * STD) ** 2 + (1 - t) ** 2)
 
 
@@ -340,7 +335,7 @@ def exact_velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 
 def expected_std(sampler: Sampler, times: list[float]) -> float:
-    """The deviation that a stochastic sampler gives the Gaussian: each of its steps is linear in x and fresh noise."""
+    """Return the standard deviation of a stochastic sampler's results, whose steps are linear in x and noise."""
     variance = 1.0
     for t, s in pairwise(times):
         if s == 1:
@@ -355,7 +350,7 @@ def expected_std(sampler: Sampler, times: list[float]) -> float:
 @pytest.mark.parametrize("shift", [1.0, 4.0])
 @pytest.mark.parametrize("steps", [2, 25, 400])
 @pytest.mark.parametrize("sampler", [renoise, euler_ancestral])
-def test_stochastic_samplers_give_a_gaussian_its_closed_forms(sampler: Sampler, steps: int, shift: float) -> None:
+def test_stochastic_samplers_match_closed_forms_on_a_gaussian(sampler: Sampler, steps: int, shift: float) -> None:
     n, times = 20_000, schedule(steps, shift)
     out = sampler(exact_velocity, torch.randn(n, 1), times)
     expected = expected_std(sampler, times.double().tolist())
@@ -363,7 +358,7 @@ def test_stochastic_samplers_give_a_gaussian_its_closed_forms(sampler: Sampler, 
     assert out.std().item() == pytest.approx(expected, rel=5 / (2 * n) ** 0.5)
 
 
-def test_the_ancestral_step_converges_to_the_datas_law_and_renoising_does_not() -> None:
+def test_the_ancestral_step_converges_to_the_data_distribution_and_renoising_does_not() -> None:
     times = schedule(1600).double().tolist()
     assert expected_std(euler_ancestral, times) == pytest.approx(STD, abs=0.002)
     assert expected_std(renoise, times) == pytest.approx(0.28, abs=0.005)
@@ -378,11 +373,11 @@ def test_deterministic_samplers_converge_to_a_gaussian(sampler: Sampler) -> None
 
 
 def test_the_old_spelling_of_renoise_is_read_with_a_warning() -> None:
-    with pytest.warns(FutureWarning, match="euler-ancestral is the true"):
+    with pytest.warns(FutureWarning, match="is now called renoise"):
         assert SampleConfig(sampler="ancestral") == SampleConfig(sampler="renoise")
 
 
-def test_renewed_noise_depends_on_the_step_and_not_on_the_batch() -> None:
+def test_fresh_noise_depends_on_the_step_and_not_on_the_batch() -> None:
     both = noise_for(3, [(0, 0), (5, 1)], (2, 2), step=7)
     assert torch.equal(both[1:], noise_for(3, [(5, 1)], (2, 2), step=7))
     assert not torch.equal(both, noise_for(3, [(0, 0), (5, 1)], (2, 2), step=8))

@@ -14,7 +14,7 @@ from semantic_routing.model.build import make_model
 from semantic_routing.model.flops import META, count, count_image, count_language_model, count_text, qwen3_vl
 from semantic_routing.sampling.text_to_image import check_encoder
 from semantic_routing.study.plan import CALIBRATION, SCALES, Job, StudyArguments, jobs, stages
-from semantic_routing.text.loading import TextShape
+from semantic_routing.text.config import TextShape
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.metrics import flops_per_image
 from semantic_routing.training.optim import make_optimizers

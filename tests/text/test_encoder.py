@@ -21,8 +21,9 @@ from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 from transformers.models.t5gemma.configuration_t5gemma import T5GemmaModuleConfig
 
+from semantic_routing.text.architecture import text_shape
+from semantic_routing.text.config import TextEncoderConfig, resolve_layers
 from semantic_routing.text.encoder import TextEncoder
-from semantic_routing.text.loading import TextEncoderConfig, resolve_layers, text_shape
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 WORDS = ["a", "red", "blue", "circle", "square", "and", "the", "of", "user", "assistant"]

@@ -1,4 +1,4 @@
-"""Samples of the toy world: pure, true to their captions, and apart in training and evaluation."""
+"""Samples of the toy world: reproducible, true to their captions, and separate in training and evaluation."""
 
 from collections import Counter
 

@@ -16,7 +16,7 @@ PER_TAG = 55  # 605 pictures of each sort
 
 @pytest.fixture(scope="module")
 def pairs():
-    """True samples of every tag and split, each with a falsified one."""
+    """Draw true samples of every tag and split, each with a falsified one."""
     rng = np.random.default_rng(0)
     samples = [
         sample(11, index, tag=tag, split=("train", "eval")[index % 2]) for tag in TAGS for index in range(PER_TAG)
@@ -72,7 +72,7 @@ def test_larger_pictures_are_judged_too():
 
 
 def paint(draw) -> np.ndarray:
-    """A picture drawn four times larger than it is returned."""
+    """Draw a picture at four times its size, and reduce it."""
     image = Image.new("RGB", (128, 128), WHITE)
     draw(ImageDraw.Draw(image))
     return np.array(image.reduce(4))

@@ -1,4 +1,4 @@
-"""The claims against hand-made objects."""
+"""Claims, tested on hand-made objects."""
 
 import json
 import os

@@ -26,7 +26,7 @@ def dice(seed: int) -> Dice:
 
 
 def assert_clear(scene: Scene) -> None:
-    """Inside the picture, on the lattice, and at least a pixel between any two boxes."""
+    """Assert that objects are inside the picture, on the grid, and at least a pixel apart."""
     boxes = [thing.box for thing in scene.objects]
     for i, (left, top, right, bottom) in enumerate(boxes):
         assert min(left, top) >= 0
@@ -90,7 +90,8 @@ def test_changes_keep_clear_and_come_in_every_sort():
         assert_clear(result)
     assert {len(result.objects) for result in results} == {1, 2, 3}
     assert {result.background for result in results} == set(BACKGROUNDS)
-    assert any(result.objects[0].x == 27.5 for result in results)  # mirrored
+    places = {(result.objects[0].x, result.objects[0].y) for result in results}
+    assert places >= {(27.5, 11.5), (3.5, 19.5), (11.5, 3.5)}  # mirrored left-right, up-down, axes swapped
 
 
 def test_dice_cover_their_range():

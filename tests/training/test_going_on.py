@@ -20,7 +20,7 @@ from semantic_routing.cli.main import main
 from semantic_routing.common.errors import Interrupted
 from semantic_routing.data.dataset import DataConfig
 from semantic_routing.sampling.load import load_bundle
-from semantic_routing.text.loading import TextEncoderConfig
+from semantic_routing.text.config import TextEncoderConfig
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.loop import resume, start
 from semantic_routing.training.optim import OptimConfig

@@ -9,7 +9,7 @@ import pytest
 
 from semantic_routing.cli.main import main
 from semantic_routing.model.dit import DiTConfig
-from semantic_routing.text.loading import tiny_sizes
+from semantic_routing.text.config import tiny_sizes
 
 
 def test_the_debug_recipe_trains_samples_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

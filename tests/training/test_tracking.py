@@ -91,7 +91,7 @@ def test_rows_that_cannot_be_written_are_written_later(tmp_path: Path, capsys: p
         tracker.write({"step": 4, "loss": 0.0})
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("semroute: ")]
-    assert told == [f"semroute: {path}: No space left on device; going on without it, and saying so once"]
+    assert told == [f"semroute: {path}: No space left on device; continuing without it (reported once)"]
 
 
 def test_a_line_is_added_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,8 @@ from semantic_routing.model.build import make_model
 from semantic_routing.model.codec import PixelCodec
 from semantic_routing.model.dit import DiTConfig
 from semantic_routing.sampling.text_to_image import TextToImage
+from semantic_routing.text.config import TextEncoderConfig
 from semantic_routing.text.encoder import TextEncoder
-from semantic_routing.text.loading import TextEncoderConfig
 from semantic_routing.toy.captions import split_of
 from semantic_routing.training.validation import ValidationConfig, error_sums, held_out, validate
 

@@ -16,11 +16,10 @@ from torch import Tensor
 from semantic_routing.checkpoint.load import EMA, find_checkpoint, read_state, read_tensors
 from semantic_routing.checkpoint.safetensors_storage import open_tensors
 from semantic_routing.common.config import from_dict
+from semantic_routing.interop.open import PIPELINE
 from semantic_routing.model.build import make_model
 from semantic_routing.model.dit import Backbone, DiT, DiTConfig
 
-PIPELINE = "model_index.json"
-"""The file that makes a folder a pipeline of diffusers."""
 TIMES = tuple(float(t) for t in np.linspace(0, 1, 21).round(2))
 """The 21 times of Figures 3, 8 and 9 (0 noise, 1 data) ..."""
 CHOSEN_TIMES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)

@@ -1,6 +1,6 @@
-"""The files of reference checkpoints: safetensors or torch files, whole or in shards, read a tensor at a time.
+"""Weights of other programs: safetensors or torch files, single or sharded, read one tensor at a time.
 
-A torch file is opened with ``weights_only``: whatever would run code is refused.
+Torch files are opened with ``weights_only``, so a file that would run code is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 WRAPPERS = ("module.", "_orig_mod.", "model.", "transformer.", "dit.")
-"""What DistributedDataParallel, torch.compile, trainers and pipelines put before every name."""
+"""Prefixes of all names, added by DistributedDataParallel, torch.compile, trainers and pipelines."""
 LAYOUTS = (
     "*.safetensors.index.json",
     "model.safetensors",
@@ -26,16 +26,16 @@ LAYOUTS = (
     "global_step*/mp_rank_00_model_states.pt",
     "pytorch_model/mp_rank_00_model_states.pt",  # Accelerate around DeepSpeed
 )
-"""Where a checkpoint's folder keeps its weights: the first that is there is read."""
+"""Patterns of the weights in a checkpoint's folder; the first one with a match is read."""
 DAMAGED = (RuntimeError, EOFError, LookupError, TypeError, AttributeError, ValueError, AssertionError)
-"""What reading a torch file can end in where its bytes have been changed."""
+"""Errors that torch.load raises for damaged files."""
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by name, each read only when it is asked for."""
+    """Tensors by name, each read from its file when it is accessed."""
 
     def __init__(self, read: Callable[[str], Tensor], names: Mapping[str, str]) -> None:
-        """``names`` maps the names shown to those that ``read`` takes."""
+        """``names`` maps the names of this mapping to the names that ``read`` takes."""
         self._read = read
         self._names = names
 
@@ -49,11 +49,11 @@ class LazyTensors(Mapping[str, Tensor]):
         return len(self._names)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._names  # Mapping's own would read the tensor
+        return name in self._names  # Mapping's own method would read the tensor
 
 
 def unwrapped(source: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensors without a prefix that all their names share."""
+    """Remove prefixes of ``WRAPPERS`` that all names share."""
     for prefix in WRAPPERS:
         if source and all(name.startswith(prefix) for name in source):
             return unwrapped(renamed(source, prefix))
@@ -61,41 +61,41 @@ def unwrapped(source: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def renamed(source: Mapping[str, Tensor], prefix: str) -> LazyTensors:
-    """The tensors whose names begin with ``prefix``, without it."""
+    """Select the tensors whose names begin with ``prefix``, and remove it."""
     names = {name.removeprefix(prefix): name for name in source if name.startswith(prefix)}
     return LazyTensors(source.__getitem__, names)
 
 
 def read_upstream(src: Path) -> LazyTensors:
-    """The tensors of a checkpoint's file or folder, each read when asked for.
+    """Open the tensors of a checkpoint's file or folder; each is read when it is accessed.
 
-    Raises ValueError where there is none, where a file is damaged or lacks what its index promises, and where
-    a torch file holds more than tensors and plain values: it is refused, and nothing in it is run.
+    Raises ValueError if there is no checkpoint, if a file is damaged or lacks tensors of its index, or if a torch file
+    holds more than tensors and plain values. Nothing in such a file is run.
     """
     if src.is_dir():
         found = next(filter(None, (sorted(src.glob(layout)) for layout in LAYOUTS)), [])
         if len(found) != 1:
             names = [str(path.relative_to(src)) for path in found]
             what = f"several files: name one of {names}" if found else "no weights"
-            raise ValueError(f"{src} holds {what}; a folder has one of {', '.join(LAYOUTS)}")
+            raise ValueError(f"{src} holds {what}; a checkpoint's folder has one of {', '.join(LAYOUTS)}")
         return read_upstream(found[0])
     return _read_shards(src) if src.is_file() and src.name.endswith(".index.json") else _read_file(src)
 
 
 def _read_shards(index: Path) -> LazyTensors:
-    """The tensors of all files that an index names, which lie beside it."""
+    """Open all files that an index names; they are in its folder."""
     try:
         places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         files = sorted(set(places.values()))
         elsewhere = [file for file in files if Path(file).name != file]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{index} is not the index of a sharded checkpoint") from error
+        raise ValueError(f"{index} is not the index of a sharded checkpoint; download it again") from error
     if elsewhere:
         raise ValueError(f"{index} names {elsewhere[0]!r}, which is not a file beside it")
     shards = {file: _read_file(index.parent / file) for file in files}
     held = {(name, file) for file, shard in shards.items() for name in shard}
     odd = {name for name, _ in held ^ set(places.items())}
-    raise_if_any({"named by only one of index and files": odd}, f"what {index} says")
+    raise_if_any({"named by only one of index and files": odd}, f"as {index} describes it")
     return LazyTensors(lambda name: shards[places[name]][name], {name: name for name in places})
 
 
@@ -106,7 +106,7 @@ def _read_file(path: Path) -> LazyTensors:
 
 
 def _read_safetensors(path: Path) -> LazyTensors:
-    # Opened anew for every tensor: the pages that were read stay in memory for as long as the file is open.
+    # Opened again for every tensor, because pages that were read stay in memory while the file is open.
     def read(name: str) -> Tensor:
         with safe_open(path, "pt") as file:
             return file.get_tensor(name)
@@ -120,7 +120,7 @@ def _read_safetensors(path: Path) -> LazyTensors:
 
 
 def _read_torch(path: Path) -> LazyTensors:
-    # Opened anew after every 32nd part of it, for the same reason; for every tensor it would take too long.
+    # Opened again after every 32nd part, for the same reason; opening for every tensor would take too long.
     weights = _open_torch(path)
     part = unread = path.stat().st_size // 32
 
@@ -135,7 +135,7 @@ def _read_torch(path: Path) -> LazyTensors:
 
 
 def _open_torch(path: Path) -> Mapping[str, Tensor]:
-    """The state dict of a torch file, mapped and not yet read."""
+    """Open the state dict of a torch file, memory-mapped."""
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -144,9 +144,9 @@ def _open_torch(path: Path) -> Mapping[str, Tensor]:
             "save its weights as safetensors"
         ) from error
     except DAMAGED as error:
-        raise ValueError(f"{path} is truncated, damaged or not a file of today's torch.save") from error
+        raise ValueError(f"{path} is truncated, damaged or not written by a recent torch.save") from error
     if isinstance(content, Mapping):
-        content = content.get("module", content)  # DeepSpeed's place for the weights
+        content = content.get("module", content)  # where DeepSpeed keeps the weights
     if not isinstance(content, Mapping) or not all(
         isinstance(name, str) and isinstance(x, Tensor) for name, x in content.items()
     ):
@@ -155,7 +155,7 @@ def _open_torch(path: Path) -> Mapping[str, Tensor]:
 
 
 def raise_if_any(problems: Mapping[str, Iterable[str]], what: str) -> None:
-    """ValueError that lists the names of tensors under each problem; nothing where there are none."""
+    """Raise ValueError that lists the tensors under each problem, if there are any."""
     lists = []
     for problem, found in problems.items():
         if names := sorted(found):

@@ -1,4 +1,4 @@
-"""Find, check and read checkpoints; put training state back into model and optimisers."""
+"""Finding, checking and reading checkpoints; loading training state into model and optimisers."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from semantic_routing.checkpoint.safetensors_storage import SUFFIX, SafetensorsR
 MODEL, EMA, OPTIMIZER, RANDOM = (f"{name}{SUFFIX}" for name in ("model", "ema", "optimizer", "random"))
 STATE = "state.json"
 NAME = re.compile(r"step-(\d{7,})")
-"""The name of a checkpoint ..."""
+"""The name of a checkpoint's folder."""
 
 
 def load_training_state(
     folder: Path, model: nn.Module, optimizers: list[Optimizer], group: ProcessGroup | None = None
 ) -> dict[str, Tensor]:
-    """Fill model, optimisers and, where this rank wrote them, random generators; returns the moving average.
+    """Load model, optimisers and, if this rank saved them, random generators; return the moving average.
 
-    The average is in the order of the model's parameters. Raises ValueError for what is missing, damaged or of
-    another model.
+    The average is in the order of the model's parameters. Raises ValueError if files are missing, damaged or of another
+    model.
     """
     read_state(folder)
     reader = SafetensorsReader(folder, [Path(name).stem for name in (MODEL, EMA, OPTIMIZER, RANDOM)])
@@ -59,7 +59,7 @@ def load_training_state(
 
 
 def random_state(rank: int) -> dict[str, Tensor]:
-    """The state of this process's random generators. Nothing here draws from them, but what a user adds may."""
+    """Return the state of this process's random generators; only code that users add draws from them."""
     state = {f"{rank}.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state[f"{rank}.cuda"] = torch.cuda.get_rng_state()
@@ -67,15 +67,15 @@ def random_state(rank: int) -> dict[str, Tensor]:
 
 
 def set_random_state(state: Mapping[str, Tensor]) -> None:
-    """What ``random_state`` gave."""
+    """Set the random generators to a state that ``random_state`` returned."""
     for name, tensor in state.items():
         (torch.cuda.set_rng_state if name.endswith(".cuda") else torch.set_rng_state)(tensor)
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Fill a model strictly from a file such as ``ema.safetensors`` or its parts; ValueError lists what does not match.
+    """Load a model strictly from a file such as ``ema.safetensors`` or its parts; ValueError lists mismatches.
 
-    A model on the meta device takes the file's tensors as they are, so nothing is held twice.
+    A model on the meta device takes the file's tensors themselves, so nothing is in memory twice.
     """
     tensors = read_tensors(path)
     _check_same(path, {k: x.shape for k, x in tensors.items()}, {k: x.shape for k, x in model.state_dict().items()})
@@ -83,9 +83,9 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 
 def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of a file such as ``model.safetensors`` or of its parts, or those whose names begin with ``prefix``.
+    """Read the tensors of a file such as ``model.safetensors`` or its parts whose names begin with ``prefix``.
 
-    ValueError if it is missing or damaged.
+    Raises ValueError if a file is missing or damaged.
     """
     if path.is_file() and not prefix:
         with open_tensors(path):
@@ -95,54 +95,62 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint: ``step``, and ``config``, the run's resolved configuration."""
+    """Read ``state.json`` of a checkpoint: ``step``, ``config`` (the run's resolved configuration) and more."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder} is not a checkpoint: its {STATE} cannot be read") from error
     if not isinstance(state, dict) or not isinstance(state.get("step"), int):
-        raise ValueError(f"{folder} was not written by semroute train: its {STATE} tells no step")
+        raise ValueError(f"{folder} was not written by semroute train: its {STATE} has no step")
     return state
 
 
-def check_whole(folder: Path) -> None:
-    """ValueError where a checkpoint lacks a file or has one that is damaged; reads no more than the files' headers."""
-    listed = read_state(folder).get("files", [])
-    for path in sorted({*(folder / name for name in listed), *folder.glob(f"*{SUFFIX}")}):
+def read_whole(folder: Path) -> dict[str, Any]:
+    """Read ``state.json``; raise ValueError if a file of the checkpoint is missing or damaged, judged by its header."""
+    state = read_state(folder)
+    for path in sorted({*(folder / name for name in state.get("files", [])), *folder.glob(f"*{SUFFIX}")}):
         with open_tensors(path):
             pass
+    return state
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints in a run's folder, oldest first; what was never finished has another name."""
+    """List the checkpoints of a run, oldest first; unfinished ones have other names."""
     return sorted((f for f in (run / "checkpoints").glob("step-*") if NAME.fullmatch(f.name)), key=_step)
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that ``path`` means: itself, or the latest whole one of a run's folder.
+    """Return ``path`` if it is a checkpoint, else the latest complete checkpoint of the run ``path``.
 
-    Damaged ones are passed over, and a line on stderr says so. ValueError if there is none.
+    Damaged ones are skipped with a line on stderr. Raises ValueError if no checkpoint is complete.
     """
-    if (path / STATE).is_file():
-        return path
-    found, first = checkpoints(path), None
-    for folder in reversed(found):
+    return path if (path / STATE).is_file() else _latest_whole(path)[0]
+
+
+def open_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the folder that ``find_checkpoint`` finds and its ``state.json``, which is read once."""
+    return (path, read_state(path)) if (path / STATE).is_file() else _latest_whole(path)
+
+
+def _latest_whole(path: Path) -> tuple[Path, dict[str, Any]]:
+    first = None
+    for folder in reversed(checkpoints(path)):
         try:
-            check_whole(folder)
+            state = read_whole(folder)
         except ValueError as error:
             first = first or error
             continue
         if first is not None:
             sys.stderr.write(f"semroute: {first}; going on from {folder}\n")
-        return folder
+        return folder, state
     if first is not None:
-        raise ValueError(f"no whole checkpoint at {path}: {first}")
+        raise ValueError(f"no complete checkpoint at {path}: {first}")
     hint = "it does not exist" if not path.exists() else "it holds no checkpoints/step-* folder"
     raise ValueError(f"no checkpoint at {path}: {hint}; give a run's folder or one of its checkpoints")
 
 
 def _check_same(path: Path, found: Mapping[str, torch.Size], own: Mapping[str, torch.Size]) -> None:
-    """ValueError lists what of a file's names and shapes are not a model's own."""
+    """Raise ValueError that lists how a file's names and shapes differ from a model's."""
     wrong = [f"{k}: {tuple(found[k])} in the file, {tuple(own[k])} in the model"
              for k in own.keys() & found.keys() if own[k] != found[k]]  # fmt: skip
     wrong += [f"{k}: not in the file" for k in own.keys() - found.keys()]
@@ -152,10 +160,10 @@ def _check_same(path: Path, found: Mapping[str, torch.Size], own: Mapping[str, t
 
 
 def _below(entries: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The entries whose names begin with ``prefix``, without it."""
+    """Select the entries whose names begin with ``prefix``, and remove it."""
     return {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)}
 
 
 def _step(folder: Path) -> int:
-    """The step in a checkpoint's name."""
+    """Return the step in a checkpoint's name."""
     return int(folder.name.removeprefix("step-"))

@@ -1,9 +1,9 @@
-"""Plain safetensors files as the storage of ``torch.distributed.checkpoint``, whose own pickles its metadata.
+"""Plain safetensors files as storage of ``torch.distributed.checkpoint``, whose own storage pickles its metadata.
 
-A state is a dictionary of files, each a dictionary of tensors. One process writes ``model.safetensors``; of N
-processes each writes its parts as ``model-00001-of-0000N.safetensors``, whose header says where in the whole tensors
-they lie (in the words of torch's ``HuggingFaceStorageReader``, which therefore reads them, too). Whatever number of
-processes wrote the files, any other number reads them: each takes the slices it needs.
+A state is a dictionary of files, and each file a dictionary of tensors. One process writes ``model.safetensors``. Of N
+processes each writes its shards to ``model-00001-of-0000N.safetensors``, whose header gives their offsets in the full
+tensors, in the format of torch's ``HuggingFaceStorageReader``. Files that any number of processes wrote can be read by
+any other number: each process reads the slices it needs.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import json
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -38,22 +38,22 @@ from semantic_routing.common.files import as_umask_says, flush
 
 SUFFIX = ".safetensors"
 PLACES, OFFSET, SHAPE = "DCP_SHARDING_INFO", "saved_offsets", "shape"
-"""In a part's header: for every tensor where in the whole it begins, and the whole's shape."""
+"""Keys in a part's header: for every tensor its offsets in the full tensor, and the full tensor's shape."""
 
 
 def part_name(file: str, part: int, parts: int) -> str:
-    """The name of one process's part (from 1) of a file such as "model"."""
+    """Return the name of one process's part (from 1) of a file such as "model"."""
     return f"{file}{SUFFIX}" if parts == 1 else f"{file}-{part:05d}-of-{parts:05d}{SUFFIX}"
 
 
 def parts_of(path: Path) -> list[Path]:
-    """The files that hold what ``path``, such as ``model.safetensors``, means: itself or its parts."""
+    """List the files that make up ``path``, such as ``model.safetensors``: itself or its parts."""
     return [path] if path.exists() else sorted(path.parent.glob(f"{path.stem}-*-of-*{SUFFIX}"))
 
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """A safetensors file's handle; ValueError if it is missing or damaged, a size other than its header's included."""
+    """Open a safetensors file; raise ValueError if it is missing, damaged or not as long as its header says."""
     try:
         with safe_open(path, "pt") as tensors:
             yield tensors
@@ -64,29 +64,35 @@ def open_tensors(path: Path) -> Iterator[Any]:
 
 
 def alone() -> None:
-    """Say that one process without torch.distributed is what is meant; torch would warn of it at every call."""
+    """Silence torch's warning about running without torch.distributed."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninit", UserWarning)
 
 
 class SafetensorsWriter(StorageWriter):
-    """Writes a state into a folder that exists when ``begin`` returns; the first process alone begins and ends."""
+    """Writes a state into a folder. Subclasses add what the first process does before and after."""
 
-    def __init__(self, folder: Path, begin: Callable[[], None], end: Callable[[list[str]], None]) -> None:
-        """``begin`` runs before any process writes; ``end`` gets all files' names after all have written."""
-        self.folder, self.begin, self.end = folder, begin, end
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def begin(self) -> None:
+        """Make the folder; called on the first process before any process writes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def end(self, files: list[str]) -> None:
+        """Finish the folder of ``files``; called on the first process after all processes have written."""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Nothing is kept from one state to the next."""
+        """Do nothing: the writer has no state."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing is needed before the plan."""
+        """Do nothing: nothing is needed before the plan."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """A process's plan as it is."""
+        """Return a process's plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """On the first process: begin, and number the parts."""
+        """Begin and number the parts; called on the first process."""
         self.begin()
         return [replace(plan, storage_data=(i, len(plans))) for i, plan in enumerate(plans, 1)]
 
@@ -97,9 +103,9 @@ class SafetensorsWriter(StorageWriter):
         for item in plan.items:
             piece = planner.resolve_data(item)
             if not isinstance(piece, Tensor) or item.tensor_data is None or item.index.offset is None:
-                raise TypeError(f"{item.index.fqn} is no tensor, and nothing else is ever written")
+                raise TypeError(f"{item.index.fqn} is not a tensor; only tensors can be written")
             file, _, name = item.index.fqn.partition(".")
-            if piece.numel() or not item.tensor_data.size.numel():  # a small tensor has nothing for some processes
+            if piece.numel() or not item.tensor_data.size.numel():  # some processes have no shard of a small tensor
                 tensors[file][name] = piece.detach().contiguous()
                 places[file][name] = {OFFSET: list(item.index.offset), SHAPE: list(item.tensor_data.size)}
         part, parts = plan.storage_data
@@ -113,12 +119,12 @@ class SafetensorsWriter(StorageWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On the first process, when all have written."""
+        """End; called on the first process when all have written."""
         self.end(sorted(result.index.fqn for part in results for result in part))
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Folders are given to the constructor instead."""
+        """Return False: folders are given to the constructor instead."""
         return False
 
 
@@ -131,21 +137,15 @@ def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str] | None
         raise ValueError(f"{path.name}: {getattr(error, 'strerror', None) or error}") from error
 
 
-@dataclass(frozen=True)
-class _Piece:
-    path: Path
-    name: str
-
-
 class SafetensorsReader(StorageReader):
-    """Reads the named files of a folder, whole or in parts; opening them checks that nothing is missing."""
+    """Reads the named files of a folder, single or in parts."""
 
     def __init__(self, folder: Path, files: Sequence[str]) -> None:
-        """ValueError where a file is missing or damaged, or its parts do not make up whole tensors."""
+        """Raise ValueError if a file is missing or damaged, or if its parts do not make up the full tensors."""
         self.folder = folder
         self.shapes: dict[str, torch.Size] = {}
         self._chunks: dict[str, list[ChunkStorageMetadata]] = defaultdict(list)
-        self._pieces: dict[tuple[str, torch.Size], _Piece] = {}
+        self._pieces: dict[tuple[str, torch.Size], tuple[Path, str]] = {}
         self._types: dict[str, torch.dtype] = {}
         for file in files:
             whole = folder / f"{file}{SUFFIX}"
@@ -166,11 +166,11 @@ class SafetensorsReader(StorageReader):
                 offset = torch.Size(place.get(OFFSET, [0] * len(sizes)))
                 self.shapes[key] = torch.Size(place.get(SHAPE, sizes))
                 self._chunks[key].append(ChunkStorageMetadata(offset, sizes))
-                self._pieces[key, offset] = _Piece(path, name)
+                self._pieces[key, offset] = (path, name)
                 self._types[key] = TYPES[held.get_dtype()]
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """The whole tensors whose names, such as "model.proj_out.weight", begin with ``prefix``."""
+        """Read the full tensors whose names, such as "model.proj_out.weight", begin with ``prefix``."""
         found = {
             name: torch.empty(shape, dtype=self._types[name])
             for name, shape in self.shapes.items()
@@ -181,10 +181,10 @@ class SafetensorsReader(StorageReader):
         return found
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Nothing is kept from one reading to the next."""
+        """Do nothing: the reader has no state."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What the files hold, as their headers tell it."""
+        """Return types, shapes and shards of all tensors, as the files' headers give them."""
         return Metadata(
             {
                 name: TensorStorageMetadata(TensorProperties(self._types[name]), shape, self._chunks[name])
@@ -193,23 +193,23 @@ class SafetensorsReader(StorageReader):
         )
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """All is known since the constructor."""
+        """Do nothing: the constructor has read the headers."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """A process's plan as it is."""
+        """Return a process's plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """All processes' plans as they are: each reads what it needs."""
+        """Return all processes' plans unchanged: each reads what it needs."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copy the slices that this process needs to where they belong."""
+        """Copy the slices that this process needs into its tensors."""
         wanted: dict[Path, list[tuple[str, Any]]] = defaultdict(list)
         for item in plan.items:
             assert item.storage_index.offset is not None
-            piece = self._pieces[item.storage_index.fqn, item.storage_index.offset]
-            wanted[piece.path].append((piece.name, item))
+            path, name = self._pieces[item.storage_index.fqn, item.storage_index.offset]
+            wanted[path].append((name, item))
         for path, items in wanted.items():
             with open_tensors(path) as tensors:
                 for name, item in items:
@@ -224,7 +224,7 @@ class SafetensorsReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Folders are given to the constructor instead."""
+        """Return False: folders are given to the constructor instead."""
         return False
 
 
@@ -232,4 +232,4 @@ TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-"""The types of tensors that a run has, by safetensors' names."""
+"""The tensor types of a run, by safetensors' names."""

@@ -1,10 +1,9 @@
-"""Checkpoints: folders of safetensors and JSON that appear whole or not at all.
+"""Writing checkpoints: folders of safetensors and JSON that appear whole or not at all.
 
-A run's folder holds ``checkpoints/step-0001000/`` with the weights, their moving average, the optimisers' state, the
-random generators' and ``state.json``; several processes write their parts of each file
-(``safetensors_storage.py``). A checkpoint is copied to host memory in the step and written on a thread, under a
-temporary name, flushed to disk and renamed when all processes have done so: whatever bears a checkpoint's name was
-complete. Nothing is ever pickled.
+A run's folder holds ``checkpoints/step-0001000/`` with the weights, their moving average, the state of optimisers and
+random generators, and ``state.json``. Several processes write their parts of each file (``safetensors_storage.py``). A
+checkpoint is copied to host memory during the step and written on a thread, under a temporary name. When all processes
+have flushed their files to disk it is renamed, so a folder with a checkpoint's name is complete. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 import json
 import re
 import secrets
-import sys
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
@@ -25,26 +23,22 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
 from semantic_routing.checkpoint.load import NAME, STATE, _step, checkpoints, random_state
-from semantic_routing.checkpoint.safetensors_storage import (
-    SUFFIX,
-    SafetensorsWriter,
-    alone,
-)
+from semantic_routing.checkpoint.safetensors_storage import SUFFIX, SafetensorsWriter, alone
 from semantic_routing.common.files import PARTIAL, _remove, flush
 
 REMNANT = re.compile(rf"\.{NAME.pattern}{re.escape(PARTIAL)}\w+")
-"""... and of one that is being written or deleted."""
+"""The temporary name of a checkpoint that is being written or deleted."""
 FILES = re.compile(rf"{re.escape(STATE)}|(model|ema|optimizer|random)(-\d{{5}}-of-\d{{5}})?{re.escape(SUFFIX)}")
-"""What is in it. Nothing else is ever deleted: people keep copies and notes beside and among these files."""
+"""The files of a checkpoint. Folders with any other file are never deleted, because users keep notes in them."""
 
 
 class Saver:
-    """Writes a run's checkpoints behind the training's back, one at a time."""
+    """Writes a run's checkpoints on a thread while training goes on, one at a time."""
 
     def __init__(self, run: Path, *, keep: int = 1, keep_every: int = 0, group: ProcessGroup | None = None) -> None:
-        """``group`` is gloo's and nobody else's: its processes meet on threads. None where one process is alone.
+        """Keep the latest ``keep`` checkpoints, and for good those of every ``keep_every``-th step, if it is above 0.
 
-        The latest ``keep`` checkpoints are kept, and for good those of every ``keep_every``-th step, if above 0.
+        ``group`` is a gloo group that nothing else uses, because it is used on threads; None for a single process.
         """
         self.run, self.keep, self.keep_every, self.group = run, keep, keep_every, group
         self.rank = 0 if group is None else group.rank()
@@ -53,38 +47,19 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether the writing begun last has come to nothing; ``wait`` raises why."""
+        """Whether the latest write has failed; ``wait`` raises its error."""
         writing = self._writing
         return writing is not None and writing.done() and writing.exception() is not None
 
     def save(
-        self,
-        step: int,
-        model: nn.Module,
-        ema: dict[str, Tensor],
-        optimizers: list[Optimizer],
-        state: dict[str, Any],
+        self, step: int, model: nn.Module, ema: dict[str, Tensor], optimizers: list[Optimizer], state: dict[str, Any]
     ) -> Path:
-        """Copy the state of ``step`` finished steps and begin to write it; returns the folder it will be in.
+        """Copy the state after ``step`` steps and start to write it; return the folder that it will be in.
 
-        Every process must call it. Waits first for the checkpoint before, and raises its ValueError.
+        Every process must call it. It first waits for the previous checkpoint, and raises the ValueError of that one.
         """
         self.wait()
         folder = self._folder = self.run / "checkpoints" / f"step-{step:07d}"
-        scratch = _scratch(folder)
-
-        def begin() -> None:
-            _remove(scratch)
-            scratch.mkdir(parents=True)
-
-        def end(files: list[str]) -> None:
-            whole = json.dumps({"step": step} | state | {"files": files}, indent=2)
-            (scratch / STATE).write_text(whole + "\n", encoding="utf-8")
-            flush(scratch / STATE)
-            flush(scratch)
-            _replace(folder, scratch)
-            prune(self.run, self.keep, self.keep_every, last=step)
-
         tensors = {
             "model": model.state_dict(),
             "ema": ema,
@@ -95,16 +70,16 @@ class Saver:
             alone()
         writing = dcp.async_save(
             tensors,
-            storage_writer=SafetensorsWriter(scratch, begin, end),
+            storage_writer=_CheckpointWriter(self, folder, {"step": step} | state),
             process_group=self.group,
             no_dist=self.group is None,
         )
-        assert isinstance(writing, Future)  # the other kind comes of stagers that copy on a thread
+        assert isinstance(writing, Future)  # stagers that copy on a thread return another type
         self._writing = writing
         return folder
 
     def wait(self) -> None:
-        """Return when nothing is being written; ValueError where that failed, here or on another process."""
+        """Wait for the pending write; raise ValueError if it failed, on this or another process."""
         writing, self._writing = self._writing, None
         if writing is None:
             return
@@ -120,33 +95,36 @@ class Saver:
             raise
 
     def close(self) -> None:
-        """Let what is being written come to its end, whatever that is: something else ends the run already."""
+        """Wait for the pending write and ignore its outcome, because the run is ending for another reason."""
         if self._writing is not None:
             wait([self._writing])
 
 
-def save_checkpoint(
-    run: Path,
-    step: int,
-    model: nn.Module,
-    ema: dict[str, Tensor],
-    optimizers: list[Optimizer],
-    state: dict[str, Any],
-) -> Path:
-    """Write the checkpoint of ``step`` finished steps of one process; returns its folder."""
-    saver = Saver(run, keep=sys.maxsize)
-    folder = saver.save(step, model, ema, optimizers, state)
-    saver.wait()
-    return folder
+class _CheckpointWriter(SafetensorsWriter):
+    """Writes one checkpoint under a temporary name, renames it when it is complete, and deletes old ones."""
+
+    def __init__(self, saver: Saver, checkpoint: Path, state: dict[str, Any]) -> None:
+        super().__init__(_scratch(checkpoint))
+        self.saver, self.checkpoint, self.state = saver, checkpoint, state
+
+    def begin(self) -> None:
+        _remove(self.folder)
+        self.folder.mkdir(parents=True)
+
+    def end(self, files: list[str]) -> None:
+        path, saver = self.folder / STATE, self.saver
+        path.write_text(json.dumps(self.state | {"files": files}, indent=2) + "\n", encoding="utf-8")
+        flush(path)
+        flush(self.folder)
+        _replace(self.checkpoint, self.folder)
+        prune(saver.run, saver.keep, saver.keep_every, last=self.state["step"])
 
 
 def prune(run: Path, keep: int, keep_every: int = 0, *, last: int | None = None) -> None:
-    """Delete all but the latest ``keep`` checkpoints of a run, and what killed processes left half-written.
+    """Delete all but the latest ``keep`` checkpoints of a run, and incomplete ones of killed processes.
 
-    Nothing goes that a run has not written: neither what has another name, nor a checkpoint with anything else in it.
-
-    Those of every ``keep_every``-th step stay, if it is above 0, and those after step ``last``: where a damaged one was
-    passed over, the run comes by there again and replaces it.
+    Checkpoints of every ``keep_every``-th step stay, if it is above 0. So do those after step ``last``, which are
+    damaged: the run will replace them. Folders with other names or with other files in them are never deleted.
     """
     found = [folder for folder in checkpoints(run) if last is None or _step(folder) <= last]
     old = [folder for folder in found[:-keep] if not keep_every or _step(folder) % keep_every]
@@ -157,7 +135,7 @@ def prune(run: Path, keep: int, keep_every: int = 0, *, last: int | None = None)
 
 
 def optimizer_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
-    """Every optimiser's state under ``parameter/slot``."""
+    """Return the state of all optimisers under names ``parameter/slot``."""
     states = {id(p): state for o in optimizers for p, state in o.state.items()}
     return {
         f"{name}/{slot}": torch.as_tensor(value).detach()
@@ -167,19 +145,19 @@ def optimizer_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str
 
 
 def _is_own(folder: Path) -> bool:
-    """Whether a folder holds what a run writes into a checkpoint, and nothing else."""
+    """Check that a folder holds only files that a run writes into a checkpoint."""
     return folder.is_dir() and not folder.is_symlink() and all(FILES.fullmatch(path.name) for path in folder.iterdir())
 
 
 def _scratch(folder: Path) -> Path:
-    """Where a checkpoint is while it is being written: one name for all processes."""
+    """Return the temporary name of a checkpoint that is being written, the same on all processes."""
     return folder.with_name(f".{folder.name}{PARTIAL}0")
 
 
 def _replace(folder: Path, scratch: Path) -> None:
-    """Give a checkpoint its name; one in the way goes only when the new one stands in its place.
+    """Rename a complete checkpoint to its final name; an old one of that name is deleted only afterwards.
 
-    Where a user keeps something in that one, it stays under another name.
+    If the old one holds a user's files, it is kept under another name.
     """
     old = folder.with_name(f".{folder.name}{PARTIAL}old")
     if folder.exists():

@@ -1,1 +1,1 @@
-"""semroute, a file for each subcommand."""
+"""The command ``semroute``: one file per subcommand."""

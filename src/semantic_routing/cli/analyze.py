@@ -1,10 +1,9 @@
-"""``semroute analyze``: every figure of a trained model, and of how it samples, into one folder."""
+"""``semroute analyze``: draws the figures of trained models and of their sampling trajectories."""
 
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,75 +17,73 @@ from semantic_routing.analysis.routers import CHOSEN_TIMES, open_router, routes
 from semantic_routing.analysis.trajectory import Trajectory, sample_trajectory
 from semantic_routing.analysis.trajectory_figures import lead_table, trajectory_figures, write_calibration
 from semantic_routing.analysis.weights import weight_figures
+from semantic_routing.cli.arguments import FLAT
 from semantic_routing.common.device import keep_freed_memory, pick_device
 from semantic_routing.common.files import check_writable, write_text
 from semantic_routing.common.manifest import manifest
 from semantic_routing.interop.open import open_model
 from semantic_routing.model.dit import Backbone
-from semantic_routing.sampling.clock import NOMINAL
 from semantic_routing.sampling.prompts import read_prompts
-from semantic_routing.sampling.samplers import SamplerSpelling
 from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage, check_guidance
 from semantic_routing.toy.captions import prompts as toy_prompts
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrajectorySampling(SampleConfig):
+    """Sampling settings that all trajectories share; their steps and guidance are in ``AnalyzeArguments``."""
+
+    steps: Annotated[int, tyro.conf.Fixed] = 50
+    guidance: Annotated[float, tyro.conf.Fixed] = 6.0
+    compile: Annotated[bool, tyro.conf.Fixed] = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class AnalyzeArguments:
-    """Draw how much each block reads of each language-model layer, and how sampling runs."""
+    """Draw how much each block reads of each language-model layer, and measure sampling trajectories."""
 
     models: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Runs' folders, checkpoints or exported pipelines; several are drawn each and compared."""
+    """Runs' folders, checkpoints or exported pipelines; several are drawn separately and compared."""
     out: Path
     """Folder for the figures (.png, .pdf) and their numbers (.csv, .npz)."""
     times: tuple[float, ...] = CHOSEN_TIMES
     """Times (0 noise, 1 data) at which the weights of time-dependent routing are drawn."""
     blocks: tuple[int, ...] = ()
-    """Blocks, from 0, whose weights are drawn one by one; by default the first, the middle and the last."""
+    """Blocks, counted from 0, whose weights are drawn one by one; by default the first, the middle and the last."""
     trajectory: bool = False
-    """Sample, and measure how far the true trajectory runs ahead of the training forward process (Figure 4)."""
+    """Sample images and measure how far the trajectory runs ahead of the training forward process (Figure 4)."""
     prompts: Path | None = None
-    """Prompts of the trajectory, as of semroute sample; by default unseen captions of the toy world."""
+    """File of prompts for the trajectories, as for semroute sample; by default unseen captions of the toy world."""
     n: int = 64
-    """Prompts sampled."""
+    """Number of prompts sampled."""
     guidance: tuple[float, ...] = (1.0, 3.0, 6.0)
-    """Scales of classifier-free guidance, each measured."""
+    """Scales of classifier-free guidance; each is measured."""
     steps: tuple[int, ...] = (50,)
-    """Numbers of steps, each measured."""
-    sampler: SamplerSpelling = "euler"
-    """euler and heun integrate the flow, euler-ancestral renews part of the noise, renoise all of it (seeks modes)."""
-    shift: float = 1.0
-    """Above 1, more steps near the noise."""
-    clock: str = NOMINAL
-    """The time that the gate of S1 and S3 is told on the trajectory, as of semroute sample."""
-    seed: int = 0
-    """Run seed of the trajectories' noise."""
-    batch: int = 64
-    """Images sampled together."""
+    """Numbers of sampling steps; each is measured."""
+    sampling: Annotated[TrajectorySampling, FLAT, tyro.conf.SuppressFixed] = field(default_factory=TrajectorySampling)
+    """How the trajectories are sampled."""
     html: bool = False
-    """Also write index.html: one page with everything, the weights under a slider of time."""
+    """Also write index.html: one page with everything, and the weights under a slider of time."""
     device: str = "auto"
-    """For the trajectories: auto, cpu, cuda, cuda:1 or another that torch knows."""
+    """Device for the trajectories: auto, cpu, cuda, cuda:1 or another of torch's names."""
 
     def __post_init__(self) -> None:
         if not self.models:
             raise ValueError(
                 "nothing to analyse: give runs or checkpoints, such as semroute analyze runs/x --out figures"
             )
-        if self.n < 1 or self.batch < 1 or not self.guidance or not self.steps or min(self.steps) < 2:
-            raise ValueError("a trajectory needs n and batch of at least 1, a guidance, and at least 2 steps")
+        if self.n < 1 or not self.guidance or not self.steps or min(self.steps) < 2:
+            raise ValueError("a trajectory needs n of at least 1, a guidance, and at least 2 steps")
         for scale in self.guidance:
             check_guidance(scale)
-        if not 0 < self.shift < math.inf:
-            raise ValueError(f"shift is {self.shift}; it must be above 0 and finite")
         if not self.times or not all(0 <= time <= 1 for time in self.times):
-            raise ValueError("times are from 0 (noise) to 1 (data), at least one")
+            raise ValueError("times must be from 0 (noise) to 1 (data); give at least one")
         for name in ("times", "blocks", "guidance", "steps"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise ValueError(f"one of the {name} is given twice")
+                raise ValueError(f"{name} has a value twice; give each once")
 
 
 def run_analysis(args: AnalyzeArguments) -> list[Path]:
-    """The command; returns the PNG files and pages that it wrote."""
+    """Draw all figures and return the PNG files and pages that were written."""
     check_writable(args.out)
     routers = {path: open_router(path) for path in args.models}
     folders = _folders(args)
@@ -100,20 +97,20 @@ def run_analysis(args: AnalyzeArguments) -> list[Path]:
 
 
 def _folders(args: AnalyzeArguments) -> dict[Path, Path]:
-    """Where each model's figures go: ``out`` itself for one, else folders named after the runs and checkpoints."""
+    """Return the folder for each model's figures: ``out`` for one model, else folders named after the models."""
     if len(args.models) == 1:
         return {args.models[0]: args.out}
     names = [path.resolve().name for path in args.models]
-    if len(set(names)) < len(names):  # as of checkpoints of the same step
+    if len(set(names)) < len(names):  # such as checkpoints of the same step
         names = ["-".join(part for part in path.parts if part not in ("/", "checkpoints")) for path in args.models]
     if len(set(names)) < len(names):
-        raise ValueError("a model is given twice")
+        raise ValueError("a model is given twice; give each once")
     return {path: args.out / name for path, name in zip(args.models, names, strict=True)}
 
 
 def _analyze(path: Path, model: Backbone, out: Path, args: AnalyzeArguments) -> list[Path]:
     if args.trajectory and not routes(model):
-        drawn = []  # the trajectory is all there is to see
+        drawn = []  # only the trajectory can be drawn
     else:
         drawn = [*weight_figures(model, args.times, args.blocks), *routing_figures(model)]
     strips: list[Strip] = []
@@ -126,9 +123,11 @@ def _analyze(path: Path, model: Backbone, out: Path, args: AnalyzeArguments) -> 
         leads = lead_table(runs)
         write_text(out / "lead.json", json.dumps(leads, indent=2) + "\n")
         strips = _strips(bundle, args) if args.html else []
-    facts = {f.name: getattr(args, f.name) for f in fields(args) if f.name not in ("models", "out")}
-    settings = json.loads(json.dumps(facts, default=str))
-    write_text(out / "manifest.json", json.dumps(manifest(model=str(path), **settings), indent=2) + "\n")
+    settings = asdict(args)
+    settings = settings.pop("sampling") | settings  # the tuples of steps and guidance stay
+    for name in ("models", "out", "compile"):
+        del settings[name]
+    write_text(out / "manifest.json", json.dumps(manifest(model=str(path), **settings), indent=2, default=str) + "\n")
     written = [figure.save(out) for figure in drawn]
     if args.html:
         written.append(write_page(out / "index.html", str(path), model, drawn, leads, strips))
@@ -137,21 +136,17 @@ def _analyze(path: Path, model: Backbone, out: Path, args: AnalyzeArguments) -> 
 
 def _captions(args: AnalyzeArguments) -> list[str]:
     if args.prompts is None:
-        return [sample.caption for sample in toy_prompts(args.seed, args.n)]
+        return [sample.caption for sample in toy_prompts(args.sampling.seed, args.n)]
     return read_prompts(args.prompts)[: args.n]
 
 
-def _sampling(args: AnalyzeArguments) -> SampleConfig:
-    return SampleConfig(sampler=args.sampler, shift=args.shift, clock=args.clock, seed=args.seed, batch=args.batch)
-
-
 def _trajectories(bundle: TextToImage, args: AnalyzeArguments, out: Path) -> list[tuple[SampleConfig, Trajectory]]:
-    """A trajectory for each setting; each one's calibration is written as it is measured."""
-    captions, how = _captions(args), _sampling(args)
-    runs = []
+    """Measure a trajectory for each number of steps and guidance; write the calibration of each at once."""
+    captions = _captions(args)
+    runs: list[tuple[SampleConfig, Trajectory]] = []
     for steps in args.steps:
         for guidance in args.guidance:
-            cfg = replace(how, steps=steps, guidance=guidance)
+            cfg = replace(args.sampling, steps=steps, guidance=guidance)
             measured = sample_trajectory(bundle, captions, cfg)
             write_calibration(out / f"calibration-g{guidance:g}-s{steps}.json", cfg, measured)
             runs.append((cfg, measured))
@@ -159,11 +154,11 @@ def _trajectories(bundle: TextToImage, args: AnalyzeArguments, out: Path) -> lis
 
 
 STRIP_PROMPTS, STRIP_IMAGES = 4, 8
-"""Prompts shown, and images along each strip."""
+"""Prompts in the strips, and images in each strip."""
 
 
 def _strips(bundle: TextToImage, args: AnalyzeArguments) -> list[Strip]:
-    """What the model takes the image to be along the way: x + (1 - t) v, decoded, for a few prompts."""
+    """Draw the model's estimates of the image during sampling, x + (1 - t) v, decoded, for a few prompts."""
     captions = _captions(args)[:STRIP_PROMPTS]
     names = [(index, 0) for index in range(len(captions))]
     steps = args.steps[0]
@@ -176,7 +171,7 @@ def _strips(bundle: TextToImage, args: AnalyzeArguments) -> list[Strip]:
             if step in shown:
                 seen.append((float(t), bundle.codec.decode(x + (1 - t).to(x.device) * v)))
 
-        bundle.sample(captions, names, replace(_sampling(args), steps=steps, guidance=guidance), keep)
+        bundle.sample(captions, names, replace(args.sampling, steps=steps, guidance=guidance), keep)
         for index, caption in enumerate(captions):
             images = [image[index].numpy(force=True) for _, image in seen]
             strips.append(Strip(caption, f"guidance {guidance:g}", [t for t, _ in seen], images))

@@ -1,4 +1,4 @@
-"""Command-line arguments from dataclasses, through tyro, with unknown options named as one clear error."""
+"""Parses command lines into dataclasses with tyro; every mistake is a ValueError of one line."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import tyro
 from semantic_routing.common.config import check_finite
 
 T = TypeVar("T")
+FLAT = tyro.conf.OmitArgPrefixes
+"""Marks a nested dataclass whose options have no prefix."""
 WORDS = {
     "guidance": ("cfg", "cfg-scale", "guidance-scale", "scale"),
     "steps": ("num-inference-steps", "sampling-steps", "max-train-steps", "max-steps", "train-steps", "num-steps"),
@@ -31,72 +33,96 @@ WORDS = {
     "precision": ("mixed-precision",),
     "clip": ("max-grad-norm",),
 }
-"""Our options, and what diffusers, kohya, ComfyUI and others call them."""
+"""Our options, and their names in diffusers, kohya, ComfyUI and other programs."""
 
 
 def parse(cls: type[T], args: list[str], *, prog: str, default: T | None = None, beside: tuple[str, ...] = ()) -> T:
-    """An instance of the dataclass ``cls`` from options; each field is one, nested fields have dots.
+    """Return an instance of the dataclass ``cls``: one option for each field, with dots for nested fields.
 
-    ``beside`` names options that the command itself reads, to be suggested as others are.
+    ``default`` replaces the defaults of the fields. ``beside`` names options that the command reads itself, which are
+    suggested for unknown names, too.
 
-    Raises ValueError for an unknown option, naming the nearest known one, for one that is given twice, and for a
-    value that is missing or wrong. --help ends the process with code 0.
+    Raises ValueError for an option that is unknown (naming the nearest known one) or given twice, and for a value
+    that is missing or wrong. --help ends the process with code 0.
     """
-    known = _options(cls)
-    named = [arg.split("=", 1)[0].replace("_", "-") for arg in args if arg.startswith("--")]
-    for i, name in enumerate(named):
+    known = options(cls)
+    for name in _names(args, known):
         if name not in [*known, "--help"]:
             meant = _meant(name, [*known, *beside])
             raise ValueError(
                 f"unknown option {name}; " + (f"did you mean {meant}?" if meant else f"{prog} --help lists the options")
             )
-        if name in named[:i]:
-            raise ValueError(f"{name} is given twice; put several values after one {name}")
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed):
-            if default is None:
-                parsed = tyro.cli(cls, args=args, prog=prog)
-            else:
-                parsed = tyro.cli(cls, args=args, prog=prog, default=default)
-    except SystemExit as end:
-        if not end.code:
-            raise
-        raise ValueError(_unboxed(printed.getvalue()).removeprefix(f"Error parsing {cls.__name__}: ")) from None
+    parsed = _tyro(cls, args=args, prog=prog, default=tyro.MISSING_NONPROP if default is None else default)
     check_finite(parsed)
     return parsed
 
 
-def _meant(name: str, known: list[str]) -> str | None:
-    """The option that an unknown name is for: the group it begins, another program's word for it, or a near one."""
-    if parts := [option for option in known if option.startswith(f"{name}.")]:
-        return parts[0]
-    if ours := [word for word, theirs in WORDS.items() if name.removeprefix("--") in theirs]:
-        same = [option for option in known for word in ours if word in (option[2:], option.rpartition(".")[2])]
-        # None where the command has no such option: one whose name looks alike would mean something else.
-        return min(same, key=lambda option: option.count("."), default=None)
-    return next(iter(get_close_matches(name, known, n=1, cutoff=0.5)), None)
+def parse_known(cls: type[T], args: list[str], *, prog: str) -> tuple[T, list[str]]:
+    """Return an instance of the dataclass ``cls`` and the arguments that are not its own, --help among them."""
+    _names(args, options(cls))  # for the error of a repeated one
+    return _tyro(cls, args=args, prog=prog, add_help=False, return_unknown_args=True)
 
 
-def _unboxed(text: str) -> str:
-    """What tyro says in the first part of a box with a title, as one line."""
-    lines = [line.strip("│ ") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
-    ends = [i for i, line in enumerate(lines) if line and not line.strip("─")]
-    return " ".join(" ".join(lines[: ends[0] if ends else None]).split())
-
-
-def _options(cls: Any, prefix: str = "") -> list[str]:
-    """Every option of a configuration, as tyro spells it."""
+def options(cls: Any, prefix: str = "") -> list[str]:
+    """Return the options of a dataclass in tyro's spelling (tyro 1.0.17 has deprecated its own list, get_parser)."""
     names = []
     hints, annotations = get_type_hints(cls), get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
-        if tyro.conf.Positional in getattr(annotations[field.name], "__metadata__", ()):
+        markers = getattr(annotations[field.name], "__metadata__", ())
+        if tyro.conf.Positional in markers or tyro.conf.Fixed in markers:
             continue
         name, kind = prefix + field.name.replace("_", "-"), hints[field.name]
         if dataclasses.is_dataclass(kind):
-            names += _options(kind, f"{name}.")
+            names += options(kind, prefix if FLAT in markers else f"{name}.")
         else:
             names.append(f"--{name}")
             if kind is bool:
                 names.append(f"--{prefix}no-{name.removeprefix(prefix)}")
     return names
+
+
+def _names(args: list[str], known: list[str]) -> list[str]:
+    """Return the names of the options in ``args``; ValueError if one of ``known`` comes twice."""
+    names = [arg.split("=", 1)[0].replace("_", "-") for arg in args if arg.startswith("--")]
+    for name in known:
+        if names.count(name) > 1:
+            raise ValueError(f"{name} is given twice; put several values after one {name}")
+    return names
+
+
+def _tyro(cls: type, **settings: Any) -> Any:
+    """Call ``tyro.cli`` and raise its complaint as a ValueError of one line.
+
+    tyro 1.0.17 reports parse errors as objects only through ``tyro._errors``, which is private and announced to change
+    in any release. So the text is taken from the box that it prints.
+    """
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(cls, **settings)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise ValueError(_unboxed(printed.getvalue()).removeprefix(f"Error parsing {cls.__name__}: ")) from None
+
+
+def _unboxed(text: str) -> str:
+    """Return the first part of a box as one line; if the output is not UTF-8, tyro draws its title above a rule."""
+    lines = [line.strip("│ ") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
+    lines = lines if text.startswith("╭") else lines[2:]
+    ends = [i for i, line in enumerate(lines) if line and not line.strip("─-")]
+    return " ".join(" ".join(lines[: ends[0] if ends else None]).split())
+
+
+def _meant(name: str, known: list[str]) -> str | None:
+    """Return the option that an unknown name probably stands for.
+
+    That is the first option of the group ``name``, ours for another program's word, or the nearest spelling.
+    """
+    if group := [option for option in known if option.startswith(f"{name}.")]:
+        return group[0]
+    if ours := [word for word, theirs in WORDS.items() if name.removeprefix("--") in theirs]:
+        same = [option for option in known for word in ours if word in (option[2:], option.rpartition(".")[2])]
+        # Without such an option, an option that is only spelled like it would mean something else.
+        return min(same, key=lambda option: option.count("."), default=None)
+    return next(iter(get_close_matches(name, known, n=1, cutoff=0.5)), None)

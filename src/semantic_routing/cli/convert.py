@@ -1,4 +1,4 @@
-"""``semroute convert``: reference checkpoints as runs of this program, and runs as reference checkpoints."""
+"""``semroute convert``: turns reference checkpoints into runs of this program, and runs into reference checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from semantic_routing.checkpoint.load import EMA, MODEL, STATE, find_checkpoint
 from semantic_routing.common.config import to_dict
-from semantic_routing.common.files import check_writable, write_text, written_whole
+from semantic_routing.common.files import check_writable, read_json, write_text, written_whole
 from semantic_routing.common.locks import LOCK, claimed
 from semantic_routing.common.manifest import manifest
 from semantic_routing.interop.upstream import load_upstream, to_upstream, upstream_config
@@ -24,48 +24,49 @@ from semantic_routing.model.codec import HUB_NAME, CodecConfig, PixelCodec
 from semantic_routing.model.dit import Backbone
 from semantic_routing.sampling.load import load_model
 from semantic_routing.sampling.text_to_image import check_channels, check_encoder, latent_shape
-from semantic_routing.text.loading import TextEncoderConfig, text_shape
+from semantic_routing.text.architecture import text_shape
+from semantic_routing.text.config import TextEncoderConfig
 from semantic_routing.training.recipes import paper
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpstreamArguments:
-    """Make a run of a checkpoint of the paper's reference implementation, to sample, score, analyse and export."""
+    """Turn a checkpoint of the paper's reference implementation into a run that every command can open."""
 
     src: Annotated[Path, tyro.conf.Positional]
-    """A safetensors or torch file, or a folder with one, its shards, or what DeepSpeed or Accelerate saved."""
+    """A safetensors or torch file, or a folder with such a file, with its shards, or of DeepSpeed or Accelerate."""
     config: Path
-    """JSON file of the checkpoint's sizes, by the reference's names."""
+    """JSON file of the checkpoint's sizes under the reference's names."""
     arm: str
     """Conditioning strategy: penultimate, uniform, static, time, depth, joint or fusedit (or B1 ... FuseDiT)."""
     out: Path
-    """The run's folder to write."""
+    """Folder of the run to write."""
     image_size: int = 256
     """Side of an image in pixels."""
     text: TextEncoderConfig = field(default_factory=lambda: paper(DEFAULT_ARM).text)
-    """The language model it was trained with; the default is the paper's."""
+    """The language model of its training; the default is the paper's."""
     codec: CodecConfig = field(default_factory=lambda: paper(DEFAULT_ARM).codec)
-    """What turns its latents into images; the default is the paper's."""
+    """The codec between latents and images; the default is the paper's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OursArguments:
-    """Write a run's weights by the reference implementation's names, and their sizes beside them."""
+    """Write a run's weights, and a file of their sizes, under the reference implementation's names."""
 
     model: Annotated[Path, tyro.conf.Positional]
-    """A run's folder, or one of its checkpoints."""
+    """Run's folder, or one of its checkpoints."""
     out: Path
-    """Safetensors file to write; its configuration goes to the same name ending in .json."""
+    """Safetensors file to write; its sizes are written to the same name with the ending .json."""
     averaged: bool = True
-    """Write the moving average of the weights, which samples best, or else the trained weights themselves."""
+    """Write the moving average of the weights, which samples best, or the trained weights with --no-averaged."""
 
 
 def convert_upstream(args: UpstreamArguments) -> Path:
-    """Write the run whose only checkpoint is the reference's; returns that checkpoint.
+    """Write a run with the reference's weights as its only checkpoint; return that checkpoint.
 
-    Weights are stored once, in float32 as in every run, under both names that a checkpoint has for them. A run that
-    is there already is a ValueError, as is whatever ``load_upstream`` finds wrong, or a text encoder at hand whose
-    features the weights do not fit, or a size in pixels that patches do not divide.
+    The weights are stored once, in float32 as in every run, under both names that a checkpoint has for them. Raises
+    ValueError if the run exists, if ``load_upstream`` does, if a text encoder on this machine does not fit the
+    weights, or if the size in pixels does not divide into patches.
     """
     check_writable(args.out)
     with claimed(args.out / LOCK, args.out):
@@ -95,7 +96,7 @@ def _convert_upstream(args: UpstreamArguments) -> Path:
 
 
 def convert_ours(args: OursArguments) -> Path:
-    """Write a run's weights as the reference's; returns the file."""
+    """Write a run's weights under the reference's names; return the file."""
     model = load_model(find_checkpoint(args.model), averaged=args.averaged)
     tensors = to_upstream(model)
     with written_whole(args.out) as scratch:
@@ -108,23 +109,18 @@ DIRECTIONS: dict[str, tuple[type, Callable[[Any], Path]]] = {
     "upstream": (UpstreamArguments, convert_upstream),
     "ours": (OursArguments, convert_ours),
 }
-"""From which side: the command's arguments and what does it."""
+"""By direction: the arguments and the function that converts."""
 
 
 def _read_sizes(path: Path) -> dict[str, Any]:
-    try:
-        sizes = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no configuration file {path}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    sizes = read_json(path, "the sizes")
     if not isinstance(sizes, dict):
         raise ValueError(f'{path} must hold an object of sizes such as {{"hidden_size": 2048, ...}}')
     return sizes
 
 
 def _check_text(model: Backbone, text: TextEncoderConfig) -> None:
-    """Raise where a text encoder on this machine does not fit the weights; one on the hub is not asked for."""
+    """Raise ValueError if a text encoder on this machine does not fit the weights; one on the hub is not fetched."""
     name = text.name_or_path
     if re.fullmatch(HUB_NAME, name) and not Path(name).is_dir():
         return
@@ -132,4 +128,4 @@ def _check_text(model: Backbone, text: TextEncoderConfig) -> None:
     try:
         check_encoder(shape, model.cfg)
     except ValueError as error:
-        raise ValueError(f"{error}; give its own as --text.name-or-path instead of {name}") from error
+        raise ValueError(f"{error}; give the model of its training as --text.name-or-path instead of {name}") from error

@@ -1,4 +1,4 @@
-"""What ``semroute data`` can do: for each subcommand its arguments and what runs it."""
+"""``semroute data``: the arguments of each subcommand and the function that runs it."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from semantic_routing.data.sources.index_writer import REPORT, build
 from semantic_routing.data.tools.preview import PreviewArguments, preview
 from semantic_routing.data.tools.recaption import RecaptionArguments, recaption
 from semantic_routing.data.tools.stats import statistics, table
+from semantic_routing.training.encode_arguments import EncodeArguments
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexArguments:
-    """Scan data once, so that training can go to any record; say what is damaged."""
+    """Scan data once, so that training can read any record directly, and report what is damaged."""
 
     paths: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Tar shards, Parquet files, manifests or folders: paths, patterns such as data/{00000..00127}.tar, or URLs."""
     out: Path | None = None
-    """Folder of the index; by default .semroute-index in the data's folder. Files that have not changed since an
-    earlier scan into it are not scanned again."""
+    """Folder of the index; by default .semroute-index in the data's folder. Later scans skip unchanged files."""
     dimensions: bool = False
-    """Look into every picture for its width and height, which aspect-ratio buckets need; one read for each."""
+    """Read the width and height of every picture, which aspect-ratio buckets need."""
     workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    """Processes."""
+    """Number of processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StatsArguments:
-    """Captions, their lengths, the sizes of pictures, and what is damaged."""
+    """Print statistics of captions, their lengths, picture sizes and damaged records."""
 
     paths: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Data as for `semroute data index`, or folders of indices."""
+    """Data as for semroute data index, or folders of indices."""
     index: Path | None = None
-    """Folder of the index, where it is not in the data's."""
+    """Folder of the index, if it is not in the data's folder."""
     sample: int = 2000
-    """Records that are read, evenly spread; 0 reads all."""
+    """Number of records to read, evenly spread; 0 reads all."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -52,12 +52,12 @@ class StatsArguments:
 
 
 def index(args: IndexArguments) -> str:
-    """Write the index and answer with a summary."""
+    """Write the index and return a summary."""
     if not args.paths:
         raise ValueError("semroute data index needs paths of data")
     out = args.out or default_folder(args.paths[0])
     if out is None or (args.out is None and any(default_folder(path) != out for path in args.paths)):
-        raise ValueError("the index of URLs or of several folders has no place of its own; give --out")
+        raise ValueError("there is no default folder for the index of URLs or of several folders; give --out")
     report = build(args.paths, out, look_inside=args.dimensions, workers=args.workers)
     lines = [f"{report['records']:,} records in {report['files']:,} files of {report['bytes']:,} bytes"]
     if report["damaged_total"]:
@@ -67,7 +67,7 @@ def index(args: IndexArguments) -> str:
 
 
 def stats(args: StatsArguments) -> str:
-    """Read a sample and answer with a table."""
+    """Read a sample and return a table of its statistics."""
     if not args.paths:
         raise ValueError("semroute data stats needs paths of data or an index")
     sources = [source for path in args.paths for source in open_all(path, args.index)]
@@ -75,9 +75,19 @@ def stats(args: StatsArguments) -> str:
     return json.dumps(facts, indent=2) if args.json else table(facts)
 
 
+def encode(args: EncodeArguments) -> str:
+    """Fill the folder of states and answer with a summary."""
+    from semantic_routing.training.encode_text import (
+        encode_text,  # torch and transformers, which the others do not need
+    )
+
+    return encode_text(args)
+
+
 SUBCOMMANDS: dict[str, tuple[type, Callable[[Any], str]]] = {
     "index": (IndexArguments, index),
     "stats": (StatsArguments, stats),
     "recaption": (RecaptionArguments, recaption),
     "preview": (PreviewArguments, preview),
+    "encode": (EncodeArguments, encode),
 }

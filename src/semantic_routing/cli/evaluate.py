@@ -1,4 +1,4 @@
-"""The benchmarks that ``semroute evaluate`` knows: for each its arguments and what runs it."""
+"""``semroute evaluate``: the arguments of each benchmark and the function that runs it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from semantic_routing.chat.client import Usage
 from semantic_routing.chat.server import ChatConfig
+from semantic_routing.cli.arguments import FLAT
 from semantic_routing.common.device import has_bfloat16, keep_freed_memory, pick_device
 from semantic_routing.common.distributed import processes
 from semantic_routing.evaluation.benchmark import Benchmark, Scorer
@@ -29,7 +30,6 @@ from semantic_routing.evaluation.records import TABLE
 from semantic_routing.evaluation.run import evaluate_images, evaluate_model
 from semantic_routing.evaluation.shapes import shapes_benchmark
 from semantic_routing.interop.open import open_model
-from semantic_routing.sampling.samplers import SamplerSpelling
 from semantic_routing.sampling.text_to_image import SampleConfig
 from semantic_routing.training.recipes import TOY_SAMPLING
 
@@ -37,28 +37,29 @@ USAGE = "usage.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateArguments(SampleConfig):
-    """What every benchmark is asked for."""
+class EvaluateArguments:
+    """Arguments of every benchmark that scores images."""
 
     model: Path | None = None
-    """A run's folder, one of its checkpoints, or a pipeline of semroute export: its images are sampled and scored."""
+    """Run's folder, checkpoint, or pipeline of semroute export whose images are sampled and scored."""
     images: Path | None = None
-    """A folder of images made by any tool, laid out as the benchmark's official tools expect, to be scored."""
+    """Folder of existing images to score instead, in the layout that the benchmark's official tools expect."""
     out: Path
-    """Folder of the images and all results; a stopped evaluation goes on."""
+    """Folder for the images and results; a stopped evaluation is resumed."""
     score: bool = True
-    """Score the images, or only sample them."""
+    """Score the images, or only sample them with --no-score."""
     rescore: bool = False
-    """Score anew what another scorer has scored."""
+    """Score again the images that another scorer has scored."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or another that torch knows."""
+    """Device: auto, cpu, cuda, cuda:1 or another of torch's names."""
+    sampling: Annotated[SampleConfig, FLAT] = field(default_factory=SampleConfig)
+    """How the images are sampled."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if (self.model is None) == (self.images is None):
-            raise ValueError("what should be evaluated? give either --model, a run or pipeline, or --images, a folder")
+            raise ValueError("nothing to evaluate: give either --model, a run or pipeline, or --images, a folder")
         if self.images is not None and not self.score:
-            raise ValueError("--no-score samples images only, and --images are there already; give --model")
+            raise ValueError("--no-score only samples images, which needs --model instead of --images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,17 +67,13 @@ class ShapesArguments(EvaluateArguments):
     """Score a model on unseen captions of the toy world with the exact checker."""
 
     n: int = 440
-    """Prompts, spread evenly over the eleven tags."""
+    """Number of prompts, spread evenly over the eleven tags."""
     prompt_seed: int = 0
-    """Which prompts."""
-    sampler: SamplerSpelling = TOY_SAMPLING.sampler
-    """euler and heun integrate the flow, euler-ancestral renews part of the noise, renoise all of it (seeks modes)."""
-    steps: int = TOY_SAMPLING.steps
-    """Steps of the sampler."""
-    guidance: float = TOY_SAMPLING.guidance
-    """Scale of classifier-free guidance; 1 is none."""
-    shift: float = TOY_SAMPLING.shift
-    """Above 1, more steps near the noise."""
+    """Seed of the prompts."""
+    sampling: Annotated[SampleConfig, FLAT] = field(
+        default_factory=lambda: replace(TOY_SAMPLING, batch=SampleConfig.batch)
+    )
+    """How the images are sampled; the defaults are those of the toy recipes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,29 +82,29 @@ class ShapesArguments(EvaluateArguments):
 
 
 def shapes(args: ShapesArguments) -> str:
-    """Evaluate on the toy world; the table."""
+    """Evaluate on the toy world and return the table."""
     benchmark, checker = shapes_benchmark(args.prompt_seed, args.n)
     return evaluate(benchmark, lambda: checker, args, prompt_seed=args.prompt_seed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenEvalArguments(EvaluateArguments):
-    """GenEval: does an image show the objects, numbers, colours and positions that its prompt asks for?"""
+    """Score a model on GenEval: the objects, numbers, colours and positions that the prompts ask for."""
 
     prompts: Path
-    """evaluation_metadata.jsonl of djghosh13/geneval."""
+    """File evaluation_metadata.jsonl of djghosh13/geneval."""
     images_per_prompt: int = IMAGES_PER_PROMPT
-    """Images for each prompt."""
+    """Images per prompt."""
     detector: str = DETECTOR
-    """Mask2Former: a folder, a name on the hub, or mmdetection's file of weights, which the official scorer uses."""
+    """Mask2Former: a folder, a name on the hub, or the mmdetection weights file that the official scorer uses."""
     clip: str = CLIP
     """CLIP ViT-L/14 for colours: a folder or a name on the hub."""
     variant: str = ""
-    """A label of the score, beside what the models are labelled."""
+    """Label of the score, put before the labels of the models."""
 
 
 def geneval(args: GenEvalArguments) -> str:
-    """Evaluate on GenEval; the table."""
+    """Evaluate on GenEval and return the table."""
     benchmark = read_geneval(args.prompts, args.images_per_prompt)
 
     def scorer() -> Scorer:
@@ -119,41 +116,41 @@ def geneval(args: GenEvalArguments) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedArguments(EvaluateArguments):
-    """What a benchmark with a model as its judge is asked for."""
+    """Arguments of the benchmarks that a model judges."""
 
     prompts: Path
-    """The benchmark's prompts."""
+    """File of the benchmark's prompts."""
     images_per_prompt: int = 1
-    """Images for each prompt."""
+    """Images per prompt."""
     judge: ChatConfig = field(default_factory=ChatConfig)
-    """The judge's server, which speaks OpenAI's protocol; answers are kept in OUT/answers if no cache is named."""
+    """The judge's OpenAI-compatible server; its answers are cached in OUT/answers by default."""
 
     def asked(self) -> ChatConfig:
-        """The judge's server with a place for its answers."""
+        """Return the judge's server with a folder for its answers."""
         return self.judge if self.judge.cache is not None else replace(self.judge, cache=self.out / "answers")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenAIBenchArguments(JudgedArguments):
-    """GenAI-Bench: VQAScore, the probability that a model answers Yes when asked whether an image shows its prompt."""
+    """Score a model on GenAI-Bench: VQAScore, the probability that a judge says Yes, the image shows its prompt."""
 
     prompts: Path
-    """genai_image.json, of 527 or 1600 prompts."""
+    """File genai_image.json, with 527 or 1600 prompts."""
     skills: Path
-    """genai_skills.json of the same set."""
+    """File genai_skills.json of the same set."""
     local_judge: str | None = None
-    """A vision-language model of transformers (a folder or a name on the hub) as the judge, instead of a server."""
+    """Judge on this machine instead of a server: a vision-language model of transformers (a folder or a hub name)."""
     template: str = "3.1"
-    """The question: of t2v_metrics 3.1 or 3.0, or a text with {} in the prompt's place."""
+    """The question: that of t2v_metrics 3.1 or 3.0, or a text with {} for the prompt."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.score and (self.local_judge is None) == (not self.judge.model):
-            raise ValueError("who should judge? give --judge.model, served at --judge.base-url, or else --local-judge")
+            raise ValueError("no judge: give --judge.model, served at --judge.base-url, or else --local-judge")
 
 
 def genai_bench(args: GenAIBenchArguments) -> str:
-    """Evaluate on GenAI-Bench; the table."""
+    """Evaluate on GenAI-Bench and return the table."""
     template = VQA_TEMPLATES.get(args.template, args.template)
 
     def scorer() -> Scorer:
@@ -168,38 +165,39 @@ def genai_bench(args: GenAIBenchArguments) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class DrawBenchArguments(JudgedArguments):
-    """DrawBench: alignment, coherence and style from 1 to 5, as UnifiedReward sees them."""
+    """Score a model on DrawBench: alignment, coherence and style from 1 to 5, judged by UnifiedReward."""
 
     prompts: Path
-    """CSV with the columns Prompts and Category, or JSON or JSON lines with such keys."""
+    """CSV file with the columns Prompts and Category, or JSON or JSON lines with these keys."""
     template: Path = UNIFIED_REWARD_TEMPLATE
-    """Text of the request with {prompt} in the prompt's place; the official one can be given."""
+    """Text file of the request, with {prompt} for the prompt, such as the official one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.score and not self.judge.model:
-            raise ValueError("who should judge? give --judge.model, served at --judge.base-url")
+            raise ValueError("no judge: give --judge.model, served at --judge.base-url")
 
 
 def drawbench(args: DrawBenchArguments) -> str:
-    """Evaluate on DrawBench; the table."""
+    """Evaluate on DrawBench and return the table."""
     benchmark = read_drawbench(args.prompts, args.images_per_prompt)
     return evaluate(benchmark, lambda: UnifiedRewardJudge(args.asked(), args.template), args)
 
 
 def evaluate(benchmark: Benchmark, make_scorer: Callable[[], Scorer], args: EvaluateArguments, **facts: Any) -> str:
-    """Sample, unless there are images, and score; the table, or the folder where only sampling was asked for.
+    """Sample the images unless they are given, score them and return the table.
 
-    Under torchrun each process does its share, and all but the first answer with nothing.
+    With --no-score return the folder of the images. Under torchrun each process does its share, and only the first
+    returns text.
     """
     keep_freed_memory()
     with processes() as job:
-        # Before hours of sampling: a scorer that cannot be had.
+        # First, so that a scorer that cannot be loaded fails before hours of sampling.
         scorer = make_scorer() if args.score else None
         try:
             if args.model is not None:
-                bundle = open_model(args.model, pick_device(args.device), compiled=args.compile)
-                evaluate_model(benchmark, bundle, args.out, args, scorer, job, rescore=args.rescore, **facts)
+                bundle = open_model(args.model, pick_device(args.device), compiled=args.sampling.compile)
+                evaluate_model(benchmark, bundle, args.out, args.sampling, scorer, job, rescore=args.rescore, **facts)
             elif args.images is not None and scorer is not None:
                 evaluate_images(benchmark, args.images, args.out, scorer, job, rescore=args.rescore, **facts)
         finally:
@@ -211,7 +209,7 @@ def evaluate(benchmark: Benchmark, make_scorer: Callable[[], Scorer], args: Eval
 
 
 def note_usage(path: Path, usage: Usage) -> None:
-    """Add what a judge was asked, and what it cost, to a file with a line for each process of each run."""
+    """Append a judge's requests and their cost to a file with one line for each process of each run."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"date": datetime.now(UTC).isoformat(timespec="seconds")} | asdict(usage)) + "\n")
 

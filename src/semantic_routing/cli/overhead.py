@@ -1,4 +1,4 @@
-"""semroute overhead: the paper's Table 4."""
+"""``semroute overhead``: the cost of every arm, as in the paper's Table 4."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from semantic_routing.model.arms import ARMS, PAPER_ARMS, parse_arm
 
 @dataclass(frozen=True, kw_only=True)
 class OverheadArguments:
-    """What a picture costs with every arm (the paper's Table 4)."""
+    """Measure the cost of a picture with every arm (the paper's Table 4)."""
 
     scale: Literal["paper", "toy"] = "paper"
     """Sizes of the networks and of the picture."""
     arms: tuple[str, ...] = PAPER_ARMS
-    """Conditioning strategies."""
+    """Conditioning strategies to measure."""
     text_tokens: int = 32
-    """Length of a prompt in this program's own numbers."""
+    """Length of the prompt in tokens, in the counts of this program."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where latency and memory are measured; "auto" measures where there is a CUDA device."""
+    """Device for latency and memory; auto measures them only if there is a CUDA device."""
     compile: bool = False
-    """Compile the network that is timed, as semroute sample --compile does."""
+    """Compile the network before it is timed, as semroute sample --compile does."""
     json: Path | None = None
-    """Write the numbers as JSON to this file, or with no name or "-" to the standard output instead of the table."""
+    """JSON file for the numbers; without a name, or with -, JSON replaces the table on the standard output."""
 
 
 def run_overhead(args: OverheadArguments) -> str:
-    """Measure the arms; the text to print."""
+    """Measure the arms and return the text to print."""
     cuda = args.device == "auto" and torch.cuda.is_available()
     device = pick_device(args.device) if cuda or args.device != "auto" else None
     if not args.arms:
-        raise ValueError(f"nothing to measure: name some of the arms {', '.join(ARMS)}")
+        raise ValueError(f"nothing to measure: give --arms with some of {', '.join(ARMS)}")
     arms = [parse_arm(arm) for arm in args.arms]
     how: dict[str, Any] = {"scale": SCALES[args.scale], "device": device, "compiled": args.compile}
     rows = [measure(arm, text_tokens=args.text_tokens, **how) for arm in arms]

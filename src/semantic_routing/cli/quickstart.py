@@ -1,4 +1,4 @@
-"""The whole method on one machine in minutes: train, sample, score, report."""
+"""``semroute quickstart``: trains, samples, scores and reports on one machine in minutes."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from semantic_routing.training.tiny_lm import tiny_lm
 from semantic_routing.training.trainer import Trainer
 
 TRAIN_SECONDS = 540
-"""What training may take, so that all of it, installing included, is done in a quarter of an hour."""
+"""Time limit of the training, so that everything, installing included, takes a quarter of an hour."""
 LOCK_FILE = ".quickstart.lock"
-"""Of its own, for the training in the same folder has the usual one."""
+"""Different from the lock of the training in the same folder."""
 TRIAL_STEPS, WARM_UP = 24, 8
-"""Steps of the trial that measures how fast the machine is, and how many of them do not count."""
+"""Steps of the trial that measures the machine's speed, and the first of them that do not count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +43,13 @@ class QuickstartArguments:
     """Train a toy model, sample from it, score it exactly and write a report."""
 
     out: Path = Path("runs/quickstart")
-    """Folder of the run; a quickstart that was stopped goes on."""
+    """Folder of the run; a stopped quickstart is resumed."""
     arm: str = DEFAULT_ARM
     """Conditioning strategy (B1 B2 B3 S1 S2 S3 FuseDiT, or their names)."""
     steps: int | None = None
-    """Training steps; by default the recipe's, or as many of them as this machine does in nine minutes."""
+    """Training steps; by default the recipe's, or on a slow machine as many as fit into nine minutes."""
     prompts: int = 440
-    """Unseen prompts to score, spread evenly over the eleven tags."""
+    """Number of unseen prompts to score, spread evenly over the eleven tags."""
     guidance: float = TOY_SAMPLING.guidance
     """Scale of classifier-free guidance."""
     seed: int = 42
@@ -64,7 +64,7 @@ class QuickstartArguments:
 
 
 def run_quickstart(args: QuickstartArguments) -> Path:
-    """Do it all; returns the report's path."""
+    """Train, sample, score and write the report; return its path."""
     out = args.out
     check_writable(out)
     with claimed(out / LOCK_FILE, out):
@@ -87,10 +87,10 @@ def _run(args: QuickstartArguments, cfg: TrainConfig) -> Path:
 
 
 def affordable_steps(cfg: TrainConfig) -> int:
-    """The recipe's steps, or on a slow machine as many hundreds of them as fit into ``TRAIN_SECONDS``.
+    """Return the recipe's steps, or on a slow machine as many hundreds of them as fit into ``TRAIN_SECONDS``.
 
-    A short trial measures a step. The number is then fixed and stands in the run's configuration, so the run
-    itself is as reproducible as any other.
+    A short trial measures the time of a step. The number is stored in the run's configuration, so the run is as
+    reproducible as any other.
     """
     data = open_data(cfg.data, image_size=cfg.image_size, seed=cfg.seed)
     text = replace(cfg.text, name_or_path=str(tiny_lm(training_corpus(data))))
@@ -107,14 +107,14 @@ def affordable_steps(cfg: TrainConfig) -> int:
     steps = min(cfg.steps, max(100, int(TRAIN_SECONDS / seconds) // 100 * 100))
     if steps < cfg.steps:
         sys.stderr.write(
-            f"A step takes {seconds:.2f} s here: training {steps} steps instead of {cfg.steps}, to be done in minutes "
+            f"A step takes {seconds:.2f} s here: training {steps} steps instead of {cfg.steps}, to finish in minutes "
             f"(--steps {cfg.steps} trains them all)\n"
         )
     return steps
 
 
 def _check_same(cfg: TrainConfig, out: Path, any_steps: bool) -> None:
-    """Raise where the run in ``out`` is not the one that was asked for."""
+    """Raise ValueError if ``out`` holds a run with another configuration than ``cfg``."""
     there = from_dict(TrainConfig, read_run_config(find_checkpoint(out)))
     model = replace(cfg.model, text_width=there.model.text_width, text_layers=there.model.text_layers)
     if replace(cfg, model=model, steps=there.steps if any_steps else cfg.steps) != there:
@@ -125,7 +125,7 @@ def _check_same(cfg: TrainConfig, out: Path, any_steps: bool) -> None:
 
 
 class Timings:
-    """Seconds spent on each part of a run, added up over interruptions in a file."""
+    """Seconds spent on each part of a run, summed over interruptions and kept in a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -133,7 +133,7 @@ class Timings:
 
     @contextmanager
     def measured(self, name: str) -> Iterator[None]:
-        """Add the time that the block takes, however it ends."""
+        """Add the time of the context, even if it ends in an error."""
         began = time.perf_counter()
         try:
             yield

@@ -1,15 +1,16 @@
-"""semroute sample: a run and prompts to a folder of images."""
+"""``semroute sample``: draws the images of prompts into a folder."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from semantic_routing.cli.arguments import FLAT
 from semantic_routing.common.device import keep_freed_memory, pick_device
 from semantic_routing.common.distributed import processes
 from semantic_routing.common.files import write_text
@@ -20,30 +21,35 @@ from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage, l
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleArguments(SampleConfig):
+class SampleArguments:
     """Sample images from a trained run."""
 
     model: Annotated[Path, tyro.conf.Positional]
     """A run's folder, one of its checkpoints, or a pipeline of semroute export."""
     out: Path
-    """Folder to write PNG files to; whole images already there are kept."""
+    """Folder for the PNG files; complete images that it already holds are kept."""
     prompt: tuple[str, ...] = ()
-    """Prompts."""
+    """Prompts, each in quotation marks."""
     prompts: Path | None = None
-    """File of prompts: one a line, or .jsonl or .csv with a column prompt, text or caption."""
+    """File of prompts: one per line, or .jsonl or .csv with a column prompt, text or caption."""
     images_per_prompt: int = 1
-    """Images for each prompt, each from its own noise."""
+    """Images per prompt, each from its own noise."""
     negative_prompt: str | None = None
-    """What guidance moves away from, instead of the model's null prompt."""
+    """Prompt that guidance moves away from; by default the model's null prompt."""
     height: int | None = None
-    """Height of the images in pixels, if not the model's own."""
+    """Height of the images in pixels; by default the model's."""
     width: int | None = None
-    """Width of the images in pixels, if not the model's own."""
+    """Width of the images in pixels; by default the model's."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or another that torch knows."""
+    """Device: auto, cpu, cuda, cuda:1 or another of torch's names."""
+    sampling: Annotated[SampleConfig, FLAT] = field(default_factory=SampleConfig)
+    """How the images are sampled."""
 
     def arranged(self, bundle: TextToImage) -> TextToImage:
-        """Set the model to the size and the negative prompt asked for; ValueError for a size that patches cannot."""
+        """Return the model set to these arguments' size and negative prompt.
+
+        ValueError for a size that does not divide into patches.
+        """
         size = (self.height or bundle.image_size, self.width or bundle.image_size)
         for name in ("height", "width"):
             if (pixels := getattr(self, name)) is not None and pixels < 1:
@@ -54,10 +60,10 @@ class SampleArguments(SampleConfig):
 
 
 def sample_to_folder(args: SampleArguments, open_model: Callable[..., TextToImage] = load_bundle) -> Path:
-    """Write ``PPPPP_II.png`` for prompt P and image I, ``prompts.jsonl`` and ``manifest.json``; returns the folder.
+    """Write ``PPPPP_II.png`` for prompt P and image I, ``prompts.jsonl`` and ``manifest.json``; return the folder.
 
-    Images that are there already are kept, provided that the folder's manifest asks for the same ones. Under
-    torchrun each process samples its share.
+    Existing images are kept; ValueError if the folder's manifest describes other images. Under torchrun each process
+    samples its share.
     """
     prompts = [*args.prompt, *(read_prompts(args.prompts) if args.prompts is not None else [])]
     if not prompts:
@@ -65,13 +71,13 @@ def sample_to_folder(args: SampleArguments, open_model: Callable[..., TextToImag
     if args.images_per_prompt < 1:
         raise ValueError(f"images_per_prompt is {args.images_per_prompt}; it must be at least 1")
     keep_freed_memory()
-    bundle = args.arranged(open_model(args.model, pick_device(args.device), compiled=args.compile))
+    bundle = args.arranged(open_model(args.model, pick_device(args.device), compiled=args.sampling.compile))
     names = [(p, i) for p in range(len(prompts)) for i in range(args.images_per_prompt)]
     paths = {name: args.out / f"{name[0]:05d}_{name[1]:02d}.png" for name in names}
     with processes() as job, claimed_by_first(args.out, job):
-        identity = request(bundle, prompts, args) if job.first else {}  # large weights take a while to hash
+        identity = request(bundle, prompts, args.sampling) if job.first else {}  # large weights take a while to hash
         claim_folder(args.out, identity, job, checkpoint=str(bundle.checkpoint))
-        sample_missing(bundle, prompts, paths, args, job)
+        sample_missing(bundle, prompts, paths, args.sampling, job)
         if job.first:
             rows = [{"file": paths[name].name, "prompt": prompts[name[0]], "image": name[1]} for name in names]
             write_text(args.out / PROMPTS, "".join(json.dumps(row) + "\n" for row in rows))

@@ -1,1 +1,1 @@
-"""What every part may use; knows nothing of models."""
+"""Helpers for every package; they know nothing of models."""

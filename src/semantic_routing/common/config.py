@@ -1,4 +1,4 @@
-"""Configurations as JSON: frozen dataclasses out, and in again with every key and type checked."""
+"""Conversion of configurations (frozen dataclasses) to JSON and back, with every key and type checked."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ T = TypeVar("T")
 
 
 def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
-    """The end of an error message about an unknown name: the closest known one, or all of them."""
+    """Return the end of an error message about an unknown name: the closest known one, or all of them."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as nested dictionaries of JSON types."""
+    """Return a configuration as nested dictionaries of JSON types."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_dict(cls: type[T], values: object, where: str = "") -> T:
-    """A configuration from nested dictionaries; missing keys keep their defaults.
+    """Return a configuration from nested dictionaries; missing keys keep their defaults.
 
-    Raises ValueError for an unknown key (naming the nearest known one), a missing one without a default, or a
-    value of another type. ``where`` begins the names of keys in messages, such as "model.".
+    Raises ValueError for an unknown key (naming the nearest known one), for a missing key without a default, and for a
+    value of another type. ``where`` is put before keys in messages, such as "model.".
     """
     if not isinstance(values, dict):
         raise ValueError(f"{where.rstrip('.') or cls.__name__} must be an object of settings, not {values!r}")
@@ -44,7 +44,7 @@ def from_dict(cls: type[T], values: object, where: str = "") -> T:
 
 
 def read_config(cls: type[T], path: Path) -> T:
-    """A configuration from a JSON file."""
+    """Read a configuration from a JSON file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -58,7 +58,7 @@ def read_config(cls: type[T], path: Path) -> T:
 
 
 def check_finite(settings: Any, where: str = "") -> None:
-    """Raise ValueError where a setting is NaN, which passes comparisons that should refuse it, or infinite."""
+    """Raise ValueError if a setting is infinite or NaN, which passes most checks of ranges."""
     if dataclasses.is_dataclass(settings):
         settings = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
     if isinstance(settings, dict):
@@ -72,7 +72,7 @@ def check_finite(settings: Any, where: str = "") -> None:
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
-    """``value`` as the annotated type ``kind``; JSON lacks tuples and writes whole floats as integers."""
+    """Return ``value`` as the annotated type ``kind``; JSON lacks tuples and may write 2.0 as 2."""
     if dataclasses.is_dataclass(kind):
         return from_dict(kind, value, f"{where}.")  # type: ignore[arg-type]
     origin, args = get_origin(kind), get_args(kind)

@@ -1,4 +1,4 @@
-"""The way to a server: which proxies and certificates of the environment it takes, and in words what is wrong there."""
+"""Proxies and certificates that the environment sets for connections to servers, with clear errors for bad ones."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 PROXIES = ("http", "https", "socks5", "socks5h")
-"""Kinds of proxy that the client's library knows."""
+"""Schemes of proxies that the HTTP library supports."""
 CERTIFICATES = (("SSL_CERT_FILE", Path.is_file, "file"), ("SSL_CERT_DIR", Path.is_dir, "folder"))
-"""Variables that name certificates of one's own, what each must be, the first that is set counts."""
+"""Environment variables for own certificates, the check and the kind of each; the first that is set counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """How to reach a server."""
+    """Proxy and certificates for connections to a server."""
 
     proxy: str | None = field(default=None, repr=False)
-    """Its address, which may hold a password."""
+    """Address of the proxy, which may contain a password."""
     variable: str = ""
-    """The environment variable that names the proxy."""
+    """Environment variable that sets the proxy."""
     verify: ssl.SSLContext | bool = True
-    """Which certificates are trusted; True are those of the system."""
+    """Trusted certificates; True for those of the system."""
 
     def explain(self, trouble: str) -> str:
-        """What went wrong on the way, with what of the environment had a part in it."""
+        """Return an error message extended by the proxy and certificates that may have caused it."""
         if self.proxy is not None:
             trouble += f" (through the proxy that {self.variable} names)"
         if "CERTIFICATE_VERIFY_FAILED" in trouble:
@@ -39,21 +39,21 @@ class Way:
 
 
 def way_to(url: str) -> Way:
-    """Find the way to an address; ValueError names the variable of the environment that spoils it, and the fix.
+    """Return the proxy and certificates for an address; ValueError names the variable that is wrong and the fix.
 
-    A server on this machine is reached without a proxy, and one at http:// without certificates.
+    A server on this machine needs no proxy, and one at http:// no certificates.
     """
     parts = urlsplit(url)
     host = parts.hostname or ""
     proxy, variable = (None, "") if is_local(host) or _is_excepted(host) else _proxy(parts.scheme)
     if "https" in (parts.scheme, urlsplit(proxy or "").scheme):
         return Way(proxy=proxy, variable=variable, verify=_certificates())
-    # Without trusted certificates it is made at once, and no redirection to https:// goes unverified.
+    # A context without certificates is cheap to make, and refuses redirections to https://.
     return Way(proxy=proxy, variable=variable, verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
 
 
 def check_hub(name: str) -> None:
-    """Raise ValueError where a model is to come from the Hugging Face hub and the environment spoils the way there."""
+    """Raise ValueError if the model ``name`` needs the hub and the environment's proxy or certificates are bad."""
     from huggingface_hub import constants
 
     if not Path(name).exists() and not constants.HF_HUB_OFFLINE:
@@ -61,7 +61,7 @@ def check_hub(name: str) -> None:
 
 
 def is_local(host: str) -> bool:
-    """Whether a host is this machine: localhost, 127.0.0.1, ::1 and the like."""
+    """Return whether a host is this machine, such as localhost, 127.0.0.1 or ::1."""
     name = host.lower().rstrip(".")
     if name == "localhost" or name.endswith(".localhost"):
         return True
@@ -72,7 +72,7 @@ def is_local(host: str) -> bool:
 
 
 def _is_excepted(host: str) -> bool:
-    """Whether NO_PROXY names the host, or a network that it is in."""
+    """Return whether NO_PROXY lists the host or its network."""
     if proxy_bypass(host):
         return True
     for entry in getproxies().get("no", "").split(","):
@@ -83,7 +83,7 @@ def _is_excepted(host: str) -> bool:
 
 
 def _proxy(scheme: str) -> tuple[str | None, str]:
-    """The proxy of the environment, and what names it."""
+    """Return the proxy of the environment and the name of the variable that sets it."""
     known = getproxies()
     kind = next((kind for kind in (scheme, "all") if known.get(kind)), None)
     if kind is None:
@@ -94,11 +94,11 @@ def _proxy(scheme: str) -> tuple[str | None, str]:
     try:
         parts = urlsplit(address)
         usable = parts.scheme in PROXIES and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # no number as its port
+    except ValueError:  # the port is not a number
         usable = False
     if not usable:
         raise ValueError(
-            f"{variable} in the environment names no proxy that can be used; write it like http://HOST:PORT or "
+            f"{variable} in the environment names a proxy that cannot be used; write it like http://HOST:PORT or "
             "socks5://HOST:PORT, or unset it"
         )
     if parts.scheme.startswith("socks") and find_spec("socksio") is None:
@@ -110,20 +110,20 @@ def _proxy(scheme: str) -> tuple[str | None, str]:
 
 
 def _certificates() -> ssl.SSLContext | bool:
-    """The certificates that the environment names; True where it names none."""
+    """Return the certificates that the environment sets, or True if it sets none."""
     for name, is_there, what in CERTIFICATES:
         value = os.environ.get(name)
         if not value:
             continue
-        fix = f"unset {name}, or let it name a {what} of certificates"
-        # OpenSSL takes several folders, as in PATH.
+        fix = f"unset {name}, or set it to a {what} of certificates"
+        # OpenSSL accepts several folders, separated as in PATH.
         if not any(is_there(Path(part)) for part in ([value] if what == "file" else value.split(os.pathsep))):
-            raise ValueError(f"{name} in the environment names {value}, which is no {what}; {fix}")
+            raise ValueError(f"{name} in the environment names {value}, which is not a {what}; {fix}")
         try:
             if what == "file":
                 return ssl.create_default_context(cafile=value)
             return ssl.create_default_context(capath=value)
-        except OSError as error:  # ssl.SSLError among them
+        except OSError as error:  # includes ssl.SSLError
             where = f"{name} in the environment names {value}"
             keys = os.environ.get("SSLKEYLOGFILE")
             if keys and error.filename == keys:

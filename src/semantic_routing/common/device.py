@@ -1,4 +1,4 @@
-"""What this machine can do, and the settings that make a CPU fast."""
+"""Facts about this machine: devices, processor, cache folder, bfloat16; and glibc's memory settings."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _MALLOC_MMAP_MAX, _MALLOC_TRIM_THRESHOLD, _MALLOC_TOP_PAD = -4, -1, -2
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """Find the named device, or with "auto" a CUDA device where there is one; ValueError if it is not there.
+    """Return the named device, or for "auto" a CUDA device if there is one; ValueError if torch does not see it.
 
-    Processes that torchrun started on one machine take a CUDA device each.
+    Under torchrun each process of a machine gets its own CUDA device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,7 +31,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def _is_here(device: torch.device) -> bool:
-    """Whether torch can compute on the device."""
+    """Return whether torch can compute on the device."""
     if device.type == "cpu":
         return not device.index
     if device.type == "cuda":
@@ -42,7 +42,7 @@ def _is_here(device: torch.device) -> bool:
 
 
 def _seen() -> str:
-    """The devices besides the CPU, as the end of a message."""
+    """Return the devices besides the CPU as the end of a message."""
     if not torch.accelerator.is_available():
         return ""
     kind = torch.accelerator.current_accelerator()
@@ -51,19 +51,28 @@ def _seen() -> str:
 
 
 def cache_folder() -> Path:
-    """Find the folder of what is made once a machine; ValueError where there is no home to keep it in."""
+    """Return the folder for files that are made once per machine; ValueError if there is no home folder."""
     named, caches = os.environ.get("SEMROUTE_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
     try:
         if named:
             return Path(named).expanduser()
-        # A relative XDG_CACHE_HOME is to be ignored, as its specification says.
+        # The XDG specification says to ignore a relative path.
         return (Path(caches) if os.path.isabs(caches) else Path.home() / ".cache") / "semantic-routing"
     except RuntimeError as error:
         raise ValueError("this user has no home folder to keep a cache in; set SEMROUTE_CACHE to a folder") from error
 
 
+def processor() -> list[str]:
+    """Return the distinct lines of /proc/cpuinfo that describe the processor's model and instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    return sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+
+
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware; elsewhere float32 is the faster type."""
+    """Return whether the device multiplies bfloat16 in hardware; without it float32 is faster."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     capabilities = torch.cpu.get_capabilities()
@@ -71,15 +80,15 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def use_bfloat16(precision: str, device: torch.device) -> bool:
-    """Whether products run in bfloat16 at a precision of "bf16", "fp32", or "auto": where hardware has it."""
+    """Return whether products run in bfloat16 at precision "bf16", "fp32" or "auto", which asks the hardware."""
     return precision == "bf16" or (precision == "auto" and has_bfloat16(device))
 
 
 def keep_freed_memory() -> bool:
-    """Ask glibc to keep freed buffers for the next allocation; True if it agreed.
+    """Tell glibc to keep freed buffers for the next allocation; return whether it does (False without glibc).
 
-    By default it returns every large buffer to the system and faults its pages in again a moment later, which
-    makes elementwise work on a CPU several times slower. Elsewhere than glibc nothing is done.
+    By default glibc returns every large buffer to the system, and the next one costs new page faults. That makes
+    elementwise work on a CPU several times slower.
     """
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return False

@@ -1,4 +1,4 @@
-"""The processes of one job as torchrun starts them; without torchrun, one process that is alone."""
+"""The processes of one job under torchrun; without torchrun, a single process."""
 
 from __future__ import annotations
 
@@ -21,64 +21,56 @@ from semantic_routing.common.errors import TrainingFailed, exit_code
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)
-"""How long processes wait for the slowest of them. One that fails ends the job sooner: torchrun stops the rest."""
+"""Longest wait for the slowest process. If one fails, torchrun ends the job earlier."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Which process of how many this is."""
+    """Rank of this process and number of processes (world size)."""
 
     rank: int = 0
     count: int = 1
 
     @property
     def first(self) -> bool:
-        """Whether this process writes what the job writes once."""
+        """Whether this process is rank 0, which writes what the job writes once."""
         return self.rank == 0
 
     def share(self, work: Sequence[T]) -> list[T]:
-        """This process's part of the work: every ``count``-th piece, so that all parts are alike in length."""
+        """Return this process's part of the work: every ``count``-th piece, so that parts have similar lengths."""
         return list(work[self.rank :: self.count])
 
     def wait(self) -> None:
-        """Return when every process has come here."""
+        """Wait until every process has come here."""
         if self.count > 1:
             dist.barrier()
 
 
 @contextmanager
 def processes() -> Iterator[Processes]:
-    """The job's processes, able to wait for each other (over gloo, on the host) while the context lasts."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1 or dist.is_initialized():
-        yield Processes(int(os.environ.get("RANK", "0")), count)
-        return
-    dist.init_process_group("gloo", timeout=PATIENCE)
-    try:
-        yield Processes(dist.get_rank(), count)
-    finally:
-        dist.destroy_process_group()
+    """Join the job's processes for the context, so that they can wait for each other (over gloo, on the host)."""
+    with _joined("gloo") as (rank, count):
+        yield Processes(rank, count)
 
 
 ALONE = Processes()
 CPU = torch.device("cpu")
 HEAD_START = 1.0
-"""Seconds for the first process to say why the run ends, before torchrun sees another end and stops it."""
+"""Seconds for rank 0 to print why the run ends, before torchrun sees another process end and stops it."""
 SETTLE = 0.25
-"""Seconds for gloo's threads to let go of the last tensors: they need the interpreter for it, and abort the process
-where that is already on its way out."""
+"""Seconds for gloo's threads to release the last tensors; at interpreter shutdown they would abort the process."""
 
 
 @dataclass(frozen=True)
 class World(Processes):
-    """The processes of a run, what this one computes on, and how they speak to each other."""
+    """The processes of a run, this one's device, and their communication."""
 
     device: torch.device = CPU
-    """This process's device."""
+    """Device of this process."""
     mesh: DeviceMesh | None = None
-    """All processes as (replicas, shards), or shards alone; None for one process."""
+    """Mesh of all processes as (replicas, shards), or of shards only; None for one process."""
     threads: ProcessGroup | None = None
-    """Another way for all processes to speak, for a thread beside the training; None for one process."""
+    """Second process group of all processes, for a thread beside the training; None for one process."""
 
     def everywhere(self, act: Callable[[], T]) -> T:
         """Run ``act`` on every process and return its result here; if one fails, all end with the first error."""
@@ -112,7 +104,7 @@ class World(Processes):
         return cast(list[T], found)
 
     def first_then_rest(self, act: Callable[[], T]) -> T:
-        """Run ``act`` on the first process, then on the rest, which find what it cached; return its result here."""
+        """Run ``act`` on rank 0, then on the others, which find what rank 0 cached; return its result here."""
         if self.first:
             result = self.everywhere(act)
             self.everywhere(lambda: None)
@@ -121,7 +113,7 @@ class World(Processes):
         return self.everywhere(act)
 
     def fail(self, error: Exception) -> NoReturn:
-        """End every process for one reason, which all of them know: the first raises it, the others only end."""
+        """End every process because of an error that all of them have: rank 0 raises it, the others exit silently."""
         if self.first:
             raise error
         time.sleep(HEAD_START)
@@ -146,18 +138,25 @@ class World(Processes):
 
 @contextmanager
 def open_world() -> Iterator[World]:
-    """The processes that torchrun started, joined while the context lasts; one process alone joins nothing."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
-        yield World()
-        return
+    """Join the run's processes for the context: over gloo on CPUs and NCCL on GPUs."""
     backend = "gloo"
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
+    with _joined(backend) as (rank, count):
+        yield World(rank, count)
+
+
+@contextmanager
+def _joined(backend: str) -> Iterator[tuple[int, int]]:
+    """Open the process group of torchrun's processes, unless it is open; yield rank and world size."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1 or dist.is_initialized():
+        yield dist.get_rank() if count > 1 else 0, count
+        return
     dist.init_process_group(backend, timeout=PATIENCE)
     try:
-        yield World(dist.get_rank(), count)
+        yield dist.get_rank(), count
     finally:
         time.sleep(SETTLE)
         dist.destroy_process_group()

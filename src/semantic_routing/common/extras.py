@@ -1,4 +1,4 @@
-"""Packages that only an extra of this one brings: imported when they are asked for, or missed in one line."""
+"""Imports of optional packages, with a one-line error that names the extra to install."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 
 def require(module: str, *, what: str, extra: str = "") -> Any:
-    """Import a module that ``what`` needs; ValueError where that fails, with the extra, or the package, to install."""
+    """Import and return a module that ``what`` needs; ValueError names the extra, or the package, to install."""
     package = module.partition(".")[0]
     try:
-        import_module(package)  # one that is broken may have left parts of it loaded
+        import_module(package)  # fails for a broken package whose modules are partly loaded
         return import_module(module)
-    # A package that does not fit its neighbours raises whatever it comes upon: AttributeError of another NumPy,
-    # RuntimeError of its own checks, TypeError of its decorators.
+    # A package that does not fit another's version may raise anything: AttributeError with another NumPy,
+    # RuntimeError from its own checks, TypeError from its decorators.
     except Exception as error:
         wanted = f"semantic-routing[{extra}]" if extra else package
         raise ValueError(
@@ -22,6 +22,6 @@ def require(module: str, *, what: str, extra: str = "") -> Any:
 
 
 def require_diffusers(what: str) -> None:
-    """Import diffusers with what loading and saving its pipelines needs."""
+    """Import diffusers and what it needs to load and save pipelines."""
     require("accelerate", what=what, extra="diffusers")
     require("diffusers.pipelines.pipeline_utils", what=what, extra="diffusers")

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and reading them with one clear message."""
+"""Atomic writing of files and folders, and reading with one-line errors."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ PARTIAL = ".partial-"
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` to write a file or a folder to; flushed and renamed when all went well.
+    """Yield a temporary path beside ``path`` for a file or folder; flush it and rename it to ``path`` on success.
 
-    An existing file is replaced, a folder only if it is empty. Raises ValueError where the place cannot be written.
+    Replaces an existing file, and an existing folder only if it is empty. Raises ValueError if it cannot be written.
     """
-    scratch = path.with_name(f".{path.name}{PARTIAL}{secrets.token_hex(4)}")  # no other process has the same
+    scratch = path.with_name(f".{path.name}{PARTIAL}{secrets.token_hex(4)}")  # unique among processes
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield scratch
@@ -40,7 +40,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def check_writable(folder: Path) -> None:
-    """ValueError where ``folder`` cannot be made or written to: better before hours of work than after."""
+    """Raise ValueError if ``folder`` cannot be made or written to; for use before hours of work."""
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not there.is_dir():
         raise ValueError(f"cannot write {folder}: {there} is a file")
@@ -49,13 +49,13 @@ def check_writable(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file completely or not at all."""
     with written_whole(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
 
 
 def _remove(path: Path) -> None:
-    """Delete what this program has written itself."""
+    """Delete a file or folder that this program has written."""
     if path.is_dir():
         shutil.rmtree(path)
     elif path.exists():
@@ -63,7 +63,7 @@ def _remove(path: Path) -> None:
 
 
 def read_json(path: Path, what: str) -> Any:
-    """The content of a JSON file; ValueError calls the file ``what``."""
+    """Read a JSON file; errors are ValueErrors that call the file ``what``."""
     text = read_text(path, what)
     try:
         return json.loads(text)
@@ -72,7 +72,7 @@ def read_json(path: Path, what: str) -> Any:
 
 
 def read_json_lines(path: Path, what: str) -> list[Any]:
-    """The values of a file with one JSON value a line; ValueError names the line that is none."""
+    """Read a file with one JSON value per line; ValueError names the first line that is not JSON."""
     values = []
     for number, line in enumerate(read_text(path, what).split("\n"), 1):
         if line.strip():
@@ -84,7 +84,7 @@ def read_json_lines(path: Path, what: str) -> list[Any]:
 
 
 def read_text(path: Path, what: str) -> str:
-    """A UTF-8 file that the user named; ValueError calls it ``what``."""
+    """Read a UTF-8 file that the user named; errors are ValueErrors that call it ``what``."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -94,7 +94,7 @@ def read_text(path: Path, what: str) -> str:
 
 
 def hash_files(files: Iterable[Path]) -> str:
-    """SHA-256 of files, one after another in the order of their names."""
+    """Return the SHA-256 of the files' contents in order of their names."""
     digest = hashlib.sha256()
     for path in sorted(files):
         with path.open("rb") as file:
@@ -104,7 +104,7 @@ def hash_files(files: Iterable[Path]) -> str:
 
 
 def flush(path: Path) -> None:
-    """Return when a file or the list of a folder's files is on the disk itself."""
+    """Write a file, or a folder's list of files, through to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -113,9 +113,9 @@ def flush(path: Path) -> None:
 
 
 def as_umask_says(path: Path, files: Iterable[Path]) -> None:
-    """Give files the mode that a new file beside ``path`` gets: some libraries leave that of a private temporary one.
+    """Give files the mode of a new file beside ``path``; some libraries leave the mode of a private temporary file.
 
-    Asking the umask itself would change it for other threads.
+    Reading the umask itself would change it for other threads.
     """
     probe = path.with_name(f".{path.name}-{os.getpid()}-mode")
     probe.touch()

@@ -1,8 +1,7 @@
-"""One process at a time in a folder: who writes there holds a lock, which says who that is.
+"""Folder locks: one writing process per folder, and an error for others that names it.
 
-The lock is the system's own (``flock``) on a small file. It goes with its process, however that ends: a file that was
-left behind, by whatever process of whatever machine, hinders nobody. Over NFS it holds between machines, too. Of a job
-of several processes the first holds it for all.
+The lock is the system's (``flock``) on a small file. It ends with its process, so that a file left by a dead process
+blocks nobody. Over NFS it also holds between machines. In a job of several processes, the first one holds it.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 LOCK = ".lock"
-"""The usual name of the file in the folder that it guards."""
+"""Usual name of the lock file in the locked folder."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What file systems answer that know no locks, as Lustre does where it is mounted without."""
+"""Errors of file systems without locks, such as Lustre mounted without ``flock``."""
 _HELD: set[int] = set()
-"""Handles of this process's locks."""
+"""File descriptors of this process's locks."""
 
 
 @contextmanager
 def claimed(lock: Path, what: str | Path) -> Iterator[None]:
-    """Hold the file ``lock`` while the context lasts; ``what`` is what it guards, as messages name it.
+    """Hold the lock file ``lock`` for the context; messages call what it protects ``what``.
 
-    ValueError where another process holds it, or where it cannot be written. The file goes at the end, and with it the
-    folders that were made for it, if nothing else came into them.
+    Raises ValueError if another process holds it or it cannot be written. At the end the file is deleted, and with it
+    the folders that were made for it if they are empty.
     """
     made = [folder for folder in lock.parents if not folder.exists()]
     try:
@@ -48,7 +47,7 @@ def claimed(lock: Path, what: str | Path) -> Iterator[None]:
         yield
     finally:
         _HELD.discard(handle)
-        with suppress(OSError):  # the folder was taken away, or the disk is read-only by now
+        with suppress(OSError):  # the folder was deleted, or the disk became read-only
             if _is_same(handle, lock):
                 lock.unlink()
         os.close(handle)
@@ -58,7 +57,7 @@ def claimed(lock: Path, what: str | Path) -> Iterator[None]:
 
 
 def _take(lock: Path, what: str | Path) -> int:
-    """Open and lock the file; its handle."""
+    """Open and lock the file; return its descriptor."""
     while True:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -70,14 +69,14 @@ def _take(lock: Path, what: str | Path) -> int:
             if error.errno not in NO_LOCKS:
                 os.close(handle)
                 raise
-            sys.stderr.write(f"semroute: {lock.parent} is on a disk without locks: let no other process write there\n")
+            sys.stderr.write(f"semroute: the disk of {lock.parent} has no locks; let no other command write there\n")
         if _is_same(handle, lock):
             return handle
-        os.close(handle)  # who held it before has deleted it meanwhile
+        os.close(handle)  # its previous holder has deleted it
 
 
 def _is_same(handle: int, lock: Path) -> bool:
-    """Whether the file by that name is the one that was opened."""
+    """Return whether ``lock`` is still the file that was opened."""
     try:
         return os.path.samestat(os.fstat(handle), lock.stat())
     except FileNotFoundError:
@@ -85,12 +84,12 @@ def _is_same(handle: int, lock: Path) -> bool:
 
 
 def _self() -> dict[str, str | int]:
-    """What a lock says of its holder."""
+    """Return the holder's facts for the lock file."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 def _holder(lock: Path, patience: float = 1.0) -> str:
-    """Who holds a lock and what to do; it may have been taken this very moment and say nothing yet."""
+    """Return the end of an error message: the holder and what to do. A new lock file may still be empty."""
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -102,11 +101,11 @@ def _holder(lock: Path, patience: float = 1.0) -> str:
             time.sleep(0.05)
             continue
         where = "" if host == socket.gethostname() else f"; if that machine is gone, delete {lock}"
-        return f"process {pid} on host {host} is at it since {since}; wait for its end or stop it{where}"
+        return f"process {pid} on host {host} has used it since {since}; wait for its end or stop it{where}"
 
 
 def _forget() -> None:
-    """Close the locks in a process that was forked, so that they end with the one that took them."""
+    """Close the locks in a forked process, so that they end with the process that took them."""
     for handle in _HELD:
         os.close(handle)
     _HELD.clear()

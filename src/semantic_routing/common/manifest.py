@@ -1,4 +1,4 @@
-"""The manifest beside every result: what was run, with which code and libraries, on what machine."""
+"""The manifest beside every result: command, commit, versions and hardware."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from semantic_routing import __version__
+from semantic_routing.common.device import processor
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "diffusers", "triton")
 
 
 def manifest(**facts: Any) -> dict[str, Any]:
-    """Command, commit, versions and hardware of this process, and the given facts (configuration, seeds ...)."""
+    """Return command, commit, versions and hardware of this process, and the given facts (configuration, seeds ...)."""
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -30,10 +31,11 @@ def manifest(**facts: Any) -> dict[str, Any]:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, threads and, where there is one, the GPU."""
+    """Return the processor, the number of threads and, if there is one, the GPU."""
+    names = [line.partition(":")[2].strip() for line in processor() if line.startswith("model name")]
     facts: dict[str, Any] = {
         "machine": platform.machine(),
-        "processor": _processor(),
+        "processor": names[0] if names else platform.processor(),
         "threads": torch.get_num_threads(),
     }
     if torch.cuda.is_available():
@@ -42,7 +44,7 @@ def hardware() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this program, of Python and of the libraries that decide numbers."""
+    """Return the versions of this program, of Python and of the libraries that affect numbers."""
     found = {"semantic-routing": __version__, "python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -52,23 +54,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def _commit() -> str | None:
-    """Commit of the checkout that the package runs from, marked where it was changed; None if installed."""
+    """Return the commit of the checkout that the package runs from, marked if changed; None if it is installed."""
     here = Path(__file__).resolve()
     if not _git(here.parent, "ls-files", here.name):
-        return None  # not of this repository, as where an environment lies inside of one
+        return None  # installed in an environment inside another repository
     return _git(here.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
 
 
 def _git(folder: Path, *args: str) -> str:
-    """What git says about the folder; nothing where there is no git or no repository."""
+    """Return git's output about the folder; empty without git or a repository."""
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=10, check=False

@@ -1,4 +1,4 @@
-"""The signals by which terminals and schedulers end a program: noted, so that work is saved before it ends."""
+"""Handlers for the signals that end programs, so that work is saved first."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from contextlib import contextmanager
 from types import FrameType
 
 PEOPLE = (signal.SIGINT, signal.SIGQUIT)
-"""What keys of a terminal send; a second one does not wait."""
+"""Signals from a terminal's keys; a second one ends the program immediately."""
 ENDING = (*PEOPLE, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
-"""Beside them: what ends jobs, a terminal that closes, the warnings of Slurm, LSF and Grid Engine, used up time."""
+"""All handled signals: also from closing terminals, from Slurm, LSF and Grid Engine, and for used-up CPU time."""
 ALWAYS = (signal.SIGINT, signal.SIGTERM)
-"""Noted also where they are ignored when the program starts, as shells start what runs in the background."""
+"""Signals that are handled even if ignored at the start, as in background jobs of a shell."""
 
 
 @contextmanager
 def stop_signals(*, patient: bool = False) -> Iterator[list[int]]:
-    """A list that receives the signals ``ENDING`` instead of their ending the process.
+    """Yield a list that collects the signals ``ENDING``, which then do not end the process.
 
-    What is ignored stays so, such as SIGHUP under nohup. A second one of ``PEOPLE`` raises KeyboardInterrupt, unless
-    ``patient``.
+    Ignored signals stay ignored, such as SIGHUP under nohup. A second signal of ``PEOPLE`` raises KeyboardInterrupt,
+    unless ``patient``.
     """
     received: list[int] = []
 
@@ -31,7 +31,7 @@ def stop_signals(*, patient: bool = False) -> Iterator[list[int]]:
         received.append(number)
 
     if threading.current_thread() is not threading.main_thread():
-        yield received  # Python delivers signals to the main thread alone
+        yield received  # Python delivers signals only to the main thread
         return
     before = {number: signal.getsignal(number) for number in ENDING}
     noted = [n for n, handler in before.items() if n in ALWAYS or handler is not signal.SIG_IGN]
@@ -45,6 +45,6 @@ def stop_signals(*, patient: bool = False) -> Iterator[list[int]]:
 
 
 def leave_to_parent() -> None:
-    """Ignore the signals in a process beside the one that notes them: a terminal sends them to both."""
+    """Ignore the signals in a worker process; a terminal sends them to its parent too."""
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)

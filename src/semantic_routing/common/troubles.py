@@ -1,4 +1,4 @@
-"""Trouble with what is written beside the work, such as metrics: told once and survived."""
+"""Handling of failures beside the main work, such as writing metrics: reported once, then ignored."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from tqdm import tqdm
 
 
 def say(message: str) -> None:
-    """Tell the user a line on stderr, if there still is one."""
+    """Print a line on stderr; do nothing if stderr is gone."""
     with suppress(OSError):
-        tqdm.write(f"semroute: {' '.join(message.split())}", file=sys.stderr)  # above a bar, if there is one
+        tqdm.write(f"semroute: {' '.join(message.split())}", file=sys.stderr)  # above a progress bar
 
 
 class Troubles:
-    """What went wrong so far; each thing is told once."""
+    """The failures so far; each is reported once."""
 
     def __init__(self) -> None:
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
 
     @contextmanager
     def survived(self, what: str | Path, *more: type[Exception]) -> Iterator[None]:
-        """Go on after the context where it ends in an OSError or one of ``more``; the first of ``what`` is told."""
+        """Ignore an OSError or one of ``more`` in the context; report the first failure of ``what``."""
         kinds: tuple[type[Exception], ...] = (OSError, *more)
         try:
             yield
         except kinds as error:
-            if str(what) not in self._told:
-                self._told.add(str(what))
+            if str(what) not in self._reported:
+                self._reported.add(str(what))
                 reason = getattr(error, "strerror", None) or error
-                say(f"{what}: {reason}; going on without it, and saying so once")
+                say(f"{what}: {reason}; continuing without it (reported once)")
 
 
 class Forgiving:
-    """A stream of text that loses what cannot be written: its terminal is gone, its disk is full."""
+    """A text stream that drops what cannot be written, as when its terminal is gone or its disk is full."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -57,6 +57,6 @@ class Forgiving:
 
 @contextmanager
 def forgiving_stderr() -> Iterator[None]:
-    """Nothing that is only shown can end the work while the context lasts."""
+    """Keep failures to write to stderr from ending the work during the context."""
     with redirect_stderr(Forgiving(sys.stderr)):
         yield

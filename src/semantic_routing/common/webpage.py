@@ -1,4 +1,4 @@
-"""What all pages of the program share: one look, and one frame that needs no network and no file beside it."""
+"""The frame and style of all HTML pages; a page needs no network and no other file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ STYLE = Path(__file__).with_suffix(".css")
 
 
 def document(title: str, body: str, *, styles: tuple[Path, ...] = (), script: Path | None = None) -> str:
-    """A whole HTML page with the shared style, then ``styles``; ``script`` runs when ``body`` is there."""
+    """Return a complete HTML page with the shared style, then ``styles``; ``script`` runs after ``body``."""
     style = "".join(path.read_text(encoding="utf-8") for path in (STYLE, *styles))
     code = "" if script is None else f"<script>\n{script.read_text(encoding='utf-8')}</script>\n"
     return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from semantic_routing.common.images.decode import Unusable
+from semantic_routing.common.errors import BadData
 
 USUAL = ("txt", "text", "caption", "prompt")
 """Where captions are looked for unless keys are given: the first of these that a record has."""
@@ -28,10 +28,10 @@ class CaptionChoice:
         self.weights = dict(zip(keys, weights or [1.0] * len(keys), strict=True))
 
     def choose(self, captions: Mapping[str, tuple[str, ...]], key_uniform: float, text_uniform: float) -> str:
-        """One caption; the numbers in [0, 1) decide the key and which of its texts. Unusable where there is none."""
+        """One caption; the numbers in [0, 1) decide the key and which of its texts. BadData where there is none."""
         texts = captions.get(self._key(captions, key_uniform), ())
         if not texts:
-            raise Unusable("no caption", f"found {', '.join(sorted(captions)) or 'none at all'}")
+            raise BadData("no caption", f"found {', '.join(sorted(captions)) or 'none at all'}")
         return texts[int(text_uniform * len(texts))].strip()
 
     def missing(self, there: Sequence[str]) -> str:

@@ -12,15 +12,15 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Integer, UInt8
 
-from semantic_routing.common.errors import TrainingFailed
-from semantic_routing.common.images.decode import Limits, Unusable, decode
+from semantic_routing.common.errors import BadData, TrainingFailed
+from semantic_routing.common.images.decode import Limits, decode
 from semantic_routing.data.buckets import assign, bucket_shapes, turns
 from semantic_routing.data.captions import CaptionChoice
 from semantic_routing.data.damage import Skipped
 from semantic_routing.data.draws import another, sample_rng
 from semantic_routing.data.order import Mixture, ShardOrder, locate
 from semantic_routing.data.sidecar import RECAPTION, Sidecar
-from semantic_routing.data.sources.records import DamagedRecord, Record, RecordSource
+from semantic_routing.data.sources.records import Record, RecordSource
 from semantic_routing.toy.captions import prompts
 from semantic_routing.toy.captions import sample as draw_sample
 
@@ -171,7 +171,7 @@ class RecordStream:
         for place in self._places():
             try:
                 yield self._caption(self._record(*place), 0.0, 0.0)
-            except (DamagedRecord, Unusable):
+            except BadData:
                 continue
 
     def _places(self) -> Iterator[tuple[int, int, int]]:
@@ -188,11 +188,12 @@ class RecordStream:
         for place in islice(self._places(), ATTEMPTS):
             try:
                 record = self._record(*place)
+            except BadData:
+                continue
+            try:
                 self._caption(record, 0.0, 0.0)
                 return
-            except DamagedRecord:
-                continue
-            except Unusable:
+            except BadData:
                 read = True
                 there.update({key: len(found[0]) for key, found in record.captions.items()})
         if read:
@@ -213,16 +214,15 @@ class RecordStream:
         """Picture, caption and key of one record, or why it cannot be used."""
         by_key, by_text, by_flip = uniforms
         source, number = self._shards[shard]
-        name, key = source.shard_name(number), ""
+        key = ""
         try:
             record = self._record(shard, within, bucket)
             key = record.key
             caption = self._caption(record, by_key, by_text)
             image = decode(record.image, *self.shapes[bucket], self.how.limits)
-        except DamagedRecord as error:
-            return Skipped(source.name, error.shard or name, error.key, error.reason, error.detail, stand_in)
-        except Unusable as error:
-            return Skipped(source.name, name, key, error.reason, error.detail, stand_in)
+        except BadData as error:
+            shard_name = error.shard or source.shard_name(number)
+            return Skipped(source.name, shard_name, error.key or key, error.reason, error.detail, stand_in)
         return image[:, ::-1] if self.how.flip and by_flip < 0.5 else image, caption, key
 
     def _caption(self, record: Record, by_key: float, by_text: float) -> str:

@@ -33,7 +33,7 @@ from semantic_routing.common.manifest import manifest
 from semantic_routing.evaluation.listing import Listing, list_pictures, suffixes
 from semantic_routing.evaluation.records import MANIFEST, SUMMARY, TABLE
 from semantic_routing.evaluation.summary import spread, without_nan
-from semantic_routing.text.loading import quiet_transformers
+from semantic_routing.text.quiet import quiet_transformers
 
 ENOUGH = 2048
 """Pictures below which an FID says more of their number than of them; its authors ask for so many, better 10,000."""

@@ -1,1 +1,1 @@
-"""Other conventions: the reference's weights, diffusers."""
+"""Conventions of other programs: the reference's weights, diffusers."""

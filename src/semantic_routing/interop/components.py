@@ -1,4 +1,4 @@
-"""The components of a pipeline, and what they are to each other: all of it but the drawing."""
+"""The components of a pipeline: how they are checked, combined, saved and loaded."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from semantic_routing.interop.numerals import Number, whole
 from semantic_routing.model.arms import ARMS
 from semantic_routing.model.codec import Codec, PixelCodec, VAECodec
 from semantic_routing.sampling.text_to_image import check_channels, check_encoder, latent_shape
+from semantic_routing.text.config import TextEncoderConfig
 from semantic_routing.text.encoder import TextEncoder
 from semantic_routing.text.features import TextFeatures
-from semantic_routing.text.loading import TextEncoderConfig
 
 CLASS_FILE = "pipeline"
 IMPORT = "from semantic_routing import SemanticRoutingPipeline\n"
-"""A folder's ``pipeline.py``, where ``DiffusionPipeline.from_pretrained`` looks for a pipeline's class."""
+"""The file ``pipeline.py`` of a folder, in which ``DiffusionPipeline.from_pretrained`` looks for the class."""
 
 
 class Components(DiffusionPipeline):
-    """A pipeline of text encoder, transformer and VAE, any of which may be elsewhere."""
+    """A pipeline of text encoder, transformer and VAE, any of which may be missing."""
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer", "transformer", "vae"]
 
     def encode_prompt(self, prompts: str | Sequence[str]) -> TextFeatures:
-        """What the text encoder says about the prompts, where and as the transformer's products need it.
+        """Encode prompts, in the type and on the device that the transformer needs.
 
-        It is what a call takes as ``prompt_embeds`` or ``negative_prompt_embeds``.
+        A call takes the result as ``prompt_embeds`` or ``negative_prompt_embeds``.
         """
         reads_keys = (self.config.text or {}).get("keys_and_values", False)
         if self.transformer is not None:
@@ -46,14 +46,14 @@ class Components(DiffusionPipeline):
         return self.as_products_need(features)
 
     def as_products_need(self, features: TextFeatures) -> TextFeatures:
-        """The features on the device where the pipeline runs, and in the type that its products start from."""
+        """Move features to the device where the pipeline runs, and to the type of its matrix products' inputs."""
         device = self._execution_device
         if self.transformer is None:
             return features.to(device)
         return features.to(device, torch.float32 if self.product_type(device) == torch.float32 else None)
 
     def latent_shape(self, height: Number | None = None, width: Number | None = None) -> tuple[int, int, int]:
-        """Shape (channels, h, w) of the latents of an image in pixels; ValueError where patches do not divide it."""
+        """Return the shape (channels, h, w) of an image's latents; raise ValueError if patches do not divide it."""
         size = self.config.image_size
         rows, columns = (
             size if side is None else whole(name, side) for name, side in {"height": height, "width": width}.items()
@@ -62,24 +62,24 @@ class Components(DiffusionPipeline):
 
     @property
     def vae_scale_factor(self) -> int:
-        """Pixels along one side of a latent position."""
+        """Pixels per latent position along one side."""
         return self.codec().factor
 
     @property
     def image_processor(self) -> VaeImageProcessor:
-        """What turns tensors from -1 to 1 into images, and back."""
+        """The converter between images and tensors with values from -1 to 1."""
         return VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     def enable_vae_tiling(self) -> None:
-        """Decode large images in overlapping tiles: less memory, other pixels. ValueError for a model of pixels."""
+        """Decode large images in overlapping tiles: less memory, other pixels. Raises ValueError without a VAE."""
         self._vae("tile").enable_tiling()
 
     def disable_vae_tiling(self) -> None:
-        """Decode images whole again."""
+        """Decode images without tiles again."""
         self._vae("tile").disable_tiling()
 
     def enable_vae_slicing(self) -> None:
-        """Decode the images of a call one after another: less memory, same pixels. ValueError for a model of pixels."""
+        """Decode the images of a call one by one: less memory, same pixels. Raises ValueError without a VAE."""
         self._vae("slice").enable_slicing()
 
     def disable_vae_slicing(self) -> None:
@@ -88,26 +88,26 @@ class Components(DiffusionPipeline):
 
     def _vae(self, purpose: str) -> Any:
         if self.vae is None:
-            raise ValueError(f"this model draws pixels and has no VAE to {purpose}")
+            raise ValueError(f"this model samples pixels and has no VAE to {purpose}")
         return self.vae
 
     def product_type(self, device: torch.device) -> torch.dtype:
-        """The type of matrix products: that of narrow weights, or what ``precision`` says of float32 ones."""
+        """Return the type of matrix products: the weights' type, or as ``precision`` says if they are float32."""
         dtype = self.transformer.dtype
         wide = dtype == torch.float32
         return torch.bfloat16 if wide and use_bfloat16(self.config.precision, device) else dtype
 
     def products(self, device: torch.device) -> AbstractContextManager[None]:
-        """A context in which products have their type."""
+        """Return a context in which matrix products have the type ``product_type``."""
         dtype = self.product_type(device)
         return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
     def encoder(self) -> TextEncoder:
-        """The text encoder as training used it; ValueError where it is elsewhere."""
+        """Return the text encoder with its training settings; raise ValueError if the pipeline has none."""
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError(
                 "this pipeline has no text encoder and tokenizer to read prompts: give prompt_embeds and "
-                "negative_prompt_embeds, which encode_prompt returns where they are"
+                "negative_prompt_embeds, from encode_prompt of a pipeline that has them"
             )
         settings = {name: value for name, value in (self.config.text or {}).items() if name != "keys_and_values"}
         total = settings.pop("total_layers", 0)
@@ -116,12 +116,13 @@ class Components(DiffusionPipeline):
         return TextEncoder.from_model(self.text_encoder, self.tokenizer, config, total)
 
     def codec(self) -> Codec:
+        """Return the VAE as a codec, or the codec of pixels if there is none."""
         return PixelCodec() if self.vae is None else VAECodec(self.vae)
 
     def check_components(self) -> Codec:
-        """Raise where two components were not made for each other, or none draws; the codec."""
+        """Return the codec; raise ValueError if components do not fit each other or the transformer is missing."""
         if self.transformer is None:
-            raise ValueError("this pipeline has no transformer to draw with: it can do no more than encode_prompt")
+            raise ValueError("this pipeline has no transformer to sample with: it can only encode_prompt")
         codec, cfg = self.codec(), self.transformer.backbone.cfg
         if self.text_encoder is not None and self.tokenizer is not None:
             check_encoder(self.encoder().shape, cfg)
@@ -130,7 +131,7 @@ class Components(DiffusionPipeline):
         return codec
 
     def save_config(self, save_directory: Path | str, push_to_hub: bool = False, **options: Any) -> None:
-        """Write ``model_index.json``, and the file that diffusers finds the pipeline's class by."""
+        """Write ``model_index.json`` and the file in which diffusers finds the pipeline's class."""
         super().save_config(save_directory, **options)
         path = Path(save_directory, self.config_name)
         index = json.loads(path.read_text(encoding="utf-8"))
@@ -140,7 +141,7 @@ class Components(DiffusionPipeline):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: Path | str) -> dict[str, Any]:
-        """Read ``model_index.json`` without the file of the class: who asks this class for it needs no other."""
+        """Read ``model_index.json``; drop the name of the class's file, because the class is already here."""
         index = super()._dict_from_json_file(json_file)
         if isinstance(index.get("_class_name"), list):
             index["_class_name"] = index["_class_name"][-1]

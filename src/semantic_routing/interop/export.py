@@ -1,4 +1,4 @@
-"""A trained checkpoint as the folder of a diffusers pipeline, with a model card."""
+"""Export of a trained checkpoint to the folder of a diffusers pipeline, with a model card."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from semantic_routing.interop.transformer import SemanticRoutingTransformer
 from semantic_routing.model.codec import VAECodec
 from semantic_routing.sampling.load import load_bundle
 from semantic_routing.sampling.text_to_image import TextToImage
-from semantic_routing.text.loading import quiet_transformers
+from semantic_routing.text.quiet import quiet_transformers
 
 CARD = """\
 ---
@@ -35,8 +35,7 @@ tags:
 # Semantic Routing, arm {arm}
 
 A text-to-image diffusion transformer whose blocks read all layers of a language model, mixed by the routing
-strategy **{arm}**; a pipeline of [diffusers](https://huggingface.co/docs/diffusers), written by
-`semroute export`.
+strategy **{arm}**. It is a [diffusers](https://huggingface.co/docs/diffusers) pipeline written by `semroute export`.
 
 | | |
 | --- | --- |
@@ -45,7 +44,7 @@ strategy **{arm}**; a pipeline of [diffusers](https://huggingface.co/docs/diffus
 | images | {image_size} x {image_size} pixels, {latents} |
 | null prompt | {null_prompt!r} |
 
-{copies} of its own.
+{copies}.
 
 ## Use
 
@@ -56,7 +55,7 @@ pipe = SemanticRoutingPipeline.from_pretrained("this folder, or its name on the 
 image = pipe({prompt!r}, num_inference_steps=50, guidance_scale=6.0).images[0]
 ```
 
-The image that `semroute sample --seed 0` draws for prompt 0 starts from the noise
+The image that `semroute sample --seed 0` samples for prompt 0 starts from the noise
 `noise_for(0, [(0, 0)], pipe.latent_shape())` of `semantic_routing.sampling.samplers`, passed as `latents`.
 
 ## Training
@@ -67,20 +66,20 @@ The image that `semroute sample --seed 0` draws for prompt 0 starts from the noi
 
 @dataclass(frozen=True, kw_only=True)
 class ExportArguments:
-    """Write a trained run as a pipeline of diffusers, with a model card."""
+    """Write a trained run as a diffusers pipeline, with a model card."""
 
     model: Annotated[Path, tyro.conf.Positional]
     """A run's folder, or one of its checkpoints."""
     out: Path
     """Folder to write; it must be new or empty."""
     averaged: bool = True
-    """Write the moving average of the weights, which samples best, or else the trained weights themselves."""
+    """Write the moving average of the weights, which samples best, instead of the latest weights."""
 
 
 def export(args: ExportArguments) -> Path:
-    """Write the pipeline's folder whole or not at all; returns it."""
+    """Write the pipeline's folder, whole or not at all, and return it."""
     if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
-        raise ValueError(f"{args.out} is there already; choose another --out")
+        raise ValueError(f"{args.out} exists already; choose another --out")
     check_writable(args.out)
     with claimed(args.out.absolute().parent / f".{args.out.absolute().name}{LOCK}", args.out):
         return _export(args)
@@ -102,10 +101,11 @@ def _export(args: ExportArguments) -> Path:
 
 
 def make_pipeline(bundle: TextToImage) -> SemanticRoutingPipeline:
-    """The pipeline of a trained model, whose weights it shares."""
+    """Return a pipeline that shares the weights of a trained model."""
     shape = bundle.encoder.shape
     text = to_dict(replace(bundle.encoder.config, name_or_path=_encoder_name(bundle), layers=shape.layers))
-    del text["dtype"], text["offload"]  # the weights' own, and the pipeline's
+    for name in ("dtype", "offload", "keep", "keep_on_disk", "keep_on_disk_bytes"):  # the weights' own, the pipeline's
+        del text[name]
     return SemanticRoutingPipeline(
         text_encoder=bundle.encoder.model,
         tokenizer=bundle.encoder.tokenizer,
@@ -120,7 +120,7 @@ def make_pipeline(bundle: TextToImage) -> SemanticRoutingPipeline:
 
 
 def model_card(bundle: TextToImage, *, averaged: bool) -> str:
-    """What the model is, how to use it, how it was trained."""
+    """Return the model card: sizes, use and training."""
     cfg, vae = bundle.model.cfg, isinstance(bundle.codec, VAECodec)
     return CARD.format(
         arm=cfg.arm,
@@ -128,23 +128,23 @@ def model_card(bundle: TextToImage, *, averaged: bool) -> str:
         depth=cfg.depth,
         width=cfg.width,
         patch=cfg.patch,
-        weights="averaged weights" if averaged else "weights as trained",
+        weights="averaged weights" if averaged else "latest weights",
         encoder=_encoder_name(bundle),
         text_layers=cfg.text_layers,
         text_width=cfg.text_width,
         image_size=bundle.image_size,
-        latents=f"latents of {cfg.channels} channels" if vae else "drawn as pixels",
+        latents=f"latents of {cfg.channels} channels" if vae else "sampled as pixels",
         null_prompt=bundle.null_prompt,
-        copies="The text encoder and the VAE in this folder are copies of models, each with a licence"
+        copies="The text encoder and the VAE in this folder are copies of models with their own licences"
         if vae
-        else "The text encoder in this folder is a copy of a model with a licence",
+        else "The text encoder in this folder is a copy of a model with its own licence",
         prompt="a red circle left of a blue square",
         training=_training_facts(bundle),
     )
 
 
 def _training_facts(bundle: TextToImage) -> str:
-    """What the checkpoint and its run's manifest say, as a list."""
+    """Return facts of the checkpoint and its run's manifest as a Markdown list."""
     assert bundle.checkpoint is not None
     path = bundle.checkpoint.parent.parent / "manifest.json"
     manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -166,6 +166,6 @@ def _training_facts(bundle: TextToImage) -> str:
 
 
 def _encoder_name(bundle: TextToImage) -> str:
-    """The text encoder's name as the run's configuration has it; of a path its last part."""
+    """Return the text encoder's name in the run's configuration, or the last part of its path."""
     name = bundle.config.get("text", {}).get("name_or_path") or bundle.encoder.config.name_or_path
-    return Path(name).name if Path(name).is_dir() else name
+    return Path(name).name if Path(name).exists() else name

@@ -1,6 +1,6 @@
-"""What a pipeline must know of a model and none of its parts would say: it is kept with the transformer's sizes.
+"""Facts that a pipeline needs and no component holds; they are saved in the transformer's configuration.
 
-So a pipeline that is built around another's components draws what that one draws.
+So a pipeline that is built from another's components samples the same images.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from semantic_routing.interop.numerals import whole
 from semantic_routing.model.codec import Codec, VAECodec
 
 NEEDED = {"image_size": "256", "null_prompt": "''", "text": "{'layers': 'all'}"}
-"""Names, each with an example."""
+"""Facts without a default, each with an example."""
 PRECISIONS = ("auto", "bf16", "fp32")
 
 
 def resolve(transformer: Any, **given: Any) -> dict[str, Any]:
-    """What was given and, where it is None, what the transformer's configuration says; ValueError if neither does."""
+    """Fill facts that are None from the transformer's configuration; raise ValueError if it lacks them, too."""
     kept = {} if transformer is None else transformer.config.get("facts") or {}
     facts = {name: kept.get(name) if value is None else value for name, value in given.items()}
     facts["precision"] = facts["precision"] or "auto"
     if missing := {name: example for name, example in NEEDED.items() if facts[name] is None}:
         examples = ", ".join(f"{name}={example}" for name, example in missing.items())
         raise ValueError(
-            f"the transformer's configuration does not tell {' and '.join(missing)} of the model: give them to the "
-            f"pipeline as they were in training, such as {examples}"
+            f"the transformer's configuration lacks {' and '.join(missing)}: give the pipeline the values of training, "
+            f"such as {examples}"
         )
     if facts["precision"] not in PRECISIONS:
         raise ValueError(f"unknown precision {facts['precision']!r}; use one of {', '.join(PRECISIONS)}")
@@ -32,19 +32,19 @@ def resolve(transformer: Any, **given: Any) -> dict[str, Any]:
 
 
 def latents_of(codec: Codec) -> dict[str, Any]:
-    """What decides the meaning of a codec's latents."""
+    """Return the settings that decide the meaning of a codec's latents."""
     if not isinstance(codec, VAECodec):
         return {"kind": "pixels"}
     return {"kind": "vae", "factor": codec.factor, "shift": codec.shift, "scale": codec.scale}
 
 
 def check_latents(transformer: Any, codec: Codec) -> None:
-    """ValueError where a codec gives other latents than those that the transformer is known to draw."""
-    drawn, offered = (transformer.config.get("facts") or {}).get("codec"), latents_of(codec)
-    if drawn is not None and drawn != offered:
+    """Raise ValueError if a codec's latents are not of the kind that the transformer was trained on."""
+    trained, given = (transformer.config.get("facts") or {}).get("codec"), latents_of(codec)
+    if trained is not None and trained != given:
         raise ValueError(
-            f"this transformer draws {_described(drawn)}, but the pipeline decodes {_described(offered)}: "
-            f"use the vae it was trained with{', which is none' if drawn['kind'] == 'pixels' else ''}"
+            f"this transformer samples {_described(trained)}, but the pipeline decodes {_described(given)}: use "
+            f"{'vae=None' if trained['kind'] == 'pixels' else 'the VAE it was trained with'}"
         )
 
 

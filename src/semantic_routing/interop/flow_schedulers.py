@@ -1,4 +1,4 @@
-"""Schedulers of diffusers that can integrate this program's flow, and the times at which they ask for its velocity."""
+"""Schedulers of diffusers that can integrate this program's flow, and the times of their steps."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from semantic_routing.interop.numerals import whole
 from semantic_routing.sampling.samplers import schedule
 
 FLOW_MATCHING = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
-"""Schedulers that always integrate a flow; others do with ``use_flow_sigmas``."""
+"""Schedulers that always integrate a flow; others do so with ``use_flow_sigmas``."""
 Numbers = Sequence[Any] | np.ndarray | Tensor
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """Raise unless the scheduler integrates a flow from sigma 1 to 0."""
+    """Raise ValueError unless the scheduler integrates a flow from sigma 1 to 0."""
     name, config = type(scheduler).__name__, scheduler.config
     prediction, flow_sigmas = config.get("prediction_type", "flow_prediction"), config.get("use_flow_sigmas", False)
     if not (isinstance(scheduler, FLOW_MATCHING) or flow_sigmas) or prediction != "flow_prediction":
@@ -37,11 +37,11 @@ def check_scheduler(scheduler: Any) -> None:
 
 
 def asked_sigmas(steps: Any, sigmas: Numbers | None, timesteps: Numbers | None) -> Float[Tensor, " T"] | int:
-    """The sigmas that a call asks for by themselves or as timesteps (1000 sigma), or else its number of steps."""
+    """Return the sigmas that a call gives, as such or as timesteps (1000 sigma), or else its number of steps."""
     if sigmas is None and timesteps is None:
         return whole("num_inference_steps", steps)
     if sigmas is not None and timesteps is not None:
-        raise ValueError("sigmas and timesteps say the same thing; give one of them")
+        raise ValueError("sigmas and timesteps both set the schedule; give one of them")
     name, given, unit = ("sigmas", sigmas, 1) if timesteps is None else ("timesteps", timesteps, 1000)
     try:
         numbers = [float(number) / unit for number in given]  # type: ignore[union-attr]
@@ -49,15 +49,15 @@ def asked_sigmas(steps: Any, sigmas: Numbers | None, timesteps: Numbers | None) 
         raise ValueError(f"{name} is {given!r}; expected a list of numbers") from error
     falling = all(a > b for a, b in zip(numbers, [*numbers[1:], 0.0], strict=True))
     if not numbers or not falling or not math.isfinite(numbers[0]) or numbers[0] > 1:
-        raise ValueError(f"{name} must fall from at most {unit} and stay above 0, which {given!r} does not")
+        raise ValueError(f"{name} must decrease from at most {unit} and stay above 0, but {given!r} do not")
     return torch.tensor(numbers, dtype=torch.float64)
 
 
 def set_times(scheduler: Any, asked: Float[Tensor, " T"] | int, device: torch.device) -> Float[Tensor, " T"]:
-    """Prepare the scheduler for sigmas or for a number of steps; the time t of each of its timesteps.
+    """Set the scheduler's sigmas or number of steps; return the time t of each of its timesteps.
 
-    Where it takes sigmas it is given this program's schedule, which it may shift. Times are 1 - sigma: some
-    schedulers round their timesteps to integers.
+    A scheduler that takes sigmas gets this program's schedule, which it may shift. Times are computed as 1 - sigma,
+    because some schedulers round their timesteps to integers.
     """
     check_scheduler(scheduler)
     name = type(scheduler).__name__
@@ -72,12 +72,12 @@ def set_times(scheduler: Any, asked: Float[Tensor, " T"] | int, device: torch.de
     sigmas = scheduler.sigmas.float().cpu()
     if len(sigmas) != len(scheduler.timesteps) + 1 or sigmas[0] > 1 or (sigmas.diff() > 0).any():
         raise ValueError(
-            f"{name} goes through sigmas from {sigmas[0]:g} to {sigmas[-1]:g}, but flow "
-            "matching needs them to fall from at most 1: leave out its other options for sigmas"
+            f"{name} has sigmas from {sigmas[0]:g} to {sigmas[-1]:g}, but flow matching needs them to decrease from at "
+            "most 1: leave out its options for other sigmas"
         )
     return 1 - sigmas[:-1]
 
 
 def time_of(scheduler: Any, step: int, device: torch.device) -> Float[Tensor, " 1"]:
-    """The time t at which a prepared scheduler begins a step."""
+    """Return the time t at which a step of the scheduler begins."""
     return (1 - scheduler.sigmas[step].float())[None].to(device)

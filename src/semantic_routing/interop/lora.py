@@ -1,8 +1,8 @@
-"""LoRA adapters of a pipeline's transformer, by the calls that the pipelines of diffusers share.
+"""LoRA adapters of a pipeline's transformer, with the methods that all diffusers pipelines share.
 
-Two things are otherwise than there. An adapter's alpha, by which its strength is decided, is never guessed: it is
-written beside every pair of matrices, and asked for where it was not. And a transformer in the wrapper of
-``torch.compile`` is seen as what it is, where those calls would do nothing.
+Two things differ from diffusers. An adapter's alpha, which decides its strength, is never guessed: it is written beside
+every pair of matrices, and loading an adapter without one is an error. And the methods also work if ``torch.compile``
+has wrapped the transformer, where those of diffusers would do nothing.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from semantic_routing.common.extras import require
 
 SOURCES = {"weight_name", "subfolder", "revision", "cache_dir", "force_download", "local_files_only", "token"}
 SOURCES |= {"proxies", "use_safetensors"}
-"""What says where an adapter's file is."""
+"""Options that locate an adapter's file."""
 WRAPPERS = ("transformer.", "base_model.model.", "_orig_mod.")
-"""What diffusers, peft and torch.compile put before the names of the network's own modules ..."""
+"""Prefixes of the network's module names, added by diffusers, peft and torch.compile."""
 NETWORK = "backbone."
-"""... which begin with this."""
+"""The prefix of all of the network's module names."""
 
 
 class _ClassOrInstance:
-    """A method whose first argument is the object it is called on, or else the class."""
+    """A method whose first argument is the instance, or the class if it is called on the class."""
 
     def __init__(self, function: Callable[..., None]) -> None:
         self.function = function
@@ -42,7 +42,7 @@ class _ClassOrInstance:
 
 
 class TransformerLora(AuraFlowLoraLoaderMixin):
-    """The half of a pipeline that looks after LoRA: that of diffusers for pipelines whose transformer alone has it."""
+    """Mixin with a pipeline's LoRA methods, from diffusers' mixin for pipelines with LoRA in the transformer only."""
 
     transformer: Any
     _lora_loadable_modules: ClassVar[list[str]] = ["transformer"]
@@ -51,17 +51,17 @@ class TransformerLora(AuraFlowLoraLoaderMixin):
     def lora_state_dict(
         cls, pretrained_model_name_or_path_or_dict: Path | str | dict[str, Tensor], **options: Any
     ) -> Any:
-        """The tensors of an adapter; with ``return_lora_metadata`` also its configuration. Safetensors only."""
+        """Read the tensors of a safetensors adapter; with ``return_lora_metadata`` also its configuration."""
         source, name = pretrained_model_name_or_path_or_dict, options.get("weight_name")
         if unknown := sorted(set(options) - SOURCES - {"return_lora_metadata"}):
             raise ValueError(f"unknown argument {unknown[0]!r}; {nearest(unknown[0], sorted(SOURCES))}")
         if options.get("use_safetensors") is False or (name is not None and not name.endswith(".safetensors")):
-            raise ValueError("LoRA is read from .safetensors alone: other files can hold programs")
+            raise ValueError("a LoRA is only read from .safetensors, because other files can run code: convert it")
         source = source if isinstance(source, dict) else str(source)
         try:
             return super().lora_state_dict(source, **(options | {"use_safetensors": True}))
         except SafetensorError as error:
-            raise ValueError(f"the LoRA in {source} is no whole safetensors file: {error}") from error
+            raise ValueError(f"the LoRA in {source} is not a complete safetensors file: {error}") from error
 
     def load_lora_weights(
         self,
@@ -74,26 +74,20 @@ class TransformerLora(AuraFlowLoraLoaderMixin):
         low_cpu_mem_usage: bool = False,
         **options: Any,
     ) -> None:
-        """Add an adapter to the transformer, or with ``hotswap`` put it in the place of the one of that name.
+        """Add an adapter to the transformer, or replace the one of that name with ``hotswap``.
 
-        The source is a folder, a file, a name on the hub, or tensors by name; ``options`` say where in it, as in
-        diffusers (``weight_name``, ``subfolder`` ...). ``network_alphas``, one number or one for each module, and
-        ``metadata``, the fields of peft's LoraConfig, are for adapters that lack their own. ValueError for one without
-        an alpha, or that is of another network.
+        The source is a folder, a file, a name on the hub, or a dictionary of tensors; ``options`` are diffusers'
+        (``weight_name``, ``subfolder`` ...). Adapters without an alpha need ``network_alphas`` (one number, or one per
+        module) or ``metadata`` (fields of peft's LoraConfig). Raises ValueError for a missing alpha or another network.
         """
         require("peft", what="a LoRA")
         options["return_lora_metadata"] = True
-        found, told = self.lora_state_dict(pretrained_model_name_or_path_or_dict, **options)
-        alphas = {name: float(x) for name, x in found.items() if name.endswith(".alpha")}
-        layers = _named({name: x for name, x in found.items() if name not in alphas})
-        if isinstance(network_alphas, int | float):
-            alphas = {f"{name.split('.lora')[0]}.alpha": float(network_alphas) for name in layers}
-        alphas = _named(network_alphas if isinstance(network_alphas, Mapping) else alphas)
-        metadata = metadata if metadata is not None else told
+        tensors, saved = self.lora_state_dict(pretrained_model_name_or_path_or_dict, **options)
+        layers, alphas = _layers_and_alphas(tensors, network_alphas)
+        metadata = metadata if metadata is not None else saved
         if not alphas and not metadata:
             raise ValueError(
-                "this LoRA does not say its alpha, which decides its strength: give network_alphas=, such as 8 for "
-                "one trained with lora_alpha=8"
+                "this LoRA has no alpha: give network_alphas=, such as 8 if it was trained with lora_alpha=8"
             )
         try:
             self.transformer.load_lora_adapter(
@@ -104,7 +98,7 @@ class TransformerLora(AuraFlowLoraLoaderMixin):
                 network_alphas=None if metadata else alphas,
                 metadata=metadata and {f"transformer.{k.removeprefix('transformer.')}": v for k, v in metadata.items()},
                 low_cpu_mem_usage=low_cpu_mem_usage,
-                _pipeline=self,  # so that offloaded components are put back
+                _pipeline=self,  # so that offloading hooks are restored
             )
         except RuntimeError as error:
             raise ValueError(f"this LoRA does not fit the transformer: {error}") from error
@@ -121,12 +115,13 @@ class TransformerLora(AuraFlowLoraLoaderMixin):
         transformer_lora_adapter_metadata: dict[str, Any] | None = None,
         adapter_name: str | None = None,
     ) -> None:
-        """Write an adapter of the transformer as ``pytorch_lora_weights.safetensors`` or ``weight_name``.
+        """Write an adapter to ``pytorch_lora_weights.safetensors`` or ``weight_name``.
 
-        It is the only one or ``adapter_name``, or else the layers given, whose alpha is in the metadata given.
+        The adapter is the transformer's only one, the one called ``adapter_name``, or ``transformer_lora_layers`` with
+        its alpha in ``transformer_lora_adapter_metadata``.
         """
         if not safe_serialization or (weight_name is not None and not weight_name.endswith(".safetensors")):
-            raise ValueError("LoRA is written as .safetensors alone")
+            raise ValueError("a LoRA is only written as .safetensors")
         if Path(save_directory).is_file():
             raise ValueError(f"{save_directory} is a file; expected a folder to write the LoRA to")
         layers, metadata = transformer_lora_layers, transformer_lora_adapter_metadata
@@ -150,19 +145,19 @@ class TransformerLora(AuraFlowLoraLoaderMixin):
             )
 
     def fuse_lora(self, components: list[str] | tuple[str, ...] = ("transformer",), *args: Any, **options: Any) -> None:
-        """Add the active adapters to the weights; arguments are those of diffusers."""
+        """Merge the active adapters into the weights; arguments are those of diffusers."""
         kept = [(layer, dict(layer.scaling)) for layer in lora_layers(self.transformer)]
         super().fuse_lora(list(components), *args, **options)
         self._unfused = self.__dict__.get("_unfused") or kept
 
     def unfuse_lora(self, components: list[str] | tuple[str, ...] = ("transformer",), **options: Any) -> None:
-        """Take them out of the weights again, and forget the ``lora_scale`` that they were fused with."""
+        """Remove the adapters from the weights again, and reset their strengths from before ``fuse_lora``."""
         super().unfuse_lora(list(components), **options)
         _restore(self.__dict__.pop("_unfused", []))
 
     @contextmanager
     def _uncompiled(self) -> Iterator[None]:
-        """With the transformer itself in place of the wrapper that ``torch.compile`` makes."""
+        """Replace the wrapper of ``torch.compile`` by the transformer itself while the context lasts."""
         wrapper = self.transformer
         self.__dict__["transformer"] = getattr(wrapper, "_orig_mod", wrapper)
         try:
@@ -171,13 +166,13 @@ class TransformerLora(AuraFlowLoraLoaderMixin):
             self.__dict__["transformer"] = wrapper
 
 
-def _seen_uncompiled(method: Callable[..., Any]) -> Callable[..., Any]:
+def _without_compile(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
-    def seeing(self: TransformerLora, *args: Any, **options: Any) -> Any:
+    def unwrapped(self: TransformerLora, *args: Any, **options: Any) -> Any:
         with self._uncompiled():
             return method(self, *args, **options)
 
-    return seeing
+    return unwrapped
 
 
 for _name in (
@@ -185,18 +180,18 @@ for _name in (
     *("set_adapters", "delete_adapters", "get_active_adapters", "get_list_adapters", "set_lora_device"),
     "enable_lora_hotswap",
 ):
-    setattr(TransformerLora, _name, _seen_uncompiled(getattr(TransformerLora, _name)))
+    setattr(TransformerLora, _name, _without_compile(getattr(TransformerLora, _name)))
 
 
 @contextmanager
 def lora_scaled(transformer: nn.Module, scale: float) -> Iterator[None]:
-    """Adapters have ``scale`` times their strength while the context lasts; ValueError where there are none."""
+    """Multiply the adapters' strengths by ``scale`` while the context lasts; raise ValueError if there are none."""
     if scale == 1:
         yield
         return
     kept = [(layer, dict(layer.scaling)) for layer in lora_layers(transformer)]
     if not kept:
-        raise ValueError(f"attention_kwargs ask for a LoRA at scale {scale:g}, but no LoRA is loaded")
+        raise ValueError(f"attention_kwargs have scale {scale:g}, but no LoRA is loaded: call load_lora_weights first")
     try:
         for layer, scaling in kept:
             layer.scaling.update({name: scale * strength for name, strength in scaling.items()})
@@ -206,33 +201,46 @@ def lora_scaled(transformer: nn.Module, scale: float) -> Iterator[None]:
 
 
 def lora_layers(transformer: nn.Module) -> list[Any]:
-    """The layers of a network that adapters were added to."""
+    """List the layers of a network with adapters."""
     from peft.tuners.lora import LoraLayer
 
     return [module for module in transformer.modules() if isinstance(module, LoraLayer)]
 
 
 def _restore(kept: list[tuple[Any, dict[str, float]]]) -> None:
-    """Give layers the strengths that were kept, of the adapters that they still have."""
+    """Reset the strengths of the adapters that are still there."""
     for layer, scaling in kept:
         layer.scaling.update({name: strength for name, strength in scaling.items() if name in layer.scaling})
 
 
+def _layers_and_alphas(
+    tensors: Mapping[str, Tensor], given: int | float | Mapping[str, float] | None
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Separate an adapter's matrices from the alphas saved beside them, which ``given`` replaces."""
+    alphas: Mapping[str, float] = {name: float(x) for name, x in tensors.items() if name.endswith(".alpha")}
+    layers = _named({name: x for name, x in tensors.items() if name not in alphas})
+    if isinstance(given, Mapping):
+        alphas = given
+    elif given is not None:
+        alphas = {f"{name.split('.lora')[0]}.alpha": float(given) for name in layers}
+    return layers, _named(alphas)
+
+
 def _named(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The same by the names of this network, after ``transformer.``; ValueError for those of another one."""
+    """Replace the prefixes of names by ``transformer.``; raise ValueError for names of another network."""
     named = {}
     for name, x in tensors.items():
         bare = name
         for wrapper in WRAPPERS:
             bare = bare.removeprefix(wrapper)
         if not bare.startswith(NETWORK):
-            raise ValueError(f"this is no LoRA of this transformer, whose names begin with {NETWORK}: it has {name!r}")
+            raise ValueError(f"this LoRA is of another network: {name!r} does not begin with {NETWORK}")
         named[f"transformer.{bare}"] = x
     return named
 
 
 def _adapter(transformer: Any, name: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and configuration of an adapter of the transformer."""
+    """Return tensors and configuration of an adapter; ``name`` may be None if there is one, or one called default."""
     from peft.utils import get_peft_model_state_dict
 
     names = list(getattr(transformer, "peft_config", {}))
@@ -241,7 +249,7 @@ def _adapter(transformer: Any, name: str | None) -> tuple[dict[str, Tensor], dic
     if name is None:
         name = names[0] if len(names) == 1 else "default"
         if name not in names:
-            raise ValueError(f"the transformer has the LoRAs {', '.join(names)}; say which by adapter_name")
+            raise ValueError(f"the transformer has the LoRAs {', '.join(names)}; choose one with adapter_name")
     if name not in names:
         raise ValueError(f"the transformer has no LoRA {name!r}; {nearest(name, names)}")
     config = transformer.peft_config[name].to_dict()
@@ -250,7 +258,7 @@ def _adapter(transformer: Any, name: str | None) -> tuple[dict[str, Tensor], dic
 
 
 def _alphas(layers: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The alpha of each pair of matrices, for readers that see tensors alone."""
+    """Return the alpha of each pair of matrices as a tensor, for programs that only read tensors."""
     from peft.utils.other import get_pattern_key
 
     alphas = {}

@@ -1,4 +1,4 @@
-"""Numbers as people have them: from numpy, from a tensor, from a slider that only knows floats."""
+"""Conversion of numbers of any type to int and float, from numpy, tensors or sliders that only give floats."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 from torch import Tensor
 
 Number = int | float | np.number | np.ndarray | Tensor
-"""A number of any type: Python's, numpy's, or the one of a tensor without axes."""
+"""A number of Python or numpy, or an array or tensor without axes."""
 
 
 def whole(name: str, value: Any, *, at_least: int = 1) -> int:
-    """The int that ``value`` is, whatever its type; ValueError, with ``name``, for all that is no whole number."""
+    """Convert a number to int; raise ValueError that names ``name`` unless it is whole and ``at_least``."""
     number = _scalar(value)
     if number is None or not math.isfinite(number) or number != int(number):
         raise ValueError(f"{name} is {value!r}; expected a whole number")
@@ -22,8 +22,8 @@ def whole(name: str, value: Any, *, at_least: int = 1) -> int:
     return int(number)
 
 
-def finite(name: str, value: Any, *, at_most: float) -> float:
-    """The float that ``value`` is, whatever its type; ValueError, with ``name``, unless -at_most <= it <= at_most."""
+def finite(name: str, value: Any, *, at_most: int) -> float:
+    """Convert a number to float; raise ValueError that names ``name`` unless -at_most <= value <= at_most."""
     number = _scalar(value)
     if number is None or not abs(number) <= at_most:
         raise ValueError(f"{name} is {value!r}; expected a number between {-at_most:g} and {at_most:g}")
@@ -31,7 +31,7 @@ def finite(name: str, value: Any, *, at_most: float) -> float:
 
 
 def _scalar(value: Any) -> int | float | None:
-    """The number that ``value`` is, or None: a truth value and a text are none, nor are several numbers."""
+    """Return the number, or None if ``value`` is not one number; bools and strings are not numbers."""
     if isinstance(value, np.ndarray | np.generic | Tensor) and value.ndim == 0:
         value = value.item()
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -1,4 +1,4 @@
-"""The model that an evaluation asks for: a run, one of its checkpoints, or an exported pipeline of diffusers."""
+"""Loading a model from a run, a checkpoint or an exported diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from semantic_routing.sampling.load import load_bundle
 from semantic_routing.sampling.text_to_image import TextToImage
 
 PIPELINE = "model_index.json"
-"""The file that makes a folder a pipeline of diffusers."""
+"""The file that marks a folder as a diffusers pipeline."""
 
 
 def load(path: Path | str, device: str = "auto") -> TextToImage:
-    """Load what draws: a run (its latest checkpoint), one checkpoint, or an exported pipeline.
+    """Load a run (its latest checkpoint), one checkpoint, or an exported pipeline.
 
-    ``device`` is auto, cpu, cuda, cuda:1, mps or what else torch has here. ValueError says what is wrong with a path.
+    ``device`` is auto or a device of torch, such as cpu, cuda, cuda:1 or mps. Raises ValueError if loading fails.
     """
     return open_model(Path(path), pick_device(device))
 
 
 def open_model(path: Path, device: torch.device, *, compiled: bool = False) -> TextToImage:
-    """What samples the images; ValueError where there is neither a checkpoint nor a pipeline of this program."""
+    """Load a model; raise ValueError if ``path`` is neither a run, a checkpoint nor an exported pipeline."""
     if not (path / PIPELINE).is_file():
         return load_bundle(path, device, compiled=compiled)
     bundle = open_pipeline(path, device)
@@ -35,16 +35,16 @@ def open_model(path: Path, device: torch.device, *, compiled: bool = False) -> T
 
 
 def open_pipeline(path: Path, device: torch.device) -> TextToImage:
-    """The parts of an exported pipeline, to be sampled as a run is: with the same samplers, from the same noise."""
+    """Load an exported pipeline as TextToImage, which samples like a run: same samplers, same noise."""
     require_diffusers("a pipeline")
     from semantic_routing.interop.pipeline import SemanticRoutingPipeline
-    from semantic_routing.text.loading import quiet_transformers
+    from semantic_routing.text.quiet import quiet_transformers
 
     try:
         with quiet_transformers():
             pipe = SemanticRoutingPipeline.from_pretrained(str(path)).to(device)
     except (OSError, AttributeError) as error:
-        raise ValueError(f"{path} is no pipeline of semroute export: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} was not written by semroute export: {str(error).splitlines()[0]}") from error
     return TextToImage(
         model=pipe.transformer.backbone.eval().requires_grad_(False),
         encoder=pipe.encoder(),

@@ -1,7 +1,7 @@
-"""A trained model as a pipeline of diffusers.
+"""A trained model as a diffusers pipeline.
 
-This is where the conventions of diffusers are met: its sigma is 1 - t, its timesteps are 1000 sigma, and its
-schedulers step along noise - data, the negative of this program's velocity.
+It converts between conventions: sigma of diffusers is 1 - t, its timesteps are 1000 sigma, and its schedulers integrate
+noise - data, the negative of this program's velocity.
 """
 
 from __future__ import annotations
@@ -29,21 +29,20 @@ from semantic_routing.interop.lora import TransformerLora, lora_scaled
 from semantic_routing.interop.numerals import Number, finite, whole
 from semantic_routing.interop.transformer import SemanticRoutingTransformer
 from semantic_routing.model.codec import Codec, NotFiniteError, check_pictures
+from semantic_routing.sampling.text_to_image import MOST_GUIDANCE
 from semantic_routing.text.features import TextFeatures
 
-LARGEST_GUIDANCE = 1000.0
-"""Above it no picture is left, and float32 overflows before long."""
 OutputType = Literal["pil", "np", "pt", "latent"]
 OnStepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
-"""(pipeline, step, timestep, tensors) -> tensors to go on with."""
+"""(pipeline, step, timestep, tensors) -> the tensors for the next step."""
 
 
 class SemanticRoutingPipeline(Components, TransformerLora):
-    """Text to images: a language model, the transformer that reads all its layers, a flow-matching scheduler.
+    """Text to image with a language model, the transformer that reads all its layers, and a flow-matching scheduler.
 
-    A model of pixels has no ``vae``. Without ``text_encoder`` and ``tokenizer`` it draws from what ``encode_prompt`` of
-    another said; without ``transformer`` that is all it does. Components can be exchanged as in any pipeline; what does
-    not fit together is a ValueError that names both sides.
+    A model of pixels has no ``vae``. A pipeline without ``text_encoder`` and ``tokenizer`` samples from the result of
+    another one's ``encode_prompt``; a pipeline without ``transformer`` can only encode prompts. Components can be
+    exchanged as in any pipeline; components that do not fit raise a ValueError that names both sides.
     """
 
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "negative_prompt_embeds"]
@@ -63,14 +62,13 @@ class SemanticRoutingPipeline(Components, TransformerLora):
         text: dict[str, Any] | None = None,
         precision: str | None = None,
     ) -> None:
-        """``image_size`` is the side of images in pixels unless a call asks for another.
+        """Combine components; settings that are None are read from the transformer's configuration.
 
-        ``null_prompt`` is what the model learned as "no prompt". ``text`` holds fields of ``TextEncoderConfig``
-        and ``total_layers``, the depth of the language model that ``text_encoder`` was cut from, and for fusedit
-        ``keys_and_values=True``. ``precision`` is the type of products with float32 weights, as in training and in
-        ``semroute sample``: "auto" is bfloat16 where the hardware has it. Weights loaded in a narrower type always
-        run in that type. What is not given is taken from the transformer's configuration, where the pipeline that it
-        was in left it.
+        ``image_size`` is the default side of images in pixels, and ``null_prompt`` the prompt that meant "no prompt" in
+        training. ``text`` holds fields of ``TextEncoderConfig``, ``total_layers`` (the depth of the language model that
+        ``text_encoder`` was cut from), and for fusedit ``keys_and_values=True``. ``precision`` is the type of matrix
+        products with float32 weights, as in training: "auto" is bfloat16 if the hardware has it. Narrower weights run
+        in their own type.
         """
         super().__init__()
         facts = resolve(transformer, image_size=image_size, null_prompt=null_prompt, text=text, precision=precision)
@@ -84,71 +82,53 @@ class SemanticRoutingPipeline(Components, TransformerLora):
 
     @torch.no_grad()
     def __call__(
-        self,
-        prompt: str | list[str] | None = None,
-        negative_prompt: str | list[str] | None = None,
-        height: Number | None = None,
-        width: Number | None = None,
-        num_inference_steps: Number = 50,
-        guidance_scale: Number = 6.0,
-        num_images_per_prompt: Number = 1,
+        self, prompt: str | list[str] | None = None, negative_prompt: str | list[str] | None = None,
+        height: Number | None = None, width: Number | None = None, num_inference_steps: Number = 50,
+        guidance_scale: Number = 6.0, num_images_per_prompt: Number = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: Float[Tensor, "B Ch h w"] | None = None,
-        output_type: OutputType = "pil",
-        return_dict: bool = True,
+        latents: Float[Tensor, "B Ch h w"] | None = None, output_type: OutputType = "pil", return_dict: bool = True,
         callback_on_step_end: OnStepEnd | PipelineCallback | MultiPipelineCallbacks | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        *,
-        prompt_embeds: TextFeatures | None = None,
-        negative_prompt_embeds: TextFeatures | None = None,
-        sigmas: Numbers | None = None,
-        timesteps: Numbers | None = None,
-        attention_kwargs: dict[str, Any] | None = None,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> ImagePipelineOutput | tuple[Any]:
-        """Images of prompts, those of one prompt after another.
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",), *,
+        prompt_embeds: TextFeatures | None = None, negative_prompt_embeds: TextFeatures | None = None,
+        sigmas: Numbers | None = None, timesteps: Numbers | None = None,
+        attention_kwargs: dict[str, Any] | None = None, joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> ImagePipelineOutput | tuple[Any]:  # fmt: skip
+        """Sample images of prompts; the images of one prompt are neighbours.
 
-        ``negative_prompt`` takes the null prompt's place in guidance; a ``guidance_scale`` of 1 or less is none, as in
-        all of diffusers: images of the prompt alone. ``prompt_embeds`` and ``negative_prompt_embeds`` are what
-        ``encode_prompt`` says of either, here or in another pipeline. ``latents`` is the starting noise, by default
-        drawn from ``generator``; ``sampler.noise_for`` gives that of ``semroute sample``. ``sigmas``, or ``timesteps``
-        (1000 sigma), take the place of ``num_inference_steps`` equal steps. ``attention_kwargs`` may be {"scale": 0.5},
-        of LoRA's strength. ``output_type`` is "pil", "np" [B, H, W, 3] or "pt" [B, 3, H, W] with values from 0 to 1,
-        or "latent". Callbacks may change ``_guidance_scale``, ``_interrupt``, the scheduler's sigmas and the tensors
-        that they are given. Raises ValueError for what does not fit: components, scheduler, sizes, numbers.
+        ``negative_prompt`` replaces the null prompt. Guidance is off at a ``guidance_scale`` of 1 or less.
+        ``prompt_embeds`` and ``negative_prompt_embeds`` are results of ``encode_prompt``. ``latents`` is the starting
+        noise (``noise_for`` returns that of ``semroute sample``); without it ``generator`` draws it. ``sigmas``, or
+        ``timesteps`` (1000 sigma), replace ``num_inference_steps`` equal steps. ``attention_kwargs`` may be
+        {"scale": 0.5} for a LoRA. ``output_type`` is "pil", "np" [B, H, W, 3] or "pt" [B, 3, H, W] from 0 to 1, or
+        "latent". Callbacks may change ``_guidance_scale``, ``_interrupt``, the scheduler's sigmas and their tensors.
+        Raises ValueError for arguments, components or a scheduler that do not fit.
         """
         codec = self.check_components()
         self._guidance_scale, self._interrupt = guidance_scale, False
-        self._scale()  # refused here rather than after the text was read
-        if output_type not in get_args(OutputType):
-            raise ValueError(f"unknown output_type {output_type!r}; use one of {', '.join(get_args(OutputType))}")
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
-            raise ValueError(f"a callback can have {self._callback_tensor_inputs}, but not {sorted(unknown)}")
+        inputs = self._check_call(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
         images = whole("num_images_per_prompt", num_images_per_prompt)
         asked = asked_sigmas(num_inference_steps, sigmas, timesteps)
         lora = _lora_scale(attention_kwargs, joint_attention_kwargs)
-        count = self.check_inputs(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        x = self._start((count * images, *self.latent_shape(height, width)), generator, latents)
-        options = (
-            {} if "generator" not in inspect.signature(self.scheduler.step).parameters else {"generator": generator}
-        )
+        texts = (prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        shape = (self.check_inputs(*texts) * images, *self.latent_shape(height, width))
+        x = self._start(shape, generator, latents)
         set_times(self.scheduler, asked, x.device)
         with lora_scaled(self.transformer, lora):
-            told = self._conditioning(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, images)
-            x = self._integrate(x, told, options, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        try:
-            check_pictures(x)
-            result = x if output_type == "latent" else _as(output_type, codec, x)
-        except NotFiniteError as error:
-            raise NotFiniteError(
-                error.pictures,
-                "the pictures came out as NaN or infinite: the weights (or a LoRA's or the VAE's) are damaged, or too "
-                f"large for {self.product_type(x.device)}; look at the weights, or load them with dtype=torch.float32",
-            ) from error
+            x = self._integrate(x, self._conditioning(*texts, images), generator, callback_on_step_end, inputs)
+        result = self._decode(codec, x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=result) if return_dict else (result,)
+
+    def _check_call(self, output_type: str, callback: Any, inputs: Sequence[str]) -> Sequence[str]:
+        """Return the names of the tensors that a callback gets; raise ValueError for options that do not exist."""
+        self._scale()  # checked before the text is read
+        if output_type not in get_args(OutputType):
+            raise ValueError(f"unknown output_type {output_type!r}; use one of {', '.join(get_args(OutputType))}")
+        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+            inputs = callback.tensor_inputs
+        if unknown := set(inputs) - set(self._callback_tensor_inputs):
+            raise ValueError(f"a callback can have {self._callback_tensor_inputs}, but not {sorted(unknown)}")
+        return inputs
 
     def check_inputs(
         self,
@@ -157,11 +137,11 @@ class SemanticRoutingPipeline(Components, TransformerLora):
         prompt_embeds: TextFeatures | None = None,
         negative_prompt_embeds: TextFeatures | None = None,
     ) -> int:
-        """The number of prompts; ValueError where they, or what stands for them, are not what a call takes."""
+        """Return the number of prompts; raise ValueError for prompts or embeddings that a call cannot take."""
         if prompt is not None and prompt_embeds is not None:
-            raise ValueError("prompt and prompt_embeds say the same thing; give one of them")
+            raise ValueError("prompt and prompt_embeds exclude each other; give one of them")
         if negative_prompt is not None and negative_prompt_embeds is not None:
-            raise ValueError("negative_prompt and negative_prompt_embeds say the same thing; give one of them")
+            raise ValueError("negative_prompt and negative_prompt_embeds exclude each other; give one of them")
         cfg = self.transformer.backbone.cfg
         if prompt_embeds is None:
             count = len(self._texts("prompt", prompt))
@@ -176,23 +156,23 @@ class SemanticRoutingPipeline(Components, TransformerLora):
                 raise ValueError(f"{negatives} negative prompts for {count} prompts; give one, or one for each")
         elif self.do_classifier_free_guidance and self.text_encoder is None:
             raise ValueError(
-                "this pipeline has no text encoder to read the null prompt: give negative_prompt_embeds, what "
-                f"encode_prompt({self.config.null_prompt!r}) says, or guidance_scale=1"
+                "this pipeline has no text encoder to read the null prompt: give negative_prompt_embeds, the result of "
+                f"encode_prompt({self.config.null_prompt!r}), or guidance_scale=1"
             )
         return count
 
     def _texts(self, name: str, texts: Any) -> list[str]:
-        """The texts of an argument as a list."""
+        """Return the texts of an argument as a list; raise ValueError unless they are texts that can be encoded."""
         listed = [texts] if isinstance(texts, str) else texts
         if not isinstance(listed, list | tuple) or not all(isinstance(text, str) for text in listed):
             raise ValueError(f"{name} is {texts!r}; expected a text or a list of texts")
         if not listed:
-            raise ValueError(f"nothing to draw: {name} is an empty list")
-        self.encoder()  # refused here where there is none
+            raise ValueError(f"{name} is an empty list; give at least one text")
+        self.encoder()  # raises if there is none
         return list(listed)
 
     def _start(self, shape: tuple[int, ...], generator: Any, latents: Any) -> Float[Tensor, "B Ch h w"]:
-        """The noise to begin with, as it was given or drawn."""
+        """Return the starting noise: the given latents, or random ones."""
         device = self._execution_device
         if isinstance(generator, list) and len(generator) not in (1, shape[0]):
             raise ValueError(f"{len(generator)} generators for {shape[0]} images; give one, or one for each")
@@ -201,7 +181,7 @@ class SemanticRoutingPipeline(Components, TransformerLora):
         return _checked_latents(latents, shape).to(device, torch.float32)
 
     def _conditioning(self, prompt: Any, negative: Any, embeds: Any, negative_embeds: Any, images: int) -> Conditioning:
-        """What the transformer is told: ``images`` rows for each prompt."""
+        """Encode prompts and null prompts, with ``images`` rows for each."""
         device = self._execution_device
 
         def read(texts: Any, known: TextFeatures | None) -> TextFeatures:
@@ -211,78 +191,90 @@ class SemanticRoutingPipeline(Components, TransformerLora):
             null = read(self.config.null_prompt if negative is None else negative, negative_embeds)
             return null if len(null.mask) == 1 else repeated(null, images)
 
-        told = Conditioning(
-            self.transformer, repeated(read(prompt, embeds), images), read_null, lambda: self.products(device)
-        )
+        features = repeated(read(prompt, embeds), images)
+        conditioning = Conditioning(self.transformer, features, read_null, lambda: self.products(device))
         if self.do_classifier_free_guidance:
-            told.null  # noqa: B018  (read now, while the language model is at hand)
-        return told
+            conditioning.null  # noqa: B018  (read now, before the language model is offloaded)
+        return conditioning
 
     def _integrate(
-        self, x: Tensor, told: Conditioning, options: dict[str, Any], callback: Any, inputs: Sequence[str]
+        self, x: Tensor, conditioning: Conditioning, generator: Any, callback: Any, inputs: Sequence[str]
     ) -> Tensor:
-        """The latents that the scheduler ends with; whatever a callback may change is looked at in every step."""
+        """Integrate the velocity from noise to latents; read at every step all that a callback may change."""
         self._num_timesteps = len(self.scheduler.timesteps)
         scheduler, i = self.scheduler, 0
+        options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
         with self.progress_bar(total=self._num_timesteps) as bar:
             while i < len(scheduler.timesteps) and not self.interrupt:
                 timestep = scheduler.timesteps[i]
-                v = told.velocity(x, time_of(scheduler, i, x.device), self._scale())
+                v = conditioning.velocity(x, time_of(scheduler, i, x.device), self._scale())
                 x = scheduler.step(-v, timestep, x, return_dict=False, **options)[0]
                 if callback is not None:
-                    x = self._call_back(callback, inputs, i, timestep, x, told)
+                    x = self._call_back(callback, inputs, i, timestep, x, conditioning)
                 if self.scheduler is not scheduler:
-                    raise ValueError("a callback exchanged the scheduler, which has to last for a whole call")
+                    raise ValueError("a callback replaced the scheduler; replace it before or after the call")
                 bar.update()
                 i += 1
         return x
 
     def _call_back(
-        self, callback: Any, inputs: Sequence[str], step: int, timestep: Any, x: Tensor, told: Conditioning
+        self, callback: Any, inputs: Sequence[str], step: int, timestep: Any, x: Tensor, conditioning: Conditioning
     ) -> Tensor:
-        """Let a callback have and change what it asked for; the latents to go on with."""
+        """Call a callback with the tensors that it asked for; apply its changes and return the latents."""
         cfg, rows = self.transformer.backbone.cfg, len(x)
-        tensors = {"latents": x, "prompt_embeds": told.prompt}
+        tensors = {"latents": x, "prompt_embeds": conditioning.prompt}
         if "negative_prompt_embeds" in inputs:
-            tensors["negative_prompt_embeds"] = told.null
+            tensors["negative_prompt_embeds"] = conditioning.null
         back = callback(self, step, timestep, {name: tensors[name] for name in inputs})
         if not isinstance(back, dict):
             raise ValueError(f"callback_on_step_end returned {back!r}; expected the dictionary of tensors that it got")
-        prompt, null = back.get("prompt_embeds", told.prompt), back.get("negative_prompt_embeds")
-        if prompt is not told.prompt:
+        prompt, null = back.get("prompt_embeds", conditioning.prompt), back.get("negative_prompt_embeds")
+        if prompt is not conditioning.prompt:
             prompt = check_embeds("a callback's prompt_embeds", prompt, cfg, (rows,))
-            told.prompt = self.as_products_need(prompt)
+            conditioning.prompt = self.as_products_need(prompt)
         if null is not None and null is not tensors.get("negative_prompt_embeds"):
             null = check_embeds("a callback's negative_prompt_embeds", null, cfg, (1, rows))
-            told.null = self.as_products_need(null)
+            conditioning.null = self.as_products_need(null)
         return _checked_latents(back.get("latents", x), tuple(x.shape)).to(x.device, torch.float32)
 
     @property
     def guidance_scale(self) -> float:
-        """Scale of guidance of the call in progress, for callbacks."""
+        """Guidance scale of the current call, for callbacks."""
         return self._scale()
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether the call in progress is guided: at a scale above 1."""
+        """Whether the current call is guided: its scale is above 1."""
         return self._scale() > 1
 
     @property
     def num_timesteps(self) -> int:
-        """Evaluations of the velocity in the call in progress, for callbacks."""
+        """Number of timesteps of the current call, for callbacks."""
         return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
-        """Whether a callback asked to stop, by setting ``_interrupt``."""
+        """Whether a callback has set ``_interrupt`` to stop the current call."""
         return self._interrupt
 
     def _scale(self) -> float:
-        return finite("guidance_scale", self._guidance_scale, at_most=LARGEST_GUIDANCE)
+        return finite("guidance_scale", self._guidance_scale, at_most=MOST_GUIDANCE)
+
+    def _decode(self, codec: Codec, x: Tensor, output_type: str) -> Any:
+        """Convert the final latents to the output type; raise NotFiniteError if an image is NaN or infinite."""
+        try:
+            check_pictures(x)
+            return x if output_type == "latent" else _as(output_type, codec, x)
+        except NotFiniteError as error:
+            raise NotFiniteError(
+                error.pictures,
+                "the pictures came out as NaN or infinite: the weights (or a LoRA's or the VAE's) are damaged, or too "
+                f"large for {self.product_type(x.device)}; check the weights, or load them with dtype=torch.float32",
+            ) from error
 
 
 def _as(output_type: str, codec: Codec, latents: Tensor) -> Any:
-    """The images of latents as PIL images, an array or a tensor."""
+    """Decode latents to PIL images, an array or a tensor."""
     pixels = codec.decode(latents).cpu()
     if output_type == "pt":
         return pixels.permute(0, 3, 1, 2).float() / 255
@@ -292,7 +284,7 @@ def _as(output_type: str, codec: Codec, latents: Tensor) -> Any:
 
 
 def _checked_latents(latents: Any, shape: tuple[int, ...]) -> Tensor:
-    """The latents, if they are a tensor of floating-point numbers in this shape."""
+    """Return the latents; raise ValueError unless they are a floating-point tensor of this shape."""
     if not isinstance(latents, Tensor) or not latents.is_floating_point():
         raise ValueError(f"latents are a {type(latents).__name__}; expected a tensor of floating-point numbers")
     if latents.shape != shape:
@@ -301,12 +293,12 @@ def _checked_latents(latents: Any, shape: tuple[int, ...]) -> Tensor:
 
 
 def _lora_scale(*given: dict[str, Any] | None) -> float:
-    """What ``attention_kwargs`` may hold, by either of its names: a scale of LoRA, by default 1."""
+    """Return the LoRA scale in ``attention_kwargs``, under either of its names; 1 by default."""
     options = {name: value for kwargs in given if kwargs is not None for name, value in kwargs.items()}
     if unknown := sorted(set(options) - {"scale"}):
-        raise ValueError(f"attention_kwargs hold {unknown}, but this transformer takes a LoRA's scale and no more")
-    return finite("the scale of attention_kwargs", options.get("scale", 1.0), at_most=LARGEST_GUIDANCE)
+        raise ValueError(f"attention_kwargs hold {unknown}, but this transformer only takes the scale of a LoRA")
+    return finite("the scale of attention_kwargs", options.get("scale", 1.0), at_most=MOST_GUIDANCE)
 
 
-# Pipelines that version 0.1 exported name this module, and diffusers takes components only from what was imported.
+# Pipelines that version 0.1 exported name this module, and diffusers only finds components in imported modules.
 import_module("semantic_routing.transformer")

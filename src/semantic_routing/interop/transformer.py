@@ -1,4 +1,4 @@
-"""The network of any arm as a model of diffusers: its files, its LoRA adapters, its hooks for offload and types."""
+"""The network of any arm as a diffusers model: files, LoRA adapters, hooks for offloading and types."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from semantic_routing.text.features import TextFeatures
 
 
 def _fields_of_config(init: Any) -> Any:
-    """Show the fields of ``DiTConfig`` as arguments: diffusers reads a model's settings off its signature."""
+    """Add the fields of ``DiTConfig`` to a signature, from which diffusers reads a model's settings."""
     own, facts, _ = signature(init).parameters.values()
     init.__signature__ = Signature([own, *signature(DiTConfig).parameters.values(), facts])
     return init
@@ -30,15 +30,15 @@ def _fields_of_config(init: Any) -> Any:
 class SemanticRoutingTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """A ``Backbone`` with the ``save_pretrained`` and ``from_pretrained`` of diffusers.
 
-    Its configuration is ``DiTConfig``'s, field by field, and the ``facts`` that pipelines need (``facts.py``); its
+    Its configuration holds the fields of ``DiTConfig`` and the ``facts`` that pipelines need (``facts.py``). Its
     weights are those of ``backbone``. Time and sign are this program's (``flow.py``); ``SemanticRoutingPipeline``
-    translates for schedulers.
+    converts them for schedulers.
     """
 
     _no_split_modules: ClassVar[list[str]] = ["Block", "FuseBlock"]
     _repeated_blocks: ClassVar[list[str]] = ["Block", "FuseBlock"]
     _keep_in_fp32_modules: ClassVar[list[str]] = ["router"]
-    # Text is prepared by parts of all blocks at once, which offloading a block at a time cannot foresee.
+    # prepare_text uses parts of all blocks at once, but group offloading expects one block after another.
     _supports_group_offloading = False
 
     @register_to_config
@@ -49,7 +49,7 @@ class SemanticRoutingTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     @classmethod
     def from_backbone(cls, backbone: Backbone) -> SemanticRoutingTransformer:
-        """The transformer around a network, whose weights it shares."""
+        """Wrap a network, whose weights are shared."""
         with torch.device("meta"):
             transformer = cls(**asdict(backbone.cfg))
         transformer.backbone = backbone
@@ -57,25 +57,25 @@ class SemanticRoutingTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     @property
     def depends_on_time(self) -> bool:
-        """Whether the text must be prepared anew for every time; if not, once a prompt is enough."""
+        """Whether routing depends on time, so that the text must be prepared for every time."""
         return self.backbone.depends_on_time
 
     @apply_forward_hook
     def gate_time(self, x: Float[Tensor, "B Ch h w"], t: Float[Tensor, " T"]) -> Float[Tensor, " T_or_B"]:
-        """The time that ``prepare_text`` is to be told: the nominal one unless routing reads it from ``x``."""
+        """Return the gate time for ``prepare_text``: the nominal one, or an estimate from ``x`` in state-aware arms."""
         return self.backbone.gate_time(x, t)
 
     @apply_forward_hook
     def prepare_text(self, features: TextFeatures, t: Float[Tensor, " T"] | None = None) -> TextContext:
-        """Every block's keys and values of these prompts, at times ``t`` where routing depends on time."""
+        """Compute every block's keys and values of these prompts, at gate times ``t`` if routing depends on time."""
         return self.backbone.prepare_text(features, t)
 
     def forward(
         self, x: Float[Tensor, "B Ch h w"], t: Float[Tensor, " T"], context: TextContext
     ) -> Float[Tensor, "B Ch h w"]:
-        """Velocity (data minus noise) at the noisy latents ``x`` and times ``t`` (0 noise, 1 data)."""
+        """Return the velocity (data minus noise) at the noisy latents ``x`` and times ``t`` (0 noise, 1 data)."""
         return self.backbone(x, t, context)
 
 
-# Files name the package's face, so that the code may move; see ``semantic_routing.__getattr__``.
+# Files name the package and not this module, so that the code may move; see ``semantic_routing.__getattr__``.
 SemanticRoutingTransformer.__module__ = "semantic_routing"

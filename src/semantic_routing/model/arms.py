@@ -1,4 +1,4 @@
-"""The table of arms: every conditioning strategy, what it is called, and what its routing depends on."""
+"""The table of arms: the name and label of every conditioning strategy, and what its routing depends on."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ class Arm:
     """One conditioning strategy: how the transformer's blocks read the language model's layers."""
 
     name: str
-    """What settings and checkpoints call it."""
+    """Name in settings and checkpoints."""
     label: str
-    """What the paper calls it; the name itself beyond the paper."""
+    """Label in the paper; the name itself for arms beyond the paper."""
     reads: str
-    """What a block reads, in words."""
+    """What a block reads, as a sentence for reports."""
     paper: bool = True
-    """Whether the paper has it."""
+    """Whether it is in the paper."""
     learned: bool = True
     """Whether its router has parameters."""
     by_time: bool = False
-    """Whether weights depend on the sampling time."""
+    """Whether weights depend on the time."""
     by_block: bool = False
-    """Whether every block has weights of its own."""
+    """Whether every block has its own weights."""
     by_token: bool = False
-    """Whether every token has weights of its own: then there are none without a text."""
+    """Whether every token has its own weights, which then depend on the text."""
     time_from: Literal["nominal", "latent"] = "nominal"
-    """Whether a gate is given the time or estimates it from the noisy latent."""
+    """Source of a gate's time: given, or estimated from the noisy latent."""
     reads_keys: bool = False
-    """Whether blocks read a layer's attention keys and values instead of mixed states: then there is no router."""
+    """Whether blocks read a layer's attention keys and values, without a router."""
 
     @property
     def title(self) -> str:
@@ -40,12 +40,12 @@ class Arm:
 
     @property
     def takes_clock(self) -> bool:
-        """Whether sampling may tell its gates another time than the nominal one (Table 3)."""
+        """Whether sampling may give its gates another time than the nominal one (Table 3)."""
         return self.by_time and self.time_from == "nominal"
 
     @property
     def has_weights(self) -> bool:
-        """Whether there are weights over layers that can be shown without a text."""
+        """Whether its weights over layers can be shown without a text."""
         return not (self.reads_keys or self.by_token)
 
 
@@ -90,7 +90,7 @@ ARMS: dict[str, Arm] = {
             label="attention",
             paper=False,
             by_token=True,
-            reads="every token learns to weigh its own layers, alike for all blocks",
+            reads="every token learns its own mixture of all layers, the same for all blocks",
         ),
         Arm(
             name="time-state",
@@ -117,7 +117,7 @@ DEFAULT_ARM = "depth"
 
 
 def parse_arm(name: str) -> str:
-    """Return an arm's name from the name itself or the paper's label (B1 B2 B3 S1 S2 S3 FuseDiT)."""
+    """Return the name of the arm with this name or paper label (B1 B2 B3 S1 S2 S3 FuseDiT)."""
     lowered = name.lower()
     labels = {arm.label.lower(): arm.name for arm in ARMS.values()}
     if lowered not in {**ARMS, **labels}:

@@ -1,4 +1,4 @@
-"""Build the network of any arm."""
+"""Builds the network of any arm."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from semantic_routing.model.fusedit import FuseDiT
 
 
 def make_model(cfg: DiTConfig) -> Backbone:
-    """The network of any arm."""
+    """Return a new network for the arm of ``cfg``."""
     return FuseDiT(cfg) if cfg.strategy.reads_keys else DiT(cfg)

@@ -1,7 +1,6 @@
-"""Images to latents and back: the pixels themselves, or the autoencoder of a latent diffusion model.
+"""Codecs between images and latents: scaled pixels, or the autoencoder of a latent diffusion model.
 
-Images are uint8 RGB with channels last, as files have them; latents are float32 with channels first and of
-about unit variance, as networks want them.
+Images are uint8 RGB with channels last, as in files. Latents are float32 with channels first and about unit variance.
 """
 
 from __future__ import annotations
@@ -19,34 +18,34 @@ from torch import Tensor
 from semantic_routing.common.extras import require
 
 HUB_NAME = r"[\w-][\w.-]*/[\w.-]+"
-"""Names on the Hugging Face hub, unlike those of folders that begin with a dot or have more parts."""
+"""Pattern of names on the Hugging Face hub (owner/name)."""
 
 
 class NotFiniteError(ValueError):
-    """Pictures that are no pictures: NaN and infinity would be drawn as black or white."""
+    """Pictures or latents hold NaN or infinity, which would be drawn as black or white."""
 
     def __init__(self, pictures: list[int], message: str = "") -> None:
-        """``pictures`` are their places in the batch."""
+        """``pictures`` are their indices in the batch."""
         super().__init__(message or f"pictures {pictures} of the batch are not finite (NaN or infinity)")
         self.pictures = pictures
 
 
 @dataclass(frozen=True, kw_only=True)
 class CodecConfig:
-    """What a model's latents are."""
+    """Kind of a model's latents, and the VAE that makes them."""
 
     kind: Literal["pixels", "vae"] = "pixels"
     """Pixels scaled to [-1, 1], or latents of a diffusers ``AutoencoderKL`` such as Stable Diffusion 3's."""
     name_or_path: str = ""
-    """Of the VAE: a folder written by ``save_pretrained``, or a name on the hub. Safetensors only."""
+    """The VAE: a folder written by ``save_pretrained``, or a name on the hub. Safetensors only."""
     subfolder: str = ""
-    """Where in that folder or repository the VAE is; "vae" in a whole diffusers pipeline."""
+    """Subfolder of the VAE in that folder or repository; "vae" in a diffusers pipeline."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Floating-point type of the VAE; less than float32 costs fidelity; some overflow in float16."""
+    """Floating-point type of the VAE. 16 bits cost fidelity, and some VAEs overflow in float16."""
     tiling: bool = False
-    """Code pictures larger than the VAE's own size in overlapping tiles: less memory, other pixels."""
+    """Process pictures larger than the VAE's own size in overlapping tiles: less memory, slightly other pixels."""
     slicing: bool = False
-    """Code the pictures of a batch one after another: less memory, same pixels."""
+    """Process the pictures of a batch one by one: less memory, same pixels."""
 
     def __post_init__(self) -> None:
         if self.kind == "vae" and not self.name_or_path:
@@ -54,17 +53,17 @@ class CodecConfig:
 
 
 class Codec(ABC):
-    """Turns images into the latents that a diffusion model learns, and back."""
+    """Encoder of images to the latents that a diffusion model learns, and decoder back."""
 
     channels: int
-    """Channels C of a latent."""
+    """Channels of a latent, C."""
     factor: int
-    """Pixels along one side of a latent position."""
+    """Side of a latent position, in pixels."""
     has_posterior: bool
-    """Whether ``encode`` can sample, and training should give it noise."""
+    """Whether ``encode`` samples a posterior, for which training passes noise."""
 
     def latent_shape(self, height: int, width: int | None = None) -> tuple[int, int, int]:
-        """Shape (C, h, w) of the latents of an image of ``height`` x ``width`` pixels, square by default."""
+        """Return the latents' shape (C, h, w) for an image of ``height`` x ``width`` pixels, square by default."""
         width = height if width is None else width
         if min(height, width) < 1 or height % self.factor or width % self.factor:
             raise ValueError(
@@ -77,26 +76,26 @@ class Codec(ABC):
     def encode(
         self, images: UInt8[Tensor, "B H W 3"], noise: Float[Tensor, "B C h w"] | None = None
     ) -> Float[Tensor, "B C h w"]:
-        """Latents of images: the posterior's mean, or a sample of it made from standard normal ``noise``."""
+        """Return the latents of images: the posterior's mean, or its sample with standard normal ``noise``."""
 
     @abstractmethod
     def decode(self, latents: Float[Tensor, "B C h w"]) -> UInt8[Tensor, "B H W 3"]:
-        """Draw the images of latents, clamped to what a pixel can be and rounded; NotFiniteError names those of NaN."""
+        """Return the images of latents, clamped and rounded to uint8; raise NotFiniteError for NaN or infinity."""
 
     def to(self, device: torch.device | str) -> Codec:
-        """Move to a device, where images and latents are then expected."""
+        """Move the codec to a device, on which images and latents must then be."""
         return self
 
 
 def make_codec(config: CodecConfig, device: torch.device | str = "cpu") -> Codec:
-    """The codec that a configuration describes; raises ValueError where there is no such VAE."""
+    """Return the codec that ``config`` describes; raise ValueError if its VAE cannot be loaded."""
     if config.kind == "pixels":
         return PixelCodec()
     return VAECodec.from_pretrained(config).to(device)
 
 
 class PixelCodec(Codec):
-    """Pixels scaled to [-1, 1]; decoding gives back exactly what was encoded."""
+    """Pixels scaled to [-1, 1]; decoding inverts encoding exactly."""
 
     channels = 3
     factor = 1
@@ -105,7 +104,7 @@ class PixelCodec(Codec):
     def encode(
         self, images: UInt8[Tensor, "B H W 3"], noise: Float[Tensor, "B C h w"] | None = None
     ) -> Float[Tensor, "B C h w"]:
-        """Pixels in [-1, 1]; ``noise`` is not used."""
+        """Return pixels in [-1, 1]; ``noise`` is ignored."""
         return _to_signed(images)
 
     def decode(self, latents: Float[Tensor, "B C h w"]) -> UInt8[Tensor, "B H W 3"]:
@@ -113,19 +112,21 @@ class PixelCodec(Codec):
 
 
 class VAECodec(Codec):
-    """Latents ``(z - shift) * scale`` of a diffusers ``AutoencoderKL``; shift and scale are the VAE's own."""
+    """Latents ``(z - shift) * scale`` of a diffusers ``AutoencoderKL``, with shift and scale from its config."""
 
     has_posterior = True
 
     def __init__(self, vae: Any) -> None:
-        """Prefer ``from_pretrained``. ``vae`` is an ``AutoencoderKL`` of RGB images."""
+        """Wrap ``vae``, an ``AutoencoderKL`` of RGB images. Prefer ``from_pretrained``."""
         config = vae.config
         if config.in_channels != 3 or config.out_channels != 3:
             raise ValueError(
-                f"the VAE reads {config.in_channels} channels and draws {config.out_channels}; expected 3 and 3, RGB"
+                f"the VAE reads {config.in_channels} channels and draws {config.out_channels}; use one of RGB images"
             )
         if config.latents_mean is not None or config.latents_std is not None:
-            raise ValueError("the VAE scales each channel by itself (latents_mean); expected one shift and scale")
+            raise ValueError(
+                "the VAE scales each channel separately (latents_mean); use one with a single shift and scale"
+            )
         self.vae = vae.eval().requires_grad_(False)
         self.channels = config.latent_channels
         self.factor = 2 ** (len(config.block_out_channels) - 1)
@@ -136,8 +137,7 @@ class VAECodec(Codec):
     def from_pretrained(cls, config: CodecConfig) -> VAECodec:
         """Load the VAE that ``config`` names, from a folder or the hub.
 
-        Raises ValueError where diffusers is missing, there is no such VAE, or its weights are not safetensors
-        or do not fit.
+        Raise ValueError if diffusers or the VAE is missing, or if its weights are not safetensors or do not fit.
         """
         vae = _load_vae(config)
         if config.tiling:
@@ -155,7 +155,7 @@ class VAECodec(Codec):
     def encode(
         self, images: UInt8[Tensor, "B H W 3"], noise: Float[Tensor, "B C h w"] | None = None
     ) -> Float[Tensor, "B C h w"]:
-        self.latent_shape(*images.shape[1:3])  # the VAE itself would cut odd edges off in silence
+        self.latent_shape(*images.shape[1:3])  # the VAE would silently crop odd edges
         posterior = self.vae.encode(_to_signed(images).to(self.vae.dtype)).latent_dist
         z = posterior.mean.float()
         if noise is not None:
@@ -173,7 +173,7 @@ def _to_signed(images: Tensor) -> Tensor:
 
 
 def check_pictures(pictures: Float[Tensor, " B *picture"]) -> None:
-    """Raise NotFiniteError where pictures or their latents hold NaN or infinity."""
+    """Raise NotFiniteError if pictures or latents hold NaN or infinity."""
     if not (finite := pictures.isfinite().flatten(1).all(1)).all():
         raise NotFiniteError((~finite).nonzero().flatten().tolist())
 
@@ -188,11 +188,11 @@ def _load_vae(config: CodecConfig) -> Any:
     AutoencoderKL = require("diffusers.models.autoencoders", what="a VAE", extra="diffusers").AutoencoderKL
     place = str(Path(config.name_or_path) / config.subfolder) if config.subfolder else config.name_or_path
     if not Path(place).is_dir() and not re.fullmatch(HUB_NAME, config.name_or_path):
-        raise ValueError(f"no VAE at {place!r}; expected a folder or, on the Hugging Face hub, owner/name")
+        raise ValueError(f"no VAE at {place!r}; use a folder, or owner/name on the Hugging Face hub")
     try:
         settings = AutoencoderKL.load_config(config.name_or_path, subfolder=config.subfolder or None)
         if settings.get("_class_name") != "AutoencoderKL":
-            raise ValueError(f"it is of the class {settings.get('_class_name')}, not AutoencoderKL")
+            raise ValueError(f"its class is {settings.get('_class_name')}, not AutoencoderKL")
         vae, report = AutoencoderKL.from_pretrained(
             config.name_or_path,
             subfolder=config.subfolder or None,
@@ -203,7 +203,7 @@ def _load_vae(config: CodecConfig) -> Any:
         )
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"no VAE could be loaded from {place!r}: {reason}") from error
+        raise ValueError(f"cannot load a VAE from {place!r}: {reason}") from error
     misfits = {name: keys for name, keys in report.items() if keys}
     if misfits:
         raise ValueError(f"the weights of the VAE in {place!r} do not fit its configuration: {misfits}")

@@ -10,77 +10,79 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from semantic_routing.model.layers import BlockText
-from semantic_routing.model.ragged import Ragged
+from semantic_routing.model.packing import Packing
 
 
 @dataclass(frozen=True)
 class TextContext:
-    """What every block's attention reads of the text: made once by ``prepare_text``, read at every step."""
+    """Keys and values of the text for every block's attention, made by ``prepare_text`` and read at every step."""
 
     keys: tuple[Float[Tensor, "B Hkv N hd"], ...]
     """Keys of block d at index d."""
     values: tuple[Float[Tensor, "B Hkv N hd"], ...]
     """Values of block d at index d."""
     mask: Bool[Tensor, "B N"] | None
-    """True on tokens to attend to; None where no position is padding."""
-    ragged: Ragged | None = None
-    """Where the prompts are, if all of their tokens lie one behind the other, as those of one sample."""
+    """True on tokens to attend to; None if no position is padding."""
+    packing: Packing | None = None
+    """Lengths of the prompts if they are packed, with B = 1."""
 
     def blocks(self) -> list[BlockText]:
-        """Keys, values and mask for each block in turn."""
-        return [BlockText(k, v, self.mask, self.ragged) for k, v in zip(self.keys, self.values, strict=True)]
+        """Return keys, values and mask of each block."""
+        return [BlockText(k, v, self.mask, self.packing) for k, v in zip(self.keys, self.values, strict=True)]
 
-    def without_padding(self) -> TextContext:
-        """The same, of a context without a mask, as prompts that lie one behind the other."""
-        if self.ragged is not None:
+    def packed(self) -> TextContext:
+        """Return this context, which has no mask, with its prompts packed."""
+        if self.packing is not None:
             return self
         B, _, N, _ = self.keys[0].shape
         lengths = torch.full((B,), N, device=self.keys[0].device)
         keys, values = (tuple(x.transpose(0, 1).flatten(1, 2)[None] for x in xs) for xs in (self.keys, self.values))
-        return ragged_context(keys, values, Ragged.of(lengths, N))
+        return packed_context(keys, values, Packing.of(lengths, N))
 
 
-def ragged_context(keys: tuple[Tensor, ...], values: tuple[Tensor, ...], ragged: Ragged) -> TextContext:
-    """The context of prompts that lie one behind the other, whose number of tokens makes no graph of its own."""
+def packed_context(keys: tuple[Tensor, ...], values: tuple[Tensor, ...], packing: Packing) -> TextContext:
+    """Return the context of packed prompts, marked so that compiled blocks serve any number of tokens."""
     for x in (*keys, *values):
+        # Private: torch.compiler (2.13) has no public call, and loading it would be slow for those who do not compile.
         torch._dynamo.maybe_mark_dynamic(x, 2)
-    return TextContext(keys, values, None, ragged)
+    return TextContext(keys, values, None, packing)
 
 
 def join_contexts(prompt: TextContext, null: TextContext) -> TextContext:
-    """Keys and values of prompts and of their null prompts as one batch.
+    """Concatenate the contexts of prompts and of their null prompts to one batch.
 
-    Padded to the longer of the two, or one behind the other where the prompts are.
+    Both are padded to the longer one, or packed if one of them has no mask. One null prompt serves all prompts.
     """
     if prompt.mask is None or null.mask is None:
-        return _one_behind_the_other(prompt, null)
+        return _join_packed(prompt.packed(), null.packed())
     batch, _, length, _ = prompt.keys[0].shape
     longest = max(length, null.keys[0].shape[2])
     keys, values = (
-        tuple(_both(a, b, batch, longest, rows=0, tokens=2) for a, b in zip(*pair, strict=True))
+        tuple(concat_padded(a, b, batch, longest, rows=0, tokens=2) for a, b in zip(*pair, strict=True))
         for pair in ((prompt.keys, null.keys), (prompt.values, null.values))
     )
-    return TextContext(keys, values, _both(prompt.mask, null.mask, batch, longest, rows=0, tokens=1))
+    return TextContext(keys, values, concat_padded(prompt.mask, null.mask, batch, longest, rows=0, tokens=1))
 
 
-def _one_behind_the_other(prompt: TextContext, null: TextContext) -> TextContext:
-    """The contexts of both without padding; the null prompt's is repeated where there is one for all."""
-    prompt, null = prompt.without_padding(), null.without_padding()
-    assert prompt.ragged is not None
-    assert null.ragged is not None
-    ends, more = prompt.ragged.ends, null.ragged.ends
-    times = (len(ends) - 1) // (len(more) - 1)
-    lengths = torch.cat([ends.diff(), more.diff().repeat(times)])
+def _join_packed(prompt: TextContext, null: TextContext) -> TextContext:
+    """Concatenate packed contexts; repeat the null prompt if there is one for all prompts."""
+    assert prompt.packing is not None
+    assert null.packing is not None
+    cu_prompt, cu_null = prompt.packing.cu_seqlens, null.packing.cu_seqlens
+    repeats = (len(cu_prompt) - 1) // (len(cu_null) - 1)
+    lengths = torch.cat([cu_prompt.diff(), cu_null.diff().repeat(repeats)])
     keys, values = (
-        tuple(torch.cat([a, *[b] * times], dim=2) for a, b in zip(*pair, strict=True))
+        tuple(torch.cat([a, *[b] * repeats], dim=2) for a, b in zip(*pair, strict=True))
         for pair in ((prompt.keys, null.keys), (prompt.values, null.values))
     )
-    return ragged_context(keys, values, Ragged.of(lengths, max(prompt.ragged.longest, null.ragged.longest)))
+    return packed_context(keys, values, Packing.of(lengths, max(prompt.packing.max_seqlen, null.packing.max_seqlen)))
 
 
-def _both(a: Tensor, b: Tensor, batch: int, longest: int, *, rows: int, tokens: int) -> Tensor:
-    """``a`` and ``b``, which is repeated to ``batch`` where it is one, along the axis ``rows``; each with its axis
-    ``tokens`` padded to ``longest``."""
+def concat_padded(a: Tensor, b: Tensor, batch: int, longest: int, *, rows: int, tokens: int) -> Tensor:
+    """Concatenate ``a`` and ``b`` along ``rows``, with ``tokens`` padded to ``longest``.
+
+    ``b`` is expanded to ``batch`` rows if it has one.
+    """
     a, b = (F.pad(x, [*[0, 0] * (x.ndim - 1 - tokens), 0, longest - x.shape[tokens]]) for x in (a, b))
     sizes = [-1] * b.ndim
     sizes[rows] = batch

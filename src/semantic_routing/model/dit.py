@@ -1,4 +1,4 @@
-"""The diffusion transformer: image tokens attend to each other and, in every block, to that block's text."""
+"""The diffusion transformer: in every block, image tokens attend to each other and to that block's text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from semantic_routing.flow import velocity_from_image
 from semantic_routing.model.arms import ARMS, DEFAULT_ARM, Arm, parse_arm
-from semantic_routing.model.context import TextContext, ragged_context
+from semantic_routing.model.context import TextContext, packed_context
 from semantic_routing.model.layers import (
     BlockText,
     CrossAttention,
@@ -26,7 +26,7 @@ from semantic_routing.model.layers import (
     zero_,
 )
 from semantic_routing.model.noise_level import NoiseLevel
-from semantic_routing.model.ragged import Layout
+from semantic_routing.model.packing import Layout
 from semantic_routing.model.routing import make_router
 from semantic_routing.text.features import TextFeatures
 
@@ -36,7 +36,7 @@ class DiTConfig:
     """Sizes of a transformer; the defaults are the paper's (Section 4.1)."""
 
     arm: str = DEFAULT_ARM
-    """Conditioning strategy: a name of the table in ``arms.py``."""
+    """Conditioning strategy: a name or label of the table in ``arms.py``."""
     depth: int = 24
     """Number of blocks, D."""
     width: int = 2048
@@ -60,9 +60,9 @@ class DiTConfig:
     text_layers: int = 36
     """Number of the language model's states, L."""
     conditioning: Literal["none", "adaln-zero", "adaln-single", "addition"] = "none"
-    """How the blocks see the time; the paper's do not see it at all."""
+    """How the blocks see the time; in the paper they do not."""
     prediction: Literal["velocity", "image"] = "velocity"
-    """What the last layer is read as; from an image the velocity is derived, so callers see no difference."""
+    """Output of the last layer. Callers always get the velocity, which is derived from an image prediction."""
     rope_theta: float = 1e4
     """Base of the rotary frequencies."""
     text_init_std: float = 0.02
@@ -79,12 +79,12 @@ class DiTConfig:
 
     @property
     def strategy(self) -> Arm:
-        """The arm's row of the table: what its routing depends on."""
+        """The arm's entry in the table."""
         return ARMS[self.arm]
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to the block's text, gated MLP; each is added to the stream."""
+    """Self-attention, cross-attention to the block's text and gated MLP, each with a residual connection."""
 
     def __init__(self, cfg: DiTConfig) -> None:
         super().__init__()
@@ -99,28 +99,28 @@ class Block(nn.Module):
         self, x: Float[Tensor, "B S W"], rope: Rope, text: BlockText, time: Tensor | None
     ) -> Float[Tensor, "B S W"]:
         attn, mlp = self.modulation(time)
-        x = x + attn.gate(self.attn(attn.modulate(self.norm1(x)), rope))
+        x = x + attn.apply_gate(self.attn(attn.modulate(self.norm1(x)), rope))
         x = x + self.cross(x, text)
-        return x + mlp.gate(self.mlp(mlp.modulate(self.norm2(x))))
+        return x + mlp.apply_gate(self.mlp(mlp.modulate(self.norm2(x))))
 
 
 @dataclass(frozen=True)
-class Adaptive:
-    """Shift, scale and gate [B, 1, W] of one branch; all None in blocks that do not see the time."""
+class BranchModulation:
+    """Shift, scale and gate [B, 1, W] of one residual branch; all None in blocks that do not see the time."""
 
     shift: Tensor | None = None
     scale: Tensor | None = None
-    alpha: Tensor | None = None
+    gate: Tensor | None = None
 
     def modulate(self, x: Tensor) -> Tensor:
         return x if self.shift is None or self.scale is None else x * (1 + self.scale) + self.shift
 
-    def gate(self, x: Tensor) -> Tensor:
-        return x if self.alpha is None else x * self.alpha
+    def apply_gate(self, x: Tensor) -> Tensor:
+        return x if self.gate is None else x * self.gate
 
 
 class Modulation(nn.Module):
-    """A block's two adaptive branches from the time embedding.
+    """Adaptive layer norm: modulates a block's attention and MLP by the time embedding.
 
     adaLN-zero projects in every block (Peebles & Xie, 2023); adaLN-single shares the projection and learns a
     table per block (Chen et al., 2023).
@@ -134,20 +134,20 @@ class Modulation(nn.Module):
         elif self.kind == "adaln-single":
             self.table = nn.Parameter(torch.randn(6 * cfg.width) / cfg.width**0.5)
 
-    def forward(self, time: Tensor | None) -> tuple[Adaptive, Adaptive]:
+    def forward(self, time: Tensor | None) -> tuple[BranchModulation, BranchModulation]:
         if time is None or self.kind not in ("adaln-zero", "adaln-single"):
-            return Adaptive(), Adaptive()
+            return BranchModulation(), BranchModulation()
         six = self.proj(time) if self.kind == "adaln-zero" else time + self.table
         parts = six[:, None].chunk(6, dim=-1)
-        return Adaptive(*parts[:3]), Adaptive(*parts[3:])
+        return BranchModulation(*parts[:3]), BranchModulation(*parts[3:])
 
 
 class Backbone(nn.Module):
-    """Patches, blocks, patches: the image half that the cross-attention DiT and FuseDiT share."""
+    """Image half of the network, shared by DiT and FuseDiT: patch embedding, blocks, output projection."""
 
     block: type[nn.Module] = Block
-    recorded = False
-    """Whether samplers record it as a CUDA graph, for which its own code must not wait for the GPU."""
+    use_cuda_graph = False
+    """Whether samplers capture the forward pass as a CUDA graph; it must not wait for the GPU."""
 
     def __init__(self, cfg: DiTConfig) -> None:
         super().__init__()
@@ -163,30 +163,33 @@ class Backbone(nn.Module):
 
     @property
     def depends_on_time(self) -> bool:
-        """Whether the text must be prepared anew for every time; if not, once a prompt is enough."""
+        """Whether the text must be prepared again for every time, instead of once for a prompt."""
         return False
 
     def gate_time(self, x: Float[Tensor, "B Ch h w"], t: Float[Tensor, " T"]) -> Float[Tensor, " T_or_B"]:
-        """The time that ``prepare_text`` is to be told: the nominal one unless routing reads it from ``x``."""
+        """Return the gate time for ``prepare_text``: ``t``, or an estimate from the noisy latents ``x``."""
         return t
 
     @property
     def reads_latents(self) -> bool:
-        """Whether routing reads the time from the noisy latents, and so differs from image to image."""
+        """Whether routing estimates the time from the noisy latents, so that each image has its own weights."""
         return False
 
     def prepare_text(self, features: TextFeatures, t: Float[Tensor, " T"] | None = None) -> TextContext:
-        """Every block's keys and values of these prompts, at times ``t`` where routing depends on time."""
+        """Return every block's keys and values for these prompts.
+
+        ``t`` is needed if routing depends on time: one for all prompts, or one for each.
+        """
         raise NotImplementedError
 
     def prepare_steps(self, features: TextFeatures, times: Float[Tensor, " T"]) -> list[TextContext]:
-        """The text of these prompts at each of several times, which all of them share."""
+        """Return the contexts of these prompts at each of several times."""
         return [self.prepare_text(features, t[None]) for t in times]
 
     def forward(
         self, x: Float[Tensor, "B Ch h w"], t: Float[Tensor, " T"], context: TextContext
     ) -> Float[Tensor, "B Ch h w"]:
-        """Velocity (data minus noise) at the noisy latents ``x`` and times ``t`` (0 noise, 1 data)."""
+        """Return the velocity (data minus noise) at the noisy latents ``x`` and times ``t`` (0 noise, 1 data)."""
         cfg, (height, width) = self.cfg, x.shape[2:]
         if height % cfg.patch or width % cfg.patch:
             raise ValueError(f"latents of {height}x{width} do not divide into patches of {cfg.patch}")
@@ -205,7 +208,7 @@ class Backbone(nn.Module):
 
 
 class DiT(Backbone):
-    """The paper's cross-attention transformer; its router decides what text each block reads."""
+    """The paper's cross-attention transformer; its router mixes the language model's layers for each block."""
 
     def __init__(self, cfg: DiTConfig) -> None:
         super().__init__(cfg)
@@ -231,11 +234,12 @@ class DiT(Backbone):
     def prepare_text(self, features: TextFeatures, t: Float[Tensor, " T"] | None = None) -> TextContext:
         check_text(features, self.cfg)
         layout = Layout.of(features.hidden, features.mask)
-        if self.depends_on_time and t is not None and len(t) > 1:  # weights differ between samples: mix, then pack
+        if self.depends_on_time and t is not None and len(t) > 1:  # each sample has its own weights: mix, then pack
             mixed = layout.pack(self.router(features.hidden, t))
-        else:  # padding need not even be mixed
+        else:
             mixed = self.router(layout.pack(features.hidden), t)
-        return self._keys_and_values(mixed, layout)
+        text = self.text_proj(self.text_norm(mixed))
+        return self._keys_and_values(text, layout)
 
     def prepare_steps(self, features: TextFeatures, times: Float[Tensor, " T"]) -> list[TextContext]:
         if not self.depends_on_time:
@@ -243,21 +247,21 @@ class DiT(Backbone):
         check_text(features, self.cfg)
         layout = Layout.of(features.hidden, features.mask)
         steps = self.router.mix_steps(layout.pack(features.hidden), times)
-        return [self._keys_and_values(mixed, layout) for mixed in steps]
+        return [self._keys_and_values(self.text_proj(self.text_norm(mixed)), layout) for mixed in steps]
 
-    def _keys_and_values(self, mixed: Float[Tensor, "D_or_1 B N C"], layout: Layout) -> TextContext:
-        """Project the text mixed for each block (Section 3.3), and make the keys and values of its attention."""
-        text = self.text_proj(self.text_norm(mixed)).expand(len(self.blocks), -1, -1, -1)
+    def _keys_and_values(self, text: Float[Tensor, "D_or_1 B N C"], layout: Layout) -> TextContext:
+        """Return the context in which block d attends to ``text[d]`` (Section 3.3)."""
         blocks = cast(Iterable[Block], self.blocks)
-        pairs = [block.cross.prepare(row) for block, row in zip(blocks, text, strict=True)]
+        texts = text.expand(len(self.blocks), -1, -1, -1)
+        pairs = [block.cross.prepare(own) for block, own in zip(blocks, texts, strict=True)]
         keys, values = zip(*pairs, strict=True)
-        if layout.ragged is None:
+        if layout.packing is None:
             return TextContext(keys, values, layout.mask)
-        return ragged_context(keys, values, layout.ragged)
+        return packed_context(keys, values, layout.packing)
 
 
 def check_text(features: TextFeatures, cfg: DiTConfig) -> None:
-    """Raise where the features come from another language model than the one the transformer was made for."""
+    """Raise ValueError unless the features have the number of layers and the width that the transformer reads."""
     layers, _, _, width = features.hidden.shape
     if (layers, width) != (cfg.text_layers, cfg.text_width):
         raise ValueError(
@@ -267,12 +271,12 @@ def check_text(features: TextFeatures, cfg: DiTConfig) -> None:
 
 
 def patchify(x: Float[Tensor, "B Ch h w"], patch: int) -> Float[Tensor, "B S P"]:
-    """Cut into patches, row by row; inside a token the order is (row, column, channel)."""
+    """Cut latents into patches, row by row; a token holds (row, column, channel) in this order."""
     x = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # B Ch h p w p
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 def unpatchify(tokens: Float[Tensor, "B S P"], patch: int, height: int, width: int) -> Float[Tensor, "B Ch h w"]:
-    """The inverse of ``patchify`` for an image of ``height`` x ``width``."""
+    """Invert ``patchify`` for latents of ``height`` x ``width``."""
     x = tokens.unflatten(2, (patch, patch, -1)).unflatten(1, (height // patch, width // patch))
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)

@@ -1,4 +1,4 @@
-"""Matrix products counted, not estimated: the real networks run on the meta device, which knows shapes alone."""
+"""Counts the FLOPs of matrix products by running the networks on the meta device, which computes only shapes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from semantic_routing.text.features import TextFeatures
 
 META = torch.device("meta")
 WEIGHT_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm)
-"""Products with a weight matrix; all others (attention's, the mixing of layers) are batched."""
+"""Products with a weight matrix; all others (attention, the mix of layers) are batched."""
 
 
 @dataclass(frozen=True)
 class Products:
-    """Floating-point operations of matrix products, two for each multiplication and addition."""
+    """FLOPs of matrix products; a multiplication and an addition are two."""
 
     weights: int
-    """Products with a weight matrix."""
+    """FLOPs of products with a weight matrix."""
     batched: int
-    """All others."""
+    """FLOPs of all other products."""
 
     @property
     def total(self) -> int:
@@ -39,29 +39,29 @@ class Products:
 
 
 def count(run: Callable[[], Any]) -> tuple[Products, Any]:
-    """The products of a computation, and its result."""
+    """Run ``run``; return its FLOPs and its result."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         result = run()
-    counts = counter.get_flop_counts().get("Global", {})  # absent where nothing was multiplied
+    counts = counter.get_flop_counts().get("Global", {})  # absent if nothing was multiplied
     weights = sum(count for op, count in counts.items() if op in WEIGHT_PRODUCTS)
     return Products(weights, counter.get_total_flops() - weights), result
 
 
 def count_text(model: Backbone, batch: int, tokens: int) -> tuple[Products, TextContext]:
-    """Preparing ``batch`` prompts once, by a model on the meta device."""
+    """Count the preparation of ``batch`` prompts by a model on the meta device; return its context, too."""
     features = blank_features(model.cfg, batch, tokens, META)
     return count(lambda: model.prepare_text(features, torch.empty(batch, device=META)))
 
 
 def count_image(model: Backbone, batch: int, height: int, width: int, context: TextContext) -> Products:
-    """One velocity of ``batch`` latents of that size, by a model on the meta device."""
+    """Count one forward pass over ``batch`` latents of this size, by a model on the meta device."""
     with META:
         x, t = torch.empty(batch, model.cfg.channels, height, width), torch.empty(batch)
     return count(lambda: model(x, t, context))[0]
 
 
 def blank_features(cfg: DiTConfig, batch: int, tokens: int, device: torch.device) -> TextFeatures:
-    """Random features of prompts without padding, as the transformer expects them."""
+    """Return random features of the sizes the transformer reads, without padding."""
     with device:
         hidden = torch.randn(cfg.text_layers, batch, tokens, cfg.text_width)
         keys = torch.randn(cfg.text_layers, batch, cfg.kv_heads, tokens, cfg.head_dim)
@@ -71,7 +71,7 @@ def blank_features(cfg: DiTConfig, batch: int, tokens: int, device: torch.device
 def qwen3_vl(
     *, width: int, layers: int, heads: int, kv_heads: int, head_dim: int, mlp_width: int, vocabulary: int = 1
 ) -> Any:
-    """The text half of a Qwen3-VL model of these sizes on the meta device."""
+    """Return the language model of a Qwen3-VL of these sizes on the meta device."""
     from transformers import Qwen3VLTextConfig, Qwen3VLTextModel
 
     config = Qwen3VLTextConfig(
@@ -88,6 +88,6 @@ def qwen3_vl(
 
 
 def count_language_model(model: Any, batch: int, tokens: int) -> Products:
-    """One pass of a language model on the meta device over ``batch`` prompts, its head left out."""
+    """Count one forward pass over ``batch`` prompts of a language model on the meta device, without its head."""
     ids = torch.zeros(batch, tokens, dtype=torch.long, device=META)
     return count(lambda: model(input_ids=ids))[0]

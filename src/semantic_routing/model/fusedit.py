@@ -1,8 +1,7 @@
-"""FuseDiT, the deep-fusion baseline (Tang et al., 2025): image and text meet in one attention.
+"""FuseDiT, the deep-fusion baseline (Tang et al., 2025): image tokens attend jointly to text and image.
 
-Image block i reads the keys and values that layer ``first + i`` of the language model computed for itself;
-image queries see all text tokens and all image tokens, text sees only text. One language-model pass per
-prompt serves every step.
+Block i reads the attention keys and values of layer ``first + i`` of the language model. Image queries see all text and
+image tokens; text sees only text. So one forward pass of the language model per prompt serves every step.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from semantic_routing.text.features import TextFeatures
 
 
 class FuseBlock(nn.Module):
-    """Attention over text and image together, then the gated MLP; each is added to the stream."""
+    """Attention over text and image together and gated MLP, each with a residual connection."""
 
     def __init__(self, cfg: DiTConfig) -> None:
         super().__init__()
@@ -32,12 +31,12 @@ class FuseBlock(nn.Module):
         self, x: Float[Tensor, "B S W"], rope: Rope, text: BlockText, time: Tensor | None
     ) -> Float[Tensor, "B S W"]:
         attn, mlp = self.modulation(time)
-        x = x + attn.gate(self.attn(attn.modulate(self.norm1(x)), rope, text))
-        return x + mlp.gate(self.mlp(mlp.modulate(self.norm2(x))))
+        x = x + attn.apply_gate(self.attn(attn.modulate(self.norm1(x)), rope, text))
+        return x + mlp.apply_gate(self.mlp(mlp.modulate(self.norm2(x))))
 
 
 class FuseDiT(Backbone):
-    """The same backbone without cross-attention; every block joins one language-model layer."""
+    """The backbone without cross-attention; every block reads one layer of the language model."""
 
     block = FuseBlock
 
@@ -61,22 +60,22 @@ class FuseDiT(Backbone):
                 f"joins them and needs {expected[0]} layers with {expected[1]} heads of {expected[2]}"
             )
         used = slice(self.cfg.fusedit_first_layer, self.cfg.fusedit_first_layer + self.cfg.depth)
-        keys = turned_back(features.keys[used], features.mask.sum(1), self.cfg.rope_theta)
+        keys = rotate_keys_by_text_length(features.keys[used], features.mask.sum(1), self.cfg.rope_theta)
         return TextContext(tuple(keys), tuple(features.values[used]), features.mask)
 
 
-def turned_back(
-    keys: Float[Tensor, "L B Hkv N hd"], steps: Int[Tensor, " B"], theta: float
+def rotate_keys_by_text_length(
+    keys: Float[Tensor, "L B Hkv N hd"], lengths: Int[Tensor, " B"], theta: float
 ) -> Float[Tensor, "L B Hkv N hd"]:
-    """Keys turned by the 2-D rotary angles of row and column minus ``steps``, in float32.
+    """Rotate a prompt's keys by the 2-D rotary angles of row and column ``-length``; the result is float32.
 
-    The reference counts an image's rows and columns from the number of text tokens before it. Turning the
-    text's keys back by as much gives the same products, once a prompt instead of once a step.
+    The reference counts an image's rows and columns from the number of text tokens before it. Rotating the text's keys
+    back by as much gives the same attention scores, once per prompt instead of once per step.
     """
     quarter = keys.shape[-1] // 4
     freqs = theta ** (-torch.arange(quarter, dtype=torch.float32, device=keys.device) / quarter)
-    angles = -steps[:, None] * freqs.repeat(2)
-    # apply_rope turns the second axis by position: here that is the batch.
+    angles = -lengths[:, None] * freqs.repeat(2)
+    # apply_rope rotates the second axis by position: here that is the batch.
     x = keys.float().transpose(1, 2).flatten(0, 1)
     turned = apply_rope(x, (angles.cos(), angles.sin())).unflatten(0, (len(keys), -1))
     return turned.transpose(1, 2)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from semantic_routing.model.ragged import Ragged
+from semantic_routing.model.packing import Packing
 
 ACTIVATIONS = {"gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
 
@@ -20,24 +20,24 @@ Rope = tuple[Tensor, Tensor]
 
 
 class BlockText(NamedTuple):
-    """The text as one block's attention reads it."""
+    """Keys and values of the text for one block's attention."""
 
     keys: Float[Tensor, "B Hkv N hd"]
     values: Float[Tensor, "B Hkv N hd"]
     mask: Bool[Tensor, "B N"] | None
-    ragged: Ragged | None = None
-    """Where the prompts are, if B is 1 and their tokens lie one behind the other."""
+    packing: Packing | None = None
+    """Lengths of the prompts if they are packed, with B = 1."""
 
 
 def zero_(layer: nn.Linear) -> nn.Linear:
-    """The layer with all its weights at zero, so that its branch starts as nothing."""
+    """Set the layer's weights and biases to zero and return it."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 def linear(width: int, *parts: int, bias: bool = False) -> nn.Linear:
-    """One product for several maps of the same input; each part is Xavier-uniform by itself, biases zero."""
+    """Return one layer for several maps of the same input, each initialised Xavier-uniform; biases are zero."""
     layer = nn.Linear(width, sum(parts), bias=bias)
     for part in layer.weight.split(parts):
         nn.init.xavier_uniform_(part)
@@ -61,21 +61,20 @@ class RMSNorm(nn.Module):
 
 
 def rope_2d(height: int, width: int, head_dim: int, theta: float, device: torch.device) -> Rope:
-    """Cosines and sines of 2-D rotary positions for a grid of ``height`` x ``width`` tokens, each [S, hd/2].
+    """Return cosines and sines of 2-D rotary positions for ``height`` x ``width`` tokens, each [S, hd/2].
 
-    The first half of the rotated pairs turns with the row, the second with the column (Heo et al., 2024).
-    Made once per grid and kept.
+    The first half of the rotated pairs turns with the row, the second with the column (Heo et al., 2024). Cached.
     """
     return _rope_tables(height, width, head_dim, theta, device)
 
 
-# A constant of the graph, which is compiled for one grid: what torch.compiler.assume_constant_result does, without
-# loading the compiler for those who compile nothing.
+# The graph is compiled for one grid, so the tables are its constants. This is the flag that torch.compiler's
+# assume_constant_result sets (torch 2.13); calling it would import the compiler for those who do not compile.
 rope_2d._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # a table first made while sampling must also serve a later training step
+@torch.inference_mode(False)  # a table first made while sampling must also serve training
 def _rope_tables(height: int, width: int, head_dim: int, theta: float, device: torch.device) -> Rope:
     if head_dim % 4:
         raise ValueError(f"head_dim {head_dim} must be a multiple of 4: rows and columns rotate pairs of channels")
@@ -102,10 +101,10 @@ def attention(
     v: Float[Tensor, "B Hkv N hd"],
     mask: Bool[Tensor, "B N"] | None = None,
 ) -> Float[Tensor, "B H S hd"]:
-    """Softmax attention in which H/Hkv query heads share each key head; ``mask`` is True on keys to see.
+    """Apply softmax attention in which H/Hkv query heads share each key head; ``mask`` is True on keys to see.
 
-    Training on a CPU the products are written out, for torch's fused kernel there has a backward several times slower
-    at these sizes; grouped heads are folded into rows instead of repeating keys and values.
+    For training on a CPU the products are written out: the backward pass of torch's fused kernel is several times
+    slower at these sizes. Grouped heads become rows, so that keys and values are not repeated.
     """
     if q.device.type != "cpu" or not torch.is_grad_enabled():
         m = None if mask is None else mask[:, None, None, :]
@@ -120,9 +119,9 @@ def attention(
 
 
 class SelfAttention(nn.Module):
-    """Attention among image tokens with grouped keys, RMS-normalised queries and keys, and 2-D RoPE.
+    """Grouped-query attention among image tokens with QK-norm and 2-D RoPE.
 
-    ``forward`` may be given text keys and values to put before the image's own (deep fusion).
+    With ``text``, its keys and values are put before the image's own (deep fusion).
     """
 
     def __init__(self, width: int, heads: int, kv_heads: int, head_dim: int) -> None:
@@ -153,9 +152,9 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of image tokens to the block's text, with RMS-normalised queries and keys and no positions.
+    """Grouped-query attention of image tokens to the block's text with QK-norm, without positions.
 
-    Keys and values depend on the text alone: ``prepare`` makes them once, ``forward`` is image work only.
+    ``prepare`` makes keys and values, which depend on the text alone; ``forward`` reads them.
     """
 
     def __init__(self, width: int, text_width: int, heads: int, kv_heads: int, head_dim: int) -> None:
@@ -168,24 +167,24 @@ class CrossAttention(nn.Module):
         self.out = linear(heads * head_dim, width)
 
     def prepare(self, text: Float[Tensor, "B N C"]) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, Hkv, N, hd] of the text."""
+        """Return keys and values of the text, each [B, Hkv, N, hd]."""
         k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.kv(text).chunk(2, dim=-1))
         return self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x: Float[Tensor, "B S W"], text: BlockText) -> Float[Tensor, "B S W"]:
-        k, v, mask, ragged = text
+        k, v, mask, packing = text
         q = self.q_norm(self.q(x).unflatten(-1, (-1, self.head_dim))).transpose(1, 2).to(k.dtype)
-        if ragged is None:
+        if packing is None:
             out = attention(q, k, v, mask)
         else:
-            from semantic_routing.model.varlen import ragged_attention
+            from semantic_routing.model.varlen import varlen_attention
 
-            out = ragged_attention(q, k, v, ragged)
+            out = varlen_attention(q, k, v, packing)
         return self.out(out.transpose(1, 2).flatten(2))
 
 
 class GatedMLP(nn.Module):
-    """down(act(gate(x)) * up(x)), the feed-forward of current language models (Shazeer, 2020)."""
+    """Gated MLP: down(act(gate(x)) * up(x)) (Shazeer, 2020)."""
 
     def __init__(self, width: int, hidden: int, activation: str) -> None:
         super().__init__()
@@ -199,7 +198,7 @@ class GatedMLP(nn.Module):
 
 
 def sinusoidal(t: Float[Tensor, " B"], width: int) -> Float[Tensor, "B width"]:
-    """[cos | sin] of t at frequencies 10000^(-2i/width), i = 0..width/2-1, in float32 (Eq. 12)."""
+    """Return [cos | sin] of t at frequencies 10000^(-2i/width), i = 0..width/2-1, in float32 (Eq. 12)."""
     half = width // 2
     freqs = 10000.0 ** (-torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t.float()[:, None] * freqs
@@ -207,7 +206,7 @@ def sinusoidal(t: Float[Tensor, " B"], width: int) -> Float[Tensor, "B width"]:
 
 
 class TimeEmbedding(nn.Module):
-    """Time in [0, 1] to a vector of the backbone's width, through 256 sinusoids of 1000 t and two layers."""
+    """Embedding of a time in [0, 1] in the backbone's width: 256 sinusoids of 1000 t and two layers."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

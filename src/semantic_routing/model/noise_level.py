@@ -1,4 +1,4 @@
-"""How far a noisy latent is on its way, read from the latent itself: what a gate that knows where it is goes by."""
+"""Estimates the time t of a noisy latent from the latent itself, for state-aware gates."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from semantic_routing.model.layers import linear
 
 SCALES = (1, 2, 4)
-"""Sides of the squares that are averaged before neighbours are compared."""
+"""Sides of the squares averaged before neighbours are compared."""
 
 
 class NoiseLevel(nn.Module):
-    """Estimates the time t (0 noise, 1 data) of x_t from how much neighbours differ, at several scales.
+    """Estimator of the time t (0 noise, 1 data) of x_t from the differences of neighbours at several scales.
 
-    White noise differs alike at every distance and averages out over squares; images do neither. Seven energies
-    and a layer of 64 are enough, for any number of channels and any size from 8 x 8 on. All is summed in float64,
-    so that rounding does not tell how many latents were looked at together.
+    White noise has the same differences at every distance and averages out over squares; images do neither. Seven
+    energies and a hidden layer of 64 suffice for any number of channels and any size from 8 x 8 on. Sums are in
+    float64, so that an estimate does not depend on its batch.
     """
 
     def __init__(self, hidden: int = 64) -> None:
@@ -33,7 +33,7 @@ class NoiseLevel(nn.Module):
 
 
 def energies(x: Float[Tensor, "B Ch h w"]) -> Float[Tensor, "B E"]:
-    """Mean squares of the latent, and of the differences of vertical and horizontal neighbours at each scale."""
+    """Return the mean squares of the latent and of its vertical and horizontal differences at each scale."""
     found = [x.square().mean((1, 2, 3))]
     for scale in SCALES:
         y = F.avg_pool2d(x, scale)

@@ -1,8 +1,8 @@
-"""Routers: how much of each language-model layer every block of the transformer reads, and at what time.
+"""Routers: the weight of each language-model layer in the text that each block of the transformer reads.
 
-Every strategy of the paper is one softmax over L layers whose logits depend on nothing, the time, the block,
-or both; all answer ``weights(t) -> [B|1, D|1, L]``, where an axis of size 1 says what is ignored. Training,
-sampling and analysis ask this same function.
+Every strategy of the paper is a softmax over L layers whose logits depend on nothing, the time, the block, or both. All
+have ``weights(t) -> [B|1, D|1, L]``, which training, sampling and analysis share. An axis of size 1 is one that the
+weights do not depend on.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from semantic_routing.model.layers import sinusoidal
 
 
 class Router(nn.Module):
-    """Turns time into convex weights over language-model layers (Eq. 2 and 3)."""
+    """Convex weights over language-model layers as a function of time (Eq. 2 and 3)."""
 
     depends_on_time = False
 
     def weights(self, t: Float[Tensor, " T"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
-        """Softmax-normalised float32 weights; ``t`` is needed only where ``depends_on_time``."""
+        """Return the softmax-normalised float32 weights; ``t`` is needed only if ``depends_on_time``."""
         raise NotImplementedError
 
     def forward(
         self, hidden: Float[Tensor, "L B N C"], t: Float[Tensor, " T"] | None = None
     ) -> Float[Tensor, "D_or_1 B N C"]:
-        """The text that each block reads: Eq. 2."""
+        """Return the text that each block reads (Eq. 2)."""
         return mix(self.weights(t), hidden)
 
     def mix_steps(
         self, hidden: Float[Tensor, "L B N C"], times: Float[Tensor, " T"]
     ) -> Float[Tensor, "T D_or_1 B N C"]:
-        """The same at each of several times, from one pass over the states: Eq. 2 is linear in the weights."""
+        """Return the text at each of several times, from one pass over the hidden states."""
         weights = self.weights(times)
         return mix(weights.flatten(0, 1)[None], hidden).unflatten(0, weights.shape[:2])
 
 
 class FixedRouter(Router):
-    """Weights that are given and never learned: B1 (one layer) and B2 (all alike)."""
+    """Fixed weights: B1 (one layer), B2 (the average of all) and the hard route."""
 
     def __init__(self, table: list[list[float]]) -> None:
         """``table`` has a row of L weights for each block, or one row for all."""
         super().__init__()
-        self.table = table  # no buffer: the table belongs to the architecture, not to its state
+        self.table = table  # no buffer: the table is part of the architecture, not of its state
         self.used = [i for i, column in enumerate(zip(*table, strict=True)) if any(column)]
 
     def weights(self, t: Float[Tensor, " T"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
@@ -57,7 +57,7 @@ class FixedRouter(Router):
     def forward(
         self, hidden: Float[Tensor, "L B N C"], t: Float[Tensor, " T"] | None = None
     ) -> Float[Tensor, "D_or_1 B N C"]:
-        # Layers that weigh nothing are not read: B1 costs one layer, not L.
+        # Layers of weight 0 are not read: B1 costs one layer, not L.
         weights = self.weights(t)[..., self.used].to(hidden.device)
         return mix(weights, hidden if len(self.used) == hidden.shape[0] else hidden[self.used])
 
@@ -74,10 +74,10 @@ class LogitRouter(Router):
 
 
 class GateRouter(Router):
-    """Time-conditioned fusion gates (TCFG, Appendix A): one for all blocks (S1, Eq. 8) or each (S3, Eq. 10).
+    """Time-conditioned fusion gates (TCFG, Appendix A): one for all blocks (S1, Eq. 8) or one each (S3, Eq. 10).
 
     128 sinusoids of t -> Linear to 512 -> SiLU -> Linear to L. The last layer starts at zero, so routing
-    starts as the uniform average. The gates are stacked, so all blocks cost two batched products.
+    starts as the uniform average. The gates are stacked, so that all blocks take two batched products.
     """
 
     depends_on_time = True
@@ -90,13 +90,13 @@ class GateRouter(Router):
         self.b1 = nn.Parameter(torch.zeros(gates, 1, hidden))
         self.w2 = nn.Parameter(torch.zeros(gates, hidden, layers))
         self.b2 = nn.Parameter(torch.zeros(gates, 1, layers))
-        bound = math.sqrt(6 / (time_width + hidden))  # Xavier, for each gate by itself
+        bound = math.sqrt(6 / (time_width + hidden))  # Xavier, for each gate
         nn.init.uniform_(self.w1, -bound, bound)
 
     def weights(self, t: Float[Tensor, " T"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
         if t is None:
             raise ValueError("this router's weights depend on time: pass t, one value in [0, 1] per sample")
-        with no_autocast(t.device):  # in float64, so that rounding does not tell how many times there are
+        with no_autocast(t.device):  # in float64, so that weights do not depend on the batch
             phi = sinusoidal(t, self.time_width).double()
             h = F.silu(phi @ self.w1.double() + self.b1.double())
             logits = h @ self.w2.double() + self.b2.double()
@@ -104,9 +104,9 @@ class GateRouter(Router):
 
 
 class AttentionRouter(Router):
-    """Attention of every token over its own layers, one query for all blocks: softmax_l of q · LayerNorm(H_l).
+    """Attention of every token over its own layers: softmax_l of q · LayerNorm(H_l) + b_l, the same for all blocks.
 
-    The weights depend on the text instead of time or block. Query and layer biases start at zero, so it starts as
+    The weights depend on the text instead of time or block. Query and layer biases start at zero, so routing starts as
     the uniform average.
     """
 
@@ -116,16 +116,18 @@ class AttentionRouter(Router):
         self.bias = nn.Parameter(torch.zeros(layers))
 
     def weights(self, t: Float[Tensor, " T"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
-        raise ValueError("the weights of arm 'attention' differ from token to token: there are none without a text")
+        raise ValueError(
+            "the weights of arm 'attention' differ from token to token and depend on the text; use token_weights"
+        )
 
     def forward(
         self, hidden: Float[Tensor, "L B N C"], t: Float[Tensor, " T"] | None = None
     ) -> Float[Tensor, "D_or_1 B N C"]:
-        weights = self.token_weights(hidden).flatten(0, 1)[:, None]  # every token is a batch of its own
+        weights = self.token_weights(hidden).flatten(0, 1)[:, None]  # every token is a sample
         return mix(weights, hidden.flatten(1, 2)[:, :, None]).unflatten(1, hidden.shape[1:3])[:, :, :, 0]
 
     def token_weights(self, hidden: Float[Tensor, "L B N C"]) -> Float[Tensor, "B N L"]:
-        """How much each token reads of each layer."""
+        """Return the weight of each layer for each token."""
         with no_autocast(hidden.device):
             scores = [F.layer_norm(h.float(), h.shape[-1:], eps=LN_EPS) @ self.query.float() for h in hidden]
             logits = torch.stack(scores, dim=-1) / math.sqrt(hidden.shape[-1]) + self.bias.float()
@@ -133,7 +135,7 @@ class AttentionRouter(Router):
 
 
 def make_router(arm: str, layers: int, depth: int, width: int) -> Router:
-    """The router of an arm for ``layers`` language-model layers of ``width`` and ``depth`` blocks."""
+    """Return a router of an arm for ``layers`` language-model layers of ``width`` and ``depth`` blocks."""
     if arm == "penultimate":
         if layers < 2:
             raise ValueError(f"the penultimate arm needs at least 2 language-model layers, not {layers}")
@@ -153,11 +155,11 @@ def make_router(arm: str, layers: int, depth: int, width: int) -> Router:
 
 
 def mix(weights: Float[Tensor, "B_or_1 D_or_1 L"], hidden: Float[Tensor, "L B N C"]) -> Float[Tensor, "D_or_1 B N C"]:
-    """sum_l w_l LayerNorm(H_l) for every block (Eq. 2), without making the normalised copies.
+    """Compute sum_l w_l LayerNorm(H_l) for every block (Eq. 2).
 
-    LayerNorm has no affine and eps 1e-5. States are read in their own type and summed in float32; the result has the
-    states' type. Where the states need no gradient (a frozen language model), one fused kernel reads each of them once,
-    forward and backward; a slice of ``weights`` over blocks mixes only those.
+    LayerNorm has no affine part and eps 1e-5. Sums are in float32; the result has the dtype of ``hidden``. If
+    ``hidden`` needs no gradient (a frozen language model), one fused kernel reads each state once in the forward pass
+    and once in the backward pass, without normalised copies.
     """
     if weights.shape[-1] != hidden.shape[0]:
         raise ValueError(f"weights for {weights.shape[-1]} layers, but {hidden.shape[0]} layers of hidden states")

@@ -1,1 +1,1 @@
-"""Noise to pictures: samplers, guidance, TextToImage."""
+"""From noise to images: samplers, guidance, TextToImage."""

@@ -1,6 +1,6 @@
-"""The time that a time-dependent router is told while sampling, where it is not the nominal one.
+"""Clocks: functions from the nominal time of a sampling step to the time that the routing gates are given.
 
-Only the gate's time changes; the path, the network's own time and the steps stay as they are.
+Only the gates' time changes; the path, the network's own time and the steps stay the same.
 """
 
 from __future__ import annotations
@@ -15,50 +15,50 @@ from jaxtyping import Float
 from torch import Tensor
 
 Clock = Callable[[Tensor], Tensor]
-"""Nominal times [T] to the gate's times [T], both from 0 (noise) to 1 (data)."""
+"""(nominal times [T]) -> gate times [T], both from 0 (noise) to 1 (data)."""
 NOMINAL, SHIFTED = "nominal", "shifted"
 SIZE, START = 0.02, 0.2
-"""The paper's largest advance, and the time from which on there is any (Eq. 11)."""
+"""Eq. 11 of the paper: the largest advance, reached at t = 1, and the time at which the advance begins."""
 
 
 def shifted(t: Float[Tensor, " T"], size: float = SIZE, start: float = START) -> Float[Tensor, " T"]:
-    """The gate's advance of Eq. 11: from ``start`` on it grows as half a cosine up to ``size`` at t = 1.
+    """Advance the gate time as in Eq. 11: by half a cosine that begins at ``start`` and reaches ``size`` at t = 1.
 
-    A negative size holds the gate back. What it is told stays from 0 to 1.
+    A negative size delays the gates. Gate times are clamped to [0, 1].
     """
     delta = size / 2 * (1 - torch.cos(torch.pi * (t - start) / (1 - start)))
     return torch.where(t > start, t + delta, t).clamp(0, 1)
 
 
 def tabulated(times: Float[Tensor, " S"], values: Float[Tensor, " S"]) -> Clock:
-    """Linear interpolation of a measured curve from (0, 0) to (1, 1), such as the effective time of each step.
+    """Interpolate a measured curve linearly, from (0, 0) to (1, 1); an example is the effective time of each step.
 
-    ValueError where the curve is none: times must rise, all must lie from 0 to 1.
+    Raises ValueError unless ``times`` rise and all numbers are from 0 to 1.
     """
     times, values = times.double(), values.double()
     if times.ndim != 1 or times.shape != values.shape or len(times) < 1:
         raise ValueError(f"a clock needs as many values as times, not {tuple(values.shape)} for {tuple(times.shape)}")
     inside = all(bool((x.isfinite() & (x >= 0) & (x <= 1)).all()) for x in (times, values))
     if not inside or (times.diff() <= 0).any():
-        raise ValueError("a clock's times must rise, and times and values lie from 0 to 1")
+        raise ValueError("a clock's times must rise, and its times and values must be from 0 to 1")
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
     inner = (times > 0) & (times < 1)
-    known = torch.cat([ends[:1], times[inner], ends[1:]])
-    told = torch.cat([ends[:1], values[inner], ends[1:]])
+    nominal = torch.cat([ends[:1], times[inner], ends[1:]])
+    gate = torch.cat([ends[:1], values[inner], ends[1:]])
 
     def clock(t: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
         x = t.double().cpu().contiguous()
-        right = torch.searchsorted(known, x, right=True).clamp(1, len(known) - 1)
-        share = (x - known[right - 1]) / (known[right] - known[right - 1])
-        return torch.lerp(told[right - 1], told[right], share).to(t)
+        right = torch.searchsorted(nominal, x, right=True).clamp(1, len(nominal) - 1)
+        share = (x - nominal[right - 1]) / (nominal[right] - nominal[right - 1])
+        return torch.lerp(gate[right - 1], gate[right], share).to(t)
 
     return clock
 
 
 def parse_clock(name: str) -> Clock | None:
-    """A clock from "nominal" (None), "shifted", "shifted:SIZE", "shifted:SIZE:START", or a calibration's path.
+    """Parse "nominal" (None), "shifted", "shifted:SIZE", "shifted:SIZE:START" or the path of a calibration file.
 
-    ValueError for anything else.
+    Raises ValueError for anything else.
     """
     if name in (NOMINAL, SHIFTED):
         return shifted if name == SHIFTED else None
@@ -69,10 +69,12 @@ def parse_clock(name: str) -> Clock | None:
         curve = json.loads(path.read_text(encoding="utf-8"))
         return tabulated(torch.tensor(curve["times"]), torch.tensor(curve["effective"]))
     except FileNotFoundError as error:
-        known = "nominal, shifted, shifted:SIZE or the file of a calibration"
+        known = "nominal, shifted, shifted:SIZE or a calibration file"
         raise ValueError(f"unknown clock {name!r}: use {known}") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{name} is no calibration ({error}); make one with semroute analyze --trajectory") from error
+        raise ValueError(
+            f"{name} is not a calibration ({error}); make one with semroute analyze --trajectory"
+        ) from error
 
 
 def _parse_shift(name: str) -> Clock:
@@ -83,6 +85,7 @@ def _parse_shift(name: str) -> Clock:
             raise ValueError("out of range")
     except ValueError as error:
         raise ValueError(
-            f"{name!r} is no shift: give its size from -1 to 1, perhaps its start from 0 to below 1: shifted:0.05:0.2"
+            f"{name!r} is not a shift: give a size from -1 to 1 and optionally a start from 0 to below 1, such as "
+            "shifted:0.05:0.2"
         ) from error
     return partial(shifted, size=size, start=start)

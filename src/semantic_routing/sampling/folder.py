@@ -1,4 +1,4 @@
-"""From a trained checkpoint and prompts to images."""
+"""A folder of sampled images: claimed by one request, resumed, shared among processes."""
 
 from __future__ import annotations
 
@@ -13,32 +13,29 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from semantic_routing.checkpoint.safetensors_storage import TYPES
 from semantic_routing.common.distributed import ALONE, Processes
 from semantic_routing.common.files import write_text
-from semantic_routing.common.images.save import is_whole, save_png
+from semantic_routing.common.images.save import is_valid_image, save_png
 from semantic_routing.common.locks import LOCK, claimed
 from semantic_routing.common.manifest import manifest
 from semantic_routing.model.dit import Backbone
-from semantic_routing.sampling.samplers import (
-    RENOISE_ONCE,
-)
+from semantic_routing.sampling.samplers import RENOISE_ONCE
 from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
 
 PROMPTS = "prompts.jsonl"
-"""What sampling says of each image."""
-
-
-SAFETENSORS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-"""The names of types in safetensors files."""
+"""The file that names the prompt of each image."""
+TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
+"""The names of tensor types in safetensors files."""
 
 
 def claimed_by_first(out: Path, job: Processes) -> AbstractContextManager[None]:
-    """Keep other commands out of a folder; the first process of the job does so for all."""
+    """Lock a folder against other commands; the first process of the job does so for all."""
     return claimed(out / LOCK, out) if job.first else nullcontext()
 
 
 def request(bundle: TextToImage, prompts: Sequence[str], cfg: SampleConfig) -> dict[str, Any]:
-    """All that decides a folder's images. The batch size decides nothing."""
+    """Return all settings that decide a folder's images; the batch size is not among them."""
     return {
         "weights_sha256": weights_sha256(bundle.model),
         "null_prompt": bundle.null_prompt,
@@ -49,16 +46,16 @@ def request(bundle: TextToImage, prompts: Sequence[str], cfg: SampleConfig) -> d
 
 
 def weights_sha256(model: Backbone) -> str:
-    """SHA-256 of a model's weights, equal to that of the safetensors file which holds just them.
+    """Return the SHA-256 of the safetensors file that would hold exactly a model's weights.
 
-    The file is not made: its header is written here, and tensors follow one at a time, widest types first.
+    The file is not written: its header is built here, and the tensors are hashed one at a time, widest types first.
     """
     state = sorted(model.state_dict().items(), key=lambda item: (-item[1].itemsize, item[0]))
     header: dict[str, Any] = {}
     end = 0
     for name, x in state:
         begin, end = end, end + x.nbytes
-        header[name] = {"dtype": SAFETENSORS[x.dtype], "shape": [*x.shape], "data_offsets": [begin, end]}
+        header[name] = {"dtype": TYPE_NAMES[x.dtype], "shape": [*x.shape], "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256(len(text).to_bytes(8, "little") + text)
@@ -68,7 +65,7 @@ def weights_sha256(model: Backbone) -> str:
 
 
 def claim_folder(out: Path, identity: dict[str, Any], job: Processes = ALONE, **facts: Any) -> None:
-    """Write the manifest of the images to come; ValueError if the folder holds those of another request."""
+    """Write the manifest of the images to come; raise ValueError if the folder holds images of another request."""
     if job.first:
         _claim(out, identity, facts)
     job.wait()
@@ -83,7 +80,7 @@ def _claim(out: Path, identity: dict[str, Any], facts: dict[str, Any]) -> None:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is damaged; delete {out} or choose another --out") from error
         if not isinstance(found, dict):
-            raise ValueError(f"{path} is no manifest of images; choose another --out")
+            raise ValueError(f"{path} is not a manifest of images; choose another --out")
     if isinstance(found.get("sampler"), dict) and found["sampler"].get("sampler") == RENOISE_ONCE:
         found["sampler"]["sampler"] = "renoise"
     other = [name for name, value in identity.items() if found.get(name) != value]
@@ -100,12 +97,12 @@ def sample_missing(
     cfg: SampleConfig,
     job: Processes = ALONE,
 ) -> None:
-    """Sample the images (prompt index, image index) whose files are not there, or not whole, a batch at a time.
+    """Sample, in batches, the images (prompt index, image index) whose files are missing or incomplete.
 
-    Each process of the job samples its share, and returns when all are done.
+    Each process of the job samples its share and returns when all are done.
     """
     share = job.share(list(paths))
-    missing = [name for name in share if not is_whole(paths[name], bundle.pixels)]
+    missing = [name for name in share if not is_valid_image(paths[name], bundle.pixels)]
     desc = "Sampling" if job.count == 1 else f"Sampling, 1 of {job.count} processes"
     done = len(share) - len(missing)
     with tqdm(total=len(share), initial=done, desc=desc, unit="image", disable=not job.first) as bar:

@@ -1,4 +1,4 @@
-"""A model and prompts as a velocity; classifier-free guidance."""
+"""The velocity of a model for given prompts, and classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from semantic_routing.model.context import TextContext, _both, join_contexts
+from semantic_routing.model.context import TextContext, concat_padded, join_contexts
 from semantic_routing.model.dit import Backbone
-from semantic_routing.model.runtime import Recording
+from semantic_routing.model.runtime import CUDAGraphRunner
 from semantic_routing.sampling.clock import Clock
 from semantic_routing.sampling.samplers import Velocity
 from semantic_routing.sampling.text_plan import TextPlan
 from semantic_routing.text.features import TextFeatures
 
 Contexts = Callable[[Tensor, Tensor], TextContext]
-"""(x [B, ...], t [1]) -> the text as the network's blocks read it there."""
+"""(x [B, ...], t [1]) -> the text that the network's blocks read at this point."""
 
 
 def text_velocity(
@@ -25,15 +25,15 @@ def text_velocity(
 ) -> Velocity:
     """Return the model's velocity for these prompts.
 
-    ``clock`` turns the nominal time into the one that routing is told. ``times`` are those that will be asked for,
-    where they are known: see ``TextPlan``.
+    ``clock`` maps the nominal time to the gate time. ``times``, if known, are all times of the sampler's steps, in
+    order: see ``TextPlan``.
     """
     return reading(model, TextPlan(model, features, clock=clock, times=times).at)
 
 
 def reading(model: Backbone, text: Contexts) -> Velocity:
-    """Return the model's velocity with the text as it is at each time."""
-    network = Recording(model) if model.recorded else model
+    """Return the model's velocity, which asks ``text`` for the context of each step; replays a CUDA graph if it can."""
+    network = CUDAGraphRunner(model) if model.use_cuda_graph else model
     return lambda x, t: network(x, t, text(x, t)).float()
 
 
@@ -45,14 +45,14 @@ def guided(
     clock: Clock | None = None,
     times: Float[Tensor, " T"] | None = None,
 ) -> Velocity:
-    """Classifier-free guidance (Ho & Salimans, 2022): null + scale * (prompt - null), both in one batch.
+    """Return the velocity with classifier-free guidance (Ho & Salimans, 2022), ``null + scale * (prompt - null)``.
 
-    ``null`` holds the features of the null prompt, for each prompt or once for all; once, its text is prepared once for
-    all. At scale 1 the null half is not computed.
+    Prompts and null prompts run as one batch. ``null`` holds one null prompt for all prompts, or one for each. At scale
+    1 only the prompts are computed.
     """
     if scale == 1:
         return text_velocity(model, features, clock, times)
-    if model.reads_latents:  # the null prompt's text differs from image to image, too
+    if model.reads_latents:  # then the null prompt's text differs between images, too
         return extrapolated(text_velocity(model, join(features, null)), scale)
     prompt, nothing = (TextPlan(model, half, clock=clock, times=times) for half in (features, null))
     kept: list[tuple[TextContext, TextContext]] = []
@@ -67,7 +67,7 @@ def guided(
 
 
 def extrapolated(both: Velocity, scale: float) -> Velocity:
-    """Guidance of a velocity that takes one batch: first the samples with their prompts, then with the null ones."""
+    """Return the guided velocity; ``both`` takes the samples twice, with their prompts and then with null prompts."""
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         prompt, nothing = both(torch.cat([x, x]), t).chunk(2)
@@ -77,13 +77,13 @@ def extrapolated(both: Velocity, scale: float) -> Velocity:
 
 
 def join(features: TextFeatures, null: TextFeatures) -> TextFeatures:
-    """Prompts and their null prompts as one batch, padded to the longer of the two."""
+    """Concatenate prompts and their null prompts to one batch, padded to the longer of the two."""
     batch, length = features.mask.shape
     longest = max(length, null.mask.shape[1])
     pairs = [(features.hidden, null.hidden, 2), (features.keys, null.keys, 2), (features.values, null.values, 2)]
     hidden, keys, values = (
-        None if a is None or b is None else _both(a, b, batch, longest, rows=1, tokens=a.ndim - token)
+        None if a is None or b is None else concat_padded(a, b, batch, longest, rows=1, tokens=a.ndim - token)
         for a, b, token in pairs
     )
     assert hidden is not None
-    return TextFeatures(hidden, _both(features.mask, null.mask, batch, longest, rows=0, tokens=1), keys, values)
+    return TextFeatures(hidden, concat_padded(features.mask, null.mask, batch, longest, rows=0, tokens=1), keys, values)

@@ -1,4 +1,4 @@
-"""Load a run or a checkpoint as TextToImage."""
+"""Loading a run or a checkpoint as TextToImage."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from semantic_routing.checkpoint.load import EMA, MODEL, find_checkpoint, load_weights, read_state
+from semantic_routing.checkpoint.load import EMA, MODEL, load_weights, open_checkpoint, read_state
 from semantic_routing.common.config import from_dict
 from semantic_routing.common.device import use_bfloat16
 from semantic_routing.model.build import make_model
@@ -17,20 +17,22 @@ from semantic_routing.model.dit import Backbone, DiTConfig
 from semantic_routing.model.runtime import compile_network
 from semantic_routing.sampling.located import FOLDER, KEY, located_model
 from semantic_routing.sampling.text_to_image import TextToImage, check_channels, check_encoder, latent_shape
+from semantic_routing.text.config import TextEncoderConfig, tiny_sizes
 from semantic_routing.text.encoder import TextEncoder
-from semantic_routing.text.loading import TextEncoderConfig, tiny_sizes
 
 TEXT_ENCODER = "text_encoder"
-"""Folder of a run that holds the text encoder made for it."""
+"""The folder inside a run that holds the tiny language model made for it."""
 
 
 def locate_encoder(cfg: TextEncoderConfig, run: Path) -> TextEncoderConfig:
-    """Where a run's text encoder really is: in the run's own folder if it made one, else as named."""
+    """Point the configuration at the run's own copy if its text encoder was made for the run."""
     if tiny_sizes(cfg.name_or_path) is None:
         return cfg
     folder = run / TEXT_ENCODER
     if not folder.is_dir():
-        raise ValueError(f"the run {run} lacks its folder {TEXT_ENCODER}, the language model that was made for it")
+        raise ValueError(
+            f"the run {run} lacks its folder {TEXT_ENCODER} with the language model made for it; copy it back"
+        )
     return replace(cfg, name_or_path=str(folder))
 
 
@@ -39,34 +41,37 @@ def open_encoder(cfg: TextEncoderConfig, run: Path, device: torch.device) -> Tex
     return TextEncoder.from_pretrained(locate_encoder(cfg, run), device)
 
 
-def read_run_config(folder: Path) -> dict[str, Any]:
-    """The configuration of the run that wrote a checkpoint; ValueError where it has none."""
-    config = read_state(folder).get("config")
+def read_run_config(folder: Path, state: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the configuration of the run that wrote a checkpoint; raise ValueError if it has none.
+
+    ``state`` is the content of the checkpoint's ``state.json``, if it was read before.
+    """
+    config = (state or read_state(folder)).get("config")
     if not isinstance(config, dict) or not {"model", "text", "codec", "image_size"} <= config.keys():
         raise ValueError(f"{folder} was not written by semroute train: its state.json has no configuration")
     return config
 
 
-def load_model(folder: Path, *, averaged: bool = True) -> Backbone:
-    """The network of a checkpoint alone, on the CPU."""
+def load_model(folder: Path, *, averaged: bool = True, state: dict[str, Any] | None = None) -> Backbone:
+    """Load only the network of a checkpoint, on the CPU; ``state`` as in ``read_run_config``."""
     with torch.device("meta"):
-        model = make_model(from_dict(DiTConfig, read_run_config(folder)["model"], "model."))
+        model = make_model(from_dict(DiTConfig, read_run_config(folder, state)["model"], "model."))
     load_weights(folder / (EMA if averaged else MODEL), model)
     return model
 
 
 def load_bundle(path: Path, device: torch.device, *, averaged: bool = True, compiled: bool = False) -> TextToImage:
-    """The model of a run's folder (its latest checkpoint) or of one checkpoint, with encoder and codec.
+    """Load a run's latest checkpoint, or one checkpoint, with text encoder and codec.
 
-    ``averaged`` takes the moving average of the weights, which is what samples best; ``compiled`` compiles the
-    network. ValueError if there is no checkpoint, it is damaged, or it does not fit its own configuration, text encoder
-    or codec.
+    ``averaged`` loads the moving average of the weights, which samples best; ``compiled`` compiles the network. Raises
+    ValueError if there is no checkpoint, if it is damaged, or if its weights, text encoder or codec do not fit its
+    configuration.
     """
-    folder = find_checkpoint(path)
-    config = read_run_config(folder)
+    folder, state = open_checkpoint(path)
+    config = read_run_config(folder, state)
     size = config["image_size"]
-    model = load_model(folder, averaged=averaged)
-    begun = read_state(folder).get(KEY, {}).get(FOLDER)  # relative paths are meant from there
+    model = load_model(folder, averaged=averaged, state=state)
+    begun = state.get(KEY, {}).get(FOLDER)  # relative paths start there
     text = located_model(from_dict(TextEncoderConfig, config["text"], "text."), begun)
     encoder = open_encoder(text, folder.parent.parent, device)
     codec = make_codec(located_model(from_dict(CodecConfig, config["codec"], "codec."), begun), device)

@@ -1,4 +1,4 @@
-"""Prompts from the command line or a file: one a line, JSONL, or CSV."""
+"""Prompts from a file: one per line, JSONL, or CSV."""
 
 from __future__ import annotations
 
@@ -8,22 +8,17 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from semantic_routing.common.files import read_text
+
 COLUMNS = ("prompt", "text", "caption")
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file: .jsonl and .csv by their column prompt, text or caption, anything else by line.
+    """Read the prompts of a file: .jsonl and .csv from the column prompt, text or caption; other files line by line.
 
-    Raises ValueError where the file is missing, empty, not UTF-8, or a row has no prompt.
+    Raises ValueError if the file is missing, empty or not UTF-8, or if a row has no prompt.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no prompts file {path}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    text = read_text(path, "prompts file")
     # Not splitlines: it also splits at characters that a prompt may hold.
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if path.suffix.lower() == ".jsonl":
@@ -33,7 +28,7 @@ def read_prompts(path: Path) -> list[str]:
     else:
         found = [line for _, line in lines]
     if not found:
-        raise ValueError(f"{path} holds no prompts; write one a line")
+        raise ValueError(f"{path} holds no prompts; write one per line")
     return found
 
 
@@ -48,7 +43,7 @@ def _csv(text: str, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for row in reader:
-            if None in row:  # DictReader's key for what is beyond the columns: half of a prompt would be lost
+            if None in row:  # DictReader's key for cells beyond the columns: half of a prompt would be lost
                 raise ValueError(f"{path}:{reader.line_num} has more cells than columns: put quotes around commas")
             yield reader.line_num, row
     except csv.Error as error:

@@ -1,8 +1,6 @@
-"""Samplers: pure functions that integrate a velocity from noise (t = 0) to an image (t = 1), and guidance.
+"""Samplers: pure functions that integrate a velocity from noise (t = 0) to an image (t = 1).
 
-A sampler knows nothing of networks or text: it sees one callable ``velocity(x, t)``. Guidance wraps that
-callable; ``text_velocity`` makes it from a model and prompts, preparing the text once per prompt wherever
-routing does not depend on time.
+A sampler knows nothing of networks or text: it sees one callable ``velocity(x, t)``, which ``guidance.py`` makes.
 """
 
 from __future__ import annotations
@@ -20,23 +18,23 @@ from torch import Tensor
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x [B, ...], t [1], the one time of all samples) -> velocity [B, ...]."""
 Callback = Callable[[int, Tensor, Tensor, Tensor], None]
-"""Called after every step with (step, time, x, velocity) as they were at the step's beginning."""
+"""(step, time, x, velocity), all as at the beginning of the step; called at every step."""
 Noise = Callable[[int], Tensor]
-"""The number of a step -> the fresh noise [B, ...] that a stochastic sampler adds after it."""
+"""(step) -> the fresh noise [B, ...] that a stochastic sampler adds after that step."""
 Sampler = Callable[..., Tensor]
 """(velocity, x [B, ...], times, *, noise, callback) -> samples [B, ...]."""
 SamplerName = Literal["euler", "heun", "euler-ancestral", "renoise"]
 SamplerSpelling = Literal["euler", "heun", "euler-ancestral", "renoise", "ancestral"]
 RENOISE_ONCE = "ancestral"
-"""What version 0.1 called ``renoise``; settings may still say so."""
+"""The name of ``renoise`` in version 0.1; settings may still use it."""
 
 
 def schedule(steps: int, shift: float = 1.0) -> Float[Tensor, " steps_plus_1"]:
-    """Times from 0 to 1 in float32; ``shift`` > 1 spends more of them near the noise (Esser et al., 2024).
+    """Return times from 0 to 1 in float32; ``shift`` > 1 puts more of them near the noise (Esser et al., 2024).
 
-    In terms of the noise level sigma = 1 - t the shift is ``shift * sigma / (1 + (shift - 1) * sigma)``. Times
-    are rounded to multiples of 2^-24: then t, 1 - t and their steps are exact, and samplers that count in sigma
-    take the very same steps.
+    In terms of the noise level sigma = 1 - t the shift is ``shift * sigma / (1 + (shift - 1) * sigma)``. Times are
+    rounded to multiples of 2^-24. Then t, 1 - t and their steps are exact, and samplers that count in sigma take the
+    same steps.
     """
     if steps < 1:
         raise ValueError(f"sampling needs at least 1 step, not {steps}")
@@ -53,7 +51,7 @@ def euler(
     noise: Noise | None = None,
     callback: Callback | None = None,
 ) -> Float[Tensor, " B *shape"]:
-    """Integrate with Euler's method: one velocity a step, first order; ``noise`` is not used."""
+    """Integrate with Euler's method: first order, one evaluation per step; ``noise`` is not used."""
     for i, (t, step) in enumerate(zip(times[:-1], times.diff(), strict=True)):
         v = velocity(x, t[None].to(x.device))
         if callback is not None:
@@ -70,9 +68,9 @@ def heun(
     noise: Noise | None = None,
     callback: Callback | None = None,
 ) -> Float[Tensor, " B *shape"]:
-    """Integrate with Heun's method: the mean of the velocities at both ends of a step, second order.
+    """Integrate with Heun's method: second order, the mean of the velocities at both ends of a step.
 
-    At t = 1 there is no noise left to estimate, so the last step is Euler's; ``noise`` is not used.
+    The last step is Euler's, because no noise is left to estimate at t = 1. ``noise`` is not used.
     """
     for i, (t, step) in enumerate(zip(times[:-1], times.diff(), strict=True)):
         v = velocity(x, t[None].to(x.device))
@@ -96,9 +94,10 @@ def euler_ancestral(
 ) -> Float[Tensor, " B *shape"]:
     """Sample the reverse Markov chain (DDPM, Ho et al., 2020; DDIM with eta = 1, Song et al., 2021).
 
-    From t to s a step keeps a part of the estimated noise and renews the rest, as much as the forward process
-    added between s and t: ``x_s = s * image + sqrt((1 - s)^2 - up^2) * estimate + up * fresh`` with
-    ``up^2 = (1 - s)^2 * (1 - (t / s)^2 * (1 - s)^2 / (1 - t)^2)``. It converges to the data's law with the steps.
+    A step from t to s keeps a part of the estimated noise and replaces the rest:
+    ``x_s = s * image + sqrt((1 - s)^2 - up^2) * estimate + up * fresh`` with
+    ``up^2 = (1 - s)^2 * (1 - (t / s)^2 * (1 - s)^2 / (1 - t)^2)``, the variance that the forward process adds between
+    s and t. With more steps it converges to the data distribution.
     """
     noise = noise or (lambda step: torch.randn_like(x))
     for i, (t, s) in enumerate(pairwise(times.to(x.device))):
@@ -121,10 +120,10 @@ def renoise(
     noise: Noise | None = None,
     callback: Callback | None = None,
 ) -> Float[Tensor, " B *shape"]:
-    """Predict the image, then noise it anew to the next time (Song et al., 2023, Algorithm 1).
+    """Predict the image, then noise it again to the next time (Song et al., 2023, Algorithm 1).
 
-    Every step forgets the noise before it, so what one step got wrong about the scene the next can still mend. It
-    does not converge to the data's law: it seeks modes, and a Gaussian of deviation 0.40 comes out with 0.28.
+    All noise is replaced at every step, so a later step can fix errors of an earlier one. It does not converge to the
+    data distribution but seeks modes: a Gaussian of standard deviation 0.40 is sampled with 0.28.
     """
     noise = noise or (lambda step: torch.randn_like(x))
     for i, (t, s) in enumerate(pairwise(times.to(x.device))):
@@ -136,21 +135,16 @@ def renoise(
     return x
 
 
-SAMPLERS: dict[str, Sampler] = {
-    "euler": euler,
-    "heun": heun,
-    "euler-ancestral": euler_ancestral,
-    "renoise": renoise,
-}
+SAMPLERS: dict[str, Sampler] = {"euler": euler, "heun": heun, "euler-ancestral": euler_ancestral, "renoise": renoise}
 
 
 def sampler_name(spelling: SamplerSpelling) -> SamplerName:
-    """Resolve a sampler's spelling in settings; the old one is accepted with a warning."""
+    """Resolve a sampler's name in settings; the old name of renoise is accepted with a warning."""
     if spelling != "ancestral":
         return spelling
     warnings.warn(
-        "the sampler once called ancestral is now called renoise, which is taken; euler-ancestral is the true "
-        "ancestral step",
+        "the sampler once called ancestral is now called renoise and is used; the true ancestral step is "
+        "euler-ancestral",
         FutureWarning,
         stacklevel=4,
     )
@@ -160,10 +154,10 @@ def sampler_name(spelling: SamplerSpelling) -> SamplerName:
 def noise_for(
     seed: int, images: Sequence[tuple[int, int]], shape: tuple[int, ...], step: int | None = None
 ) -> Float[Tensor, " B *shape"]:
-    """Noise of images named by (prompt index, image index), each a function of these and ``seed`` alone.
+    """Return the noise of images (prompt index, image index); each depends only on its indices and ``seed``.
 
-    So an image is the same in any batch, order or number of processes. Without a ``step`` it is the starting
-    noise; with one, what a stochastic sampler adds after that step.
+    So an image is the same in any batch, in any order and on any number of processes. Without ``step`` it is the
+    starting noise; with ``step`` it is the noise that a stochastic sampler adds after that step.
     """
     return torch.stack([_noise(seed, prompt, image, step, shape) for prompt, image in images])
 

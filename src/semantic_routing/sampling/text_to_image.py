@@ -1,4 +1,4 @@
-"""TextToImage: text encoder, network and codec as one object that draws prompts."""
+"""TextToImage: text encoder, network and codec as one object that samples images of prompts."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from semantic_routing.model.runtime import autocast, rounded_once
 from semantic_routing.sampling.clock import NOMINAL, parse_clock
 from semantic_routing.sampling.guidance import guided
 from semantic_routing.sampling.samplers import SAMPLERS, Callback, SamplerSpelling, noise_for, sampler_name, schedule
+from semantic_routing.text.config import TextShape
 from semantic_routing.text.encoder import TextEncoder
 from semantic_routing.text.features import TextFeatures
-from semantic_routing.text.loading import TextShape
 
 MOST_GUIDANCE = 1000
-"""Scales of guidance beyond it only overflow."""
+"""The largest guidance scale; larger ones overflow."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """How images are sampled; the defaults are the paper's."""
+    """Settings of sampling; the defaults are the paper's."""
 
     steps: int = 50
-    """Steps of the sampler."""
+    """Number of sampling steps."""
     guidance: float = 6.0
-    """Scale of classifier-free guidance; 1 is none."""
+    """Scale of classifier-free guidance; 1 turns it off."""
     sampler: SamplerSpelling = "euler"
-    """euler and heun integrate the flow, euler-ancestral renews part of the noise, renoise all of it (seeks modes)."""
+    """euler and heun integrate the flow; euler-ancestral replaces part of the noise, renoise all (seeks modes)."""
     shift: float = 1.0
     """Above 1, more steps near the noise."""
     clock: str = NOMINAL
-    """The time that time-dependent routing is told: nominal, shifted (Eq. 11), shifted:SIZE, or a calibration file."""
+    """The time given to time-dependent routing: nominal, shifted (Eq. 11), shifted:SIZE, or a calibration file."""
     seed: int = 0
-    """Run seed: with prompt index and image index it decides an image's noise."""
+    """Seed; together with prompt index and image index it decides an image's noise."""
     batch: int = 64
     """Images sampled together."""
     compile: bool = False
-    """Compile the network: slower to start, faster steps; pixels differ by rounding, also between batch sizes."""
+    """Compile the network: a slower start and faster steps. Pixels differ by rounding, also between batch sizes."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sampler", sampler_name(self.sampler))
@@ -59,14 +59,14 @@ class SampleConfig:
 
 
 def check_guidance(scale: float) -> None:
-    """Raise ValueError for a scale that leaves no picture finite."""
+    """Raise ValueError unless a guidance scale is finite and at most ``MOST_GUIDANCE``."""
     if not abs(scale) <= MOST_GUIDANCE:
         raise ValueError(f"guidance is {scale}; it must be finite, at most {MOST_GUIDANCE}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextToImage:
-    """A trained model with all that sampling from it needs."""
+    """A trained network with the text encoder and codec that sampling needs."""
 
     model: Backbone
     encoder: TextEncoder
@@ -74,20 +74,20 @@ class TextToImage:
     image_size: int
     """Side of an image in pixels."""
     size: tuple[int, int] | None = None
-    """Height and width of the images to draw, if not ``image_size`` both."""
+    """Height and width of the images, if they are not both ``image_size``."""
     null_prompt: str = ""
-    """What stands for "no prompt" in guidance: what dropped prompts were replaced by in training."""
+    """The prompt that means "no prompt" in guidance; it replaced dropped prompts in training."""
     bf16: bool = False
-    """Whether products run in bfloat16."""
+    """Whether matrix products run in bfloat16."""
     checkpoint: Path | None = None
-    """Where it was loaded from."""
+    """The folder that the model was loaded from."""
     config: dict[str, Any] = field(default_factory=dict)
     """The run's resolved configuration."""
     _encoded: dict[str, TextFeatures] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def pixels(self) -> tuple[int, int]:
-        """Height and width of its images."""
+        """Height and width of the images."""
         return self.size or (self.image_size, self.image_size)
 
     @property
@@ -95,16 +95,16 @@ class TextToImage:
         return self.model.proj_out.weight.device
 
     def encode(self, prompts: Sequence[str], *, strict: bool = True) -> TextFeatures:
-        """Return what this model's text encoder says about the prompts, on the model's device.
+        """Encode prompts, on the network's device; ``strict`` is that of ``TextEncoder.encode``.
 
-        In the weights' own type where autocast will not bring the two together. ``strict`` as of the encoder.
+        Without autocast the features have the type of the network's weights.
         """
         keys = self.model.cfg.strategy.reads_keys
         features = self.encoder.encode(list(prompts), with_kv=keys, strict=strict)
         return features.to(self.device, None if self.bf16 else self.model.proj_out.weight.dtype)
 
     def null_features(self) -> TextFeatures:
-        """What the text encoder says about the null prompt, asked once."""
+        """Return the features of the null prompt, which is encoded once."""
         if self.null_prompt not in self._encoded:
             self._encoded[self.null_prompt] = self.encode([self.null_prompt])
         return self._encoded[self.null_prompt]
@@ -116,10 +116,11 @@ class TextToImage:
         cfg: SampleConfig | None = None,
         callback: Callback | None = None,
     ) -> UInt8[Tensor, "B H W 3"]:
-        """Draw one image for each prompt, in bytes.
+        """Sample one image for each prompt, with values from 0 to 255.
 
-        ``images`` names each by (prompt index, image index), from which its noise follows; by default the prompts are
-        counted, one image each. ``cfg`` says how, by default as the paper does. ``callback`` sees every step.
+        ``images`` holds (prompt index, image index) of each, which decide its noise; by default prompts are numbered
+        from 0, with one image each. ``callback`` is called at every step. Raises NotFiniteError, which names the prompt
+        and the step, if an image is NaN or infinite.
         """
         cfg = cfg or SampleConfig()
         images = images or [(i, 0) for i in range(len(prompts))]
@@ -135,7 +136,7 @@ class TextToImage:
         except NotFiniteError as error:
             place = error.pictures[0]
             bad = (~torch.stack(finite)[:, place]).nonzero().flatten().tolist()
-            when = f"from step {bad[0] + 1} of {cfg.steps} on" if bad else "where its latents are decoded"
+            when = f"from step {bad[0] + 1} of {cfg.steps} on" if bad else "when its latents are decoded"
             raise NotFiniteError(error.pictures, f"the picture of {prompts[place]!r} is not finite {when}") from error
 
     def sample_latents(
@@ -145,12 +146,12 @@ class TextToImage:
         cfg: SampleConfig,
         callback: Callback | None = None,
     ) -> Float[Tensor, " B *latent"]:
-        """The latents of ``sample``'s images; ``callback`` sees every step."""
+        """Sample the latents of ``sample``'s images; ``callback`` is called at every step."""
         shape = latent_shape(self.codec, self.model.cfg, *self.pixels)
         x = noise_for(cfg.seed, images, shape).to(self.device)
         clock = parse_clock(cfg.clock)
         if clock is not None and not self.model.cfg.strategy.takes_clock:
-            raise ValueError(f"--clock {cfg.clock}: the routing of arm {self.model.cfg.arm} goes by no given time")
+            raise ValueError(f"--clock {cfg.clock}: the routing of arm {self.model.cfg.arm} has no clock; leave it out")
 
         def fresh(step: int) -> Tensor:
             return noise_for(cfg.seed, images, shape, step).to(self.device)
@@ -162,7 +163,7 @@ class TextToImage:
 
 
 def check_encoder(shape: TextShape, cfg: DiTConfig) -> None:
-    """ValueError where a text encoder is not like the one that the transformer was made for."""
+    """Raise ValueError unless a text encoder has the sizes that the transformer was made for."""
     gives, reads = {"layers": len(shape.layers)}, {"layers": cfg.text_layers}
     if cfg.strategy.reads_keys:
         gives |= {"key heads": shape.kv_heads, "head width": shape.head_dim}
@@ -178,14 +179,14 @@ def check_encoder(shape: TextShape, cfg: DiTConfig) -> None:
 
 
 def check_channels(codec: Codec, cfg: DiTConfig) -> None:
-    """ValueError where a codec's latents are not what the transformer draws."""
+    """Raise ValueError unless a codec's latents have as many channels as the transformer's."""
     if codec.channels != cfg.channels:
         source = "the VAE's latents have" if codec.has_posterior else "pixels have"
         raise ValueError(f"{source} {codec.channels} channels, but this transformer draws {cfg.channels}")
 
 
 def latent_shape(codec: Codec, cfg: DiTConfig, height: int, width: int) -> tuple[int, int, int]:
-    """Shape (channels, h, w) of the latents of an image in pixels; ValueError where patches do not divide it."""
+    """Return the shape (channels, h, w) of an image's latents; raise ValueError if patches do not divide the image."""
     side = codec.factor * cfg.patch
     if any(not isinstance(pixels, int) or pixels < 1 or pixels % side for pixels in (height, width)):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Prompts in a language model's own chat template."""
+"""Prompts written in a language model's chat template."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from typing import Any
 def in_chat(tokenizer: Any, texts: Sequence[str], name: str, *, strict: bool = True) -> list[str]:
     """Write each text as a user's message.
 
-    ValueError, with the model's name, where the template writes none; where it changes one, too, or a warning if not
-    ``strict``.
+    ValueError if the template leaves texts out or, unless ``strict`` is off, changes one; then that is a warning.
     """
     form = _form(tokenizer, name)
     return [_whole(tokenizer, form, text, name, strict) for text in texts]
 
 
 def _form(tokenizer: Any, name: str) -> int:
-    """Find which of ``_messages`` the chat template writes the text of; ValueError where none."""
+    """Return the index of the first of ``_messages`` that the template renders with its text; ValueError if none."""
     from jinja2 import TemplateError
 
     reason = "it leaves the prompt out"
@@ -36,18 +35,18 @@ def _render(tokenizer: Any, form: int, text: str) -> str:
 
 
 def _whole(tokenizer: Any, form: int, text: str, name: str, strict: bool) -> str:
-    """Render a text; ValueError, or a warning, where it is not whole in there, but for case and spaces."""
+    """Render a text; ValueError, or a warning, if more of it changes than case and spaces."""
     rendered = _render(tokenizer, form, text)
     if "".join(text.lower().split()) not in "".join(rendered.lower().split()):
         what = f"the chat template of {name!r} changes {text!r}: set chat_template=False"
         if strict:
             raise ValueError(what)
-        warnings.warn(what, stacklevel=5)
+        warnings.warn(what, stacklevel=6)
     return rendered
 
 
 def _messages(text: str) -> list[list[dict[str, Any]]]:
-    """List the forms that chat templates take: a text, a list of parts, a text after a system's message."""
+    """Return the forms that chat templates take: a text, a list of parts, a text after a system message."""
     system = [{"role": "system", "content": ""}]
     plain: list[dict[str, Any]] = [{"role": "user", "content": text}]
     listed: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "text", "text": text}]}]

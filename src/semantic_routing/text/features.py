@@ -1,4 +1,4 @@
-"""Text features: the one currency in which every part of the program speaks of text.
+"""Text features: the form in which every part of the program passes on text.
 
 Shape letters used everywhere: L language-model layers, B batch, N text tokens, C text width,
 D transformer blocks, H heads, S image tokens, T times: one for each sample, or one for all (1).
@@ -15,11 +15,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """What a frozen language model says about a batch of prompts.
+    """The states of a frozen language model for a batch of prompts.
 
     Layer ``l`` (1..L) is the output of decoder layer ``l``; the embedding output is left out and the last
     layer is taken after the final norm. Deep fusion (FuseDiT) reads the attention keys and values of the
-    layers instead; they are kept only when the encoder was asked for them.
+    layers instead; they are there only when the encoder was asked for them.
     """
 
     hidden: Float[Tensor, "L B N C"]
@@ -39,12 +39,12 @@ class TextFeatures:
             )
 
     def __getitem__(self, prompts: slice) -> TextFeatures:
-        """The features of some of the prompts."""
+        """Return the features of some of the prompts."""
         keys, values = (None if x is None else x[:, prompts] for x in (self.keys, self.values))
         return TextFeatures(self.hidden[:, prompts], self.mask[prompts], keys, values)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextFeatures:
-        """The same features on another device or in another floating-point type."""
+        """Return the features on another device or in another floating-point type."""
 
         def move(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.to(device=device, dtype=dtype)

@@ -1,1 +1,1 @@
-"""A world in which everything is known: scenes of shapes, their captions and their exact checker."""
+"""The toy world, in which everything is known: scenes of shapes, their captions and an exact checker."""

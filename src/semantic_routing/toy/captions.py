@@ -1,9 +1,8 @@
-"""The toy world: procedural pictures of simple shapes, with captions and the claims they make.
+"""Samples of the toy world: captions, the claims they make, and scenes in which the claims hold.
 
-A sample is a pure function of ``(seed, index)``. Its *tag*, one of eleven skills, decides the caption's
-wording, the claims that the caption makes, and a scene in which they hold; what the caption leaves open is
-random. The first six tags mean what they mean in GenEval (Ghosh et al., 2023), the other five follow the
-harder skills of GenAI-Bench (Li et al., 2024). ``toy/checker.py`` tests the same claims on pixels.
+A sample is a pure function of ``(seed, index)``. Its tag, one of eleven skills, decides the wording, the claims and the
+scene; details that the caption does not mention are random. The first six tags are GenEval's (Ghosh et al., 2023), the
+other five follow the harder skills of GenAI-Bench (Li et al., 2024). ``toy/checker.py`` tests the claims on pixels.
 """
 
 from __future__ import annotations
@@ -58,10 +57,10 @@ TAG_WEIGHTS = {
     "universal": 0.05,
     "scene": 0.06,
 }
-"""How often each tag is drawn where none is asked for."""
+"""Probability of each tag, if no tag is requested."""
 TAGS = tuple(TAG_WEIGHTS)
 EVAL_SHARE = 8
-"""One caption in so many, by its hash, belongs to the evaluation split."""
+"""One in this many captions, chosen by its hash, belongs to the evaluation split."""
 
 _PICTURES = ("", "a photo of ", "a picture of ", "a drawing of ", "an image of ", "a painting of ")
 _ORDERS = ("we see ", "show ", "draw ", "i want ")
@@ -70,7 +69,7 @@ OPENINGS = {
     "many": (*_PICTURES, *_ORDERS, "there are ", "these are "),
     "sentence": ("", "a photo where ", "a picture where ", "a drawing where ", "an image where ", "here "),
 }
-"""Ways to begin: before a noun phrase in the singular or plural, or before a whole sentence."""
+"""Beginnings of captions, before a singular noun phrase, a plural one, or a sentence."""
 SETTINGS = {
     "black": ("on a black background", "at night", "in the dark", "in space"),
     "gray": ("on a gray background", "in the fog", "on a road", "on a rock"),
@@ -81,12 +80,12 @@ NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 @dataclass(frozen=True)
 class Draft:
-    """What a tag decides; the rest of the scene is free."""
+    """A caption's phrase and claims, and the parts of the scene that they fix."""
 
     phrase: str
     claims: tuple[Claim, ...]
     kinds: tuple[Kind, ...]
-    """One for each object of the scene."""
+    """Kind of each object in the scene."""
     form: str = "one"
     """Key of ``OPENINGS``."""
     where: str | None = None
@@ -95,7 +94,7 @@ class Draft:
 
 
 def _populate(draft: Draft, dice: Dice) -> Scene:
-    # Three large objects hardly fit beside each other, so crowds are small but for one.
+    # Three large objects hardly fit in one picture: of three or more, at most one is large.
     things: list[Object] = []
     for kind in draft.kinds:
         large = len(draft.kinds) < 3 or all(thing.size == "small" for thing in things)
@@ -242,7 +241,7 @@ _DRAFTS = {
 
 @dataclass(frozen=True)
 class Sample:
-    """A caption, what it claims, and a scene in which that holds."""
+    """A caption, its claims, and a scene in which they hold."""
 
     caption: str
     tag: str
@@ -253,19 +252,19 @@ class Sample:
 
     @property
     def image(self) -> UInt8[np.ndarray, "size size 3"]:
-        """The scene as RGB pixels, rendered anew at each access."""
+        """The scene as RGB pixels, rendered at each access."""
         return render(self.scene, self.size)
 
 
 def split_of(caption: str) -> str:
-    """``eval`` for one caption in eight and ``train`` for the others, so that no caption is in both."""
+    """Return a caption's split: ``eval`` for one in eight, else ``train``; no caption is in both."""
     return "train" if blake2b(caption.encode(), digest_size=1).digest()[0] % EVAL_SHARE else "eval"
 
 
 def sample(seed: int, index: int, *, split: str = "train", tag: str | None = None, size: int = CANVAS) -> Sample:
-    """The sample of the endless stream ``seed`` at ``index`` (both at least 0), of the tag if one is given.
+    """Draw the sample at ``index`` of the endless stream ``seed``, with a given or random tag.
 
-    The caption is drawn again until it belongs to the split.
+    Captions are drawn until one belongs to the split.
     """
     if split not in ("train", "eval"):
         raise ValueError(f"unknown split {split!r}; use 'train' or 'eval'")
@@ -287,12 +286,12 @@ def sample(seed: int, index: int, *, split: str = "train", tag: str | None = Non
 
 
 def prompts(seed: int, n: int, tags: Sequence[str] = TAGS) -> list[Sample]:
-    """``n`` samples of the evaluation split, the tags in turn, no caption twice while a tag has new ones."""
+    """Draw ``n`` samples of the evaluation split, tag after tag; captions repeat only if a tag has no more."""
     if n < 1 or not tags:
         raise ValueError(f"asked for {n} prompts of {len(tags)} tags; ask for at least one of each")
     chosen: list[Sample] = []
     seen: set[str] = set()
-    spent: set[str] = set()  # tags that had nothing new in many draws
+    spent: set[str] = set()  # tags without a new caption in 200 draws
     index = 0
     for turn in range(n):
         tag = tags[turn % len(tags)]
@@ -309,7 +308,7 @@ def prompts(seed: int, n: int, tags: Sequence[str] = TAGS) -> list[Sample]:
 
 
 def falsify(original: Sample, rng: np.random.Generator) -> Sample:
-    """The same caption over a scene changed until exactly one of its claims is untrue."""
+    """Change a sample's scene until exactly one of its claims is false; the caption stays."""
     dice = Dice(rng)
     while True:
         scene = changed(original.scene, dice)

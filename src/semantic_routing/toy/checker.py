@@ -1,11 +1,10 @@
-"""The exact checker of the toy world: from pixels alone, does a picture show what its caption claims?
+"""Exact checker of the toy world: tells from pixels alone whether a picture shows what its caption claims.
 
-The background is the border's usual colour. Every pixel is then explained as a blend of the background and
-one of the palette's colours; connected pixels of one colour make an object, which is named after the drawn
-shape that covers it best. What fits no shape well is a ``blob``, which satisfies no claim: a smudge that a
-weak model paints is never taken for the circle that was asked for.
+The background is the border's median colour. Every pixel is a blend of the background and one of the palette's colours;
+connected pixels of one colour make an object. An object gets the name of the drawn shape that overlaps it best. If no
+shape fits well it is a ``blob``, which satisfies no claim: a weak model's smudge never passes for a circle.
 
-Lengths are in pixels of a 32 x 32 picture; other sizes are reduced to that first.
+Lengths are in pixels of a 32 x 32 picture; other sizes are first resized to that.
 """
 
 from __future__ import annotations
@@ -23,31 +22,31 @@ from semantic_routing.toy.claims import Box, Claim
 from semantic_routing.toy.scenes import BACKGROUNDS, CANVAS, COLORS, SHAPES, SIZES, Object, Scene, render
 
 BLOB, STRANGE, MEDIUM = "blob", "strange", "medium"
-"""The shape, colour and size of what is clearly none of those in the toy world."""
+"""Shape, colour and size of objects that are clearly not of the toy world."""
 COLOR_TOLERANCE = 75.0
-"""How far, in RGB units of 0 to 255, a colour may be from the one it is named after."""
+"""Largest distance of a colour from its name's colour, in RGB levels of 0 to 255."""
 SPECK = 8
-"""Fewer connected pixels than this are no object."""
+"""Least number of connected pixels of an object."""
 MIN_OVERLAP = 0.85
-"""Least overlap (intersection over union of the coverages) with a drawn shape to be named after it."""
+"""Least overlap (intersection over union of coverages) with the drawn shape that gives an object its name."""
 MIN_LEAD = 0.03
-"""Least lead in overlap over the next best shape."""
+"""Least lead in overlap over the second-best shape."""
 WINDOW = 22
-"""Side of the square in which an object is compared with drawn shapes."""
+"""Side of the square window for comparing an object with drawn shapes."""
 EXTENTS = tuple(range(6, 18))
-"""Sides that are tried: some more than are ever drawn, so that a wrong size is seen as such."""
+"""Sides of shapes to try; more than are ever drawn, so that a wrong size is found."""
 BLURS = (0.0, 0.6, 0.9)
-"""Standard deviations of the blurs that are tried: generated edges are softer than drawn ones."""
+"""Standard deviations of blurs to try: generated edges are softer than drawn ones."""
 STEPS = 4
-"""Positions within a pixel, along each axis, that are tried."""
+"""Positions within a pixel to try along each axis."""
 
 Coverage = Float[np.ndarray, "height width"]
-"""The share of each pixel that an object covers."""
+"""Share of each pixel that an object covers."""
 
 
 @dataclass(frozen=True)
-class FoundObject:
-    """One object seen in a picture."""
+class DetectedObject:
+    """An object found in a picture."""
 
     shape: str
     color: str
@@ -56,33 +55,34 @@ class FoundObject:
     area: float
     """Covered pixels."""
     overlap: float
-    """How well the drawn shape fits, from 0 to 1."""
+    """Overlap with the drawn shape, from 0 to 1."""
 
     @property
     def center(self) -> tuple[float, float]:
+        """The middle of the box."""
         left, top, right, bottom = self.box
         return (left + right) / 2, (top + bottom) / 2
 
 
 @dataclass(frozen=True)
-class Found:
-    """Everything seen in a picture."""
+class DetectedScene:
+    """The background and the objects found in a picture."""
 
     background: str
-    objects: tuple[FoundObject, ...]
+    objects: tuple[DetectedObject, ...]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether all claims hold of a picture."""
+    """Result of checking a picture's claims."""
 
     correct: bool
     reason: str
-    """The first claim's fault, such as ``found 2 red circles, wanted 3``."""
+    """Fault of the first false claim, such as ``found 2 red circles, wanted 3``."""
 
 
 def check(image: UInt8[np.ndarray, "height width 3"], claims: Sequence[Claim]) -> Verdict:
-    """Test the claims on the picture's pixels."""
+    """Test claims on a picture's pixels."""
     found = find_objects(image)
     for claim in claims:
         fault = claim.fault(found.objects, found.background)
@@ -91,8 +91,8 @@ def check(image: UInt8[np.ndarray, "height width 3"], claims: Sequence[Claim]) -
     return Verdict(True, "everything claimed was found")
 
 
-def find_objects(image: UInt8[np.ndarray, "height width 3"]) -> Found:
-    """Find and name the background and the objects of a square picture."""
+def find_objects(image: UInt8[np.ndarray, "height width 3"]) -> DetectedScene:
+    """Find and name the background and the objects of a square picture; ValueError for another shape."""
     height, width, _ = image.shape
     if height != width:
         raise ValueError(f"the picture is {width} x {height}; the toy world's pictures are square")
@@ -110,13 +110,13 @@ def find_objects(image: UInt8[np.ndarray, "height width 3"]) -> Found:
             part = labels == number
             if part.sum() >= SPECK:
                 objects.append(_name(part, color, pixels, coverage))
-    return Found(_nearest(ground, BACKGROUNDS), tuple(objects))
+    return DetectedScene(_nearest(ground, BACKGROUNDS), tuple(objects))
 
 
 def _unblend(
     pixels: Float[np.ndarray, "height width 3"], ground: Float[np.ndarray, "3"]
 ) -> tuple[Int[np.ndarray, "height width"], Coverage]:
-    """Each pixel as ``ground + coverage * (color - ground)``: the closest colour's index and its coverage."""
+    """Fit each pixel as ``ground + coverage * (color - ground)``; return the best colour's index and its coverage."""
     rays = np.array(list(COLORS.values())) - ground
     offset = pixels - ground
     shares = np.clip(offset @ rays.T / (rays**2).sum(axis=1), 0.0, 1.0)
@@ -130,8 +130,8 @@ def _name(
     color: str,
     pixels: Float[np.ndarray, "height width 3"],
     coverage: Coverage,
-) -> FoundObject:
-    """Name the object that is solid in ``part``."""
+) -> DetectedObject:
+    """Name the object whose solid pixels are ``part``."""
     covered = np.where(binary_dilation(part), coverage, 0.0)
     core = part & (coverage > 0.9)
     typical = np.median(pixels[core if core.any() else part], axis=0)
@@ -143,22 +143,22 @@ def _name(
     middle = (SIZES["small"] + SIZES["large"]) / 2
     side = max(box[2] - box[0], box[3] - box[1])
     size = "small" if side < middle else "large" if side > middle else MEDIUM
-    return FoundObject(shape, color, size, box, float(covered.sum()), overlap)
+    return DetectedObject(shape, color, size, box, float(covered.sum()), overlap)
 
 
 def _nearest(color: Float[np.ndarray, "3"], palette: dict[str, tuple[int, int, int]]) -> str:
-    """The palette's name for the colour, or ``STRANGE`` where none is close."""
+    """Return the palette's name for a colour, or ``STRANGE`` if it is close to no colour."""
     distances = {name: float(np.linalg.norm(color - np.array(rgb))) for name, rgb in palette.items()}
     name = min(distances, key=distances.__getitem__)
     return name if distances[name] <= COLOR_TOLERANCE else STRANGE
 
 
 def _fit(covered: Coverage) -> tuple[str, Box, float]:
-    """The drawn shape that overlaps best, its box, and the overlap; ``BLOB`` where none is clearly best."""
+    """Return the drawn shape that overlaps best (``BLOB`` if no shape is clearly best), its box and the overlap."""
     total = covered.sum()
     x = float(covered.sum(axis=0) @ np.arange(CANVAS) / total) + 0.5
     y = float(covered.sum(axis=1) @ np.arange(CANVAS) / total) + 0.5
-    # The window's middle pixel corner is put just left of and above the centroid; the rest is the phase.
+    # Put the window's middle pixel corner just left of and above the centroid; the remainder is the phase.
     phase_x, phase_y = round(x * STEPS) % STEPS, round(y * STEPS) % STEPS
     left, top = (round(c * STEPS) // STEPS - WINDOW // 2 for c in (x, y))
     padded = np.pad(covered, WINDOW)
@@ -179,9 +179,9 @@ def _fit(covered: Coverage) -> tuple[str, Box, float]:
 def _drawn(
     phase_x: int, phase_y: int
 ) -> tuple[Float[np.ndarray, "shapes blurs extents window window"], list[list[Box]]]:
-    """Coverages of all shapes, blurs and extents, their centroids at the window's middle plus a phase.
+    """Draw all shapes, blurs and extents, with centroids at the window's middle plus a phase.
 
-    The boxes, by shape and extent, are in the window's coordinates.
+    Returns their coverages, and their boxes by shape and extent, in the window's coordinates.
     """
     drawn = np.zeros((len(SHAPES), len(BLURS), len(EXTENTS), WINDOW, WINDOW))
     boxes: list[list[Box]] = []
@@ -190,7 +190,7 @@ def _drawn(
     for i, shape in enumerate(SHAPES):
         boxes.append([])
         for j, extent in enumerate(EXTENTS):
-            # A triangle's centroid lies a sixth of its height below the centre of its box.
+            # A triangle's centroid is a sixth of its height below the centre of its box.
             rise = round(extent / 6 * STEPS) / STEPS if shape == "triangle" else 0.0
             thing = Object(shape, "red", "", x, y - rise, extent)
             red = render(Scene("black", (thing,)))[:WINDOW, :WINDOW, 0].astype(np.float64)

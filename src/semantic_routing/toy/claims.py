@@ -1,7 +1,7 @@
-"""What a caption claims of its picture, and whether it holds of a list of objects and a background.
+"""Claims of captions, and tests of whether they hold for a list of objects and a background.
 
-The same claims judge the scenes that ``captions.py`` draws and the objects that ``toy/checker.py``
-finds in pixels; both only need the four attributes of ``Thing``.
+The same claims apply to the scenes of ``captions.py`` and to the objects that ``checker.py`` finds in pixels: both have
+the four attributes of ``Thing``.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ PLACES = {
     "above": ("above", "over", "higher than"),
     "below": ("below", "under", "lower than"),
 }
-"""The four relations and the ways to say them."""
+"""The four relations and their wordings."""
 
 
 @runtime_checkable
 class Thing(Protocol):
-    """What a claim needs to know of an object, be it drawn or found."""
+    """Attributes of a drawn or detected object that claims test."""
 
     @property
     def shape(self) -> str: ...
@@ -38,16 +38,16 @@ class Thing(Protocol):
 
 
 def extent(thing: Thing) -> float:
-    """The longer side of the thing's box."""
+    """Return the longer side of an object's box."""
     left, top, right, bottom = thing.box
     return max(right - left, bottom - top)
 
 
 def relations(first: Box, second: Box) -> set[str]:
-    """Where the first box lies, seen from the second, by GenEval's rule: up to two keys of ``PLACES``.
+    """Return the first box's relations to the second by GenEval's rule: up to two keys of ``PLACES``.
 
-    Each axis of the centres' offset is shortened by a tenth of the two boxes' summed sides; what is left
-    must be more than half of the whole offset.
+    Each axis of the centres' offset is shortened by a tenth of the two boxes' summed sides. The remainder must be more
+    than half of the unshortened offset's length.
     """
     dx, dy = (first[i] + first[i + 2] - second[i] - second[i + 2] for i in (0, 1))  # twice the offset
     width, height = (first[i + 2] - first[i] + second[i + 2] - second[i] for i in (0, 1))
@@ -62,7 +62,7 @@ def relations(first: Box, second: Box) -> set[str]:
 
 @dataclass(frozen=True)
 class Kind:
-    """The objects that share some attributes; None leaves an attribute open."""
+    """Objects with some common attributes; None matches any value."""
 
     shape: str | None = None
     color: str | None = None
@@ -89,12 +89,12 @@ class Claim(Protocol):
     """One thing that a caption says of its picture."""
 
     def fault(self, things: Sequence[Thing], background: str) -> str | None:
-        """Why the claim does not hold, as a short sentence; None where it holds."""
+        """Return why the claim does not hold, as a short sentence; None if it holds."""
 
 
 @dataclass(frozen=True)
 class Exists:
-    """There is at least one."""
+    """There is at least one object of the kind."""
 
     kind: Kind
 
@@ -104,7 +104,7 @@ class Exists:
 
 @dataclass(frozen=True)
 class Absent:
-    """There is none."""
+    """There is no object of the kind."""
 
     kind: Kind
 
@@ -114,7 +114,7 @@ class Absent:
 
 @dataclass(frozen=True)
 class Count:
-    """There are exactly so many."""
+    """There are exactly ``count`` objects of the kind."""
 
     kind: Kind
     count: int
@@ -126,7 +126,7 @@ class Count:
 
 @dataclass(frozen=True)
 class Every:
-    """There are objects, and all are of the kind."""
+    """There are objects, and all of them are of the kind."""
 
     kind: Kind
 
@@ -151,7 +151,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Relation:
-    """Some ``first`` lies ``where`` (a key of ``PLACES``) of some ``second``."""
+    """Some ``first`` is ``where`` (a key of ``PLACES``) of some ``second``."""
 
     first: Kind
     where: str

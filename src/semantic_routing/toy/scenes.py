@@ -1,6 +1,6 @@
-"""Scenes of simple shapes: how they are drawn, laid out at random and changed at random.
+"""Scenes of simple shapes: rendering, random layouts and random changes.
 
-Lengths and positions are in pixels of a 32 x 32 picture, whatever size is rendered; y points down.
+Lengths and positions are in pixels of a 32 x 32 picture, at any rendered size; y points down.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ COLORS = {
     "cyan": (20, 210, 225),
 }
 CELL = 8
-"""Objects stand on a lattice of cells, so that minutes of training go into reading captions, not into rendering."""
+"""Side of a cell of the grid on which objects are placed, so that a short training learns captions, not rendering."""
 SIZES = {"small": CELL - 1, "large": 2 * CELL - 1}
-"""Side of an object's box: it fills one cell, or two by two, but for a pixel on the right and below."""
+"""Side of an object's box: one cell, or two by two cells, less a pixel on the right and below."""
 BACKGROUNDS = {"black": (10, 10, 10), "gray": (128, 128, 128), "white": (245, 245, 245)}
 
 
 class Dice:
-    """Random choices from uniform doubles alone: cheap, and the same in every NumPy release."""
+    """Random choices from uniform doubles only: fast, and the same in every NumPy release."""
 
     def __init__(self, generator: np.random.Generator) -> None:
         self._uniform = self._stream(generator)
@@ -47,17 +47,19 @@ class Dice:
             yield from generator.random(32).tolist()
 
     def chance(self, probability: float) -> bool:
+        """Return True with this probability."""
         return next(self._uniform) < probability
 
     def between(self, low: int, high: int) -> int:
-        """An integer from ``low`` to ``high``, both included."""
+        """Draw an integer from ``low`` to ``high``, both included."""
         return low + int(next(self._uniform) * (high - low + 1))
 
     def pick(self, options: Sequence[T]) -> T:
+        """Draw one option."""
         return options[int(next(self._uniform) * len(options))]
 
     def weighted(self, weights: Mapping[T, float]) -> T:
-        """One of the keys, as often as its share of the weights."""
+        """Draw a key with a probability proportional to its weight."""
         rest = next(self._uniform) * sum(weights.values())
         for key, weight in weights.items():
             rest -= weight
@@ -66,7 +68,7 @@ class Dice:
         return key
 
     def pick_two(self, options: Sequence[T]) -> tuple[T, T]:
-        """Two different ones."""
+        """Draw two different options."""
         i, j = self.between(0, len(options) - 1), self.between(0, len(options) - 2)
         return options[i], options[j + (j >= i)]
 
@@ -79,9 +81,9 @@ class Object:
     color: str
     size: str
     x: float
-    """Centre, from the left edge."""
+    """Distance of the centre from the left edge."""
     y: float
-    """Centre, from the top edge."""
+    """Distance of the centre from the top edge."""
     extent: int
     """Side of the box that the shape fills."""
 
@@ -93,20 +95,20 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background and one to four objects that keep clear of each other."""
+    """A background and one to four objects that do not touch."""
 
     background: str
     objects: tuple[Object, ...]
 
 
 def render(scene: Scene, size: int = CANVAS) -> UInt8[np.ndarray, "{size} {size} 3"]:
-    """The scene as RGB pixels, antialiased by drawing it four times larger."""
+    """Draw a scene as RGB pixels, antialiased by drawing it four times larger."""
     side = SUPERSAMPLING * size
     image = Image.new("RGB", (side, side), BACKGROUNDS[scene.background])
     draw = ImageDraw.Draw(image)
     for thing in scene.objects:
         left, top, right, bottom = (round(edge * side / CANVAS) for edge in thing.box)
-        right, bottom = right - 1, bottom - 1  # Pillow counts the last pixel in
+        right, bottom = right - 1, bottom - 1  # Pillow's boxes include the last pixel
         color = COLORS[thing.color]
         if thing.shape == "circle":
             draw.ellipse((left, top, right, bottom), fill=color)
@@ -122,7 +124,7 @@ def render(scene: Scene, size: int = CANVAS) -> UInt8[np.ndarray, "{size} {size}
 
 
 def _fits(thing: Object, others: Sequence[Object]) -> bool:
-    """Whether the object lies inside the picture and shares no cell with the others."""
+    """Tell whether an object is inside the picture and shares no cell with the others."""
     left, top, right, bottom = thing.box
     if min(left, top) < 0 or max(right, bottom) > CANVAS:
         return False
@@ -132,14 +134,14 @@ def _fits(thing: Object, others: Sequence[Object]) -> bool:
 
 
 def _anywhere(thing: Object, dice: Dice) -> Object:
-    """The object at a random place of the lattice."""
+    """Move an object to a random place of the grid."""
     cells = (thing.extent + 1) // CELL
     column, row = (dice.between(0, CANVAS // CELL - cells) for _ in range(2))
     return replace(thing, x=CELL * column + thing.extent / 2, y=CELL * row + thing.extent / 2)
 
 
 def scatter(things: Sequence[Object], dice: Dice) -> tuple[Object, ...]:
-    """Put the objects at random free places; largest first, all over again when stuck."""
+    """Put objects at random free places, largest first; start again if an object finds no place."""
     order = sorted(range(len(things)), key=lambda i: -things[i].extent)
     while True:
         placed: dict[int, Object] = {}
@@ -156,7 +158,7 @@ def scatter(things: Sequence[Object], dice: Dice) -> tuple[Object, ...]:
 
 
 def arrange(first: Object, where: str, second: Object, dice: Dice) -> tuple[Object, Object]:
-    """Put the first object clearly ``where`` of the second: at most half as far off across as along."""
+    """Put the first object clearly ``where`` of the second: at most half as far across as along that direction."""
     along = (-1, 0) if where == "left" else (1, 0) if where == "right" else (0, -1) if where == "above" else (0, 1)
     while True:
         a, b = scatter((first, second), dice)
@@ -168,14 +170,14 @@ def arrange(first: Object, where: str, second: Object, dice: Dice) -> tuple[Obje
 
 
 def complete(kind: Kind, large: bool, dice: Dice) -> Object:
-    """An object of the kind, not yet placed; what the kind leaves open is random, large only if allowed."""
+    """Make an object of the kind, not yet placed; open attributes are random, and it is large only if allowed."""
     size = kind.size or ("large" if large and dice.chance(0.5) else "small")
     color = kind.color or dice.pick(tuple(COLORS))
     return Object(kind.shape or dice.pick(SHAPES), color, size, 0.0, 0.0, SIZES[size])
 
 
 def changed(scene: Scene, dice: Dice) -> Scene | None:
-    """One random change: to an object, to the number of objects, to the layout or the background."""
+    """Make one random change, to an object, their number, the layout or the background; None if it does not fit."""
     things = scene.objects
     i = dice.between(0, len(things) - 1)
     others = things[:i] + things[i + 1 :]
@@ -200,7 +202,7 @@ def changed(scene: Scene, dice: Dice) -> Scene | None:
 
 
 def _flipped(things: Sequence[Object], dice: Dice) -> tuple[Object, ...]:
-    """The layout mirrored left-right or up-down, or its axes exchanged."""
+    """Mirror the layout left-right or up-down, or swap its axes."""
     flip = dice.pick(("x", "y", "xy"))
     if flip == "x":
         return tuple(replace(thing, x=CANVAS - 1 - thing.x) for thing in things)

@@ -1,8 +1,8 @@
-"""Short texts about toy scenes, for the tiny language model to learn from.
+"""Short texts about toy scenes, to train the tiny language model.
 
-Captions alone would teach it little: which shape or colour was named hardly matters for the next word, so its
-states forget them. A story goes on after the caption with statements about the same scene, and to foresee them
-the model has to keep what was said, and of which object: as large language models do.
+Captions alone teach it little: the named shapes and colours hardly help to predict the next word, so its hidden states
+forget them. A story continues the caption with statements about the same scene. To predict these, the model must
+remember the attributes of each object, as large language models do.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ STATEMENTS = 4
 
 
 def story(seed: int, index: int) -> str:
-    """The caption of a training sample and some statements that are true of its scene."""
-    told = sample(seed, index)
+    """Return the caption of a training sample and some true statements about its scene."""
+    drawn = sample(seed, index)
     dice = Dice(np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64), counter=1 << 64)))
-    sentences = [told.caption]
+    sentences = [drawn.caption]
     while len(sentences) <= STATEMENTS:
-        sentence = dice.pick(_KINDS)(told.scene, dice)
+        sentence = dice.pick(_KINDS)(drawn.scene, dice)
         if sentence is not None:
             sentences.append(sentence)
     return " . ".join(sentences)
@@ -69,7 +69,7 @@ def _background(scene: Scene, dice: Dice) -> str | None:
 
 
 def _named(thing: Object, dice: Dice) -> str:
-    """The object by its shape, its colour, or both."""
+    """Name an object by its shape, its colour, or both."""
     return dice.pick(
         (Kind(thing.shape), Kind(thing.shape), Kind(color=thing.color), Kind(thing.shape, thing.color))
     ).words()

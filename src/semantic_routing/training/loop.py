@@ -40,7 +40,8 @@ from semantic_routing.data.loader import Batch, Loader
 from semantic_routing.data.sources.discover import SHAPES
 from semantic_routing.model.codec import Codec, NotFiniteError
 from semantic_routing.sampling.located import FOLDER, KEY, here
-from semantic_routing.text.loading import text_shape, tiny_sizes
+from semantic_routing.text.architecture import text_shape
+from semantic_routing.text.config import tiny_sizes
 from semantic_routing.toy.stories import story
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.metrics import Meter, flops_per_image, peak_flops, peak_memory, routing_entropy

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from semantic_routing.common.images.decode import Unusable
+from semantic_routing.common.errors import BadData
 from semantic_routing.data.dataset import Dataset
 from semantic_routing.data.sidecar import Sidecar
-from semantic_routing.data.sources.records import DamagedRecord, RecordSource
+from semantic_routing.data.sources.records import RecordSource
 from semantic_routing.data.streams import RecordStream
 from semantic_routing.model.codec import Codec
 from semantic_routing.text.encoder import TextEncoder
@@ -45,7 +45,7 @@ def _digests(source: RecordSource, sidecar: Sidecar | None) -> dict[str, str]:
     for index in spread(len(source), SAMPLED):
         try:
             record = source.read(index)
-        except (DamagedRecord, Unusable) as error:
+        except BadData as error:
             pictures.update(error.reason.encode())
             continue
         pictures.update(record.image)

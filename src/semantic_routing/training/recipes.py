@@ -11,7 +11,7 @@ from semantic_routing.model.arms import ARMS
 from semantic_routing.model.codec import CodecConfig
 from semantic_routing.model.dit import DiTConfig
 from semantic_routing.sampling.text_to_image import SampleConfig
-from semantic_routing.text.loading import TINY, TextEncoderConfig
+from semantic_routing.text.config import TINY, TextEncoderConfig
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.optim import OptimConfig
 from semantic_routing.training.parallelize import ParallelConfig

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from semantic_routing.common.device import cache_folder, has_bfloat16
 from semantic_routing.common.files import as_umask_says
-from semantic_routing.text.loading import quiet_transformers
+from semantic_routing.text.quiet import quiet_transformers
 from semantic_routing.training.optim import OptimConfig, make_optimizers, set_rates
 
 RECIPE = 1  # part of the cache key: raise it when anything below changes the trained weights

@@ -36,9 +36,9 @@ from semantic_routing.model.runtime import autocast
 from semantic_routing.sampling.load import locate_encoder
 from semantic_routing.sampling.located import KEY
 from semantic_routing.sampling.text_to_image import TextToImage
+from semantic_routing.text.config import TextEncoderConfig
 from semantic_routing.text.encoder import TextEncoder
 from semantic_routing.text.features import TextFeatures
-from semantic_routing.text.loading import TextEncoderConfig
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.optim import make_optimizers, set_rates
 from semantic_routing.training.origins import model_origins

@@ -1,4 +1,4 @@
-"""Captions where people keep them: beside pictures, in the manifests of others, under names of their own."""
+"""Captions in the usual places: next to pictures, in others' manifests, under other names."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from semantic_routing.data.dataset import DataConfig, open_data
 from semantic_routing.data.sources.folder import FolderRecords
 from semantic_routing.data.sources.index import open_records
 from semantic_routing.data.sources.index_writer import build
-from tests.data.sources.test_discover import captioned, fill, table
-from tests.data.sources.test_webdataset import archive, picture
+from tests.helpers.data_files import archive, captioned, fill, picture, table
 
 
 def captions(path: Path) -> list[str]:
-    """What training reads first of each record, with no settings."""
+    """Return each record's first caption, with default settings."""
     source = open_records(str(path))
     choice = DataConfig().choice()
     return [choice.choose(source.read(i).captions, 0.0, 0.0) for i in range(len(source))]
@@ -31,8 +30,8 @@ def captions(path: Path) -> list[str]:
 
 @pytest.mark.behaviour(
     "Pictures and captions",
-    when="captions lie beside pictures as .TXT, .caption (kohya) or photo.jpg.txt",
-    then="they are read like photo.txt, which goes first where there are several",
+    when="captions are next to pictures as .TXT, .caption (kohya) or photo.jpg.txt",
+    then="they are read like photo.txt, which takes precedence over the others",
 )
 @pytest.mark.parametrize(
     ("shot", "names", "expected"),
@@ -46,7 +45,7 @@ def captions(path: Path) -> list[str]:
         ("a.b/x.y.jpg", ["a.b/x.y.txt"], "a.b/x.y.txt"),
     ],
 )
-def test_captions_beside_pictures(tmp_path: Path, shot: str, names: list[str], expected: str):
+def test_captions_next_to_pictures(tmp_path: Path, shot: str, names: list[str], expected: str):
     fill(tmp_path, {shot: picture()} | {name: name.encode() for name in names})
     assert captions(tmp_path) == [expected]
     source = open_records(str(tmp_path))
@@ -62,8 +61,8 @@ def test_json_in_capitals_and_kohyas_in_a_tar(tmp_path: Path):
     assert captions(tmp_path / "tar") == ["kohya", "yes"]
 
 
-def test_what_was_read_before_stays(tmp_path: Path):
-    """Formats and captions that are read of late give way to those that always were."""
+def test_older_formats_and_captions_take_precedence(tmp_path: Path):
+    """Formats and captions that older versions read take precedence over later ones."""
     old = picture(7)
     members = [("1.avif", b"x"), ("1.jpg", old), ("1.caption", b"late"), ("1.json", b'{"caption": "early"}')]
     fill(tmp_path / "tar", {"0.tar": archive(members)})
@@ -116,7 +115,7 @@ def test_bad_tables_are_named(tmp_path: Path, content: bytes, message: str):
         open_records(str(tmp_path / "list.csv"))
 
 
-def test_tables_may_be_parted_by_semicolons_or_tabs(tmp_path: Path):
+def test_tables_may_be_separated_by_semicolons_or_tabs(tmp_path: Path):
     for name, mark in (("a.csv", ";"), ("b.tsv", "\t"), ("c.csv", ",")):
         fill(tmp_path, {"1.jpg": picture(), name: f"file_name{mark}text\n1.jpg{mark}x\n".encode()})
         assert captions(tmp_path / name) == ["x"]
@@ -125,7 +124,7 @@ def test_tables_may_be_parted_by_semicolons_or_tabs(tmp_path: Path):
 @pytest.mark.behaviour(
     "Pictures and captions",
     when="captions are in a column or field of another name",
-    then="refused before training with the fields that are there and the setting that takes one (--data.caption-keys)",
+    then="refused before training, with the names of the fields and the setting that chooses one (--data.caption-keys)",
 )
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "json", "csv", "tar", "folder"])
 def test_a_caption_of_another_name_is_hinted_at(tmp_path: Path, kind: str):
@@ -161,7 +160,7 @@ def test_pictures_without_any_captions_are_refused_with_what_to_do(tmp_path: Pat
 @pytest.mark.behaviour(
     "Pictures and captions",
     when="a manifest names pictures outside of its folder",
-    then="absolute paths are read; relative ones that lead out are refused with the absolute path to write",
+    then="absolute paths are read; relative ones that lead outside are refused with the absolute path to write",
 )
 def test_a_manifest_may_name_absolute_paths(tmp_path: Path):
     shots = fill(tmp_path / "shots", {"1.jpg": picture(1), "2.jpg": picture(2)})
@@ -170,7 +169,7 @@ def test_a_manifest_may_name_absolute_paths(tmp_path: Path):
     assert captions(place / "all.jsonl") == ["one", "two"]
     assert open_records(str(place / "all.jsonl")).read(1).image == picture(2)
     (place / "all.jsonl").write_text(json.dumps({"image": "../shots/1.jpg", "text": "x"}))
-    with pytest.raises(ValueError, match=rf"lies outside .*write its absolute path \({shots}/1\.jpg\)"):
+    with pytest.raises(ValueError, match=rf"is outside .*write its absolute path \({shots}/1\.jpg\)"):
         open_records(str(place / "all.jsonl"))
     (place / "all.jsonl").write_text(json.dumps({"image": "https://x.org/1.jpg", "text": "x"}))
     with pytest.raises(ValueError, match="download it"):
@@ -188,7 +187,7 @@ def test_pictures_that_a_manifest_does_not_name_are_counted(tmp_path: Path):
 @pytest.mark.behaviour(
     "Pictures and captions",
     when="pictures are TIFF, BMP, GIF, WebP, PNM, JPEG 2000, JFIF or (with Pillow 11.3) AVIF",
-    then="they are read, in folders and tars alike; HEIC too, where pillow-heif is installed",
+    then="they are read from folders and tars; HEIC too, if pillow-heif is installed",
 )
 @pytest.mark.parametrize(
     ("ending", "kind"),
@@ -197,7 +196,7 @@ def test_pictures_that_a_manifest_does_not_name_are_counted(tmp_path: Path):
         ("j2k", "JPEG2000"), ("jfif", "JPEG"), ("avif", "AVIF"), ("HEIC", "HEIF"), ("heif", "HEIF"),
     ],
 )  # fmt: skip
-def test_every_format_is_read_wherever_it_lies(tmp_path: Path, ending: str, kind: str):
+def test_every_format_is_read_from_folders_and_tars(tmp_path: Path, ending: str, kind: str):
     if kind == "AVIF":
         pytest.importorskip("PIL.AvifImagePlugin")
     if kind == "HEIF":
@@ -215,7 +214,7 @@ def test_every_format_is_read_wherever_it_lies(tmp_path: Path, ending: str, kind
         assert source.dimensions().tolist() == [[64, 48]]  # type: ignore[attr-defined]
 
 
-def test_names_that_are_no_text_are_read(tmp_path: Path):
+def test_files_whose_names_are_not_utf8_are_read(tmp_path: Path):
     folder = os.fsencode(tmp_path)
     for ending, content in ((b".jpg", picture()), (b".txt", b"named in Latin-1")):
         with open(os.path.join(folder, b"caf\xe9" + ending), "wb") as file:

@@ -1,4 +1,4 @@
-"""What a folder is and what is left out of it: decided by all that is there, and told."""
+"""The kind of a folder of data, and reports of what is left out of it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from semantic_routing.cli.data import IndexArguments, StatsArguments, index, stats
@@ -20,37 +18,18 @@ from semantic_routing.data.sources.discover import discover
 from semantic_routing.data.sources.index import DEFAULT, INDEX, open_indexed, open_records
 from semantic_routing.data.sources.index_writer import build
 from semantic_routing.data.tools.recaption import RecaptionArguments, recaption
-from tests.data.sources.test_webdataset import archive, picture
+from tests.helpers.data_files import archive, captioned, fill, picture, table
 
 
 @pytest.fixture
 def without_heif(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """An installation without pillow-heif."""
+    """Make pillow-heif look as if it were not installed."""
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     for found in (formats.formats, formats.picture_endings):
         found.cache_clear()
     yield
     for found in (formats.formats, formats.picture_endings):
         found.cache_clear()
-
-
-def fill(folder: Path, files: dict[str, bytes]) -> Path:
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    return folder
-
-
-def captioned(*names: str) -> dict[str, bytes]:
-    """Pictures with a caption beside each."""
-    files = {name: picture() for name in names}
-    return files | {f"{name.rpartition('.')[0]}.txt": f"it is {name}".encode() for name in names}
-
-
-def table(path: Path, **columns: list[Any]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns), path)
-    return path
 
 
 HEIC = b"\0\0\0\x18ftypheic" + bytes(400)
@@ -84,9 +63,9 @@ LEFT_OUT: dict[str, tuple[dict[str, bytes], dict[str, int]]] = {
 @pytest.mark.behaviour(
     "Pictures and captions",
     when="a folder holds files that cannot be used (HEIC without pillow-heif, raw, hidden or empty files, lone texts)",
-    then="every command counts them by their reason, and says what to install where that helps",
+    then="every command counts them by reason, and says what to install if that helps",
 )
-def test_what_is_left_out_is_told_by_every_command(
+def test_every_command_reports_what_is_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, files: dict[str, bytes], left_out: dict[str, int]
 ):
     data = fill(tmp_path / "data", files)
@@ -102,7 +81,7 @@ def test_what_is_left_out_is_told_by_every_command(
 
 
 @pytest.mark.usefixtures("without_heif")
-def test_a_folder_of_nothing_else_says_so(tmp_path: Path):
+def test_a_folder_without_usable_pictures_is_refused(tmp_path: Path):
     fill(tmp_path, {"IMG_1.HEIC": HEIC, "IMG_2.heif": HEIC})
     with pytest.raises(ValueError, match=r"holds no pictures .*1 unknown format \.heic \(pip install .*heif"):
         open_records(str(tmp_path))
@@ -111,7 +90,7 @@ def test_a_folder_of_nothing_else_says_so(tmp_path: Path):
 @pytest.mark.behaviour(
     "Pictures and captions",
     when="names in a tar have dots before their ending (photo.v1.jpg)",
-    then="such pictures make no records of their own, by WebDataset's rule; each is counted and the way out is said",
+    then="by WebDataset's rule such pictures make no records; each is counted, with advice to rename it",
 )
 @pytest.mark.parametrize(
     ("names", "records", "lost"),
@@ -146,7 +125,7 @@ LIST = b'{"file_name": "a.jpg", "text": "by the list"}\n'
 @pytest.mark.behaviour(
     "Pictures and captions",
     when="a folder holds data of several kinds",
-    then="it is the first of: tar shards, Parquet with pictures, a manifest, pictures; all else is counted",
+    then="the first of these is read: tar shards, Parquet with pictures, a manifest, pictures; the rest is counted",
 )
 @pytest.mark.parametrize(
     ("files", "tables", "kind"),
@@ -181,7 +160,7 @@ def test_a_table_without_pictures_alone_is_refused_as_such(tmp_path: Path):
 @pytest.mark.behaviour(
     "Pictures and captions",
     when="a folder has Hugging Face's splits (train, test, validation)",
-    then="train is read, and what is of the others is counted with the path that takes it",
+    then="train is read; files of the others are counted, with the path that selects them",
 )
 @pytest.mark.parametrize(
     ("train", "test", "takes"),
@@ -220,7 +199,7 @@ def test_without_train_or_in_other_folders_nothing_is_a_split(tmp_path: Path):
 @pytest.mark.behaviour(
     "Surroundings",
     when="data is moved or copied together with its index",
-    then="the index still serves; where the copies are other files to it, it is left aside with a word",
+    then="the index still works; if the copied files have other times, it is ignored with a warning",
 )
 @pytest.mark.parametrize("kind", ["tar", "folder", "manifest", "parquet"])
 def test_an_index_moves_with_its_data(tmp_path: Path, kind: str):
@@ -236,18 +215,18 @@ def test_an_index_moves_with_its_data(tmp_path: Path, kind: str):
     shutil.move(here, tmp_path / "there")
     source = open_records(str(tmp_path / "there"))
     assert source.read(0) == before
-    assert source.dimensions().tolist() == [[8, 6]]  # type: ignore[attr-defined]  # which only the index knows
+    assert source.dimensions().tolist() == [[8, 6]]  # type: ignore[attr-defined]  # only the index holds them
     (found,) = open_indexed(tmp_path / "there" / DEFAULT)
     assert found.read(0) == source.read(0)
 
 
-def test_an_index_that_lies_apart_moves_too(tmp_path: Path):
+def test_an_index_in_another_folder_moves_too(tmp_path: Path):
     fill(tmp_path / "all" / "data", {"0.tar": archive([("a.png", picture()), ("a.txt", b"x")])})
     build([str(tmp_path / "all" / "data")], tmp_path / "all" / "index", look_inside=True)
     shutil.move(tmp_path / "all", tmp_path / "other")
     source = open_records(str(tmp_path / "other" / "data"), tmp_path / "other" / "index")
     assert source.dimensions().tolist() == [[8, 6]]  # type: ignore[attr-defined]
-    shutil.move(tmp_path / "other" / "index", tmp_path / "index")  # alone, and its data stays where it is
+    shutil.move(tmp_path / "other" / "index", tmp_path / "index")  # without its data
     assert len(open_records(str(tmp_path / "other" / "data"))) == 1
 
 
@@ -263,7 +242,7 @@ def test_an_index_of_the_earlier_version_loads(tmp_path: Path):
     fill(tmp_path / "data", captioned("a.jpg", "b.png"))
     build([str(tmp_path / "data")], tmp_path / "index", look_inside=True)
     listed = json.loads((tmp_path / "index" / INDEX).read_text())
-    del listed["folder"], listed["left_out"]  # they were not there
+    del listed["folder"], listed["left_out"]  # earlier versions did not write them
     (tmp_path / "index" / INDEX).write_text(json.dumps(listed))
     (source,) = open_indexed(tmp_path / "index")
     assert len(source) == 2
@@ -273,8 +252,8 @@ def test_an_index_of_the_earlier_version_loads(tmp_path: Path):
 
 @pytest.mark.behaviour(
     "Pictures and captions",
-    when='a folder of one\'s own is called like the toy world ("shapes")',
-    then='the bare name means the toy world to every command, which is said; the folder is "./shapes"',
+    when='a folder of pictures has the name of the toy world ("shapes")',
+    then='every command takes the bare name for the toy world, and says so; the folder is "./shapes"',
 )
 def test_shapes_is_the_toy_world_to_every_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -288,7 +267,7 @@ def test_shapes_is_the_toy_world_to_every_command(
     refusing = [
         lambda: index(IndexArguments(paths=("shapes",), out=tmp_path / "index")),
         lambda: stats(StatsArguments(paths=("shapes",))),
-        lambda: recaption(RecaptionArguments(paths=("shapes",), out=tmp_path / "o.parquet", model="m")),
+        lambda: recaption(RecaptionArguments(paths=("shapes",), out=tmp_path / "o.parquet")),
     ]
     for command in refusing:
         with pytest.raises(ValueError, match=r"'shapes' is the toy world.* is \./shapes"):

@@ -1,4 +1,4 @@
-"""A user's own pictures: what a manifest may hold, and pixels from files of every kind."""
+"""Folders and manifests of a user's own pictures, and pixels from files of every kind."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from semantic_routing.common.errors import BadData
 from semantic_routing.common.images.decode import centre_crop, decode
 from semantic_routing.data.sources.folder import FolderRecords
 from semantic_routing.data.sources.index import open_records
 from semantic_routing.data.sources.manifest import ManifestRecords
 from semantic_routing.data.sources.manifest_rows import MANIFESTS
-from semantic_routing.data.sources.records import DamagedRecord, RecordSource
+from semantic_routing.data.sources.records import RecordSource
 
 RNG = np.random.default_rng(0)
 RED, GREEN, BLUE, WHITE = (200, 30, 30), (30, 200, 30), (30, 30, 200), (255, 255, 255)
 
 
 def square(path: Path, side: int) -> np.ndarray:
-    """The picture as training sees it."""
+    """Decode a picture as training does."""
     return decode(path.read_bytes(), side, side)
 
 
@@ -65,7 +66,7 @@ def test_manifests_of_each_name_are_found(folder: Path, name: str):
     assert (decode(second.image, 4, 4) == BLUE).all()
 
 
-def test_a_manifest_may_lie_apart_from_its_images(folder: Path, tmp_path_factory: pytest.TempPathFactory):
+def test_a_manifest_may_be_in_another_folder_than_its_images(folder: Path, tmp_path_factory: pytest.TempPathFactory):
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "list.jsonl"
     rows = [
         *GOOD,
@@ -102,10 +103,10 @@ def test_relative_paths_and_byte_order_marks_and_blank_lines(folder: Path, monke
         ({"image": "no.png", "text": "x"}, "'no.png' is no file"),
         ({"image": "deep", "text": "x"}, "'deep' is no file"),
         ({"image": "a\0.png", "text": "x"}, "is no file"),
-        ({"image": "../secret.png", "text": "x"}, "lies outside"),
-        ({"image": "deep/../../secret.png", "text": "x"}, "lies outside"),
+        ({"image": "../secret.png", "text": "x"}, "is outside"),
+        ({"image": "deep/../../secret.png", "text": "x"}, "is outside"),
         ({"image": "/nowhere/a.png", "text": "x"}, "'/nowhere/a.png' is no file"),
-        ({"image": ".", "text": "x"}, "lies outside"),
+        ({"image": ".", "text": "x"}, "is outside"),
         (["a.png", "x"], "found a list"),
         (None, "found missing or null"),
     ],
@@ -120,10 +121,10 @@ def test_bad_rows_are_named(folder: Path, row: Any, message: str, suffix: str):
     assert "\n" not in str(caught.value)
 
 
-def test_a_sibling_with_the_roots_name_as_its_beginning_is_outside(folder: Path):
+def test_a_sibling_folder_whose_name_begins_with_the_roots_is_outside(folder: Path):
     picture(folder.parent / f"{folder.name}2" / "a.png")
     manifest = write(folder / "list.jsonl", [{"image": f"../{folder.name}2/a.png", "text": "x"}])
-    with pytest.raises(ValueError, match="lies outside"):
+    with pytest.raises(ValueError, match="is outside"):
         ManifestRecords(manifest)
 
 
@@ -200,11 +201,11 @@ def test_rows_of_jsonl_stay_in_the_file(folder: Path):
     assert len(pickle.dumps(source)) < 100_000
     assert source.read(1999).captions == {"text": ("é" * 500,)}
     (folder / "list.jsonl").write_text("")
-    with pytest.raises(DamagedRecord, match=r"bad captions.*not what it was"):
+    with pytest.raises(BadData, match=r"bad captions.*manifest has changed"):
         source.read(3)
 
 
-def test_pictures_with_captions_beside_them(folder: Path):
+def test_pictures_with_captions_next_to_them(folder: Path):
     (folder / "a.txt").write_text("red\n")
     (folder / "deep" / "b.json").write_text('{"caption": "blue", "tags": ["x", "y"]}')
     picture(folder / "deep" / "c.JPG")
@@ -231,7 +232,7 @@ def test_damaged_files_of_a_folder(folder: Path):
     for index in range(len(source)):
         try:
             source.read(index)
-        except DamagedRecord as error:
+        except BadData as error:
             reasons[error.key] = error.reason
     assert reasons == {
         "a.png": "missing file",
@@ -250,13 +251,13 @@ def test_manifests_and_folders_at_urls(folder: Path):
     local = open_records(str(folder))
     found = open_records("memory://folder-test")
     assert [found.read(i) for i in range(2)] == [local.read(i) for i in range(2)]
-    row = {"image": "no.png", "text": "x"}  # asking the storage for each would take too long
+    row = {"image": "no.png", "text": "x"}  # at a URL, a missing picture shows only when it is read
     storage.pipe("/folder-test/metadata.jsonl", json.dumps(row).encode())
-    with pytest.raises(DamagedRecord, match="missing file"):
+    with pytest.raises(BadData, match="missing file"):
         open_records("memory://folder-test").read(0)
     for name in ("../x.png", "/etc/x.png", "memory://other/x.png", "."):
         storage.pipe("/folder-test/metadata.jsonl", json.dumps(row | {"image": name}).encode())
-        with pytest.raises(ValueError, match="lies outside"):
+        with pytest.raises(ValueError, match="is outside"):
             open_records("memory://folder-test")
     storage.rm("/folder-test/metadata.jsonl")
     assert [open_records("memory://folder-test").read(i).key for i in range(2)] == ["a.png", "deep/b.png"]
@@ -355,7 +356,7 @@ def test_crop_equals_resizing_first():
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_shrinking_averages(tmp_path: Path, suffix: str):
-    # Stripes finer than a new pixel must become gray rather than moire.
+    # Stripes finer than a new pixel must become gray, without moire.
     stripes = np.zeros((512, 512, 3), dtype=np.uint8)
     stripes[:, ::2] = 255
     path = tmp_path / f"a.{suffix}"
@@ -370,9 +371,9 @@ def test_growing_keeps_a_gradient():
     assert (np.diff(grown[16, 4:-4, 0]) >= 0).all()
 
 
-def test_a_file_gone_since_the_start_is_named(folder: Path):
+def test_a_picture_that_was_deleted_since_the_start_is_named(folder: Path):
     source = ManifestRecords(write(folder / "list.jsonl", GOOD))
     os.remove(folder / "a.png")
-    with pytest.raises(DamagedRecord, match="missing file") as caught:
+    with pytest.raises(BadData, match="missing file") as caught:
         source.read(0)
     assert caught.value.key == "a.png"

@@ -1,4 +1,4 @@
-"""Indices: whole or not used, of these bytes or refused; and data opened by its path, with an index or without."""
+"""Indices and opening data by its path: a damaged or outdated index is refused; data opens the same without one."""
 
 from __future__ import annotations
 
@@ -20,18 +20,25 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from semantic_routing.data.sources import index_writer as indexing
 from semantic_routing.data.sources.discover import Data, discover
 from semantic_routing.data.sources.index import DEFAULT, INDEX, Index, default_folder, open_indexed, open_records
 from semantic_routing.data.sources.index_writer import build
 from semantic_routing.data.sources.records import RecordSource
-from semantic_routing.data.sources.storage import Arrays, Reader, absolute, expand, files_below, shard_names, stat
-from tests.data.sources.test_webdataset import archive, picture, records
+from semantic_routing.data.sources.storage import (
+    Arrays,
+    Reader,
+    absolute,
+    everything_below,
+    expand,
+    shard_names,
+    stat,
+)
+from tests.helpers.data_files import archive, picture, records
 
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """Three shards of 3, 0 and 4 records in img2dataset's layout."""
+    """Write three shards of 3, 0 and 4 records in img2dataset's layout."""
     folder = tmp_path / "data"
     folder.mkdir()
     for number, count in enumerate((3, 0, 4)):
@@ -41,17 +48,19 @@ def shards(tmp_path: Path) -> Path:
     return folder
 
 
-def scanned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of files scanned from here on."""
-    names: list[str] = []
-    original = indexing.scan
+def rows_written(index: Path, paths: list[str], **options: Any) -> list[str]:
+    """Build an index; return the names of the files of data whose rows that wrote."""
+    for path in index.glob("*.npy"):
+        os.utime(path, (0, 0))
+    build(paths, index, **options)
+    return sorted(path.name.rpartition("-")[0] for path in index.glob("*.npy") if path.stat().st_mtime)
 
-    def noted(kind: str, path: str, length: int, look_inside: bool) -> Any:
-        names.append(Path(path).name)
-        return original(kind, path, length, look_inside)
 
-    monkeypatch.setattr(indexing, "scan", noted)
-    return names
+def garble(path: Path) -> None:
+    """Replace a file's content, with the same size and times: a scan would find nothing but damage."""
+    before = path.stat()
+    path.write_bytes(b"x" * before.st_size)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def same(one: RecordSource, other: RecordSource) -> bool:
@@ -77,18 +86,18 @@ def test_shards_open_with_an_index_as_without(shards: Path, tmp_path: Path):
     assert same(some, open_records(f"{shards}/{{00001..00002}}.tar"))
 
 
-def test_the_index_in_the_datas_folder_is_found(shards: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_index_in_the_datas_folder_is_used_instead_of_a_scan(shards: Path):
     place = default_folder(str(shards))
     assert place == shards / DEFAULT
     assert place == default_folder(f"{shards}/*.tar") == default_folder(str(shards / "00000.tar"))
     assert default_folder("memory://x/a.tar") is None
     build([str(shards)], place)
-    monkeypatch.setattr("semantic_routing.data.sources.index.scan_tar", None)  # so it is not called
+    garble(shards / "00002.tar")
     assert len(open_records(str(shards))) == 7
     assert len(open_records(str(shards / "00002.tar"))) == 4
 
 
-def test_an_index_of_other_bytes_is_refused(shards: Path, tmp_path: Path):
+def test_an_index_of_changed_files_is_refused(shards: Path, tmp_path: Path):
     index = tmp_path / "index"
     build([str(shards)], index)
     path = shards / "00002.tar"
@@ -151,7 +160,7 @@ def test_what_a_path_means(shards: Path, tmp_path: Path):
         with pytest.raises(ValueError, match=message):
             discover(wrong)
     (tmp_path / "a.tar.gz").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"a\.tar\.gz is none of .*no random access"):
+    with pytest.raises(ValueError, match=r"a\.tar\.gz is not .*no random access"):
         discover(str(tmp_path / "a.tar.gz"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no pictures"):
@@ -185,38 +194,33 @@ def test_everything_indexed_together_opens_together(shards: Path, tmp_path: Path
         open_records(str(pictures), index)
 
 
-def test_a_scan_without_an_index_tells_what_it_leaves_out(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_scan_without_an_index_reports_what_it_leaves_out(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     for number in range(17):
         (tmp_path / f"{number:05d}.tar").write_bytes(archive([("a.txt", b"alone"), ("b.jpg", b"x")]))
     with caplog.at_level(logging.WARNING):
         source = open_records(str(tmp_path))
     assert len(source) == 17
-    assert f"semroute data index {tmp_path} would spare it" in caplog.text
+    assert f"semroute data index {tmp_path}" in caplog.text
     assert "17 no picture" in caplog.text
 
 
 # -- building --------------------------------------------------------------------------------------------------
 
 
-def test_what_has_not_changed_is_not_scanned_again(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    index, names = tmp_path / "index", scanned(monkeypatch)
-    first = build([str(shards)], index)
-    assert names == ["00000.tar", "00001.tar", "00002.tar"]
-    assert build([str(shards)], index) == first
-    assert len(names) == 3
+def test_unchanged_files_are_not_scanned_again(shards: Path, tmp_path: Path):
+    index, tars = tmp_path / "index", ["00000.tar", "00001.tar", "00002.tar"]
+    assert rows_written(index, [str(shards)]) == tars
+    assert rows_written(index, [str(shards)]) == []
     (shards / "00001.tar").write_bytes(archive(records(2)))
-    assert build([str(shards), str(shards / "*.tar")], index)["records"] == 9
-    assert names[3:] == ["00001.tar"]
-    build([str(shards)], index, look_inside=True)
-    assert len(names) == 7
-    build([str(shards)], index)  # one that knows more will do
-    assert len(names) == 7
+    assert rows_written(index, [str(shards), str(shards / "*.tar")]) == ["00001.tar"]
+    assert rows_written(index, [str(shards)], look_inside=True) == tars
+    assert rows_written(index, [str(shards)]) == []  # an index with dimensions serves without them
+    garble(shards / "00002.tar")
+    assert build([str(shards)], index)["records"] == 9
 
 
 @pytest.mark.parametrize("hurt", ["cut rows", "no rows", "no entry", "cut entry", "other rows", "half-written"])
-def test_a_stopped_or_damaged_build_is_taken_up(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hurt: str
-):
+def test_a_stopped_or_damaged_build_is_resumed(shards: Path, tmp_path: Path, hurt: str):
     index = tmp_path / "index"
     report = build([str(shards)], index)
     before = {path.name: path.read_bytes() for path in index.iterdir() if path.suffix == ".npy"}
@@ -232,19 +236,19 @@ def test_a_stopped_or_damaged_build_is_taken_up(
         entry.write_text(entry.read_text()[:30])
     elif hurt == "other rows":
         np.save(rows, np.zeros(4))
-    else:  # as a kill leaves it: rows under a temporary name, no entry, no list
+    else:  # as after a kill: rows under a temporary name, no entry, no list
         rows.rename(index / f".{rows.name}.partial-1")
         entry.unlink()
         (index / INDEX).unlink()
-    names = scanned(monkeypatch)
+    garble(shards / "00000.tar")
+    assert rows_written(index, [str(shards)]) == ["00002.tar"]
     assert build([str(shards)], index) == report
-    assert names == ["00002.tar"]
     after = {path.name: path.read_bytes() for path in index.iterdir() if path.suffix == ".npy"}
     assert {name: data for name, data in after.items() if ".partial" not in name} == before
     assert len(open_records(str(shards), index)) == 7
 
 
-def test_several_processes_find_the_same(shards: Path, tmp_path: Path):
+def test_several_processes_write_the_same_index(shards: Path, tmp_path: Path):
     reports = [build([str(shards)], tmp_path / f"index{workers}", workers=workers) for workers in (1, 2)]
     assert reports[0] == reports[1]
     assert same(open_records(str(shards), tmp_path / "index1"), open_records(str(shards), tmp_path / "index2"))
@@ -287,7 +291,7 @@ def test_a_manifest_with_bad_rows_is_reported_row_by_row(tmp_path: Path):
     assert build([str(tmp_path)], tmp_path / "index")["damaged"] == {"unreadable": 1}
 
 
-def test_what_cannot_be_built_says_why(shards: Path, tmp_path: Path):
+def test_a_build_that_cannot_start_says_why(shards: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="workers is 0"):
         build([str(shards)], tmp_path / "index", workers=0)
     with pytest.raises(ValueError, match="does not exist"):
@@ -301,7 +305,7 @@ def test_what_cannot_be_built_says_why(shards: Path, tmp_path: Path):
 
 @contextmanager
 def http_server(files: dict[str, bytes]) -> Iterator[str]:
-    """A server that knows ranges, as every storage does."""
+    """Serve files, with range requests as every storage has them."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -387,8 +391,8 @@ def test_the_ways_to_write_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (tmp_path / name).write_bytes(b"x")
     assert absolute("b.tar") == absolute(f"file://{tmp_path}/b.tar") == str(tmp_path / "b.tar")
     assert absolute("s3://a/b") == "s3://a/b"
-    names = [os.path.relpath(path, tmp_path) for path in files_below(".", (".tar",))]
-    assert names == ["a.TAR", "b.tar", "odd[1].tar", "x/d.tar"]
+    sizes = {os.path.relpath(path, tmp_path): size for path, size in everything_below(".")}
+    assert sizes == {".c.tar": 1, "a.TAR": 1, "b.tar": 1, "odd[1].tar": 1, "x/d.tar": 1}
     assert expand("odd[1].tar") == [str(tmp_path / "odd[1].tar")]
     assert expand("**/d.*") == [str(tmp_path / "x/d.tar")]
     assert expand("s3://b/{8..10}-{0..1}.tar") == [f"s3://b/{i}-{j}.tar" for i in (8, 9, 10) for j in (0, 1)]
@@ -406,16 +410,16 @@ def test_the_ways_to_write_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ([], []),
     ],
 )
-def test_shards_are_called_by_what_tells_them_apart(paths: list[str], names: list[str]):
+def test_shard_names_are_unique_and_short(paths: list[str], names: list[str]):
     assert shard_names(paths) == names
 
 
-def test_what_a_url_needs_is_said():
+def test_an_unknown_protocol_is_named():
     with pytest.raises(ValueError, match="Protocol not known"):
         stat("nonsense://x")
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # the child does nothing that could wait for a thread
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # the child waits for no thread
 def test_ranges_of_files(tmp_path: Path):
     path = tmp_path / "a"
     path.write_bytes(b"0123456789")

@@ -18,12 +18,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from semantic_routing.common.errors import BadData
 from semantic_routing.common.images.decode import Limits
 from semantic_routing.data.captions import CaptionChoice
 from semantic_routing.data.sources import row_groups
 from semantic_routing.data.sources.index import open_records
 from semantic_routing.data.sources.parquet import ParquetRecords, scan_parquet
-from semantic_routing.data.sources.records import DamagedRecord, RecordSource
+from semantic_routing.data.sources.records import RecordSource
 from semantic_routing.data.streams import Reading, RecordStream
 
 
@@ -76,7 +77,7 @@ def test_hugging_faces_layout(tmp_path: Path):
     record = source.read(0)
     assert (record.key, record.image, record.captions) == ("train.parquet/0", b"a", {"captions": ("one", "two")})
     for index, reason in ((1, "no picture"), (2, "no picture"), (3, "zero bytes")):
-        with pytest.raises(DamagedRecord) as caught:
+        with pytest.raises(BadData) as caught:
             source.read(index)
         assert (caught.value.reason, caught.value.key) == (reason, f"train.parquet/{index}")
 
@@ -125,7 +126,7 @@ def test_arrows_types(kind: str, kept: int, tmp_path: Path, monkeypatch: pytest.
     for index, (shot, text) in ((0, (b"a", "one")), (2, (b"c", "three"))):
         record = source.read(index)
         assert (record.image, record.captions) == (shot, {"text": (text,)})
-    with pytest.raises(DamagedRecord, match="no picture"):
+    with pytest.raises(BadData, match="no picture"):
         source.read(1)
     assert scan_parquet(str(path), look_inside=True).damaged == {"no picture": 1, "not an image": 2}
 
@@ -135,14 +136,14 @@ def test_a_row_of_several_pictures_is_damaged(tmp_path: Path):
     source = open_records(str(path))
     assert source.read(1).image == b"c"
     for index, reason in ((0, "several pictures"), (2, "no picture")):
-        with pytest.raises(DamagedRecord, match=reason):
+        with pytest.raises(BadData, match=reason):
             source.read(index)
     assert scan_parquet(str(path), look_inside=True).damaged["several pictures"] == 1
 
 
 @pytest.mark.behaviour(
     "Pictures and captions",
-    when="a Parquet file's column of pictures or captions is of a type that is neither",
+    when="a Parquet file's column of pictures or captions has an unsuitable type",
     then="the file is refused in one line that names the column and its type",
 )
 @pytest.mark.parametrize(
@@ -160,17 +161,17 @@ def test_types_that_are_refused(columns: dict[str, Any], said: str, tmp_path: Pa
         open_records(str(write(tmp_path / "a.parquet", columns)))
 
 
-def test_a_caption_that_is_no_utf8_is_damaged_and_a_column_of_nulls_is_none(tmp_path: Path):
+def test_a_caption_that_is_not_utf8_is_damage_and_a_column_of_nulls_is_ignored(tmp_path: Path):
     texts = pa.Array.from_buffers(pa.string(), 2, [*pa.array(["ok", "??"]).buffers()[:2], pa.py_buffer(b"ok\xff\xfe")])
     columns = {"image": [b"a", b"b"], "text": texts, "prompt": pa.nulls(2)}
     source = open_records(str(write(tmp_path / "a.parquet", columns)))
     assert source.read(0).captions == {"text": ("ok",)}
-    with pytest.raises(DamagedRecord, match=r"bad captions.*'text' is not UTF-8"):
+    with pytest.raises(BadData, match=r"bad captions.*'text' is not UTF-8"):
         source.read(1)
 
 
 def noted_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], list[str]]]:
-    """The row groups and columns that are read from now on."""
+    """Record the row groups and columns of all further reads."""
     read: list[tuple[list[int], list[str]]] = []
     original = pq.ParquetFile.iter_batches
 
@@ -182,7 +183,7 @@ def noted_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], list[s
     return read
 
 
-def test_only_columns_in_need_are_read_and_those_row_groups_kept_that_were_used_last(
+def test_only_needed_columns_are_read_and_the_last_used_row_groups_are_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     columns = {"jpg": [b"x"] * 8, "txt": ["a"] * 8, "embedding": [[0.5] * 8] * 8, "mask": [b"m"] * 8}
@@ -197,7 +198,7 @@ def test_only_columns_in_need_are_read_and_those_row_groups_kept_that_were_used_
 @pytest.mark.behaviour(
     "Pictures and captions",
     when="a Parquet file is read in training order, which draws from many row groups at a time",
-    then="each is read once per window; 512 MiB of them lie in memory, and larger ones in temporary files",
+    then="each is read once per window; 512 MiB of them are kept in memory, and larger ones in temporary files",
 )
 @pytest.mark.parametrize("kept", [2**29, 20_000, 0])
 @pytest.mark.parametrize("window", [1, 4, 16])
@@ -218,7 +219,7 @@ def test_training_order_reads_each_row_group_once(
     captions = [stream.load(position).caption for position in range(80)]
     assert sorted(map(int, captions)) == sorted([*range(40)] * 2)
     assert len(read) == 20  # two files of ten row groups
-    assert sorted(os.listdir(tmp_path)) == ["0.parquet", "1.parquet"]  # nothing is left behind
+    assert sorted(os.listdir(tmp_path)) == ["0.parquet", "1.parquet"]  # no temporary file is left
 
 
 ALONE = """
@@ -249,7 +250,7 @@ sys.exit(5)
 @pytest.mark.behaviour(
     "Surroundings",
     when="a command ends, with an error or without, soon after it read Parquet from disk or a URL",
-    then="it ends with its own exit code: no thread of Arrow is left that could abort it",
+    then="it ends with its own exit code: no thread of Arrow is left to abort it",
 )
 def test_no_thread_of_arrow_outlives_a_read(tmp_path: Path):
     path = write(tmp_path / "a.parquet", {"image": [os.urandom(2**20) for _ in range(4)], "text": ["a"] * 4})
@@ -279,14 +280,14 @@ def test_a_damaged_row_group_costs_its_own_records_only(tmp_path: Path):
     for index in range(6):
         try:
             source.read(index)
-        except DamagedRecord as error:
+        except BadData as error:
             reasons.append((index, error.reason, error.key))
     assert reasons == [(2, "unreadable", "a.parquet/2"), (3, "unreadable", "a.parquet/3")]
 
 
-def test_what_is_no_such_file_is_named(tmp_path: Path):
+def test_a_file_that_is_not_parquet_or_has_no_pictures_is_named(tmp_path: Path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(ValueError, match=r"a\.parquet is no whole Parquet file"):
+    with pytest.raises(ValueError, match=r"a\.parquet is not a complete Parquet file"):
         open_records(str(tmp_path))
     write(tmp_path / "a.parquet", {"url": ["http://x"], "width": [3]})
     with pytest.raises(ValueError, match=r"no column of pictures.*its columns: url \(string\), width"):

@@ -1,14 +1,15 @@
-"""Records, what is wrong with them, and captions out of files."""
+"""Records, the exception for bad ones, and captions from files."""
 
 from __future__ import annotations
 
 import pickle
 
+import numpy as np
 import pytest
 
+from semantic_routing.common.errors import BadData
 from semantic_routing.data.sources.records import (
-    REASONS,
-    DamagedRecord,
+    ConcatRecords,
     Record,
     RecordSource,
     Sharded,
@@ -16,19 +17,20 @@ from semantic_routing.data.sources.records import (
     parse_json,
     texts,
 )
+from semantic_routing.data.sources.scan import SIZE
 
 
-def test_a_damaged_record_survives_the_way_between_processes():
-    error = DamagedRecord("truncated", "0.tar", "0.tar/a", "5 of 9 bytes")
+def test_the_exception_for_bad_data_can_be_pickled():
+    error = BadData("truncated", "5 of 9 bytes", "0.tar", "0.tar/a")
     again = pickle.loads(pickle.dumps(error))
     assert (again.reason, again.shard, again.key, again.detail) == ("truncated", "0.tar", "0.tar/a", "5 of 9 bytes")
-    assert str(again) == "record '0.tar/a' of 0.tar: truncated (5 of 9 bytes)"
-    assert str(DamagedRecord("truncated", "0.tar", "a")) == "record 'a' of 0.tar: truncated"
+    assert str(again) == "record '0.tar/a' of 0.tar: truncated: 5 of 9 bytes"
+    assert str(BadData("truncated", "", "0.tar", "a")) == "record 'a' of 0.tar: truncated"
+    assert str(BadData("too small", "1 x 1 pixels")) == "too small: 1 x 1 pixels"
     assert isinstance(again, ValueError)
-    assert error.reason in REASONS
 
 
-def test_shards_lie_one_after_the_other():
+def test_shards_are_consecutive():
     sharded = Sharded("x", ["a", "b", "c", "d"], [2, 0, 3, 1])
     assert len(sharded) == 6
     assert [sharded.locate(i) for i in range(6)] == [(0, 0), (0, 1), (2, 0), (2, 1), (2, 2), (3, 0)]
@@ -39,13 +41,30 @@ def test_shards_lie_one_after_the_other():
             sharded.locate(index)
 
 
-def test_the_protocol_is_what_it_says():
-    class Own(Sharded):
-        def read(self, index: int) -> Record:
-            return Record(str(index), b"x", {})
+class Numbered(Sharded):
+    """A source whose records' keys are their indices."""
 
-    assert isinstance(Own("x", ["a"], [1]), RecordSource)
+    def read(self, index: int) -> Record:
+        self.locate(index)
+        return Record(f"{self.name}{index}", b"x", {})
+
+
+def test_a_source_needs_only_shards_and_read():
+    assert isinstance(Numbered("x", ["a"], [1]), RecordSource)
     assert not isinstance(Sharded("x", ["a"], [1]), RecordSource)
+
+
+def test_several_sources_read_as_one():
+    together = ConcatRecords([Numbered("x", ["a"], [2]), Numbered("y", [], []), Numbered("z", ["a", "b"], [1, 2])])
+    assert [together.read(i).key for i in range(len(together))] == ["x0", "x1", "z0", "z1", "z2"]
+    assert len(ConcatRecords([])) == 0
+
+
+def test_dimensions_come_from_all_arrays_in_order():
+    sizes = [np.array([(3, 4), (0, 0)], SIZE), np.zeros(0, SIZE), np.array([(7, 8)], SIZE)]
+    found = Sharded("x", ["a", "b"], [1, 2], sizes).dimensions()
+    np.testing.assert_array_equal(found, [[3, 4], [0, 0], [7, 8]])
+    assert Sharded("x", ["a"], [3]).dimensions() is None
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Tar shards: what Python's tarfile finds is found, whatever is wrong is reported, and records come back whole."""
+"""Tar shards: members as Python's tarfile finds them, reports of all damage, and complete records."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import io
 import os
 import pickle
 import tarfile
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,34 +13,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from semantic_routing.data.sources.records import DamagedRecord, Record
-from semantic_routing.data.sources.scan import Damage, Found
+from semantic_routing.common.errors import BadData
+from semantic_routing.data.sources.records import Record
+from semantic_routing.data.sources.scan import Damage, ScanResult
 from semantic_routing.data.sources.tar import BLOCK, Member, members
 from semantic_routing.data.sources.webdataset import GAP, ROW, TarRecords, scan_tar
-
-File = tuple[str, bytes]
-FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
-
-
-def picture(seed: int = 0, size: tuple[int, int] = (8, 6)) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def archive(files: Sequence[File], kind: str = "pax", mtime: float = 0) -> bytes:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w", format=FORMATS[kind]) as tar:
-        for name, data in files:
-            member = tarfile.TarInfo(name)
-            member.size, member.mtime = len(data), mtime
-            tar.addfile(member, io.BytesIO(data))
-    return stream.getvalue()
+from tests.helpers.data_files import FORMATS, archive, picture, records
 
 
 def header(name: bytes, size: int | bytes, kind: bytes = b"0") -> bytes:
-    """A ustar header made by hand, so that it may say anything."""
+    """Make a ustar header with any name, size field and type."""
     field = size if isinstance(size, bytes) else b"%011o\0" % size
     block = name.ljust(100, b"\0") + b"0000644\0" * 3 + field + b"00000000000\0" + b" " * 8 + kind
     block = block.ljust(257, b"\0") + b"ustar\x0000"
@@ -61,23 +42,11 @@ def found_in(data: bytes, window: int = 4096) -> tuple[list[Member], list[Damage
     return [m for m in found if isinstance(m, Member)], [m for m in found if isinstance(m, Damage)]
 
 
-def scan(tmp_path: Path, data: bytes, *, look_inside: bool = False) -> tuple[TarRecords, Found]:
+def scan(tmp_path: Path, data: bytes, *, look_inside: bool = False) -> tuple[TarRecords, ScanResult]:
     path = tmp_path / "00000.tar"
     path.write_bytes(data)
     found = scan_tar(str(path), len(data), look_inside=look_inside)
     return TarRecords(str(path), [str(path)], [len(found.rows)], [found.rows]), found
-
-
-def records(count: int) -> list[File]:
-    return [
-        file
-        for i in range(count)
-        for file in (
-            (f"{i:09d}.jpg", b"%d" % i * (i + 1)),
-            (f"{i:09d}.json", b'{"caption": "json %d", "width": 5}' % i),
-            (f"{i:09d}.txt", b"text %d" % i),
-        )
-    ]
 
 
 # -- members ---------------------------------------------------------------------------------------------------
@@ -93,7 +62,7 @@ def test_any_archive_is_read_as_tarfile_reads_it(kind: str):
                 length = int(rng.choice([3, 30, 99, 100, 101, 140] if kind == "ustar" else [3, 99, 100, 101, 600]))
                 letters = rng.choice(list("abc/.é" if kind != "ustar" else "abc/."), size=length)
                 info = tarfile.TarInfo(f"{number}x" + "".join(letters).strip("/") + "/y" * (length > 100) + "z")
-                # Type "\0" with a long name: tarfile takes a cut-off name that ends in / for a folder's.
+                # Not type "\0" with a long name: tarfile takes a cut-off name that ends in / for a folder's.
                 info.type = b"000000025\0"[(at := int(rng.integers(9 + (length < 99)))) : at + 1]
                 info.size = int(rng.choice([0, 1, 511, 512, 513, 5000])) if info.isreg() else 0
                 info.mtime = float(rng.choice([0.0, 1.5])) if kind == "pax" else 0
@@ -130,14 +99,14 @@ def test_numbers_of_every_notation():
 @pytest.mark.parametrize(
     "field", [b"-0000000001\0", b"\xff" * 12, b"99999999999\0", b"0x000000000\0", b"12 34567890\0"]
 )
-def test_sizes_that_are_none_end_the_archive(field: bytes):
+def test_a_bad_size_ends_the_archive(field: bytes):
     first = header(b"a.jpg", 1) + padded(b"x")
     found, damage = found_in(first + header(b"b.jpg", field) + END)
     assert [m.name for m in found] == [b"a.jpg"]
     assert [(d.reason, d.place) for d in damage] == [("bad header", len(first))]
 
 
-def test_a_sum_over_signed_bytes_is_right_too():
+def test_a_checksum_over_signed_bytes_is_accepted():
     block = bytearray(header("é.jpg".encode("latin-1"), 1))
     block[148:156] = b"%06o\0 " % (int(block[148:154], 8) - 256)
     found, damage = found_in(bytes(block) + padded(b"x") + END)
@@ -145,7 +114,7 @@ def test_a_sum_over_signed_bytes_is_right_too():
     assert not damage
 
 
-def test_a_wrong_sum_ends_the_archive_and_nothing_behind_it_is_believed():
+def test_a_wrong_checksum_ends_the_archive():
     blocks = [header(b"%d.jpg" % i, 1) + padded(b"x") for i in range(5)]
     bad = bytearray(blocks[2])
     bad[3] ^= 1
@@ -162,7 +131,7 @@ def test_garbage_is_reported_where_it_begins(lead: int):
     assert [(d.reason, d.place) for d in damage] == [("bad header", len(begin))]
 
 
-def test_pax_can_say_anything():
+def test_pax_names_and_sizes_of_every_sort():
     def pax(*fields: tuple[bytes, bytes]) -> bytes:
         text = b""
         for key, value in fields:
@@ -177,7 +146,7 @@ def test_pax_can_say_anything():
     )
     assert [(m.name, m.size, m.start) for m in found] == [(b"../../etc/b.jpg", 3, 0)]
     assert not damage
-    # a name that holds line breaks and equals signs, and a header for all that follow
+    # a name with line breaks and equals signs, after a header for all members that follow
     found, _ = found_in(header(b"g", 0, b"g") + pax((b"path", b"a=\n9 size=9.jpg")) + plain + END)
     assert [(m.name, m.size) for m in found] == [(b"a=\n9 size=9.jpg", 1)]
     huge = pax((b"size", b"9" * 15)) + plain
@@ -197,7 +166,7 @@ def test_pax_can_say_anything():
         assert [(d.reason, d.place) for d in damage] == [("bad header", 1024)], text
 
 
-def test_an_extended_header_of_huge_size_is_stepped_over_or_ends_the_file():
+def test_a_huge_extended_header_is_skipped_or_ends_the_archive():
     plain = header(b"a.jpg", 1) + padded(b"x")
     found, damage = found_in(header(b"L", 8**11 - 1, b"L") + plain + END)
     assert not found
@@ -215,7 +184,7 @@ def test_a_name_of_a_million_letters():
     assert not damage
 
 
-def test_links_devices_and_sparse_files_are_stepped_over():
+def test_links_devices_and_sparse_files_are_skipped():
     blocks = b""
     for kind in (b"1", b"2", b"3", b"4", b"6", b"Z"):
         blocks += header(b"other.jpg", 0, kind)
@@ -231,7 +200,7 @@ def test_links_devices_and_sparse_files_are_stepped_over():
 
 
 @pytest.mark.parametrize("cut", [0, 1, 511, 512, 700, 1024, 1535, 1536, 1600])
-def test_every_way_to_be_cut_short(cut: int):
+def test_an_archive_cut_anywhere_is_reported(cut: int):
     data = archive([("a.jpg", b"x" * 600), ("b.jpg", b"y" * 600)], "ustar")[:cut]
     found, damage = found_in(data)
     assert [m.name for m in found] == [b"a.jpg"] * (cut >= 512 + 600)
@@ -245,7 +214,7 @@ def test_what_follows_the_end_mark_is_reported():
     assert [(d.reason, "several archives" in d.detail) for d in damage] == [("bad header", True)]
 
 
-def test_no_damage_is_believed_and_none_stops_the_reader():
+def test_random_damage_is_noticed_and_members_before_it_are_kept():
     rng = np.random.default_rng(3)
     whole = archive([(f"{i}.jpg", b"x" * 700) for i in range(6)], "pax", 1.5)
     expected, _ = found_in(whole)
@@ -261,14 +230,14 @@ def test_no_damage_is_believed_and_none_stops_the_reader():
         assert found[: len(before)] == before
         assert all(member.offset + member.size <= len(data) for member in found)
         known = {member.name for member in expected}
-        assert damage or {member.name for member in found} == known  # a content or a padding was hit
+        assert damage or {member.name for member in found} == known  # else the damage is in a content or in padding
 
 
 # -- records ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_records_come_back_whole(tmp_path: Path, kind: str):
+def test_records_are_read_back(tmp_path: Path, kind: str):
     mtime = 1.25 if kind == "pax" else 0  # WebDataset's writer makes a pax header for every member this way
     source, found = scan(tmp_path, archive(records(25), kind, mtime))
     assert len(source) == 25
@@ -288,7 +257,7 @@ def test_grouping_is_webdatasets(tmp_path: Path):
     files = [
         ("readme", b"no suffix"),
         ("._a.jpg", b"hidden"),
-        ("./x/a.seg.png", b"mask"),  # another key's suffix is no picture of this one
+        ("./x/a.seg.png", b"mask"),  # not this record's picture
         ("./x/a.JPG", b"first"),
         ("./x/a.png", b"second picture"),
         ("./x/a.cls", b"3"),
@@ -309,7 +278,7 @@ def test_grouping_is_webdatasets(tmp_path: Path):
     assert [row["key"] for row in found.examples if row["reason"] == "no picture"] == ["b.dir/c"]
 
 
-def test_what_is_broken_is_reported_and_the_rest_kept(tmp_path: Path):
+def test_damage_is_reported_and_the_rest_kept(tmp_path: Path):
     files = [
         *records(1),
         ("dup.jpg", b"1"),
@@ -339,13 +308,13 @@ def test_what_is_broken_is_reported_and_the_rest_kept(tmp_path: Path):
     assert source.read(1).image == b"1"
     assert source.read(1).captions == {"txt": ("one",)}
     for index, reason, key in ((2, "zero bytes", "zero"), (3, "bad captions", "latin"), (4, "bad captions", "broken")):
-        with pytest.raises(DamagedRecord) as caught:
+        with pytest.raises(BadData) as caught:
             source.read(index)
         assert (caught.value.reason, caught.value.shard) == (reason, "00000.tar")
         assert caught.value.key == f"00000.tar/{key}"
 
 
-def test_a_record_that_is_not_all_there_is_left_out(tmp_path: Path):
+def test_a_truncated_record_is_left_out(tmp_path: Path):
     data = archive([("a.jpg", b"a"), ("a.txt", b"a"), ("b.jpg", b"b"), ("b.txt", b"x" * 2000)], "ustar")
     source, found = scan(tmp_path, data[: 7 * BLOCK + 100])
     assert len(source) == 1
@@ -354,7 +323,7 @@ def test_a_record_that_is_not_all_there_is_left_out(tmp_path: Path):
     assert found.examples[0]["place"] == 6 * BLOCK
 
 
-def test_names_are_only_names(tmp_path: Path):
+def test_names_are_never_used_as_paths(tmp_path: Path):
     stream = io.BytesIO()
     outside = ["../../escape.jpg", "/etc/passwd.jpg", "C:\\a.jpg", "n" * 5000 + ".jpg"]
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as tar:
@@ -371,14 +340,14 @@ def test_names_are_only_names(tmp_path: Path):
     assert sorted(tmp_path.iterdir()) == [*before, tmp_path / "00000.tar"]
 
 
-def test_unused_members_between_are_read_around(tmp_path: Path):
+def test_large_unused_members_between_parts_are_skipped(tmp_path: Path):
     files = [("a.jpg", b"picture"), ("a.npy", bytes(GAP + 5)), ("a.txt", b"far away")]
     source, _ = scan(tmp_path, archive(files))
     record = source.read(0)
     assert (record.image, record.captions) == (b"picture", {"txt": ("far away",)})
 
 
-def test_dimensions_are_seen_as_decoding_shows_them(tmp_path: Path):
+def test_dimensions_are_those_of_decoded_pictures(tmp_path: Path):
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = io.BytesIO()
@@ -399,24 +368,26 @@ def test_dimensions_are_seen_as_decoding_shows_them(tmp_path: Path):
     assert found.damaged == {"not an image": 1, "zero bytes": 1, "no caption": 5}
 
 
-def test_a_row_is_forty_bytes():
-    assert ROW.itemsize == 40
+def test_the_layout_of_indexed_rows_stays():
+    """Old indices hold rows of this layout."""
+    names = ("image", "image_size", "text", "text_size", "json", "json_size", "width", "height")
+    assert ROW.descr == [("start", "<u8"), *((name, "<u4") for name in names)]
 
 
-def test_a_shard_that_changed_or_went_away_is_told_from_a_whole_one(tmp_path: Path):
+def test_a_shard_that_was_cut_changed_or_deleted_is_reported(tmp_path: Path):
     source, _ = scan(tmp_path, archive(records(3), "ustar"))
     path = tmp_path / "00000.tar"
     whole = path.read_bytes()
     path.write_bytes(whole[: 14 * BLOCK])
     source = pickle.loads(pickle.dumps(source))
     assert source.read(0).captions["txt"] == ("text 0",)
-    with pytest.raises(DamagedRecord, match="truncated"):
+    with pytest.raises(BadData, match="truncated"):
         source.read(2)
     path.write_bytes(b"\1" * len(whole))
-    with pytest.raises(DamagedRecord, match="bad header"):
+    with pytest.raises(BadData, match="bad header"):
         source.read(0)
     path.unlink()
-    with pytest.raises(DamagedRecord, match="unreadable"):
+    with pytest.raises(BadData, match="unreadable"):
         pickle.loads(pickle.dumps(source)).read(0)
 
 

@@ -1,4 +1,4 @@
-"""The contact sheet: the pictures that training sees first, their captions beneath."""
+"""The contact sheet: the first pictures of training, with their captions below."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image, ImageFont
 
 from semantic_routing.data.dataset import DataConfig, open_data
 from semantic_routing.data.streams import Row
-from semantic_routing.data.tools.preview import GAP, MARGIN, PreviewArguments, _font, _wrapped, contact_sheet, preview
+from semantic_routing.data.tools.preview import GAP, MARGIN, PreviewArguments, contact_sheet, load_font, preview, wrap
 
 
 def test_the_sheet_shows_what_training_sees(tmp_path: Path):
@@ -44,23 +44,23 @@ def test_long_captions_make_room_and_are_cut():
 
 @pytest.fixture(scope="module")
 def font() -> ImageFont.FreeTypeFont:
-    return _font(15)
+    return load_font(15)
 
 
 @pytest.mark.parametrize("text", ["", "word", "some words that need lines " * 3, "https://" + "x" * 100, "猫" * 60])
 def test_lines_fit_and_nothing_is_lost(text: str, font: ImageFont.FreeTypeFont):
-    lines = _wrapped(text, font, 150, 100)
+    lines = wrap(text, font, 150, 100)
     assert all(font.getlength(line) <= 150 for line in lines)
     assert "".join("".join(lines).split()) == "".join(text.split())
-    assert all(_wrapped(text, font, 150, 2)[i] == line for i, line in enumerate(lines[:1]))
+    assert all(wrap(text, font, 150, 2)[i] == line for i, line in enumerate(lines[:1]))
 
 
-def test_what_is_cut_says_so(font: ImageFont.FreeTypeFont):
-    lines = _wrapped("many words " * 50, font, 150, 3)
+def test_cut_texts_end_with_an_ellipsis(font: ImageFont.FreeTypeFont):
+    lines = wrap("many words " * 50, font, 150, 3)
     assert len(lines) == 3
     assert lines[-1].endswith("…")
     assert font.getlength(lines[-1]) <= 150
-    [line] = _wrapped("00000.tar/a-very-long-key-0123456789", font, 150, 1, from_end=True)
+    [line] = wrap("00000.tar/a-very-long-key-0123456789", font, 150, 1, from_end=True)
     assert line.startswith("…")
     assert line.endswith("-0123456789")
 

@@ -1,4 +1,4 @@
-"""New captions from a real server process, into a sidecar that the data pipeline reads."""
+"""Captions from a server process, written to a sidecar that training reads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from semantic_routing.chat.server import ChatConfig
 from semantic_routing.common.errors import TrainingFailed
 from semantic_routing.data.sidecar import Sidecar
 from semantic_routing.data.sources.index import open_records
-from semantic_routing.data.tools import caption_parts
-from semantic_routing.data.tools.caption_parts import Parts, Row
+from semantic_routing.data.tools.caption_parts import CaptionRow, Parts
 from semantic_routing.data.tools.recaption import INSTRUCTION, RecaptionArguments, recaption
 from tests.helpers.chat_server import MODEL, ChatServer
 
@@ -49,7 +49,7 @@ def encoded(number: int, side: int = 8, kind: str = "PNG") -> bytes:
 
 
 def shard(path: Path, pictures: list[bytes], captions: dict[int, str] | None = None) -> Path:
-    """A tar as img2dataset writes it."""
+    """Write a tar as img2dataset does."""
     with tarfile.open(path, "w") as tar:
         for number, picture in enumerate(pictures):
             for ending, content in (("png", picture), ("txt", (captions or {}).get(number, f"old {number}").encode())):
@@ -60,10 +60,10 @@ def shard(path: Path, pictures: list[bytes], captions: dict[int, str] | None = N
 
 
 def arguments(server: ChatServer, paths: list[Path], out: Path, **changes: Any) -> RecaptionArguments:
-    quick = {"model": MODEL, "first_wait": 0.01, "longest_wait": 0.5, "timeout": 10.0, "part_rows": 10}
-    return RecaptionArguments(
-        base_url=server.url, paths=tuple(str(path) for path in paths), out=out, **(quick | changes)
-    )
+    quick = {"model": MODEL, "first_wait": 0.01, "longest_wait": 0.5, "timeout": 10.0, "part_rows": 10} | changes
+    names = {field.name for field in fields(ChatConfig)} & quick.keys()
+    config = ChatConfig(base_url=server.url, **{name: quick.pop(name) for name in names})
+    return RecaptionArguments(server=config, paths=tuple(str(path) for path in paths), out=out, **quick)
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -93,18 +93,18 @@ def test_every_picture_gets_its_caption(server: ChatServer, tmp_path: Path) -> N
     sidecar = Sidecar(out)
     records = open_records(str(second))
     assert f"I see {as_sent(pictures[33])}" in sidecar.captions(records.read(3).key)[0]
-    # Parts are whole, and no answer is stored twice.
+    # All parts are complete, and no answer is stored twice.
     parts = tmp_path / "captions.parquet.parts"
     assert sorted(path.name for path in parts.glob("*.parquet")) == [f"part-{i:06d}.parquet" for i in range(5)]
     assert not [*parts.rglob("answers/*/*")]
-    # Once more: nothing is asked.
+    # A second run requests nothing.
     before = server.counts()["asked"]
     assert "0 requests" in recaption(arguments(server, [first, second], out))
     assert server.counts()["asked"] == before
     assert rows(out) == found
 
 
-def test_pictures_are_reduced_to_so_many_pixels(tmp_path: Path) -> None:
+def test_large_pictures_are_reduced(tmp_path: Path) -> None:
     with ChatServer() as server:
         pixels = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
         buffer = io.BytesIO()
@@ -115,7 +115,7 @@ def test_pictures_are_reduced_to_so_many_pixels(tmp_path: Path) -> None:
         buffer = io.BytesIO()
         half.save(buffer, format="JPEG", quality=90)
         assert server.counts()["pictures"] == {hashlib.sha256(buffer.getvalue()).hexdigest(): 1}
-    (entry,) = (tmp_path / "kept").rglob("*.json")  # a cache of one's own is kept
+    (entry,) = (tmp_path / "kept").rglob("*.json")  # a cache that the user named is kept
     assert json.loads(entry.read_text())["question"]["parameters"] == {"max_tokens": 512}
 
 
@@ -133,7 +133,9 @@ def test_failures_are_counted_listed_and_tried_again(server: ChatServer, tmp_pat
     keys = [row["key"][-2:] for row in rows(out)]
     assert keys == [f"{number:02d}" for number in range(25) if number not in (3, 4, 5, 6, 7, 8)]
     assert "wrong: [[429*1]]" in rows(out)[3]["caption"]
-    # Pictures that do not open and questions that were refused are not tried again, the others are.
+    parts = sorted((tmp_path / "captions.parquet.parts").glob("part-*.parquet"))
+    assert [row["key"] for part in parts for row in rows(part)] == [f"0.tar/{number:09d}" for number in range(25)]
+    # Bad pictures and refused questions are not tried again; the others are.
     before = server.counts()["asked"]
     recaption(args)
     after = server.counts()["asked"]
@@ -169,7 +171,7 @@ def test_nothing_paid_for_is_lost_when_the_process_is_killed(tmp_path: Path) -> 
         paid = server.counts()["pictures"].keys()
         assert len(kept) >= 16
         assert kept <= paid
-        assert len(paid - kept) <= 3  # what was on its way is all that may be lost
+        assert len(paid - kept) <= 3  # only requests in flight may be lost
         summary = recaption(arguments(server, [path], out, part_rows=8))
         assert "60 of 60 records have captions" in summary
         answered = server.counts()["pictures"]
@@ -182,8 +184,8 @@ def test_nothing_paid_for_is_lost_when_the_process_is_killed(tmp_path: Path) -> 
 
 @pytest.mark.behaviour(
     "Pictures and captions",
-    when="a model that writes captions thinks first, or thinks without an end",
-    then="its thoughts are no part of a caption, and an answer of thoughts alone is a failure with its reason",
+    when="a model that writes captions thinks first, or never stops thinking",
+    then="its thoughts are no part of a caption; an answer of thoughts only is a failure with its reason",
 )
 def test_thoughts_are_no_captions(server: ChatServer, tmp_path: Path) -> None:
     told = {1: "[[thinks]]", 2: "[[parts]]", 3: "[[thinking]]", 4: "[[length]]"}
@@ -199,8 +201,8 @@ def test_thoughts_are_no_captions(server: ChatServer, tmp_path: Path) -> None:
 
 @pytest.mark.behaviour(
     "Pictures and captions",
-    when="not one picture got a caption",
-    then="exit code 2 and the first reason; no file is written, and other settings go on into the same place",
+    when="no picture got a caption",
+    then="exit code 2 and the first reason; no file is written, and the same output works with other settings",
 )
 @pytest.mark.parametrize(
     ("fault", "reason", "setting"),
@@ -211,20 +213,20 @@ def test_thoughts_are_no_captions(server: ChatServer, tmp_path: Path) -> None:
         ("blank", "empty answer", "--extra"),
     ],
 )
-def test_captioning_of_which_everything_fails(
+def test_captioning_fails_if_every_picture_fails(
     server: ChatServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str, reason: str, setting: str
 ) -> None:
     told = dict.fromkeys(range(5), f"[[{fault}]]")
     path, out = shard(tmp_path / "0.tar", [encoded(600 + i) for i in range(5)], told), tmp_path / "captions.parquet"
     args = arguments(server, [path], out, show_caption=True, max_failed=1.0)
     for _ in range(2):
-        with pytest.raises(ValueError, match=f"none of 5 records got a caption; the first: {reason}"):
+        with pytest.raises(ValueError, match=f"none of 5 records got a caption; the first reason: {reason}"):
             recaption(args)
         assert not out.exists()
     said = [line for line in capsys.readouterr().err.split("\n") if "answers cannot be used" in line]
     assert len(said) == (2 if setting else 0)
     assert all(setting in line for line in said)
-    assert "5 of 5" in recaption(replace(args, show_caption=False, extra='{"seed": 1}'))
+    assert "5 of 5" in recaption(replace(args, show_caption=False, server=replace(args.server, extra='{"seed": 1}')))
 
 
 def test_another_request_into_the_same_parts_is_refused(server: ChatServer, tmp_path: Path) -> None:
@@ -233,7 +235,7 @@ def test_another_request_into_the_same_parts_is_refused(server: ChatServer, tmp_
         recaption(arguments(server, [path], out, model=""))
     with pytest.raises(ValueError, match=r"serves 'mistyped'"):
         recaption(arguments(server, [path], out, model="mistyped"))
-    recaption(arguments(server, [path], out))  # nothing was answered yet, so nothing is in the way
+    recaption(arguments(server, [path], out))  # no answer yet, so nothing to refuse
     (tmp_path / "ask.txt").write_text("Name the colours.\n")
     with pytest.raises(ValueError, match=r"another instruction; choose another --out or delete it"):
         recaption(arguments(server, [path], out, instruction=tmp_path / "ask.txt"))
@@ -259,16 +261,15 @@ def test_damaged_parts_are_named(server: ChatServer, tmp_path: Path) -> None:
         recaption(arguments(server, [path], out))
 
 
-def test_finished_file_is_written_in_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caption_parts, "GROUP", 20)
-    parts = Parts(tmp_path / "parts", 55, 10)
+def test_finished_file_is_written_in_row_groups_of_about_ten_thousand(tmp_path: Path) -> None:
+    parts = Parts(tmp_path / "parts", 13_000, 1000)
     for position in parts.missing(lambda count: None):
         odd = position % 9 == 0
-        parts.add(Row(position=position, key=str(position), caption=None if odd else "new", reason="odd" * odd))
-    assert parts.join(tmp_path / "out.parquet") == {"odd": 7}
-    assert [row["key"] for row in rows(tmp_path / "out.parquet")] == [str(i) for i in range(55) if i % 9]
+        parts.add(CaptionRow(position=position, key=str(position), caption=None if odd else "new", reason="odd" * odd))
+    assert parts.join(tmp_path / "out.parquet") == {"odd": 1445}
+    assert [row["key"] for row in rows(tmp_path / "out.parquet")] == [str(i) for i in range(13_000) if i % 9]
     metadata = pq.read_metadata(tmp_path / "out.parquet")
-    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [26, 22]
+    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [10_666, 889]
 
 
 @pytest.mark.parametrize(
@@ -277,8 +278,7 @@ def test_finished_file_is_written_in_row_groups(tmp_path: Path, monkeypatch: pyt
         ({"paths": ()}, "needs paths"),
         ({"out": Path("captions.json")}, "name it .parquet"),
         ({"part_rows": 0}, "part_rows"),
-        ({"concurrency": 0}, "concurrency"),
-        ({"instruction": Path("nowhere.txt")}, "cannot be read"),
+        ({"instruction": Path("nowhere.txt")}, "cannot read the instruction"),
     ],
 )
 def test_wrong_settings(server: ChatServer, tmp_path: Path, change: dict[str, Any], message: str) -> None:

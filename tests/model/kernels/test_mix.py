@@ -1,4 +1,4 @@
-"""The mix on a CPU, in each of its forms: Eq. 2 in float64, and the same for any batch and number of threads."""
+"""The mix on a CPU, in each implementation: Eq. 2 in float64, and the same for any batch and number of threads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from semantic_routing.model.kernels import mix_cpu as native
+from semantic_routing.model.kernels import mix_cpu
 from semantic_routing.model.kernels.mix import fused_mix, fused_mix_backward
 
 FORMS = ["torch", "vectors", "tiles"]
@@ -28,14 +28,14 @@ SIZES = [  # L B N C D, samples with weights of their own
 
 @pytest.fixture(params=FORMS)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Makes the operator take one of its forms."""
+    """Make the operator use one of its implementations."""
     if request.param == "torch":
-        monkeypatch.setattr(native, "supports", lambda hidden: False)
-    elif native.library() is None:
+        monkeypatch.setattr(mix_cpu, "library", lambda: None)
+    elif mix_cpu.library() is None:
         pytest.skip("no C compiler here")
     elif request.param == "vectors":
-        monkeypatch.setattr(native, "_tiled", lambda hidden, depths: False)
-    elif not native.library().has_tiles():
+        monkeypatch.setattr(mix_cpu, "has_matrix_units", lambda: False)
+    elif not mix_cpu.has_matrix_units():
         pytest.skip("this processor has no matrix units (amx_bf16)")
     return request.param
 
@@ -48,14 +48,14 @@ def threads() -> Iterator[None]:
 
 
 def case(size: tuple[int, ...], dtype: torch.dtype, common: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights, states whose layers differ in scale and that have something in common, an upstream gradient."""
+    """Draw weights, states whose layers differ in scale around a ``common`` mean, and an upstream gradient."""
     L, B, N, C, D, rows = size
     hidden = torch.randn(L, B, N, C) * torch.logspace(-1, 1, L)[:, None, None, None] + common
     return torch.randn(rows, D, L).softmax(-1), hidden.to(dtype), torch.randn(D, B, N, C).to(dtype)
 
 
 def naive(weights: Tensor, hidden: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. 2 and its gradient for the weights of every sample, in float64."""
+    """Compute Eq. 2 and the gradient of every sample's weights, in float64."""
     h = hidden.double()
     h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
     each = weights.double().expand(hidden.shape[1], -1, -1)
@@ -98,7 +98,7 @@ def test_states_far_from_zero_lose_nothing(form: str) -> None:
 @pytest.mark.usefixtures("threads")
 def test_the_same_for_any_number_of_threads_and_in_any_batch(form: str, dtype: torch.dtype) -> None:
     weights, hidden, upstream = case((9, 5, 40, 256, 12, 1), dtype)
-    assert hidden.numel() > native.SMALL  # several threads do share it
+    assert hidden.numel() > mix_cpu.SMALL  # several threads do share it
     outs, grads = [], []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
@@ -116,7 +116,7 @@ def test_the_same_for_any_number_of_threads_and_in_any_batch(form: str, dtype: t
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-def test_not_finite_states_do_not_spread_to_other_tokens(form: str, dtype: torch.dtype) -> None:
+def test_nan_in_a_state_does_not_spread_to_other_tokens(form: str, dtype: torch.dtype) -> None:
     weights, hidden, _ = case((4, 1, 3, 64, 12, 1), dtype)
     hidden[1, 0, 1, 5] = torch.nan
     out = fused_mix(weights, hidden)[0]
@@ -140,28 +140,44 @@ def test_products_are_counted() -> None:
     assert counter.get_total_flops() == 2 * (2 * 5 * 3 * 2 * 4 * 32)
 
 
-def test_without_a_compiler_there_is_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def rebuilt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """The folder of the library's cache, empty; the library is looked for again, now and after the test."""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("SEMROUTE_CACHE", str(cache))
+    mix_cpu.library.cache_clear()
+    yield cache
+    mix_cpu.library.cache_clear()
+
+
+def test_without_a_compiler_plain_torch_mixes(rebuilt: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert native.library.__wrapped__() is None
+    weights, hidden, upstream = case((8, 3, 16, 128, 6, 3), torch.float32)
+    assert not mix_cpu.supports(hidden)
+    expected = naive(weights, hidden, upstream)[0]
+    torch.testing.assert_close(fused_mix(weights, hidden)[0].double(), expected, rtol=1e-5, atol=1e-5)
+    assert not rebuilt.exists()
 
 
-def test_a_compiler_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_compiler_that_fails_leaves_nothing_behind(
+    rebuilt: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     broken = tmp_path / "bin" / "cc"
     broken.parent.mkdir()
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CC", str(broken))
-    monkeypatch.setenv("SEMROUTE_CACHE", str(tmp_path / "cache"))
-    assert native.library.__wrapped__() is None
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert mix_cpu.library() is None
+    assert list(rebuilt.iterdir()) == []
 
 
-def test_the_library_is_built_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    if native.library() is None:
+def test_the_library_is_built_once(rebuilt: Path) -> None:
+    if mix_cpu.library() is None:
         pytest.skip("no C compiler here")
-    monkeypatch.setenv("SEMROUTE_CACHE", str(tmp_path))
-    assert native.library.__wrapped__() is not None
-    (built,) = tmp_path.iterdir()
-    monkeypatch.setattr(native, "_build", lambda *_: pytest.fail("built again"))
-    assert native.library.__wrapped__() is not None
-    assert list(tmp_path.iterdir()) == [built]
+    (built,) = rebuilt.iterdir()
+    before = built.stat()
+    mix_cpu.library.cache_clear()
+    assert mix_cpu.library() is not None
+    assert list(rebuilt.iterdir()) == [built]
+    after = built.stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)

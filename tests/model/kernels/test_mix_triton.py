@@ -1,6 +1,6 @@
-"""The Triton mix against Eq. 2 in float64: the very kernels on a CPU under Triton's interpreter, and compiled on CUDA.
+"""The Triton mix against Eq. 2 in float64: the same kernels in Triton's interpreter on a CPU, and compiled on CUDA.
 
-The interpreter is a choice of the process that first imports Triton, so it runs in one of its own. It cuts a result to
+A process chooses the interpreter when it first imports Triton, so it runs in a subprocess. It truncates a result to
 bfloat16 where CUDA rounds, which costs one bit.
 """
 
@@ -27,7 +27,7 @@ EPS = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of a mix, and how far states lie from 0: ``offset``, or layers of very different ``scales``."""
+    """Sizes of a mix; its states have a common ``offset`` from 0, or layers of very different ``scales``."""
 
     L: int
     B: int
@@ -75,7 +75,7 @@ LARGER = [
     Case(24, 3, 130, 1003, 28, torch.bfloat16, shared=True),
     Case(36, 2, 50, 2560, 24, scales=(0.1, 100)),
     Case(1, 2, 77, 2560, 24, torch.bfloat16),
-    Case(36, 300, 1, 640, 1, torch.bfloat16),  # weights of every token's own
+    Case(36, 300, 1, 640, 1, torch.bfloat16),  # every token has its own weights
 ]
 
 
@@ -90,7 +90,7 @@ def naive(weights: Tensor, hidden: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
 
 
 def check(case: Case, given: dict[str, Tensor], found: dict[str, Tensor], cut: bool = False) -> None:
-    """Each result is as near to float64 as its type and the states' offset allow."""
+    """Check that each result is as near to float64 as its dtype and the states' offset allow."""
     out, mean, rstd, grad_weights = naive(**given)
     types = {"out": case.dtype} | dict.fromkeys(NAMES[1:], torch.float32)
     assert {name: found[name].dtype for name in NAMES} == types
@@ -128,7 +128,7 @@ def needs_triton() -> None:
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    """What the interpreter makes of all cases."""
+    """Results of the interpreter for all cases."""
     needs_triton()
     given, found = (tmp_path_factory.mktemp("mix") / name for name in ("given.safetensors", "found.safetensors"))
     save_file({f"{case}/{name}": x for case in CASES for name, x in case.inputs().items()}, given)
@@ -152,7 +152,7 @@ from triton.compiler import ASTSource
 from semantic_routing.model.kernels import mix_triton as gpu
 
 sizes = {"L": 36, "D": 24, "C": 2560, "MANY": True, "DEPTHS": 32, "LAYERS": gpu.LAYERS}
-for tuned, more in ((gpu._forward, {"SPAN": 256, "VECTOR": 256}), (gpu._backward, {"TOKENS": gpu.TOKENS})):
+for tuned, more in ((gpu.forward_kernel, {"SPAN": 256, "VECTOR": 256}), (gpu.backward_kernel, {"TOKENS": gpu.TOKENS})):
     kernel, config = tuned.fn, tuned.configs[0]
     constants = sizes | more | config.kwargs
     types = dict.fromkeys(["hidden", "out", "grad"], "*bf16")
@@ -211,10 +211,10 @@ def test_every_configuration_is_equation_2(monkeypatch: pytest.MonkeyPatch) -> N
 
     case = Case(36, 2, 50, 2560, 24, torch.bfloat16, shared=True, offset=20)
     given = case.inputs("cuda")
-    forward, backward = gpu._forward.configs, gpu._backward.configs
+    forward, backward = gpu.forward_kernel.configs, gpu.backward_kernel.configs
     for i in range(max(len(forward), len(backward))):
-        monkeypatch.setattr(gpu._forward, "configs", [forward[i % len(forward)]])
-        monkeypatch.setattr(gpu._backward, "configs", [backward[i % len(backward)]])
+        monkeypatch.setattr(gpu.forward_kernel, "configs", [forward[i % len(forward)]])
+        monkeypatch.setattr(gpu.backward_kernel, "configs", [backward[i % len(backward)]])
         check(case, given, on_cuda(given))
 
 
@@ -241,7 +241,7 @@ def test_states_beyond_the_reach_of_32_bit_offsets() -> None:
         pytest.skip("needs 16 GB of free GPU memory")
     L, B, N, C, D = 36, 48, 512, 2560, 24
     assert L * B * N * C > 2**31
-    # All is 0 but the last sample, whose states in the last layers lie beyond.
+    # All samples are 0 except the last, whose states in the last layers are beyond 32 bits.
     hidden = torch.zeros(L, B, N, C, dtype=torch.bfloat16, device="cuda")
     grad = torch.zeros(D, B, N, C, dtype=torch.bfloat16, device="cuda")
     last = Case(L, 1, N, C, D, torch.bfloat16, shared=True)

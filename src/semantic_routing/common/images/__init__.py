@@ -1,1 +1,1 @@
-"""Pictures: decoded safely whatever they are, as viewers show them, and saved."""
+"""Safe decoding of picture files to the pixels that viewers show, and saving of images."""

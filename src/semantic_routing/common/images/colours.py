@@ -1,4 +1,4 @@
-"""Colours as viewers show them: those of an embedded profile, or of a PNG's gamma, are brought to sRGB."""
+"""Converts colours to sRGB, by an embedded colour profile or a PNG's gamma."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ import numpy as np
 from PIL import Image, ImageCms
 
 NEAR = 3
-"""Levels of 255 by which a profile's colours may differ from sRGB's and still count as sRGB, which is left as it is."""
+"""Largest difference from sRGB, in levels of 255, for which a profile counts as sRGB and colours stay unchanged."""
 _USUAL = 1 / 2.2
-"""The gamma of files for usual screens."""
+"""Gamma of files for usual screens."""
 _LEVELS = Image.frombytes("L", (256, 1), bytes(range(256)))
 _KINDS = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK", "Lab": "LAB"}
-"""The mode of Pillow for each kind of colours that profiles describe."""
+"""Pillow's mode for each colour space of profiles."""
 
 
 def to_srgb(image: Image.Image, info: Mapping[Any, Any]) -> Image.Image:
-    """RGB in sRGB of a picture of mode L, RGB, CMYK or LAB by its file's ``info``; without a profile, its plain RGB.
+    """Convert a picture of mode L, RGB, CMYK or LAB to sRGB by its file's ``info``; without a profile, to plain RGB.
 
-    A profile that is broken, or of another kind of colours than the picture's, is passed over, as browsers do.
+    A broken profile, or one of another colour space than the picture's, is ignored, as browsers do.
     """
     profile = info.get("icc_profile") or b""
     transform = _transform(profile, image.mode) if profile or image.mode == "LAB" else None
     if transform is None:
         image = image.convert("RGB")
         return image if profile or "srgb" in info else _from_gamma(image, info.get("gamma", _USUAL))
-    if image.mode == "L":  # exactly, and of each level only once
+    if image.mode == "L":  # exact, and computed once for each level
         levels = np.asarray(ImageCms.applyTransform(_LEVELS, transform))
         return image.convert("RGB").point(levels[0].T.ravel().tolist())
     shown = ImageCms.applyTransform(image, transform)
-    assert shown is not None  # as it would be if it were done in place
+    assert shown is not None  # None is only for in-place transforms
     return shown
 
 
 def _from_gamma(image: Image.Image, gamma: float) -> Image.Image:
-    """RGB whose levels are light to the power ``gamma``; within 5% of 1 / 2.2 they are sRGB's, as for libpng."""
+    """Convert levels of a file's ``gamma`` to sRGB; a gamma within 5% of 1 / 2.2 counts as sRGB, as in libpng."""
     exponent = _USUAL / gamma if gamma else 1.0
     if not 0.1 < exponent < 10 or abs(1 / exponent - 1) <= 0.05:
         return image
@@ -47,7 +47,7 @@ def _from_gamma(image: Image.Image, gamma: float) -> Image.Image:
 
 @lru_cache(maxsize=32)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From a profile's colours to sRGB; None where nothing is to be done or nothing can be."""
+    """Build the transform from a profile's colours to sRGB; None if it is unnecessary or impossible."""
     try:
         kind, own = "LAB", ImageCms.createProfile("LAB")
         if profile:
@@ -55,8 +55,8 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
             kind, own = _KINDS.get(read.profile.xcolor_space.strip(), ""), read.profile
         if kind != mode:
             return None
-        # What browsers and Photoshop do: relative colours, with the darkest black there is taken for black. The
-        # shortcut through a coarse table is off by ten levels of 255 in Lab and in dark greys.
+        # As browsers and Photoshop do: relative colorimetric intent with black point compensation. The default lookup
+        # table is too coarse: ten levels of 255 off in Lab and in dark greys.
         exact = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.HIGHRESPRECALC
         found = ImageCms.buildTransform(
             own,
@@ -72,7 +72,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 
 def _is_near(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
-    """Whether a transform changes colours by so little that its profile is sRGB's, written in other words."""
+    """Tell whether a transform changes colours by at most ``NEAR`` levels."""
     steps = np.linspace(0, 255, 16).astype(np.uint8)
     grid = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(64, 64, 3)
     probe = _LEVELS if mode == "L" else Image.fromarray(grid)

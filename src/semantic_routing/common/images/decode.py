@@ -1,4 +1,4 @@
-"""From the bytes of an image file to the RGB pixels that viewers show, whatever its orientation, colours or depth."""
+"""Decodes an image file to the RGB pixels that viewers show, whatever its orientation, colours or depth."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+from semantic_routing.common.errors import BadData
 from semantic_routing.common.images.colours import to_srgb
 from semantic_routing.common.images.formats import formats, hint
 from semantic_routing.common.images.png import high_range, lightened
@@ -28,37 +29,28 @@ BROKEN = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
-"""What Pillow raises for files that are not pictures, cut short or damaged; warnings only where they are errors."""
+"""Errors of Pillow for files that are not pictures, truncated or damaged; warnings only if they are made errors."""
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 _PHOTOMETRIC = 262
-"""The tag of a TIFF that tells what its numbers mean."""
+"""TIFF tag of the meaning of pixel values."""
 _COLOURS = {"1": "L", "L": "L", "LA": "L", "La": "L", "CMYK": "CMYK", "LAB": "LAB"}
-"""The mode of the colours alone, where that is not RGB."""
+"""Mode of the colours without alpha, if it is not RGB."""
 _OURS = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP", b"\xff\x4f\xff")
-"""How files of the formats that are read begin."""
+"""First bytes of files in supported formats."""
 _FOREIGN = (b"%!PS", b"%PDF", b"8BPS", b"\0\0\1\0", b"<svg", b"\xff\x0a", b"\0\0\0\x0cJXL", b"#?RADI", b"v/1\x01")
-"""How PostScript, PDF, Photoshop, icon, SVG, JPEG XL, Radiance and OpenEXR files begin."""
-
-
-class Unusable(ValueError):
-    """A picture or a caption that cannot be trained on: ``reason`` in words that do not vary, and what was seen."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
+"""First bytes of PostScript, PDF, Photoshop, icon, SVG, JPEG XL, Radiance and OpenEXR files."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Which pictures are decoded at all; judged by the header, before any memory is taken."""
+    """Limits of picture sizes, checked by the header before pixels take memory."""
 
     max_pixels: int = 2**26
-    """Pixels from which a file counts as a decompression bomb."""
+    """Most pixels of a picture; more count as a decompression bomb."""
     min_side: int = 0
-    """Pixels that the shorter side must have at least."""
+    """Least pixels of the shorter side."""
     max_aspect: float = 16.0
-    """How many times as long as the shorter side the longer one may be."""
+    """Largest ratio of the longer side to the shorter one."""
 
     def __post_init__(self) -> None:
         highest = Image.MAX_IMAGE_PIXELS or 2**26
@@ -68,27 +60,27 @@ class Limits:
             raise ValueError(f"min_side {self.min_side} must be at least 0, and max_aspect {self.max_aspect} 1")
 
     def check(self, width: int, height: int) -> None:
-        """Raise Unusable for a picture of this size."""
+        """Raise BadData unless a picture's size is within the limits."""
         size = f"{width} x {height} pixels"
         if width * height > self.max_pixels:
-            raise Unusable("decompression bomb", f"{size}, at most {self.max_pixels} are decoded")
+            raise BadData("decompression bomb", f"{size}, at most {self.max_pixels} are decoded")
         if min(width, height) < max(self.min_side, 1):
-            raise Unusable("too small", f"{size}, at least {self.min_side} a side are wanted")
+            raise BadData("too small", f"{size}, at least {self.min_side} a side are required")
         if max(width, height) > self.max_aspect * min(width, height):
-            raise Unusable("extreme aspect", f"{size}, at most {self.max_aspect:g} times as long as wide is wanted")
+            raise BadData("extreme aspect", f"{size}, an aspect ratio of at most {self.max_aspect:g} is required")
 
 
 def decode(
     data: bytes, height: int, width: int, limits: Limits | None = None
 ) -> UInt8[np.ndarray, "{height} {width} 3"]:
-    """The middle of an encoded picture as ``height`` x ``width`` RGB pixels; Unusable tells why there is none."""
+    """Decode a picture and crop its centre to ``height`` x ``width`` RGB pixels; BadData if that is impossible."""
     with open_picture(data) as image:
         (limits or Limits()).check(image.width, image.height)
         if image.mode == "F":
-            raise Unusable("floating point", "pixels have no known range")
+            raise BadData("floating point", "pixels have no known range")
         if function := high_range(data):
-            raise Unusable("high dynamic range", f"its brightness is coded by {function}")
-        # A large JPEG is decoded at 1/2, 1/4 or 1/8, but never below twice the size asked for.
+            raise BadData("high dynamic range", f"its brightness is coded by {function}")
+        # Decode a large JPEG at 1/2, 1/4 or 1/8 of its size, but at least at twice the requested size.
         side = 2 * max(height, width)
         image.draft(None, (side, side))
         try:
@@ -96,18 +88,18 @@ def decode(
             return np.array(centre_crop(to_rgb(image), height, width))
         except BROKEN as error:
             cut = isinstance(error, EOFError) or "truncated" in str(error).lower()
-            raise Unusable("truncated" if cut else "damaged", str(error)) from error
+            raise BadData("truncated" if cut else "damaged", str(error)) from error
 
 
 def open_picture(data: bytes) -> Image.Image:
-    """The picture with only its header read; Unusable where that fails."""
+    """Open a picture and read its header only; BadData if that fails."""
     if not data:
-        raise Unusable("zero bytes", "the file is empty")
+        raise BadData("zero bytes", "the file is empty")
     _settle_warnings()
     try:
         return Image.open(BytesIO(lightened(data)), formats=formats())
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise Unusable("decompression bomb", str(error)) from error
+        raise BadData("decompression bomb", str(error)) from error
     except BROKEN as error:
         begin = bytes(data[:12])
         if begin.startswith(_OURS):
@@ -115,26 +107,26 @@ def open_picture(data: bytes) -> Image.Image:
             reason = "truncated" if len(data) < whole else "damaged"
         else:
             reason = "unsupported format" if begin.startswith(_FOREIGN) or begin[4:8] == b"ftyp" else "not an image"
-        raise Unusable(reason, f"{len(data)} bytes that begin with {begin!r}{hint(begin)}") from error
+        raise BadData(reason, f"{len(data)} bytes that begin with {begin!r}{hint(begin)}") from error
 
 
 @lru_cache(maxsize=1)
 def _settle_warnings() -> None:
-    # Once a process, not around every picture: a thread that decodes would race with others that catch warnings.
+    # Once a process instead of around every picture: decoding threads would race for the warning filters.
     warnings.simplefilter("error", Image.DecompressionBombWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # odd metadata of whole pictures
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # odd metadata of intact pictures
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright sRGB of 8 bits: EXIF orientation and colour profile applied, 16 bits scaled down, white behind alpha."""
+    """Convert to upright 8-bit sRGB: apply orientation and colour profile, scale 16 bits, put white behind alpha."""
     white_is_zero = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0  # of a TIFF
-    with suppress(*BROKEN):  # metadata that cannot be read turns nothing; the pixels are whole
+    with suppress(*BROKEN):  # unreadable metadata does not turn the picture; its pixels are intact
         image = ImageOps.exif_transpose(image)
     info = image.info
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = _eight_bits(image, white_is_zero and image.mode != "I")
     elif isinstance(key := info.get("transparency"), tuple) and max(key) > 255:
-        info["transparency"] = tuple(level >> 8 for level in key)  # of 16 bits, and Pillow has read the upper 8
+        info["transparency"] = tuple(level >> 8 for level in key)  # 16 bits, but Pillow has read the upper 8
     colours = _COLOURS.get(image.mode, "RGB")
     if image.mode in _WITH_ALPHA or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -145,9 +137,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The largest middle part of the shape ``height`` x ``width``, resized to that, antialiased.
+    """Crop the largest centre with the aspect of ``height`` x ``width``, and resize it with Lanczos.
 
-    Lanczos, after averaging over whole pixels where the picture is more than three times as large.
+    Pictures more than three times as large are first reduced by averaging.
     """
     scale = min(image.width / width, image.height / height)
     across, down = min(width * scale, image.width), min(height * scale, image.height)
@@ -159,7 +151,7 @@ def centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:
 def _eight_bits(image: Image.Image, white_is_zero: bool) -> Image.Image:
     """Scale 16-bit grey down, and make its transparent level an alpha channel."""
     levels = np.asarray(image)
-    # 65535 / 255 = 257. Mode "I" has 32 bits, but holds 16-bit files in older releases of Pillow.
+    # 65535 / 255 = 257. Older releases of Pillow read 16-bit files as mode "I", which has 32 bits.
     gray = np.rint(levels.clip(0, 65535) / 257).astype(np.uint8)
     small = Image.fromarray(255 - gray if white_is_zero else gray)
     if isinstance(key := image.info.get("transparency"), int):

@@ -1,4 +1,4 @@
-"""What is left out of a PNG before it is read: parts that may unpack to far more than the picture itself."""
+"""Removes PNG chunks that may unpack to far more than the picture itself, before Pillow reads the file."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import zlib
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 UNPACKED = 2**20
-"""Bytes to which a compressed text or profile may grow; what is longer is left out, as Pillow would refuse the file."""
+"""Most bytes of an unpacked text or profile; longer ones are removed, because Pillow would refuse the file."""
 LONGEST = 2**24
-"""Bytes of a text that is not compressed."""
+"""Most bytes of an uncompressed text."""
 _TURNING = (b"XML:com.adobe.xmp", b"Raw profile type exif")
-"""Keywords of the texts in which the orientation may be."""
+"""Keywords of texts that may hold the orientation."""
 _HIGH_RANGE = {16: "PQ", 18: "HLG"}
-"""Transfer functions of ITU-T H.273 whose pictures are brighter than white."""
+"""Transfer functions of ITU-T H.273 for high dynamic range."""
 
 
 def lightened(data: bytes) -> bytes:
-    """A PNG without texts (a drawing's workflow may be megabytes long) and profiles that cannot be unpacked.
+    """Remove texts (a workflow may be megabytes long) and unreadable profiles from a PNG.
 
-    Texts that may turn the picture stay. Other files, and the beginning of one, are given back as they are.
+    Texts that may turn the picture stay. Other files, and chunks that are cut off, stay as they are.
     """
     if not data.startswith(SIGNATURE):
         return data
@@ -35,7 +35,7 @@ def lightened(data: bytes) -> bytes:
 
 
 def high_range(data: bytes) -> str:
-    """The name of a PNG's transfer function where that is of high dynamic range; empty for all others."""
+    """Return the name of a PNG's high-dynamic-range transfer function; an empty string for other files."""
     head = data[: max(data.find(b"IDAT"), 0)] if data.startswith(SIGNATURE) else b""
     place = head.find(b"\0\0\0\4cICP")
     return _HIGH_RANGE.get(data[place + 9], "") if place >= 0 else ""
@@ -71,7 +71,7 @@ _UNNEEDED = {
 
 
 def _unpacks(packed: bytes) -> bool:
-    """Whether this can be unpacked and is then of a usual length."""
+    """Tell whether data can be unpacked to at most ``UNPACKED`` bytes."""
     unpacking = zlib.decompressobj()
     try:
         unpacking.decompress(packed, UNPACKED)

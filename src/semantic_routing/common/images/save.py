@@ -1,4 +1,4 @@
-"""Small things done with finished images: grids, PNG files."""
+"""Image grids, and PNG files: writing and checking them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from semantic_routing.common.files import written_whole
 
 
 def grid(images: Sequence[UInt8[np.ndarray, "H W 3"]], columns: int, gap: int = 2) -> UInt8[np.ndarray, "GH GW 3"]:
-    """Images of one size side by side on light grey, ``columns`` in a row."""
+    """Arrange images of one size in rows of ``columns``, on light grey."""
     height, width, _ = images[0].shape
     rows = -(-len(images) // columns)
     canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 200, np.uint8)
@@ -24,16 +24,16 @@ def grid(images: Sequence[UInt8[np.ndarray, "H W 3"]], columns: int, gap: int = 
 
 
 def save_png(path: Path, image: UInt8[np.ndarray, "H W 3"], scale: int = 1) -> None:
-    """Write a PNG whole or not at all, each pixel ``scale`` wide."""
+    """Write a PNG atomically, each pixel enlarged to ``scale`` x ``scale``."""
     with written_whole(path) as scratch:
         Image.fromarray(image.repeat(scale, 0).repeat(scale, 1)).save(scratch, format="PNG")
 
 
-def is_whole(path: Path, size: tuple[int, int]) -> bool:
-    """Tell whether there is an image of this height and width that opens."""
+def is_valid_image(path: Path, size: tuple[int, int]) -> bool:
+    """Tell whether a file is an intact image of this (height, width)."""
     try:
         with Image.open(path) as image:
             image.load()
             return image.size == size[::-1]
-    except (OSError, SyntaxError):  # Pillow's errors for a file that is missing, cut off, or no PNG
+    except (OSError, SyntaxError):  # missing, truncated or not a PNG
         return False

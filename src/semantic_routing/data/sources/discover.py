@@ -1,15 +1,15 @@
-"""What a path of data means: which kind, which files, and what else is there and left out.
+"""Finds out what a path of data means: its kind, its files, and what is left out.
 
-A folder is decided by all that is below it. It is the first of these that is there:
+A folder's kind depends on all files below it. The first of these that it holds decides:
 
 1. tar shards
-2. Parquet files that hold pictures
-3. a manifest called as in ``MANIFESTS``
-4. pictures with captions in files beside them
-5. a manifest called as in ``TABLES``, or the only one in a folder inside, such as Hugging Face's ``train``
+2. Parquet files with pictures
+3. a manifest with a name in ``MANIFESTS``
+4. pictures with captions in files next to them
+5. a manifest with a name in ``TABLES``, or the only manifest in a subfolder, such as Hugging Face's ``train``
 6. pictures
 
-All else that looks like data is counted by its reason, as are splits other than ``train``.
+Other files that look like data are counted by reason, as are splits other than ``train``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from semantic_routing.data.sources.storage import absolute, everything_below, ex
 
 SHAPES = "shapes"
 WORLDS = (SHAPES,)
-"""Names that always mean a toy world; a folder of the same name is ``./shapes``."""
+"""Names of toy worlds; a folder with such a name is ``./shapes``."""
 TAR, PARQUET, MANIFEST, FOLDER = "tar", "parquet", "manifest", "folder"
 ENDINGS = {
     ".tar": TAR,
@@ -41,28 +41,28 @@ ABOUT = (
     *("", ".csv", ".css", ".db", ".html", ".ini", ".jsonl", ".lock", ".log", ".md", ".npy", ".npz", ".part", ".py"),
     *(".rst", ".safetensors", ".sh", ".toml", ".tsv", ".url", ".xml", ".yaml", ".yml"),
 )
-"""Endings of files that are no pictures but go with them; nothing is said of these."""
+"""Endings of files that often accompany pictures; they are not reported."""
 
 NOTES = ("readme", "license", "licence", "notes", "classes", "labels", "requirements")
-"""What texts are called that are no captions."""
+"""Names of text files that are no captions."""
 UNNAMED = "picture that the manifest does not name"
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a path of data means."""
+    """Meaning of a path of data."""
 
     kind: str
-    """``TAR``, ``PARQUET``, ``MANIFEST``, or ``FOLDER`` for a folder of pictures without one."""
+    """``TAR``, ``PARQUET``, ``MANIFEST``, or ``FOLDER`` for a folder of pictures without a manifest."""
     paths: list[str]
     left_out: dict[str, int]
-    """How many files are there besides and not used, by reason."""
+    """Counts of unused files, by reason."""
     pictures: int = 0
-    """How many pictures lie in the folder of a manifest, whether it names them or not."""
+    """Number of pictures in a manifest's folder, named by the manifest or not."""
 
 
 def refuse_world(path: str) -> None:
-    """Raise for the name of a toy world where data is wanted."""
+    """Raise ValueError if a path of data is the name of a toy world."""
     if path in WORLDS:
         raise ValueError(
             f"{path!r} is the toy world, which is drawn and has no files; a folder of that name is ./{path}"
@@ -70,7 +70,7 @@ def refuse_world(path: str) -> None:
 
 
 def discover(path: str) -> Data:
-    """What a path, pattern or URL means. ValueError where there is nothing, or files of several kinds."""
+    """Find out what a path, pattern or URL means; ValueError if it has no data, or files of several kinds."""
     refuse_world(path)
     paths = expand(path)
     if len(paths) == 1 and is_folder(paths[0]):
@@ -81,7 +81,7 @@ def discover(path: str) -> Data:
     if "" in kinds:
         other = next(found for found in paths if _ending(found) not in ENDINGS)
         hint = "unpack it to .tar: a compressed one has no random access" if ".tar." in other or ".tgz" in other else ""
-        raise ValueError(f"{other} is none of {', '.join(ENDINGS)}; {hint or 'give such files or a folder'}")
+        raise ValueError(f"{other} is not {', '.join(ENDINGS)}; {hint or 'give such files or a folder'}")
     if len(kinds) > 1:
         raise ValueError(f"{path!r} means files of several kinds ({', '.join(sorted(kinds))}); give each its own path")
     kind = kinds.pop()
@@ -122,9 +122,9 @@ def _discover_folder(folder: str) -> Data:
         left_out["manifest in a folder inside, taken by its own path"] += sum(_is_manifest(path) for path in there)
         left_out["no picture"] += _captions_alone(there)
         if not pictures:
-            besides = told(_counted(left_out))
+            others = describe(_counted(left_out))
             endings = ", ".join(picture_endings())
-            raise ValueError(f"{folder!r} holds no pictures ({endings})" + f"; left out: {besides}" * bool(besides))
+            raise ValueError(f"{folder!r} holds no pictures ({endings})" + f"; left out: {others}" * bool(others))
     return Data(kind, paths, _counted(left_out))
 
 
@@ -133,32 +133,32 @@ def _counted(left_out: Counter[str]) -> dict[str, int]:
 
 
 def _looks_like_data(path: str) -> bool:
-    """Whether a file may be a picture, a shard, a table or a caption; of hidden ones, those that have such names."""
+    """Tell whether a file may be a picture, shard, table or caption; a hidden file needs the ending of one."""
     ending = _ending(path)
     return (not is_hidden(path) and ending not in ABOUT) or ending in ENDINGS or ending in picture_endings()
 
 
 def _with_pictures(tables: Sequence[str]) -> list[str]:
-    """Those Parquet files that hold pictures, with damaged ones among them; none where no file holds any."""
-    with ThreadPoolExecutor(16) as pool:  # of URLs each is a request
+    """Return the Parquet files with pictures, and damaged ones; an empty list if no file has pictures."""
+    with ThreadPoolExecutor(16) as pool:  # each URL is a request
         found = list(pool.map(_has_pictures, tables))
     return [path for path, holds in zip(tables, found, strict=True) if holds is not False] if True in found else []
 
 
 def _has_pictures(path: str) -> bool | None:
-    """Whether a Parquet file holds pictures; None where that cannot be told."""
+    """Tell whether a Parquet file holds pictures; None if it cannot be read."""
     try:
         from semantic_routing.data.sources.parquet import picture_column
         from semantic_routing.data.sources.row_groups import open_parquet
 
         with open_parquet(path) as file:
             return picture_column(file.schema_arrow) is not None
-    except ValueError:  # no pyarrow, or no Parquet
+    except ValueError:  # pyarrow is missing, or the file is not Parquet
         return None
 
 
 def _names_pictures(path: str) -> bool:
-    """Whether a table without pictures says where they are."""
+    """Tell whether a table without pictures has a column of their paths."""
     from semantic_routing.data.sources.parquet import text_columns
     from semantic_routing.data.sources.row_groups import open_parquet
 
@@ -167,7 +167,7 @@ def _names_pictures(path: str) -> bool:
 
 
 def _manifest(folder: str, everything: Sequence[tuple[str, int]], there: Sequence[str]) -> str:
-    """The manifest that decides what a folder is; empty where none does."""
+    """Return the manifest that makes a folder a manifest's; an empty string if there is no such manifest."""
     if manifests_in(folder):
         return find_manifest(folder)
     inside = {path.rsplit("/", 1)[0] for path in there if _is_manifest(path)}
@@ -183,7 +183,7 @@ def _is_manifest(path: str) -> bool:
 
 
 def _captions_alone(paths: Sequence[str]) -> int:
-    """How many files of text have nothing beside them that they could be of; JSON may be anything."""
+    """Count the text files without a picture or other file of that name; JSON files may be anything."""
     others = {path for path in paths if _ending(path) not in BESIDE}
     stems = {path[: path.rfind(".")] for path in others}
     alone = [path[: path.rfind(".")] for path in paths if _ending(path) in (".txt", ".caption")]
@@ -196,6 +196,6 @@ def _ending(path: str) -> str:
     return name[name.rfind(".") :].lower() if name.rfind(".") > 0 else ""
 
 
-def told(left_out: dict[str, int]) -> str:
-    """What is left out or damaged, the most frequent first, in one line."""
+def describe(left_out: dict[str, int]) -> str:
+    """Describe in one line what is left out or damaged, the most frequent first."""
     return ", ".join(f"{count:,} {reason}" for reason, count in Counter(left_out).most_common())

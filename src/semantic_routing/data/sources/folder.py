@@ -1,4 +1,4 @@
-"""A user's own pictures: a folder and a manifest that gives each picture its captions, or files of text beside them."""
+"""Folders of picture files, with captions in files next to them."""
 
 from __future__ import annotations
 
@@ -9,54 +9,46 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt16, UInt32
+from jaxtyping import UInt16
 
-from semantic_routing.common.images.decode import Unusable
+from semantic_routing.common.errors import BadData
 from semantic_routing.common.images.dimensions import look
 from semantic_routing.common.images.formats import picture_endings
 from semantic_routing.data.sources.records import (
-    DamagedRecord,
     Record,
     Sharded,
     captions_of,
 )
-from semantic_routing.data.sources.scan import SIZE, Damage, Found
+from semantic_routing.data.sources.scan import SIZE, Damage, ScanResult
 from semantic_routing.data.sources.splits import without_other_splits
-from semantic_routing.data.sources.storage import Arrays, Reader, absolute, everything_below, read_all, stat
+from semantic_routing.data.sources.storage import Reader, absolute, everything_below, read_all, stat
 
 BESIDE = (".txt", ".json", ".caption")
-"""Endings of the files of captions beside pictures, in any case; ``.caption`` is kohya's."""
+"""Endings of caption files next to pictures, in upper or lower case; ``.caption`` is kohya's."""
 
 
 class PictureFiles(Sharded):
-    """Pictures that are files of their own, in one shard."""
+    """Base of sources whose pictures are separate files, in one shard."""
 
     def __init__(self, name: str, shard: str, count: int, sizes: Path | None = None) -> None:
-        super().__init__(name, [shard], [count])
-        self._sizes = None if sizes is None else Arrays([sizes])
+        super().__init__(name, [shard], [count], None if sizes is None else [sizes])
         self._reader = Reader()
 
     def picture(self, key: str, path: str) -> bytes:
-        """The bytes of a file; DamagedRecord where there are none."""
+        """Read a picture's file; BadData if it is missing, unreadable or empty."""
         try:
             image = self._reader.read(path, 0, stat(path).size)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise DamagedRecord("missing file", self.shard_name(0), key, path) from error
+            raise BadData("missing file", path, self.shard_name(0), key) from error
         except OSError as error:
-            raise DamagedRecord("unreadable", self.shard_name(0), key, str(error)) from error
+            raise BadData("unreadable", str(error), self.shard_name(0), key) from error
         if not image:
-            raise DamagedRecord("zero bytes", self.shard_name(0), key, path)
+            raise BadData("zero bytes", path, self.shard_name(0), key)
         return image
-
-    def dimensions(self) -> UInt32[np.ndarray, "N 2"] | None:
-        """Width and height of every picture, 0 where they cannot be told; None where the index does not hold them."""
-        if self._sizes is None:
-            return None
-        return np.stack([self._sizes[0]["width"], self._sizes[0]["height"]], axis=1)
 
 
 class FolderRecords(PictureFiles):
-    """The pictures below a folder, with their captions in files beside them (``BESIDE``), if there are any.
+    """Pictures below a folder, with any captions in files next to them (``BESIDE``).
 
     A record's key is its path inside the folder.
     """
@@ -64,7 +56,7 @@ class FolderRecords(PictureFiles):
     def __init__(self, folder: str | Path, *, name: str = "", sizes: Path | None = None) -> None:
         """List the folder; ``name`` and ``sizes`` as for ``ManifestRecords``.
 
-        Raises ValueError where there are no pictures.
+        Raises ValueError for a folder without pictures.
         """
         self.folder = absolute(str(folder))
         found = list_pictures(self.folder)
@@ -75,7 +67,7 @@ class FolderRecords(PictureFiles):
         self.damaged = dict(Counter(damage.reason for damage in found.damages()))
 
     def read(self, index: int) -> Record:
-        """The record of that index; see ``RecordSource.read``."""
+        """Return a record by its index; see ``RecordSource.read``."""
         self.locate(index)
         path = self._paths[index]
         key = path[len(self.folder) :].lstrip("/")
@@ -86,25 +78,25 @@ class FolderRecords(PictureFiles):
             captions = captions_of(*(read_all(stem + ending) if ending else b"" for ending in endings))
             return Record(key, image, captions)
         except (OSError, ValueError) as error:
-            raise DamagedRecord("bad captions", self.shard_name(0), key, str(error)) from error
+            raise BadData("bad captions", str(error), self.shard_name(0), key) from error
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The pictures below a folder, and what lies beside them."""
+    """Pictures below a folder, and the caption files next to them."""
 
     pictures: list[str]
     sizes: list[int]
-    """In bytes; -1 for a link to nothing."""
+    """Bytes of each picture; -1 for a broken link."""
     beside: UInt16[np.ndarray, "N 3"]
-    """Of each picture's files of captions, which of ``endings`` follows the picture's name without its own."""
+    """For each picture and kind of caption file (``BESIDE``), the index in ``endings`` of that file's ending."""
     endings: list[str]
-    """Begins with nothing, for where there is none."""
+    """Endings of caption files, after the picture's name without its own; the first, "", means no file."""
     empty: set[str]
-    """Files of captions of zero length."""
+    """Caption files of zero length."""
 
     def damages(self) -> Iterator[Damage]:
-        """What can be said of the records without reading them."""
+        """Yield the damage that shows without reading the files."""
         each = zip(self.pictures, self.sizes, self.beside.tolist(), strict=True)
         for number, (path, size, beside) in enumerate(each, 1):
             if size < 1:
@@ -116,19 +108,19 @@ class Listing:
 
 
 def list_pictures(folder: str, files: Sequence[tuple[str, int]] | None = None) -> Listing:
-    """List a folder; ``files`` may give what is below it, with sizes."""
+    """List the pictures below a folder; ``files`` may give the files below it, with their sizes."""
     sizes = {path: size for path, size in files or everything_below(folder) if not is_hidden(path)}
     kept, _ = without_other_splits(folder, sizes)
     pictures = [path for path in kept if path.lower().endswith(picture_endings())]
     captions = [path for path in kept if path.lower().endswith(BESIDE)]
-    # Sorted, capitals come first, so that of 1.TXT and 1.txt the latter stays.
+    # Capitals sort first, so that 1.txt wins over 1.TXT.
     there = {path[: path.rfind(".")] + path[path.rfind(".") :].lower(): path[path.rfind(".") :] for path in captions}
     numbers = {"": 0}
     beside = []
     for path in pictures:
         stem, _, own = path.rpartition(".")
         found = [there.get(stem + ending, "") for ending in BESIDE]
-        if not any(found):  # then 1.jpg.txt will do
+        if not any(found):  # fall back to 1.jpg.txt
             found = [f".{own}{there[path + ending]}" if path + ending in there else "" for ending in BESIDE]
         beside += [numbers.setdefault(ending, len(numbers)) for ending in found]
     table = np.array(beside, np.uint16).reshape(-1, len(BESIDE))
@@ -137,23 +129,23 @@ def list_pictures(folder: str, files: Sequence[tuple[str, int]] | None = None) -
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a file is hidden by its name, as those are that macOS puts beside others (``._1.jpg``)."""
+    """Tell whether a file's name hides it, like the ``._1.jpg`` that macOS adds."""
     return path.rsplit("/", 1)[-1].startswith(".")
 
 
-def scan_folder(path: str, *, look_inside: bool = False) -> Found:
+def scan_folder(path: str, *, look_inside: bool = False) -> ScanResult:
     """Count the pictures of a folder; ``look_inside`` also finds their dimensions."""
-    found = Found(np.empty(0, SIZE))
+    found = ScanResult(np.empty(0, SIZE))
     listing = list_pictures(path)
     for damage in listing.damages():
-        if not look_inside or damage.reason == "no caption":  # the others are seen again from inside
+        if not look_inside or damage.reason == "no caption":  # looking inside finds the others again
             found.report(damage)
-    _look(found, list(enumerate(listing.pictures, 1)), look_inside)
+    scan_pictures(found, list(enumerate(listing.pictures, 1)), look_inside)
     return found
 
 
-def _look(found: Found, pictures: Sequence[tuple[int, str]], look_inside: bool) -> None:
-    """A row for each picture (number, path)."""
+def scan_pictures(found: ScanResult, pictures: Sequence[tuple[int, str]], look_inside: bool) -> None:
+    """Add a row for each picture (number, path); ``look_inside`` fills in its dimensions."""
     reader = Reader()
     found.rows = np.zeros(len(pictures), SIZE)
     for row, (number, path) in zip(found.rows, pictures if look_inside else (), strict=look_inside):
@@ -163,7 +155,7 @@ def _look(found: Found, pictures: Sequence[tuple[int, str]], look_inside: bool) 
 
         try:
             row["width"], row["height"] = look(head, stat(path).size)
-        except Unusable as error:
+        except BadData as error:
             found.report(Damage(error.reason, number, os.fsencode(path), error.detail))
         except OSError as error:
             found.report(Damage("unreadable", number, os.fsencode(path), str(error)))

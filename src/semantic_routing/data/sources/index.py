@@ -1,12 +1,11 @@
-"""Opening data by its path, and the index that spares opening it a scan.
+"""Opens data by its path, with an index if there is one, which saves scanning the shards.
 
-An index is a folder: ``index.json`` lists the files of data as they were, and for each of them a .npy file has one row
-for each record, which is mapped into memory. Nothing in it is pickled.
+An index is a folder. Its ``index.json`` lists the files of data with their sizes and versions. A .npy file for each of
+them has one row for each record, and is mapped into memory. Nothing in it is pickled.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import Counter
@@ -20,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from semantic_routing.common.config import from_dict
+from semantic_routing.common.files import read_json
 from semantic_routing.data.sources.discover import (
     FOLDER,
     MANIFEST,
@@ -27,98 +27,98 @@ from semantic_routing.data.sources.discover import (
     TAR,
     UNNAMED,
     Data,
+    describe,
     discover,
     refuse_world,
-    told,
 )
 from semantic_routing.data.sources.records import RecordSource, Sharded
-from semantic_routing.data.sources.scan import SIZE, Found
+from semantic_routing.data.sources.scan import SIZE, ScanResult
 from semantic_routing.data.sources.storage import Stored, absolute, is_url, stat
 from semantic_routing.data.sources.webdataset import ROW, TarRecords, scan_tar
 
 INDEX = "index.json"
 DEFAULT = ".semroute-index"
-"""Where an index lies unless told otherwise: in the folder of the data."""
+"""Default folder of an index, inside the data's folder."""
 FORMAT = "semantic-routing index 1"
 MANY = 16
-"""Shards from which a missing index is worth a word."""
+"""Number of shards from which a missing index gives a warning."""
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One file of data, as it was when it was scanned."""
+    """A file of data at the time of its scan."""
 
     path: str
     """Absolute path or URL."""
     kind: str
-    """tar, parquet, manifest, or folder for a folder of pictures without one."""
+    """tar, parquet, manifest, or folder for a folder of pictures without a manifest."""
     size: int
     version: str
-    """Of ``files.Stored``."""
+    """See ``storage.Stored``."""
     records: int
     rows: str
     """Name of the .npy file with a row for each record."""
     dimensions: bool
-    """Whether pictures were looked into."""
+    """Whether the rows hold the pictures' dimensions."""
     damaged: dict[str, int]
-    """How many records are damaged, by reason."""
+    """Counts of damage, by reason."""
     examples: tuple[dict[str, str | int], ...] = ()
-    """The first few of each reason; only beside the .npy file."""
+    """The first few damaged records of each reason; not in ``index.json``."""
 
 
 class Index:
-    """An index by its folder."""
+    """The list of an index's files."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the list; ValueError where there is none or it is damaged."""
+        """Read the list; ValueError if it is missing or damaged."""
         self.folder = folder
         path = folder / INDEX
+        if not path.is_file():
+            raise ValueError(f"{folder} holds no index; write one: semroute data index PATHS --out {folder}")
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path, "an index")
             if not isinstance(found, dict) or found.get("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT!r}")
             entries = [from_dict(Entry, entry) for entry in found["entries"]]
             self.left_out: dict[str, int] = dict(found.get("left_out", {}))
             home = str(found.get("folder", ""))
-        except FileNotFoundError as error:
-            raise ValueError(f"{folder} holds no index; write one: semroute data index PATHS --out {folder}") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); run semroute data index again") from error
+            raise ValueError(f"the index {folder} is damaged: {error}; run semroute data index again") from error
         now = os.path.abspath(folder)
         self.moved = home not in ("", now)
-        """Whether the index lies elsewhere than where it was written; then its data may have come along."""
+        """Whether the index's folder was moved; its data may have moved with it."""
         places = [_moved(entry.path, home, now) if self.moved else entry.path for entry in entries]
         self.entries = {place: replace(entry, path=place) for place, entry in zip(places, entries, strict=True)}
         self._scanned_as = {place: entry.path for place, entry in zip(places, entries, strict=True)}
 
     def check(self, kind: str, paths: Sequence[str]) -> list[Entry]:
-        """The entries of files; ValueError where one is missing, or the file is not the one that was scanned."""
+        """Return the entries of files; ValueError if one is missing, or the file has changed since its scan."""
         again = f"run: semroute data index --out {self.folder} with all paths"
         missing = [path for path in paths if path not in self.entries]
         if missing:
             raise ValueError(f"the index {self.folder} lacks {missing[0]} ({len(missing)} in all); {again}")
-        with ThreadPoolExecutor(16) as pool:  # of URLs each is a request
+        with ThreadPoolExecutor(16) as pool:  # each URL is a request
             states = list(pool.map(lambda path: state(kind, path, self._scanned_as[path]), paths))
         entries = [self.entries[path] for path in paths]
         for entry, now in zip(entries, states, strict=True):
             if (entry.size, entry.version) != (now.size, now.version):
                 raise ValueError(f"{entry.path} has changed since the index {self.folder} was made; {again}")
-            if not is_whole(self.folder, entry):
+            if not has_rows(self.folder, entry):
                 raise ValueError(f"{self.folder / entry.rows} is missing or damaged; {again}")
         return entries
 
 
 def _moved(path: str, home: str, now: str) -> str:
-    """Where a file is that was scanned when its index lay at ``home``: as it lay to that, if there is one."""
+    """Return a file's place after its index moved from ``home`` to ``now``: the same relative path, if it exists."""
     if is_url(path):
         return path
     place = os.path.normpath(os.path.join(now, os.path.relpath(path, home)))
     return place if os.path.exists(place) else path
 
 
-def is_whole(folder: Path, entry: Entry) -> bool:
-    """Whether the rows of an entry are all there."""
+def has_rows(folder: Path, entry: Entry) -> bool:
+    """Tell whether an entry's .npy file holds all its rows."""
     try:
         rows = np.load(folder / entry.rows, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
@@ -127,9 +127,9 @@ def is_whole(folder: Path, entry: Entry) -> bool:
 
 
 def state(kind: str, path: str, scanned_as: str = "") -> Stored:
-    """What changes when a file of data does; of a folder of pictures, when one of them does.
+    """Return a file's size and version; a folder of pictures gets a version of all its pictures.
 
-    ``scanned_as`` is where the folder was when it was scanned, if it has moved since.
+    ``scanned_as`` is the folder's path at its scan, if it has moved since.
     """
     if kind != FOLDER:
         return stat(path)
@@ -142,8 +142,8 @@ def state(kind: str, path: str, scanned_as: str = "") -> Stored:
     return Stored(path, sum(picture.size for picture in pictures), seen)
 
 
-def scan(kind: str, path: str, length: int, look_inside: bool) -> Found:
-    """Find the records of a file of data; see ``scan_tar``. Runs in worker processes, so imports are late."""
+def scan(kind: str, path: str, length: int, look_inside: bool) -> ScanResult:
+    """Find the records of a file of data; see ``scan_tar``. Imports are late, because workers import this file."""
     if kind == TAR:
         return scan_tar(path, length, look_inside=look_inside)
     if kind == PARQUET:
@@ -157,7 +157,7 @@ def scan(kind: str, path: str, length: int, look_inside: bool) -> Found:
 
 
 def default_folder(path: str) -> Path | None:
-    """Where the index of a path lies unless told otherwise: in its folder; None for a URL."""
+    """Return the default folder of a path's index, inside the data's folder; None for a URL."""
     if is_url(absolute(path)):
         return None
     place = Path(absolute(path))
@@ -167,14 +167,14 @@ def default_folder(path: str) -> Path | None:
 
 
 def open_records(path: str, index: Path | None = None) -> RecordSource:
-    """The records of data.
+    """Open the records of data.
 
     Args:
-        path: Tar shards, Parquet files, a manifest or a folder: a path, pattern or URL; or an index's own folder.
-        index: Folder of the index. Without, the one in the data's folder is used if there is one, and else shards are
-            scanned now, which takes about a second for 50,000 records.
+        path: Tar shards, Parquet files, a manifest or a folder: a path, pattern or URL; or the folder of an index.
+        index: Folder of the index; default: the one in the data's folder. Without an index, shards are scanned now, in
+            about a second for 50,000 records.
 
-    Raises ValueError for what is missing, or has changed since the index was made.
+    Raises ValueError for data that is missing or has changed since the index was made.
     """
     refuse_world(path)
     if not is_url(path) and (Path(path) / INDEX).is_file():
@@ -187,13 +187,13 @@ def open_records(path: str, index: Path | None = None) -> RecordSource:
 
 
 def open_all(path: str, index: Path | None = None) -> list[RecordSource]:
-    """The records of data as ``open_records`` opens them, or everything that an index knows."""
+    """Open a path as ``open_records`` does; for an index's folder, open everything in the index."""
     refuse_world(path)
     return open_indexed(Path(path)) if (Path(path) / INDEX).is_file() else [open_records(path, index)]
 
 
 def open_indexed(folder: Path) -> list[RecordSource]:
-    """Everything that an index knows, a source for all its tars, one for its Parquet files and one for each other."""
+    """Open everything in an index: one source for its tars, one for its Parquet files, and one for each other entry."""
     index = Index(folder)
     paths: dict[str, list[str]] = {kind: [] for kind in (TAR, PARQUET, MANIFEST, FOLDER)}
     for entry in index.entries.values():
@@ -202,7 +202,7 @@ def open_indexed(folder: Path) -> list[RecordSource]:
     apart = [(path, kind, [path]) for kind in (MANIFEST, FOLDER) for path in paths[kind]]
     if not together + apart:
         raise ValueError(f"the index {folder} is empty; run semroute data index with paths of data")
-    # What was left out is not known of each; all of it is said once.
+    # The index has no counts of left-out files for each source: report all of them with the first.
     all_left_out = [index.left_out, *[{}] * len(index.entries)]
     return [
         _open(name, Data(kind, found, left_out), index)
@@ -211,7 +211,7 @@ def open_indexed(folder: Path) -> list[RecordSource]:
 
 
 def _index_of(path: str, data: Data, folder: Path | None) -> Index | None:
-    """The index given, or the one in the data's folder unless that was moved there and does not fit."""
+    """Open the given index, or the one in the data's folder unless it was moved there and does not fit."""
     if folder is not None:
         return Index(folder)
     default = default_folder(path)
@@ -228,7 +228,7 @@ def _index_of(path: str, data: Data, folder: Path | None) -> Index | None:
 
 
 def _open(name: str, data: Data, index: Index | None) -> RecordSource:
-    """The records of files, of which is said what is left out or damaged."""
+    """Open the records of files, and warn of what is left out or damaged."""
     entries = index.check(data.kind, data.paths) if index is not None else []
     folder = index.folder if index is not None else Path()
     rows = [folder / entry.rows for entry in entries]
@@ -255,13 +255,14 @@ def _open(name: str, data: Data, index: Index | None) -> RecordSource:
     indexed = sum((Counter(entry.damaged) for entry in entries), Counter[str]())
     source.damaged = dict(left_out + Counter(source.damaged | indexed))
     if source.damaged:
-        _LOG.warning("%s: left out or damaged: %s", name, told(source.damaged))
+        _LOG.warning("%s: left out or damaged: %s", name, describe(source.damaged))
     return source
 
 
 def _scanned(name: str, paths: Sequence[str]) -> TarRecords:
+    """Open tar shards without an index, by scanning them."""
     if len(paths) >= MANY:
-        _LOG.warning("scanning %d shards; semroute data index %s would spare it", len(paths), name)
+        _LOG.warning("scanning %d shards; to scan them only once, run: semroute data index %s", len(paths), name)
     found = [
         scan_tar(path, stat(path).size)
         for path in tqdm(paths, desc="Scanning", unit="shard", disable=len(paths) < MANY)

@@ -1,4 +1,4 @@
-"""Writing an index: every file of data is scanned once, in several processes, and what is done stays done."""
+"""Writes an index: scans every file of data once, in several processes, and resumes after a stop."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ import numpy as np
 from tqdm import tqdm
 
 from semantic_routing.common.config import from_dict
-from semantic_routing.common.files import check_writable, write_text, written_whole
+from semantic_routing.common.files import check_writable, read_json, write_text, written_whole
 from semantic_routing.common.images.formats import is_outdated
 from semantic_routing.common.locks import LOCK, claimed
 from semantic_routing.common.manifest import manifest
 from semantic_routing.data.sources.discover import UNNAMED, Data, discover
-from semantic_routing.data.sources.index import FORMAT, INDEX, Entry, is_whole, scan, state
-from semantic_routing.data.sources.scan import Found
+from semantic_routing.data.sources.index import FORMAT, INDEX, Entry, has_rows, scan, state
+from semantic_routing.data.sources.scan import ScanResult
 from semantic_routing.data.sources.storage import Stored
 
 REPORT = "report.json"
@@ -33,13 +33,13 @@ Job = tuple[str, Stored]
 
 
 def build(paths: Sequence[str], out: Path, *, look_inside: bool = False, workers: int = 1) -> dict[str, Any]:
-    """Write the index of all that the paths mean, and ``report.json``; returns the report.
+    """Write the index of all data at the paths, and ``report.json``; return the report.
 
     Args:
-        paths: See ``index.discover``.
-        out: The index's folder. Files that it knows and that have not changed are not scanned again.
-        look_inside: Find the pictures' dimensions too, at the price of one read each.
-        workers: Processes; 1 scans in this one.
+        paths: See ``discover.discover``.
+        out: Folder of the index. Files that it lists are scanned again only if they have changed.
+        look_inside: Whether to find the pictures' dimensions too, which reads the beginning of each.
+        workers: Number of processes; 1 scans in this process.
 
     Raises ValueError for paths without data.
     """
@@ -72,50 +72,50 @@ def _build(paths: Sequence[str], found: Sequence[Data], out: Path, look_inside: 
     return report
 
 
-def _scans(jobs: Sequence[Job], look_inside: bool, workers: int) -> Iterator[tuple[Job, Found]]:
+def _scans(jobs: Sequence[Job], look_inside: bool, workers: int) -> Iterator[tuple[Job, ScanResult]]:
     if workers == 1 or len(jobs) < 2:
         for job in jobs:
             yield job, scan(job[0], job[1].path, job[1].size, look_inside)
         return
-    # Spawned: a fork would inherit the threads of torch.
+    # Spawn, because a fork would inherit torch's threads.
     pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn"))
     try:
-        running: dict[Future[Found], Job] = {
+        running: dict[Future[ScanResult], Job] = {
             pool.submit(scan, job[0], job[1].path, job[1].size, look_inside): job for job in jobs
         }
         for done in as_completed(running):
             yield running.pop(done), done.result()
     except BrokenProcessPool as error:
         raise ValueError(
-            "a worker was killed, perhaps for want of memory; run again with fewer --workers: what is done stays"
+            "a worker was killed, perhaps out of memory; run again with fewer --workers: finished files are kept"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _stem(path: str) -> str:
-    """The name of a file's part of the index."""
+    """Return the name, without an ending, of a file's part of the index."""
     name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in path.rsplit("/", 1)[-1])
     return f"{name[:80]}-{blake2b(os.fsencode(path), digest_size=8).hexdigest()}"
 
 
 def _known(out: Path, job: Job, look_inside: bool) -> Entry | None:
-    """The entry of an earlier scan, when it is whole, of the same bytes, and as thorough as is asked.
+    """Return the entry of an earlier scan; None if it is incomplete, outdated or less thorough than requested.
 
-    One that passed over what can be read by now is none.
+    A scan that left out formats that can be read now is outdated.
     """
     kind, file = job
     try:
-        entry = from_dict(Entry, json.loads((out / f"{_stem(file.path)}.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        entry = from_dict(Entry, read_json(out / f"{_stem(file.path)}.json", "an entry of an index"))
+    except ValueError:
         return None
     same = (entry.path, entry.kind, entry.size, entry.version) == (file.path, kind, file.size, file.version)
     fits = same and entry.dimensions >= look_inside and not any(map(is_outdated, entry.damaged))
-    return entry if fits and is_whole(out, entry) else None
+    return entry if fits and has_rows(out, entry) else None
 
 
-def _write(out: Path, job: Job, found: Found, look_inside: bool) -> Entry:
-    """The rows first, then the entry: where that is, all is there."""
+def _write(out: Path, job: Job, found: ScanResult, look_inside: bool) -> Entry:
+    """Write a file's rows, then its entry, so that an entry never exists without its rows."""
     kind, file = job
     rows = out / f"{_stem(file.path)}.npy"
     entry = Entry(
@@ -136,7 +136,7 @@ def _write(out: Path, job: Job, found: Found, look_inside: bool) -> Entry:
 
 
 def _left_out(found: Iterable[Data], entries: Sequence[Entry]) -> dict[str, int]:
-    """What is there and in no entry, by reason."""
+    """Count the data in no entry, by reason."""
     left_out: Counter[str] = Counter()
     records = {entry.path: entry.records for entry in entries}
     for data in found:

@@ -1,4 +1,4 @@
-"""Manifests: tables of picture paths and captions, in JSON lines, CSV or Parquet."""
+"""Manifests: tables of picture paths and captions, in JSON lines, JSON, CSV or Parquet."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from semantic_routing.data.sources.folder import PictureFiles, _look
+from semantic_routing.common.errors import BadData
+from semantic_routing.data.sources.folder import PictureFiles, scan_pictures
 from semantic_routing.data.sources.manifest_rows import (
     EXAMPLE,
     MissingPicture,
@@ -19,35 +20,35 @@ from semantic_routing.data.sources.manifest_rows import (
     picture_path,
     rows,
 )
-from semantic_routing.data.sources.records import DamagedRecord, Record, caption_fields, parse_json
-from semantic_routing.data.sources.scan import SIZE, Damage, Found
+from semantic_routing.data.sources.records import Record, caption_fields, parse_json
+from semantic_routing.data.sources.scan import SIZE, Damage, ScanResult
 from semantic_routing.data.sources.storage import absolute, is_folder
 
 
 class ManifestRecords(PictureFiles):
-    """Pictures named by a manifest: a JSONL file, a JSON file with a list, or a table (CSV, Parquet), of rows such as
+    """Pictures and captions of a manifest: a JSONL file, a JSON file with a list, or a table (CSV, Parquet).
 
-    ``{"image": "cats/1.jpg", "text": "a cat"}`` or ``{"file_name": "2.png", "text": ["a dog", "a brown dog"]}``.
-    Other strings and lists of strings are captions as well, under their own names. A record's key is its image, with
-    ``#2`` and so on where rows name the same one again.
+    A row is such as ``{"image": "cats/1.jpg", "text": "a cat"}`` or ``{"file_name": "2.png", "text": ["a dog", "a
+    brown dog"]}``. Other strings and lists of strings are captions too, under their own names. A record's key is its
+    image; further rows with the same image get ``#2`` and so on.
     """
 
     def __init__(
         self, manifest: str | Path, root: str | Path | None = None, *, name: str = "", sizes: Path | None = None
     ) -> None:
-        """Read and check the whole manifest; local pictures must exist but are not opened yet.
+        """Read and check the complete manifest; local pictures must exist, but are not opened.
 
         Args:
             manifest: The manifest, or a folder that holds exactly one; a path or URL.
-            root: Folder that relative paths of images start from; the manifest's own by default.
-            name: What messages call the source; the manifest by default.
-            sizes: Array of dtype ``found.SIZE``, from the index.
+            root: Folder that relative paths of images start from; default: the manifest's folder.
+            name: Name for messages; default: the manifest.
+            sizes: The index's .npy file of dtype ``scan.SIZE``.
 
-        Raises ValueError at the first row that is not as it should be, naming file and line.
+        Raises ValueError at the first bad row, naming file and line.
         """
         self.manifest = find_manifest(absolute(str(manifest)))
         self.root = _root(self.manifest, root)
-        # The rows of a JSONL file, of which there may be millions, are read again when they are asked for.
+        # A JSONL file may have millions of rows: keep their places, and read them again when needed.
         places = array("q")
         self._rows: list[dict[str, Any]] = []
         self._again: dict[int, int] = {}
@@ -70,23 +71,22 @@ class ManifestRecords(PictureFiles):
             raise ValueError(f"{self.manifest} is empty; add rows such as {EXAMPLE}")
         super().__init__(name or self.manifest, self.manifest.rsplit("/", 1)[-1], count, sizes)
         self.pictures = len(seen)
-        """How many are named."""
+        """Number of different pictures."""
 
     def read(self, index: int) -> Record:
-        """The record of that index; see ``RecordSource.read``."""
+        """Return a record by its index; see ``RecordSource.read``."""
         try:
-            row = self.row(index)
+            row = self._row(index)
             name = row[picture_name(row)]
             path = picture_path(name, self.root)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            detail = "the manifest is not what it was when the run began"
-            raise DamagedRecord("bad captions", self.shard_name(0), f"{index}", detail) from error
+            detail = "the manifest has changed since the run began"
+            raise BadData("bad captions", detail, self.shard_name(0), f"{index}") from error
         key = name + (f"#{self._again[index]}" if index in self._again else "")
         captions = caption_fields(item for item in row.items() if item[0] != picture_name(row))
         return Record(key, self.picture(key, path), captions)
 
-    def row(self, index: int) -> dict[str, Any]:
-        """A row of the manifest."""
+    def _row(self, index: int) -> dict[str, Any]:
         self.locate(index)
         if self._rows:
             return self._rows[index]
@@ -94,9 +94,9 @@ class ManifestRecords(PictureFiles):
         return parse_json(self._reader.read(self.manifest, start, size))
 
 
-def scan_manifest(path: str, *, look_inside: bool = False) -> Found:
+def scan_manifest(path: str, *, look_inside: bool = False) -> ScanResult:
     """Check all rows of a manifest, reporting bad ones; ``look_inside`` also finds the pictures' dimensions."""
-    found = Found(np.empty(0, SIZE))
+    found = ScanResult(np.empty(0, SIZE))
     root = _root(path, None)
     pictures = []
     try:
@@ -107,9 +107,9 @@ def scan_manifest(path: str, *, look_inside: bool = False) -> Found:
                 found.report(Damage("missing file", number, b"", str(error)))
             except ValueError as error:
                 found.report(Damage("bad captions", number, b"", str(error)))
-    except ValueError as error:  # no JSON at all
+    except ValueError as error:  # the file itself is bad
         found.report(Damage("unreadable", 0, b"", str(error)))
-    _look(found, pictures, look_inside)
+    scan_pictures(found, pictures, look_inside)
     return found
 
 

@@ -1,6 +1,7 @@
-"""The rows of manifests, which name pictures and give each its captions: JSONL, JSON, CSV, or Parquet without pictures.
+"""Reads and checks the rows of manifests: JSONL, JSON, CSV, or Parquet without pictures.
 
-``{"image": "1.jpg", "text": "a cat"}``, or Hugging Face's ``file_name`` in place of ``image``.
+A row names a picture and its captions: ``{"image": "1.jpg", "text": "a cat"}``. Hugging Face's ``file_name`` may
+replace ``image``.
 """
 
 from __future__ import annotations
@@ -22,25 +23,25 @@ MANIFESTS = (
     "manifest.json",
     "captions.json",
 )
-"""Names under which a folder's manifest is found, whatever else is there."""
+"""File names of a folder's manifest, whatever else the folder holds."""
 TABLES = ("metadata.csv", "metadata.tsv", "metadata.parquet")
-"""Names under which it is found, too, where no captions lie beside the pictures."""
+"""Further file names, for folders without captions next to the pictures."""
 NAMES = ("image", "file_name", "image_path", "filename")
-"""Fields that name the picture: the first of them that a row has."""
+"""Fields that name the picture; a row's first one counts."""
 EXAMPLE = '{"image": "1.jpg", "text": "a cat"}'
 
 
 class MissingPicture(ValueError):
-    """A manifest names a picture that is not there."""
+    """A manifest names a picture that does not exist."""
 
 
 def manifests_in(folder: str, names: tuple[str, ...] = MANIFESTS) -> list[str]:
-    """Which manifests a folder holds."""
+    """Return the names of the manifests in a folder."""
     return [name for name in names if is_file(f"{folder.rstrip('/')}/{name}")]
 
 
 def find_manifest(path: str) -> str:
-    """The manifest file that ``path`` is or, if it is a folder, holds; ValueError where there is not exactly one."""
+    """Return the manifest file at ``path``, or the only one in that folder; ValueError unless there is exactly one."""
     if not is_folder(path):
         if not is_file(path):
             raise ValueError(f"{path!r} does not exist; give a manifest file or a folder that holds one")
@@ -54,8 +55,11 @@ def find_manifest(path: str) -> str:
 
 
 def rows(manifest: str) -> Iterator[tuple[str, int, int, Any]]:
-    """Each row of a manifest: words for where it stands, its place in a JSONL file in bytes (0 of 0 elsewhere) and
-    what it holds, which is a ValueError where it is no JSON."""
+    """Yield each row of a manifest as (name of its place, start, size, value).
+
+    Start and size are in bytes in a JSONL file, and 0 in other files. The value of a line that is not JSON is a
+    ValueError.
+    """
     ending = manifest[manifest.rfind(".") :].lower()
     if ending == ".json":
         yield from _listed(manifest)
@@ -90,7 +94,7 @@ def _listed(manifest: str) -> Iterator[tuple[str, int, int, Any]]:
 
 
 def _cells(manifest: str) -> Iterator[tuple[str, int, int, Any]]:
-    """Rows of a CSV file with names in its first line, parted by commas, semicolons or tabs."""
+    """Yield the rows of a CSV file with a header line, separated by commas, semicolons or tabs."""
     try:
         text = read_all(manifest).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -115,12 +119,12 @@ def _table(manifest: str) -> Iterator[tuple[str, int, int, Any]]:
 
 
 def picture_name(row: Any) -> str:
-    """The field that names a row's picture; ``NAMES[0]`` where none does."""
+    """Return the field that names a row's picture; ``NAMES[0]`` if no field does."""
     return next((name for name in NAMES if isinstance(row.get(name), str)), NAMES[0])
 
 
 def checked(row: Any, root: str) -> str:
-    """The name of a row's picture, when the row is as it should be."""
+    """Check a row and return its picture's name; ValueError for a bad row."""
     if isinstance(row, ValueError):
         raise row
     if not isinstance(row, dict):
@@ -133,29 +137,29 @@ def checked(row: Any, root: str) -> str:
     if row.get("text") is not None or not caption_fields(item for item in row.items() if item[0] != field):
         _check_text(row.get("text"))
     path = picture_path(name, root)
-    if not is_url(path) and not os.path.isfile(path):  # at a URL it would take too long
+    if not is_url(path) and not os.path.isfile(path):  # asking for every URL takes too long
         raise MissingPicture(f"{field} {name!r} is no file in {root!r}; correct the path or take the row out")
     return name
 
 
 def picture_path(name: str, root: str) -> str:
-    """Where a row's picture is: under the root or, on this machine, at an absolute path."""
+    """Return the path of a row's picture: below the root or, on this machine, an absolute path."""
     if is_url(root):
         inner = os.path.normpath(name)
         if inner.startswith(("/", "..")) or inner == "." or is_url(name):
-            raise ValueError(f"image {name!r} lies outside {root!r}; move it there, or give a manifest above both")
+            raise ValueError(f"image {name!r} is outside {root!r}; move it there, or give a manifest above both")
         return f"{root.rstrip('/')}/{inner}"
     if is_url(name):
-        raise ValueError(f"image {name!r} lies outside {root!r}; download it: pictures are not fetched one by one")
-    # os.path rather than pathlib: a manifest may have millions of rows.
+        raise ValueError(f"image {name!r} is outside {root!r}; download it: pictures are not fetched one by one")
+    # os.path is faster than pathlib: a manifest may have millions of rows.
     path = os.path.normpath(os.path.join(root, name))
     if not os.path.isabs(name) and not path.startswith(root.rstrip(os.sep) + os.sep):
-        raise ValueError(f"image {name!r} lies outside {root!r}; write its absolute path ({path}) or move it there")
+        raise ValueError(f"image {name!r} is outside {root!r}; write its absolute path ({path}) or move it there")
     return path
 
 
 def _check_text(text: Any) -> None:
-    """Raise where a row's texts are not at least one, each of them text that can be encoded."""
+    """Raise ValueError unless ``text`` holds at least one caption, and all of them can be encoded."""
     given = text if isinstance(text, list) else [text]
     if not given:
         raise ValueError('"text" is an empty list; give at least one caption or take the row out')
@@ -167,7 +171,7 @@ def _check_text(text: Any) -> None:
 
 
 def _kind(value: Any) -> str:
-    """What a JSON value is, in words."""
+    """Name the kind of a JSON value."""
     if value is None:
         return "missing or null"
     if isinstance(value, str):

@@ -1,6 +1,6 @@
-"""Parquet files with the pictures' bytes in a column, as img2dataset, Hugging Face, polars and pandas write them.
+"""Parquet files with encoded pictures in a column, as img2dataset, Hugging Face, polars and pandas write them.
 
-A row group is a shard: it is read whole, with the columns that are needed.
+A row group is a shard: all its rows are read at once, in the needed columns.
 """
 
 from __future__ import annotations
@@ -10,41 +10,40 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt32
 
-from semantic_routing.common.images.decode import Unusable
+from semantic_routing.common.errors import BadData
 from semantic_routing.common.images.dimensions import dimensions
-from semantic_routing.data.sources.records import DamagedRecord, Record, Sharded, caption_fields
+from semantic_routing.data.sources.records import Record, Sharded, caption_fields
 from semantic_routing.data.sources.row_groups import ERRORS, RowGroups, batches, open_parquet, pa
-from semantic_routing.data.sources.scan import SIZE, Damage, Found
-from semantic_routing.data.sources.storage import Arrays, shard_names
+from semantic_routing.data.sources.scan import SIZE, Damage, ScanResult
+from semantic_routing.data.sources.storage import shard_names
 
 IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp", "image", "images", "img", "image_bytes", "bytes")
-"""Names of the pictures' column, the first that is there."""
+"""Names of the pictures' column; the first one in the file counts."""
 CAPTION_COLUMNS = ("txt", "text", "caption", "captions", "prompt")
-"""Names of columns that are surely meant as captions."""
+"""Names of columns that must hold captions."""
 KEY_COLUMN = "key"
 
 
 class ParquetRecords(Sharded):
-    """The rows of Parquet files; a record's key is its file and its ``key`` column or, without one, its row number.
+    """Rows of Parquet files; a record's key is its file and its ``key`` column or, without one, its row number.
 
-    Pictures are bytes, or Hugging Face's struct of ``bytes`` and ``path``; captions are all columns of strings and
-    lists of strings.
+    Pictures are bytes, or Hugging Face's struct of ``bytes`` and ``path``. All columns of strings and lists of strings
+    are captions.
     """
 
     def __init__(self, name: str, paths: Sequence[str], sizes: Sequence[Path] | None = None) -> None:
         """Read the files' footers.
 
         Args:
-            name: What messages call the source.
+            name: Name for messages.
             paths: Absolute paths or URLs.
-            sizes: For each file an array of dtype ``found.SIZE``, from the index.
+            sizes: For each file, the index's .npy file of dtype ``scan.SIZE``.
 
-        Raises ValueError for a file that is no Parquet or has no column of pictures.
+        Raises ValueError for a file that is not Parquet or has no column of pictures.
         """
         self._paths = tuple(paths)
-        self._columns: list[tuple[str, list[str]]] = []  # of each file: of the pictures, of keys and captions
+        self._columns: list[tuple[str, list[str]]] = []  # of each file: pictures; keys and captions
         self._groups: list[tuple[int, int, int]] = []  # of each shard: file, row group, its first row in the file
         names, counts = [], []
         for number, (path, short) in enumerate(zip(paths, shard_names(paths), strict=True)):
@@ -57,16 +56,15 @@ class ParquetRecords(Sharded):
                 names.append(short)
                 counts.append(rows)
                 first += rows
-        super().__init__(name, names, counts)
-        self._sizes = None if sizes is None else Arrays(sizes)
+        super().__init__(name, names, counts, sizes)
         self._row_groups = RowGroups()
 
     def keep(self, count: int) -> None:
-        """Keep the ``count`` row groups that were read last, as many as are drawn from."""
+        """Cache the last ``count`` row groups: as many as the order draws from."""
         self._row_groups = RowGroups(count)
 
     def read(self, index: int) -> Record:
-        """The record of that index; see ``RecordSource.read``."""
+        """Return a record by its index; see ``RecordSource.read``."""
         shard, row = self.locate(index)
         file, group, first = self._groups[shard]
         where = self.shard_name(shard)
@@ -74,36 +72,29 @@ class ParquetRecords(Sharded):
         key = f"{where}/{first + row}"
         table = self._row_groups.table(self._paths[file], group, [image, *others])
         if isinstance(table, str):
-            raise DamagedRecord("unreadable", where, key, f"row group {group}: {table}")
+            raise BadData("unreadable", f"row group {group}: {table}", where, key)
         values: dict[str, Any] = {}
         for name, column in zip(table.column_names, table.columns, strict=True):
             try:
-                values.setdefault(name, column[row].as_py())  # of several columns of one name, the first
+                values.setdefault(name, column[row].as_py())  # the first of several columns with one name
             except UnicodeDecodeError as error:
-                raise DamagedRecord("bad captions", where, key, f"column {name!r} is not UTF-8") from error
+                raise BadData("bad captions", f"column {name!r} is not UTF-8", where, key) from error
         found = values.pop(image)
         if isinstance(own := values.pop(KEY_COLUMN, None), str):
             key = f"{where}/{own}"
         if isinstance(found, list) and len(found) > 1:
-            raise DamagedRecord("several pictures", where, key, f"column {image!r} holds {len(found)}; give each a row")
+            raise BadData("several pictures", f"column {image!r} holds {len(found)}; give each a row", where, key)
         picture = picture_bytes(found)
         if picture is None:
-            raise DamagedRecord("no picture", where, key, f"column {image!r} is null")
+            raise BadData("no picture", f"column {image!r} is null", where, key)
         if not picture:
-            raise DamagedRecord("zero bytes", where, key, "the picture is empty")
+            raise BadData("zero bytes", "the picture is empty", where, key)
         return Record(key, picture, caption_fields(values.items()))
 
-    def dimensions(self) -> UInt32[np.ndarray, "N 2"] | None:
-        """Width and height of every picture, 0 where they cannot be told; None where the index does not hold them."""
-        if self._sizes is None:
-            return None
-        files = range(len(self._paths))
-        return np.concatenate([np.stack([self._sizes[i]["width"], self._sizes[i]["height"]], axis=1) for i in files])
 
-
-def scan_parquet(path: str, *, look_inside: bool = False) -> Found:
-    """Count a file's rows from its footer; ``look_inside`` reads the pictures and reports what is none."""
-    found = Found(np.empty(0, SIZE))
+def scan_parquet(path: str, *, look_inside: bool = False) -> ScanResult:
+    """Count a file's rows from its footer; ``look_inside`` also reads the pictures, and reports damaged ones."""
+    found = ScanResult(np.empty(0, SIZE))
     try:
         with open_parquet(path) as file:
             image, _ = _columns(path, file.schema_arrow)
@@ -119,7 +110,8 @@ def scan_parquet(path: str, *, look_inside: bool = False) -> Found:
     return found
 
 
-def _look(found: Found, row: int, cell: Any) -> None:
+def _look(found: ScanResult, row: int, cell: Any) -> None:
+    """Fill in a picture's dimensions, or report its damage."""
     picture = picture_bytes(cell)
     if isinstance(cell, list) and len(cell) > 1:
         found.report(Damage("several pictures", row, b"", f"{len(cell)} of them"))
@@ -128,37 +120,37 @@ def _look(found: Found, row: int, cell: Any) -> None:
     else:
         try:
             found.rows[row] = dimensions(picture)
-        except Unusable as error:
+        except BadData as error:
             found.report(Damage(error.reason, row, b"", error.detail))
 
 
 def _columns(path: str, schema: Any) -> tuple[str, list[str]]:
-    """The column of pictures, and those that may hold captions or the key."""
+    """Return the column of pictures, and the columns that may hold captions or the key."""
     image = picture_column(schema)
     if image is None:
         columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
         raise ValueError(
-            f"{path} has no column of pictures, which is of bytes and called {', '.join(IMAGE_COLUMNS[:5])} ...; "
+            f"{path} has no column of pictures; name a column of bytes {', '.join(IMAGE_COLUMNS[:5])} ...; "
             f"its columns: {columns}"
         )
     others = [name for name in text_columns(schema) if name != image]
     named = next((field for field in schema if field.name in CAPTION_COLUMNS and field.name not in others), None)
     if named is not None and not pa.types.is_null(named.type) and not {*others} - {KEY_COLUMN}:
         raise ValueError(
-            f"{path}: the column {named.name!r} is of the type {named.type}, and captions are strings or lists of "
-            "strings; write it as such"
+            f"{path}: the column {named.name!r} is of the type {named.type}; write captions as strings or lists of "
+            "strings"
         )
     return image, others
 
 
 def picture_column(schema: Any) -> str | None:
-    """The name of the column of pictures; None where a schema has none."""
+    """Return the name of the column of pictures; None if a schema has no such column."""
     pictures = [field.name for field in schema if _holds_pictures(field.type)]
     return next((name for name in IMAGE_COLUMNS if name in pictures), None)
 
 
 def text_columns(schema: Any) -> list[str]:
-    """The names of the columns of strings and lists of strings."""
+    """Return the names of the columns of strings and lists of strings."""
     return [field.name for field in schema if _holds_text(field.type)]
 
 
@@ -175,20 +167,13 @@ def _holds_text(kind: Any) -> bool:
 
 
 def _is_bytes(kind: Any) -> bool:
-    kind = _plain(kind)
-    return any(
-        check(kind)
-        for check in (
-            pa.types.is_binary,
-            pa.types.is_large_binary,
-            pa.types.is_binary_view,
-            pa.types.is_fixed_size_binary,
-        )
-    )
+    kind, types = _plain(kind), pa.types
+    checks = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
+    return any(check(kind) for check in checks)
 
 
 def _plain(kind: Any) -> Any:
-    """The type of a column's values, however they are stored."""
+    """Return the type of a column's values without extension types and dictionaries."""
     while True:
         if isinstance(kind, pa.BaseExtensionType):
             kind = kind.storage_type
@@ -199,20 +184,17 @@ def _plain(kind: Any) -> Any:
 
 
 def _item(kind: Any) -> Any:
-    """The type of a column's values or, where they are lists of any sort, of what is in the lists."""
-    kind = _plain(kind)
+    """Return the type of a column's values; for lists of any kind, the type of their items."""
+    kind, types = _plain(kind), pa.types
     lists = (
-        pa.types.is_list,
-        pa.types.is_large_list,
-        pa.types.is_fixed_size_list,
-        pa.types.is_list_view,
-        pa.types.is_large_list_view,
+        *(types.is_list, types.is_large_list, types.is_fixed_size_list),
+        *(types.is_list_view, types.is_large_list_view),
     )
     return _plain(kind.value_type) if any(check(kind) for check in lists) else kind
 
 
 def picture_bytes(cell: Any) -> bytes | None:
-    """What a cell of a pictures' column, or the list in it, holds first; None where that is null."""
+    """Return the picture in a cell, or the first one of a list; None for null."""
     if isinstance(cell, list):
         cell = cell[0] if cell else None
     return cell.get("bytes") if isinstance(cell, dict) else cell

@@ -1,7 +1,7 @@
-"""What every source of training data gives: encoded pictures with their captions, at random access.
+"""Records of training data (encoded pictures with captions), and the interface of their random-access sources.
 
-A source is picklable and cheap to send to worker processes: it opens files when it reads, in the process that reads,
-and may be read by several threads at once. Pictures are decoded elsewhere; here they are bytes.
+A source is picklable and thread-safe. It opens files only when it reads, so it is cheap to send to workers. Pictures
+stay encoded here.
 """
 
 from __future__ import annotations
@@ -11,27 +11,13 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-REASONS = (
-    "zero bytes",  # the picture is empty
-    "no picture",  # a record that has captions only
-    "several pictures",  # in one row of Parquet
-    "no caption",  # a record without a file of captions; the captions may yet come from a sidecar
-    "dots in the name",  # a picture of a tar whose name goes on behind its first dot
-    "hidden file",  # a name that begins with a dot, such as macOS's ._1.jpg
-    "missing file",  # named by a manifest, and not there
-    "unreadable",  # the storage gave an error
-    "truncated",  # the file ends inside the record
-    "bad header",  # not what the archive's format says
-    "bad captions",  # not UTF-8 or not JSON
-    "not a file",  # a link, a device or a sparse file where a picture or a text is wanted
-    "duplicate member",  # a second file of the same name in one record
-    "repeated key",  # a second record of the same name in one shard
-    "too large",  # for a record
-)
-"""Why a record is damaged or left out, in words that do not vary, so that they can be counted; ``images.Unusable``,
-``formats.unknown`` and ``discover.py`` add their own."""
+import numpy as np
+from jaxtyping import UInt32
+
+from semantic_routing.data.sources.storage import Arrays
 
 
 @dataclass(frozen=True)
@@ -41,104 +27,117 @@ class Record:
     key: str
     """Unique inside its source, such as ``00012.tar/000120034``."""
     image: bytes
-    """The encoded picture; never empty, but not yet known to be one."""
+    """The encoded picture: not empty, and not validated."""
     captions: Mapping[str, tuple[str, ...]]
-    """By caption key: ``txt`` (a .txt file or column), every string or list of strings of the JSON under its own
-    name, such as ``text`` of manifests. Only texts that are not blank and can be encoded; a key without any is
-    left out."""
-
-
-class DamagedRecord(ValueError):
-    """A record that cannot be read; picklable, so that a worker process may raise it.
-
-    Args:
-        reason: Short fixed words, see ``REASONS``.
-        shard: Name of the shard.
-        key: The record's key, or what is known of it.
-        detail: What exactly is wrong.
-    """
-
-    def __init__(self, reason: str, shard: str, key: str, detail: str = "") -> None:
-        super().__init__(reason, shard, key, detail)
-        self.reason = reason
-        self.shard = shard
-        self.key = key
-        self.detail = detail
-
-    def __str__(self) -> str:
-        detail = f" ({self.detail})" if self.detail else ""
-        return f"record {self.key!r} of {self.shard}: {self.reason}{detail}"
+    """Captions by key: ``txt`` for a .txt file, and every column or JSON field of strings under its own name. Blank
+    and unencodable texts are left out, as are keys without captions."""
 
 
 @runtime_checkable
 class RecordSource(Protocol):
-    """Records at random access, in shards that lie one after the other."""
+    """Random access to records, which are in consecutive shards."""
 
     @property
     def name(self) -> str:
-        """What messages call the source: the path it was opened from."""
+        """Name for messages: the path it was opened from."""
         ...
 
     @property
     def shards(self) -> Sequence[int]:
-        """Number of records in each shard, in order; their sum is ``len``."""
+        """Number of records in each shard; their sum is ``len``."""
         ...
 
     def __len__(self) -> int:
-        """Number of records."""
+        """Return the number of records."""
         ...
 
     def read(self, index: int) -> Record:
-        """The record 0..len - 1; IndexError beyond.
+        """Return a record by its index from 0 to ``len - 1``.
 
-        Raises DamagedRecord for what is broken.
+        Raises IndexError outside that range, and BadData for a damaged record.
         """
         ...
 
     def shard_name(self, shard: int) -> str:
-        """What messages call a shard: its file name."""
+        """Return a shard's name for messages: its file name."""
         ...
 
 
 class Sharded:
-    """What sources of several shards share: which shard holds an index."""
+    """Base of sources: maps an index to its shard, and knows the pictures' dimensions from an index on disk."""
 
-    def __init__(self, name: str, shard_names: Sequence[str], shards: Sequence[int]) -> None:
+    def __init__(
+        self,
+        name: str,
+        shard_names: Sequence[str],
+        shards: Sequence[int],
+        sizes: Sequence[Path | np.ndarray] | None = None,
+    ) -> None:
+        """
+        Args:
+            name: Name for messages.
+            shard_names: Name of each shard.
+            shards: Number of records in each shard.
+            sizes: Arrays with the fields of ``scan.SIZE``, or their .npy files, with a row for each record in order.
+        """
         self.name = name
         self.shards = tuple(shards)
         self.damaged: dict[str, int] = {}
-        """What a scan left out or found broken, by reason; empty where there was none."""
+        """Counts of what a scan left out or found damaged, by reason; empty without a scan."""
         self._shard_names = tuple(shard_names)
         self._ends = tuple(accumulate(self.shards))
+        self._sizes = Arrays(sizes) if sizes else None
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def shard_name(self, shard: int) -> str:
-        """The file's name, with as many of its folders as tell it from others."""
+        """Return the file's name, with as many of its folders as make it unique."""
         return self._shard_names[shard]
 
     def locate(self, index: int) -> tuple[int, int]:
-        """The shard of a record, and its number inside the shard."""
+        """Return the shard of a record, and its number inside the shard."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)} in {self.name}")
         shard = bisect_right(self._ends, index)
         return shard, index - self._ends[shard] + self.shards[shard]
 
+    def dimensions(self) -> UInt32[np.ndarray, "N 2"] | None:
+        """Return width and height of every picture, 0 where unknown; None without an index that holds them."""
+        if self._sizes is None:
+            return None
+        return np.concatenate([np.stack([part["width"], part["height"]], axis=1) for part in self._sizes])
+
+
+class ConcatRecords:
+    """Several sources as one, in order."""
+
+    def __init__(self, sources: Sequence[RecordSource]) -> None:
+        self._sources = tuple(sources)
+        self._ends = tuple(accumulate(len(source) for source in sources))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def read(self, index: int) -> Record:
+        """Return a record by its index; BadData for a damaged one."""
+        number = bisect_right(self._ends, index)
+        return self._sources[number].read(index - self._ends[number] + len(self._sources[number]))
+
 
 def texts(value: Any) -> tuple[str, ...]:
-    """The usable captions in a JSON value: a string, or the strings of a list; blank and unencodable ones left out."""
+    """Return the captions in a JSON value, a string or a list of strings, without blank and unencodable ones."""
     found = value if isinstance(value, list | tuple) else [value]
     return tuple(text for text in found if isinstance(text, str) and text.strip() and _encodable(text))
 
 
 def caption_fields(fields: Iterable[tuple[str, Any]]) -> dict[str, tuple[str, ...]]:
-    """The fields of an object that hold captions, see ``Record.captions``."""
+    """Return the captions of an object's fields by their names, as for ``Record.captions``."""
     return {name: found for name, value in fields if (found := texts(value))}
 
 
 def parse_json(data: bytes) -> Any:
-    """JSON in UTF-8, with or without a byte order mark; ValueError that says in a few words where it is wrong."""
+    """Parse UTF-8 JSON, with or without a byte order mark; ValueError names the place of a mistake in a few words."""
     try:
         return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -151,10 +150,9 @@ def parse_json(data: bytes) -> Any:
 
 
 def captions_of(text: bytes, extra: bytes, kohya: bytes = b"") -> dict[str, tuple[str, ...]]:
-    """The captions of a .txt file (under ``txt``, without the white space around it), of a .json file and of a
-    .caption file (under ``caption``) beside it.
+    """Return the captions of a record's files: .txt (under ``txt``, stripped), .json and .caption (under ``caption``).
 
-    Raises ValueError that says which of them cannot be read.
+    Raises ValueError that names the file that cannot be read.
     """
     captions = {}
     if extra:
@@ -170,7 +168,7 @@ def captions_of(text: bytes, extra: bytes, kohya: bytes = b"") -> dict[str, tupl
                 said[name] = written
         except UnicodeDecodeError as error:
             raise ValueError(f"{ending}: byte {error.start + 1} is not UTF-8") from None
-    if "caption" in captions:  # what the JSON says
+    if "caption" in captions:  # the JSON's field wins
         said.pop("caption", None)
     return captions | said
 

@@ -1,6 +1,6 @@
-"""Row groups of Parquet files as they are read: in the thread that asks, kept while the order draws from them.
+"""Reads row groups of Parquet files in the caller's thread, and caches those that the order draws from.
 
-All threads of Arrow's own are left out: one that lets go of a Python buffer while the interpreter ends aborts it.
+Arrow's own threads are not used: one that releases a Python buffer during interpreter shutdown aborts the process.
 """
 
 from __future__ import annotations
@@ -25,49 +25,49 @@ pq = require("pyarrow.parquet", what="a Parquet file", extra="data")
 pa = require("pyarrow", what="a Parquet file", extra="data")
 
 KEPT_BYTES = 2**29
-"""Memory for the row groups that one source keeps in one process; those that need more lie in temporary files."""
+"""Memory for one source's cached row groups in one process; larger ones are kept in temporary files."""
 COUNT = 16
-"""Row groups that are kept where nobody tells how many the order draws from."""
+"""Row groups that are cached by default."""
 ROWS = 1024
-"""Read at once, or fewer where they are large."""
+"""Rows read at once; fewer if they are large."""
 PART = 2**22
-"""Bytes that are fetched or decoded at once, or a single page or picture where that is larger."""
+"""Bytes fetched or decoded at once; a larger page or picture is read in one piece."""
 FOOTERS = 64
-"""Footers of files that are kept."""
+"""Footers of files that are cached."""
 ERRORS = (OSError, ValueError, pa.ArrowException)
-"""What reading a damaged file raises."""
+"""Errors of reading a damaged file."""
 
 
 @contextmanager
 def open_parquet(path: str, metadata: Any = None) -> Iterator[Any]:
-    """A ``ParquetFile`` of a local file or a URL, all of whose reads are done by the caller's thread.
+    """Open a local file or a URL as a ``ParquetFile`` that reads in the caller's thread.
 
     Args:
-        path: Of the file; a local one is opened by Arrow, so that no Python object is in its hands.
-        metadata: Its footer, where it was read before.
+        path: Path or URL. Arrow opens a local file itself, so that it holds no Python object.
+        metadata: The file's footer, if already read.
 
-    Raises ValueError where it is no Parquet file.
+    Raises ValueError if it is not a Parquet file.
     """
     try:
         source = pa.PythonFile(_Remote(path), mode="r") if is_url(path) else pa.OSFile(path)
         with source, pq.ParquetFile(source, metadata=metadata, pre_buffer=False, buffer_size=PART) as file:
             yield file
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is no whole Parquet file ({error}); take it out or write it again") from error
+        raise ValueError(f"{path} is not a complete Parquet file ({error}); remove it or write it again") from error
 
 
 def batches(file: Any, group: int, columns: Sequence[str]) -> Iterator[Any]:
-    """The record batches of a row group's columns, of about ``PART`` bytes each."""
+    """Yield a row group's columns in record batches of about ``PART`` bytes."""
     found = file.metadata.row_group(group)
     rows = max(1, min(ROWS, PART * found.num_rows // max(found.total_byte_size, 1)))
     yield from file.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False)
 
 
 class RowGroups:
-    """The row groups that were used last; picklable, which forgets them, and safe in several threads."""
+    """Cache of the last used row groups; thread-safe, and picklable without its content."""
 
     def __init__(self, count: int = COUNT) -> None:
-        """Keep ``count`` of them: as many as the order draws from, and each is read once while it does."""
+        """Cache ``count`` row groups; if the order draws from no more, it reads each only once."""
         self._count = count
         self._lock = threading.Lock()
         self._tables: OrderedDict[tuple[str, int], Any] = OrderedDict()
@@ -77,19 +77,19 @@ class RowGroups:
         return RowGroups, (self._count,)
 
     def table(self, path: str, group: int, columns: Sequence[str]) -> Any:
-        """The columns of a file's row group, which are always the same ones; or what is wrong with it, as text."""
-        with self._lock:  # threads that want the same row group shall not each read it
+        """Return a row group's columns (the same at every call), or a text that tells why it cannot be read."""
+        with self._lock:  # so that threads do not read the same row group twice
             found = self._tables.pop((path, group), None)
             if found is None:
-                while len(self._tables) >= self._count:  # before the next is read, or memory would hold one more
+                while len(self._tables) >= self._count:  # first, so that memory never holds one more
                     self._tables.popitem(last=False)
                 try:
                     with open_parquet(path, self._footer(path)) as file:
                         found = _table(batches(file, group, columns), KEPT_BYTES // self._count)
                 except pa.ArrowNotImplementedError as error:
-                    found = f"{error}; read were the columns {', '.join(columns)}"
+                    found = f"{error}; while reading the columns {', '.join(columns)}"
                 except ERRORS as error:
-                    found = str(error)  # kept as well, or each of its records would be tried anew
+                    found = str(error)  # cached too, so that its other records do not try again
             self._tables[path, group] = found
         return found
 
@@ -100,7 +100,7 @@ def _footer(path: str) -> Any:
 
 
 def _table(found: Iterator[Any], most: int) -> Any:
-    """A table in memory, or in a temporary file where it has more bytes than ``most``."""
+    """Collect batches in a table: in memory up to ``most`` bytes, beyond that in a temporary file."""
     taken, size = deque[Any](), 0
     for batch in found:
         taken.append(batch)
@@ -111,12 +111,12 @@ def _table(found: Iterator[Any], most: int) -> Any:
 
 
 def _drained(taken: deque[Any]) -> Iterator[Any]:
-    while taken:  # what is written needs no memory any more
+    while taken:  # free each batch once it is written
         yield taken.popleft()
 
 
 def _mapped(schema: Any, found: Iterable[Any]) -> Any:
-    """A table in a temporary file that is mapped into memory; it has no name, so it ends with its last user."""
+    """Write batches to a temporary file and map it as a table; the file is unlinked, so it ends with its last user."""
     number, path = mkstemp(prefix="semroute-", suffix=".arrow")
     os.close(number)
     try:
@@ -129,15 +129,15 @@ def _mapped(schema: Any, found: Iterable[Any]) -> Any:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise TrainingFailed(
-            f"{os.path.dirname(path)} has no room for a row group of Parquet that is too large to be kept in memory; "
-            "let TMPDIR name a folder that has room for as many as data.window, for each worker"
+            f"{os.path.dirname(path)} has no space for a Parquet row group that is too large for memory; set TMPDIR to "
+            "a folder with space for data.window row groups for each worker"
         ) from error
     finally:
         os.unlink(path)
 
 
 class _Remote(io.RawIOBase):
-    """A URL as a file: each read is one request for exactly those bytes."""
+    """A URL as a file object: each read is one request for exactly those bytes."""
 
     def __init__(self, url: str) -> None:
         self._url, self._place, self._reader = url, 0, Reader()

@@ -1,4 +1,4 @@
-"""What a scan finds in one file of data: a row for each record, and what is damaged, by reason."""
+"""Result of scanning one file of data: a row for each record, and counts of damage by reason."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ import numpy as np
 from jaxtyping import Shaped
 
 SIZE = np.dtype([("width", "<u4"), ("height", "<u4")])
-"""Of a picture in pixels; both 0 where it was not looked at or cannot be told."""
+"""Size of a picture in pixels; both are 0 if unknown."""
 EXAMPLES = 20
-"""Damaged records of one reason and file that are named; the others are only counted."""
+"""Damaged records that are listed for each file and reason; the others are only counted."""
 
 
 class Damage(NamedTuple):
-    """Something that is not as it should be."""
+    """One thing that is wrong in a file of data."""
 
     reason: str
-    """One of ``records.REASONS``."""
+    """A fixed phrase, as in ``BadData``."""
     place: int
-    """Offset in bytes in a tar, number of the row or line elsewhere."""
+    """Offset in bytes in a tar file; number of the row or line in other files."""
     name: bytes
-    """The record's key, or the name of its file; empty where unknown."""
+    """The record's key or file name; empty if unknown."""
     detail: str
 
 
 @dataclass
-class Found:
-    """What a scan of one file found."""
+class ScanResult:
+    """Records and damage of one file."""
 
     rows: Shaped[np.ndarray, " N"]
     """One for each record, of a dtype that has the fields of ``SIZE``."""
     damaged: Counter[str] = field(default_factory=Counter)
-    """How many by reason."""
+    """Count by reason."""
     examples: list[dict[str, str | int]] = field(default_factory=list)
     """The first few of each reason."""
 
     def report(self, damage: Damage) -> None:
-        """Count a damage, and keep it if there are few such."""
+        """Count a damage, and list it if it is among the first ``EXAMPLES`` of its reason."""
         self.damaged[damage.reason] += 1
         if self.damaged[damage.reason] <= EXAMPLES:
             key = key_text(damage.name)[:200]
@@ -47,5 +47,5 @@ class Found:
 
 
 def key_text(name: bytes) -> str:
-    """A key as text, whatever its bytes."""
+    """Decode a key to text; bytes that are not UTF-8 become escapes."""
     return name.decode("utf-8", "backslashreplace")

@@ -1,4 +1,4 @@
-"""Splits as Hugging Face names them: beside ``train``, what is called ``test`` or ``validation`` is not trained on."""
+"""Hugging Face's split names: leaves out ``test`` and ``validation`` files that are next to ``train`` files."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ WORDS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-"""What folders and shards of each split are called, alone or before one of ``-._``, a space or a number."""
+"""Names of each split's folders and shards, alone or before one of ``-._``, a space or a digit."""
 SHARDS = (".tar", ".parquet")
-"""Files whose own names may be those of splits; pictures are called anything."""
+"""Endings of files whose own names may name a split; a picture's name never does."""
 _SPLIT = {word: split for split, words in WORDS.items() for word in words}
 _NAME = re.compile(rf"({'|'.join(sorted(_SPLIT, key=len, reverse=True))})(?=$|[-._ 0-9])", re.IGNORECASE)
 
 
 def without_other_splits(folder: str, paths: Iterable[str]) -> tuple[list[str], Counter[str]]:
-    """The paths below a folder that are of the split ``train`` or of none, and how many pictures and shards of
-    others, by what takes them.
+    """Return the paths of the split ``train`` or of no split, and counts of the other splits' pictures and shards.
 
-    A name counts as that of another split only beside one of ``train``, in the same folder.
+    The counts are by the path that selects them. A name counts as another split's only if the same folder also has a
+    name of ``train``.
     """
     paths = list(paths)
     places = [_names(folder, path) for path in paths]
@@ -35,13 +35,13 @@ def without_other_splits(folder: str, paths: Iterable[str]) -> tuple[list[str], 
         left_out = next((base + name for base, name, split in names if split != "train" and base in trains), "")
         if not left_out:
             kept.append(path)
-        elif path.lower().endswith((*picture_endings(), *SHARDS)):  # captions belong to these
+        elif path.lower().endswith((*picture_endings(), *SHARDS)):  # captions are not counted
             others[left_out] += 1
     return kept, others
 
 
 def _names(folder: str, path: str) -> list[tuple[str, str, str]]:
-    """Of each part of a path below the folder that names a split: what stands before it, what takes it, the split."""
+    """Return for each part of a path that names a split: the path before it, the pattern that selects it, the split."""
     base = folder.rstrip("/") + "/"
     found = []
     *folders, file = path[len(base) :].split("/")

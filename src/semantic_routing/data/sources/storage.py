@@ -1,6 +1,6 @@
-"""Files of data by path or URL: what there is, whether it has changed, and any range of its bytes.
+"""Files of data by path or URL: listing, versions, and reads of any range of bytes.
 
-Local files are read with plain system calls, anything else through fsspec (an extra), such as ``s3://`` or ``hf://``.
+Local files are read with plain system calls; URLs such as ``s3://`` or ``hf://`` are read through fsspec (an extra).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
@@ -27,28 +27,28 @@ _VERSIONS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated"
 
 @dataclass(frozen=True)
 class Stored:
-    """A file as it is now."""
+    """A file and its version."""
 
     path: str
     """Absolute path or URL."""
     size: int
     """In bytes."""
     version: str
-    """Differs when the file is written anew: the time of its last change, or what the storage gives for it."""
+    """Changes when the file is written again: its modification time, or the storage's own version."""
 
 
 def is_url(path: str) -> bool:
-    """Whether fsspec is needed."""
+    """Tell whether fsspec is needed."""
     return "://" in path
 
 
 def absolute(path: str) -> str:
-    """A path that means the same in every process: absolute, or a URL; ``file://`` becomes a path."""
+    """Return an absolute path or a URL, which means the same in every process; ``file://`` becomes a path."""
     return path if is_url(path) and not path.startswith("file://") else os.path.abspath(path.removeprefix("file://"))
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the path inside it."""
+    """Return the fsspec file system of a URL, and the path inside it."""
     fsspec = require("fsspec.core", what=url, extra="data")
     try:
         return fsspec.url_to_fs(url)
@@ -57,7 +57,7 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 def stat(path: str) -> Stored:
-    """A file's size and version; FileNotFoundError where there is none."""
+    """Return a file's size and version; FileNotFoundError if it does not exist."""
     path = absolute(path)
     if not is_url(path):
         found = os.stat(path)
@@ -70,7 +70,7 @@ def stat(path: str) -> Stored:
 
 
 def is_file(path: str) -> bool:
-    """Whether there is a file of that path or URL."""
+    """Tell whether a file has that path or URL."""
     if not is_url(path):
         return os.path.isfile(path)
     storage, inner = filesystem(path)
@@ -78,37 +78,23 @@ def is_file(path: str) -> bool:
 
 
 def is_folder(path: str) -> bool:
-    """Whether the path or URL is a folder."""
+    """Tell whether a path or URL is a folder."""
     if not is_url(path):
         return os.path.isdir(path)
     storage, inner = filesystem(path)
     return storage.isdir(inner)
 
 
-def files_below(folder: str, endings: Sequence[str]) -> list[str]:
-    """All files below a folder whose names end so (in lower case), sorted; hidden ones are left out."""
-    folder = absolute(folder)
-    if is_url(folder):
-        storage, inner = filesystem(folder)
-        found = _urls(folder, inner, storage.find(inner))
-    else:
-        found = []
-        for base, folders, names in os.walk(folder):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            found += [os.path.join(base, name) for name in names]
-    return sorted(path for path in found if _name(path).endswith(tuple(endings)) and not _name(path).startswith("."))
-
-
 def everything_below(folder: str) -> list[tuple[str, int]]:
-    """All files below a folder, sorted, with their sizes in bytes (-1 for a link to nothing).
+    """List all files below a folder, sorted, with their sizes in bytes (-1 for a broken link).
 
-    Hidden files are among them, but nothing in hidden folders.
+    Includes hidden files, and skips hidden folders.
     """
     folder = absolute(folder)
     if is_url(folder):
         storage, inner = filesystem(folder)
         facts = storage.find(inner, detail=True)
-        sizes = [1 if one.get("size") is None else one["size"] for one in facts.values()]  # unknown is not nothing
+        sizes = [1 if one.get("size") is None else one["size"] for one in facts.values()]  # unknown: not empty
         return sorted(zip(_urls(folder, inner, list(facts)), sizes, strict=True))
     found = []
     for base, folders, names in os.walk(folder):
@@ -122,7 +108,7 @@ def everything_below(folder: str) -> list[tuple[str, int]]:
 
 
 def expand(pattern: str) -> list[str]:
-    """The paths that a pattern stands for: ``{00000..00127}`` counts, ``*``, ``?``, ``[]`` match what is there."""
+    """Return the paths of a pattern: ``{00000..00127}`` counts, and ``*``, ``?``, ``[]`` match existing files."""
     counted = _RANGE.search(pattern)
     if counted:
         first, last = counted.groups()
@@ -141,13 +127,13 @@ def expand(pattern: str) -> list[str]:
 
 
 def _urls(base: str, inner: str, paths: Sequence[str]) -> list[str]:
-    """The URLs of what a file system lists below ``inner``, beginning as ``base`` was written."""
+    """Return the URLs of paths that a file system lists below ``inner``, each beginning with ``base``."""
     base = base if base.endswith("://") else f"{base.rstrip('/')}/"
     return [base + path[len(inner.rstrip("/")) :].lstrip("/") for path in paths]
 
 
 def shard_names(paths: Sequence[str]) -> list[str]:
-    """Short names of files: what follows the last folder that all of them share."""
+    """Return short names of files: their paths inside the last folder that all of them share."""
     split = [path.split("/") for path in paths]
     shared = min((len(parts) for parts in split), default=1) - 1
     for depth, level in enumerate(zip(*split, strict=False)):
@@ -158,7 +144,7 @@ def shard_names(paths: Sequence[str]) -> list[str]:
 
 
 class Reader:
-    """Ranges of bytes of any number of files; picklable, and safe in several threads and after a fork."""
+    """Reads ranges of bytes of any number of files; picklable, thread-safe and fork-safe."""
 
     def __init__(self) -> None:
         self._reset()
@@ -172,10 +158,10 @@ class Reader:
         return Reader, ()
 
     def read(self, path: str, start: int, size: int) -> bytes:
-        """``size`` bytes from ``start``, fewer where the file ends; OSError where it cannot be read."""
+        """Read ``size`` bytes from ``start``, fewer at the end of the file; OSError if it cannot be read."""
         if is_url(path):
             return _request(path, start, size) if size else b""
-        # A local name keeps the handle open until this read is done, whoever drops it meanwhile.
+        # The local name keeps the handle open until this read is done, even if another thread drops it.
         handle = self._handle(path)
         parts = []
         while size > 0 and (part := os.pread(handle.number, size, start)):
@@ -198,7 +184,7 @@ def _request(url: str, start: int, size: int) -> bytes:
     storage, inner = filesystem(url)
     try:
         from aiohttp import ClientError
-    except ImportError:  # then fsspec does not use it either
+    except ImportError:  # fsspec does not use it either
         return storage.cat_file(inner, start=start, end=start + size)
     try:
         return storage.cat_file(inner, start=start, end=start + size)
@@ -207,7 +193,7 @@ def _request(url: str, start: int, size: int) -> bytes:
 
 
 class _Handle:
-    """An open file, closed when nobody holds it any more."""
+    """An open file, closed with its last reference."""
 
     def __init__(self, path: str) -> None:
         self.number = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
@@ -218,10 +204,7 @@ class _Handle:
 
 
 class Arrays:
-    """Arrays that lie in .npy files, mapped into memory when they are first asked for; those in memory as they are.
-
-    Picklable, and safe in several threads.
-    """
+    """Arrays in memory or in .npy files, which are mapped into memory at first use; picklable and thread-safe."""
 
     def __init__(self, arrays: Sequence[Path | np.ndarray]) -> None:
         self._arrays = tuple(arrays)
@@ -229,6 +212,9 @@ class Arrays:
 
     def __reduce__(self) -> tuple[type[Arrays], tuple[Sequence[Path | np.ndarray]]]:
         return Arrays, (self._arrays,)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return map(self.__getitem__, range(len(self._arrays)))
 
     def __getitem__(self, number: int) -> np.ndarray:
         array = self._arrays[number]
@@ -242,11 +228,7 @@ class Arrays:
         return found
 
 
-def _name(path: str) -> str:
-    return path.rsplit("/", 1)[-1].lower()
-
-
 def read_all(path: str | Path) -> bytes:
-    """The whole of a local file or URL."""
+    """Read a complete local file or URL."""
     found = stat(str(path))
     return Reader().read(found.path, 0, found.size)

@@ -1,1 +1,1 @@
-"""What semroute data does beside indexing."""
+"""The commands of semroute data other than index: stats, preview and recaption."""

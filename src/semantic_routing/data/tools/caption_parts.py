@@ -1,4 +1,4 @@
-"""Where the captions of a long run gather: parts, each a Parquet file with the rows of so many records."""
+"""Captions of a long run on disk, in parts: Parquet files of a fixed number of records each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from semantic_routing.common.extras import require
-from semantic_routing.common.files import write_text, written_whole
+from semantic_routing.common.files import read_json, write_text, written_whole
 
 REQUEST = "request.json"
 CAPTIONS = {
@@ -28,36 +28,36 @@ GROUP = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """What came of one record."""
+class CaptionRow:
+    """The caption of one record, or the reason why it has none."""
 
     position: int
-    """Of the record among all."""
+    """Number of the record among all."""
     key: str
     caption: str | None = None
     model: str = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     reason: str = ""
-    """Why there is no caption, in words that can be counted."""
+    """Why there is no caption: a fixed phrase, so that equal reasons can be counted."""
     detail: str = ""
     final: bool = True
-    """Whether asking again would bring the same."""
+    """Whether another request would give the same."""
 
 
 @dataclass
 class _Open:
-    """A part that is not complete."""
+    """An incomplete part."""
 
-    rows: list[Row]
+    rows: list[CaptionRow]
     names: list[str] = field(default_factory=list)
 
 
 class Parts:
-    """The parts in a folder, each written whole once all its records have their rows."""
+    """The parts in a folder; each is written once all its records have rows."""
 
     def __init__(self, folder: Path, records: int, size: int) -> None:
-        """``size`` records make a part."""
+        """Divide ``records`` into parts of ``size``."""
         self._parquet = require("pyarrow.parquet", what="a file of captions", extra="data")
         self._arrow = pyarrow = require("pyarrow", what="a file of captions", extra="data")
         self._schema = pyarrow.schema(ROWS.items())
@@ -65,29 +65,29 @@ class Parts:
         self._open: dict[int, _Open] = {}
 
     def claim(self, request: dict[str, Any]) -> None:
-        """Note what is asked; ValueError where there are captions that answer another request.
+        """Write down the request; ValueError if the folder has captions of another request.
 
-        Parts without any caption give way: what was wrong with their request can be mended.
+        Parts of another request are deleted if they hold no caption, because that request failed.
         """
         path = self.folder / REQUEST
         parts = sorted(self.folder.glob("part-*.parquet"))
         if parts:
             try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
+                found = read_json(path, "a request")
+            except ValueError as error:
                 raise ValueError(f"{path} is damaged; delete {self.folder} or choose another --out") from error
             other = [name for name in request if not isinstance(found, dict) or found.get(name) != request[name]]
             if other and any(row.caption for part in parts for row in self._read(part)):
                 raise ValueError(
-                    f"{self.folder} holds captions that were asked for with another {', '.join(other)}; choose "
-                    "another --out or delete it"
+                    f"{self.folder} holds captions of a request with another {', '.join(other)}; choose another --out "
+                    "or delete it"
                 )
             for part in parts if other else ():
                 part.unlink()
         write_text(path, json.dumps(request, indent=2) + "\n")
 
     def missing(self, kept: Callable[[int], object]) -> Iterator[int]:
-        """Positions that have no row, or one that another try may better; ``kept`` hears how many others there are."""
+        """Yield the positions without a final row, and pass the number of final rows of each part to ``kept``."""
         for first in range(0, self.records, self.size):
             number, last = first // self.size, min(first + self.size, self.records)
             rows = [row for row in self._read(self._path(number)) if row.final]
@@ -97,8 +97,8 @@ class Parts:
                 self._open[number] = _Open(rows)
             yield from missing
 
-    def add(self, row: Row, name: str = "") -> list[str]:
-        """Take a row in; the names that came with the rows of its part if that is now complete and on disk."""
+    def add(self, row: CaptionRow, name: str = "") -> list[str]:
+        """Add a row; once its part is complete and on disk, return the names that came with the part's rows."""
         number = row.position // self.size
         part = self._open[number]
         part.rows.append(row)
@@ -113,9 +113,9 @@ class Parts:
         return part.names
 
     def join(self, out: Path) -> Counter[str]:
-        """Write the captions of all parts to one file; how many records have none, by reason.
+        """Write the captions of all parts to one file, and count the records without a caption by reason.
 
-        Raises ValueError, with nothing written, where no record has a caption.
+        Raises ValueError, and writes nothing, if no record has a caption.
         """
         reasons, first = Counter[str](), ""
         schema = self._arrow.schema(CAPTIONS.items())
@@ -135,18 +135,16 @@ class Parts:
             if len(waiting):
                 writer.write_table(waiting)
             if reasons.total() == self.records:
-                raise ValueError(f"none of {self.records} records got a caption; the first: {first}")
+                raise ValueError(f"none of {self.records} records got a caption; the first reason: {first}")
         return reasons
 
-    def _read(self, path: Path) -> list[Row]:
+    def _read(self, path: Path) -> list[CaptionRow]:
         if not path.is_file():
             return []
         try:
-            return [Row(**row) for row in self._parquet.read_table(path, schema=self._schema).to_pylist()]
+            return [CaptionRow(**row) for row in self._parquet.read_table(path, schema=self._schema).to_pylist()]
         except (self._arrow.ArrowException, OSError) as error:
-            raise ValueError(
-                f"{path} is damaged ({error}); delete it, and its records are asked about again"
-            ) from error
+            raise ValueError(f"{path} is damaged ({error}); delete it to caption its records again") from error
 
     def _path(self, number: int) -> Path:
         return self.folder / f"part-{number:06d}.parquet"

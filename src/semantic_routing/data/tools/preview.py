@@ -1,4 +1,4 @@
-"""A contact sheet: pictures as training will see them, with the captions that it will read."""
+"""``semroute data preview``: a contact sheet of pictures and captions as training will see them."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ class PreviewArguments:
     out: Path = Path("contact.png")
     """PNG file to write."""
     index: str = ""
-    """Folder of the index, where it is not in the data's."""
+    """Folder of the index, if it is not in the data's folder."""
     caption_keys: tuple[str, ...] = ()
-    """Captions to choose from; by default the first of txt, text, caption, prompt."""
+    """Caption keys to choose from; default: the first of txt, text, caption, prompt."""
     sidecar: str = ""
     """Parquet or JSONL file with key and caption."""
     size: int = 256
     """Side of the pictures in pixels."""
     count: int = 24
-    """Pictures: the first that a run with this seed is trained on."""
+    """Number of pictures: the first ones that a run with this seed trains on."""
     columns: int = 6
     """Pictures in a row."""
     seed: int = 42
-    """Of the run."""
+    """Seed of the run."""
 
     def __post_init__(self) -> None:
         if min(self.size, self.count, self.columns) < 1:
@@ -48,7 +48,7 @@ class PreviewArguments:
 
 
 def preview(args: PreviewArguments) -> str:
-    """Write the contact sheet; answers with its path, and what had to be skipped."""
+    """Write the contact sheet; return its path and the skipped records."""
     if not args.paths:
         raise ValueError("semroute data preview needs paths of data")
     cfg = DataConfig(
@@ -68,12 +68,12 @@ def preview(args: PreviewArguments) -> str:
 
 
 def contact_sheet(rows: Sequence[Row], columns: int) -> Image.Image:
-    """Pictures of one size side by side, each over its caption and its record's key."""
-    font, small = _font(15), _font(11)
+    """Draw pictures of one size in a grid, each above its caption and its record's key."""
+    font, small = load_font(15), load_font(11)
     height, width, _ = rows[0].image.shape
     cell = max(width, 160)
-    texts = [_wrapped(row.caption, font, cell, LINES) for row in rows]
-    keys = [_wrapped(row.key, small, cell, 1, from_end=True) for row in rows]
+    texts = [wrap(row.caption, font, cell, LINES) for row in rows]
+    keys = [wrap(row.key, small, cell, 1, from_end=True) for row in rows]
     columns = min(columns, len(rows))
     lines = [texts[start : start + columns] for start in range(0, len(rows), columns)]
     depths = [height + 8 + 20 * max(map(len, line)) + 18 + GAP for line in lines]
@@ -91,8 +91,8 @@ def contact_sheet(rows: Sequence[Row], columns: int) -> Image.Image:
     return sheet
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int, *, from_end: bool = False) -> list[str]:
-    """The text in lines of at most ``width`` pixels, cut with an ellipsis after ``most`` of them.
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, most: int, *, from_end: bool = False) -> list[str]:
+    """Wrap a text to at most ``most`` lines of ``width`` pixels, with an ellipsis if it is cut.
 
     ``from_end`` keeps the end of a single line instead of its beginning.
     """
@@ -102,7 +102,7 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int, *, 
         return [text]
     lines, line = [], ""
     for word in text.split():
-        while font.getlength(word) > width:  # no spaces: a URL, or a script that has none
+        while font.getlength(word) > width:  # no spaces: a URL, or a script without spaces
             fits = next(n for n in range(len(word), 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
             lines += [line, word[:fits]] if line else [word[:fits]]
             line, word = "", word[fits:]
@@ -120,6 +120,6 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int, *, 
     return lines
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    # Matplotlib's, for its Latin, Greek and Cyrillic letters; other scripts show as boxes.
+def load_font(size: int) -> ImageFont.FreeTypeFont:
+    """Load Matplotlib's font, which has Latin, Greek and Cyrillic letters; other scripts show as boxes."""
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)

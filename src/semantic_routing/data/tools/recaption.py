@@ -1,17 +1,14 @@
-"""``semroute data recaption``: a model on a server describes every picture; a sidecar Parquet file holds the captions.
+"""``semroute data recaption``: a model on a server describes every picture, into a sidecar Parquet file of captions.
 
-Beside the file, ``OUT.parts`` holds what was asked, the parts (see ``caption_parts.py``) and, each from the moment it
-arrives, the answers that are not yet in a part. So a restart asks for what is missing, and pays for nothing twice.
+``OUT.parts`` next to that file holds the request, the parts (see ``caption_parts.py``) and every answer that is not yet
+in a part. A restart therefore requests only what is missing, and nothing is paid for twice.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,16 +20,16 @@ from semantic_routing.chat.client import ChatClient, Usage
 from semantic_routing.chat.messages import Answer, Failure, Picture, Question
 from semantic_routing.chat.server import ChatConfig
 from semantic_routing.chat.spoken import CUT, THOUGHTS, FirstAnswers, spoken
-from semantic_routing.common.errors import TrainingFailed
-from semantic_routing.common.files import check_writable
-from semantic_routing.common.images.decode import Unusable, decode
+from semantic_routing.common.errors import BadData, TrainingFailed
+from semantic_routing.common.files import check_writable, read_text
+from semantic_routing.common.images.decode import decode
 from semantic_routing.common.images.dimensions import dimensions
 from semantic_routing.common.locks import LOCK, claimed
 from semantic_routing.data.captions import USUAL
 from semantic_routing.data.sources.index import open_records
-from semantic_routing.data.sources.records import DamagedRecord, Record, RecordSource
+from semantic_routing.data.sources.records import ConcatRecords, Record
 from semantic_routing.data.sources.storage import absolute
-from semantic_routing.data.tools.caption_parts import Parts, Row
+from semantic_routing.data.tools.caption_parts import CaptionRow, Parts
 
 INSTRUCTION = (
     "Describe this picture in one dense paragraph for someone who is to paint it without having seen it. Name every "
@@ -41,7 +38,7 @@ INSTRUCTION = (
     "seen, without guesses and without introduction."
 )
 OLD_CAPTION = "\n\nThe picture was found with this text, which may help, say little or be wrong: "
-"""Stands before a record's own caption."""
+"""Text before a record's own caption."""
 ANSWERS = "answers"
 NO_THINKING = 'switch thinking off, as by --extra \'{"chat_template_kwargs": {"enable_thinking": false}}\''
 ADVICE = {
@@ -49,11 +46,11 @@ ADVICE = {
     THOUGHTS: NO_THINKING,
     "": "see that the model takes pictures and knows the request's parameters, which --extra adds and takes out",
 }
-"""What to set where the first answers hold no caption, by reason."""
+"""Advice by reason, if the first answers hold no caption."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecaptionArguments(ChatConfig):
+class RecaptionArguments:
     """Have every picture described by a model on an OpenAI-compatible server; writes a sidecar of captions."""
 
     paths: Annotated[tuple[str, ...], tyro.conf.Positional]
@@ -61,24 +58,24 @@ class RecaptionArguments(ChatConfig):
     out: Path
     """Parquet file of captions to write, with the columns key, caption, model, prompt_tokens and completion_tokens."""
     index: Path | None = None
-    """Folder of the index, where it is not in the data's."""
+    """Folder of the index, if it is not in the data's folder."""
     instruction: Path | None = None
-    """Text file with what to ask, in place of ours."""
+    """Text file with the instruction for the model, instead of the built-in one."""
     show_caption: bool = False
-    """Tell the model the old caption, too."""
+    """Show the old caption to the model, too."""
     pixels: int = 768 * 768
-    """Larger pictures are reduced to so many pixels before they are sent."""
+    """Pixels to which larger pictures are reduced before they are sent."""
     quality: int = 90
-    """Of the JPEG that is sent, 1 to 100."""
+    """Quality of the JPEG that is sent, 1 to 100."""
     max_tokens: int = 512
     """Longest caption in tokens; one that is cut off counts as failed."""
     part_rows: int = 1000
     """Records of a part."""
     max_failed: float = 0.1
-    """Share of records without a caption beyond which the command counts as failed, though all else is written."""
+    """Share of records without a caption above which the command fails, after it wrote the others."""
+    server: Annotated[ChatConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=ChatConfig)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not self.paths:
             raise ValueError("semroute data recaption needs paths of data")
         if self.out.suffix != ".parquet":
@@ -88,29 +85,13 @@ class RecaptionArguments(ChatConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
-class Records:
-    """The records of several sources, one after the other."""
-
-    def __init__(self, sources: Sequence[RecordSource]) -> None:
-        self._sources = sources
-        self._ends = [*accumulate(len(source) for source in sources)]
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def read(self, position: int) -> Record:
-        """DamagedRecord for what is broken."""
-        number = bisect_right(self._ends, position)
-        return self._sources[number].read(position - self._ends[number] + len(self._sources[number]))
-
-
 def recaption(args: RecaptionArguments) -> str:
-    """Ask for all captions that are missing, write the file and answer with a summary.
+    """Request all missing captions, write the file and return a summary.
 
-    Raises TrainingFailed, with the file written, where more than ``max_failed`` of the records have no caption, and
-    ValueError, with none written, where no record has one.
+    Raises TrainingFailed, after writing, if more than ``max_failed`` of the records have no caption; ValueError, and
+    writes nothing, if no record has a caption.
     """
-    records = Records([open_records(path, args.index) for path in args.paths])
+    records = ConcatRecords([open_records(path, args.index) for path in args.paths])
     if not len(records):
         raise ValueError(f"there are no records in {', '.join(args.paths)}")
     check_writable(args.out.parent)
@@ -119,11 +100,11 @@ def recaption(args: RecaptionArguments) -> str:
         return _recaption(args, records, Parts(folder, len(records), args.part_rows))
 
 
-def _recaption(args: RecaptionArguments, records: Records, parts: Parts) -> str:
+def _recaption(args: RecaptionArguments, records: ConcatRecords, parts: Parts) -> str:
     instruction = INSTRUCTION if args.instruction is None else _read_instruction(args.instruction)
-    client = ChatClient(args if args.cache else replace(args, cache=parts.folder / ANSWERS))
+    client = ChatClient(args.server if args.server.cache else replace(args.server, cache=parts.folder / ANSWERS))
     parts.claim(_request(args, instruction, len(records)))
-    passing = None if args.cache else client.cache
+    passing = None if args.server.cache else client.cache
     keys: dict[int, str] = {}
     first = FirstAnswers(ADVICE)
 
@@ -132,10 +113,8 @@ def _recaption(args: RecaptionArguments, records: Records, parts: Parts) -> str:
             record = records.read(position)
             keys[position] = record.key
             return _question(args, instruction, record)
-        except DamagedRecord as error:
-            keys[position] = error.key
-            return Failure(reason=error.reason, detail=error.detail, final=True)
-        except Unusable as error:
+        except BadData as error:
+            keys.setdefault(position, error.key)
             return Failure(reason=error.reason, detail=error.detail, final=True)
 
     with tqdm(total=len(records), desc="Captioning", unit="image") as bar:
@@ -146,15 +125,15 @@ def _recaption(args: RecaptionArguments, records: Records, parts: Parts) -> str:
                 first.note(row.reason)
             for done in parts.add(row, name):
                 if passing is not None:
-                    passing.remove(done)  # its caption is in a part now
+                    passing.remove(done)  # its caption is now in a part
             bar.update()
     if passing is not None:
-        passing.clear()  # what a process left that was stopped between writing a part and forgetting
+        passing.clear()  # left by a process that was stopped between writing a part and this removal
     return _summary(args, len(records), parts.join(args.out), client.usage)
 
 
 def _question(args: RecaptionArguments, instruction: str, record: Record) -> Question:
-    """Raises Unusable for a picture that cannot be shown."""
+    """Make the question about a record; BadData if its picture cannot be decoded."""
     width, height = dimensions(record.image)
     scale = min(1.0, math.sqrt(args.pixels / (width * height)))
     pixels = decode(record.image, max(1, int(height * scale)), max(1, int(width * scale)))
@@ -167,27 +146,26 @@ def _question(args: RecaptionArguments, instruction: str, record: Record) -> Que
 
 
 def _request(args: RecaptionArguments, instruction: str, records: int) -> dict[str, Any]:
-    """All that decides the captions."""
-    settings = {name: getattr(args, name) for name in ("model", "show_caption", "pixels", "quality", "max_tokens")}
+    """Return all settings that affect the captions."""
+    settings = {name: getattr(args, name) for name in ("show_caption", "pixels", "quality", "max_tokens")}
     data = {"paths": [absolute(path) for path in args.paths], "records": records, "part_rows": args.part_rows}
-    return settings | {"instruction": instruction, "extra": args.extra_parameters()} | data
+    server = {"model": args.server.model, "extra": args.server.extra_parameters()}
+    return server | settings | {"instruction": instruction} | data
 
 
 def _read_instruction(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"the instruction {path} cannot be read; it must be a UTF-8 text file") from error
+    text = read_text(path, "the instruction").strip()
     if not text:
-        raise ValueError(f"the instruction {path} is empty; write what the model is to do")
+        raise ValueError(f"the instruction {path} is empty; write what the model should do")
     return text
 
 
-def _row(position: int, key: str, answer: Answer | Failure) -> Row:
+def _row(position: int, key: str, answer: Answer | Failure) -> CaptionRow:
+    """Make a row of an answer; thoughts are no part of its caption."""
     if isinstance(answer, Answer):
         caption = spoken(answer)
         if isinstance(caption, str):
-            return Row(
+            return CaptionRow(
                 position=position,
                 key=key,
                 caption=caption,
@@ -196,12 +174,12 @@ def _row(position: int, key: str, answer: Answer | Failure) -> Row:
                 completion_tokens=answer.completion_tokens,
             )
         answer = caption
-    return Row(position=position, key=key, reason=answer.reason, detail=answer.detail, final=answer.final)
+    return CaptionRow(position=position, key=key, reason=answer.reason, detail=answer.detail, final=answer.final)
 
 
 def _summary(args: RecaptionArguments, records: int, reasons: Counter[str], usage: Usage) -> str:
     failed = reasons.total()
-    lines = [f"{records - failed:,} of {records:,} records have captions by {args.model}"]
+    lines = [f"{records - failed:,} of {records:,} records have captions by {args.server.model}"]
     lines += [f"  {reason:<22}{count:>8,}" for reason, count in reasons.most_common()]
     tokens = f"{usage.prompt_tokens:,} prompt and {usage.completion_tokens:,} completion tokens"
     lines.append(f"{usage.requests:,} requests, {tokens}" + (f", cost {usage.cost:,.2f}" if usage.cost else ""))
@@ -209,6 +187,6 @@ def _summary(args: RecaptionArguments, records: int, reasons: Counter[str], usag
         what = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         raise TrainingFailed(
             f"{failed} of {records} records have no caption ({what}), more than the {args.max_failed:.0%} allowed; "
-            f"{args.out} holds the others, and the same command tries again what may yet come"
+            f"{args.out} holds the others; run the same command again to retry those that may succeed"
         )
     return "\n".join([*lines, str(args.out)])

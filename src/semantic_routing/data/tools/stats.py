@@ -1,4 +1,4 @@
-"""What data holds: how many records, which captions of which lengths, pictures of which sizes, what is damaged."""
+"""``semroute data stats``: counts of records and damage, lengths of captions, and sizes of pictures."""
 
 from __future__ import annotations
 
@@ -10,38 +10,39 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from semantic_routing.common.images.decode import Unusable
+from semantic_routing.common.errors import BadData
 from semantic_routing.common.images.dimensions import dimensions
-from semantic_routing.data.sources.records import DamagedRecord, Record, RecordSource
+from semantic_routing.data.sources.records import ConcatRecords, Record, RecordSource
 
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)
-"""In percent."""
+"""Quantiles in percent."""
 ASPECTS = (0.0, 0.5, 0.67, 0.8, 1.25, 1.5, 2.0, float("inf"))
-"""Edges of the histogram of width by height."""
+"""Edges of the histogram of width divided by height."""
 
 
 def statistics(sources: Sequence[RecordSource], sample: int) -> dict[str, Any]:
-    """Numbers about the records of sources, in JSON types.
+    """Compute statistics of the records of sources, in JSON types.
 
     Args:
         sources: The data.
-        sample: Records that are read, evenly spread; 0 reads all.
+        sample: Number of evenly spread records to read; 0 reads all.
     """
-    total = sum(len(source) for source in sources)
+    records = ConcatRecords(sources)
+    total = len(records)
     wanted = min(sample or total, total)
     damaged: Counter[str] = Counter()
     lengths: dict[str, list[int]] = {}
     bearers: Counter[str] = Counter()
     picture_bytes: list[int] = []
     sizes: list[tuple[int, int]] = []
-    for record in _spread(sources, wanted, damaged):
+    for record in _spread(records, wanted, damaged):
         for key, captions in record.captions.items():
             bearers[key] += 1
             lengths.setdefault(key, []).extend(len(caption) for caption in captions)
         picture_bytes.append(len(record.image))
         try:
             sizes.append(dimensions(record.image))
-        except Unusable as error:
+        except BadData as error:
             damaged[error.reason] += 1
     read = len(picture_bytes)
     scanned = sum((Counter(getattr(source, "damaged", {})) for source in sources), Counter[str]())
@@ -62,7 +63,7 @@ def statistics(sources: Sequence[RecordSource], sample: int) -> dict[str, Any]:
 
 
 def table(facts: dict[str, Any]) -> str:
-    """``statistics`` for the eye."""
+    """Format ``statistics`` as a text table."""
     records, sample = facts["records"], facts["sample"]
     read = "all were read" if sample == records else f"from {sample:,} of them, evenly spread"
     lines = [
@@ -84,21 +85,17 @@ def table(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _spread(sources: Sequence[RecordSource], count: int, damaged: Counter[str]) -> Iterator[Record]:
-    """``count`` records, evenly spread over all; damaged ones are counted instead."""
-    ends = np.cumsum([len(source) for source in sources])
-    total = int(ends[-1]) if len(ends) else 0
+def _spread(records: ConcatRecords, count: int, damaged: Counter[str]) -> Iterator[Record]:
+    """Read ``count`` records, evenly spread over all, and count damaged ones by reason."""
     for number in tqdm(range(count), desc="Reading", unit="record", leave=False):
-        index = number * total // count
-        which = int(np.searchsorted(ends, index, side="right"))
         try:
-            yield sources[which].read(index - int(ends[which]) + len(sources[which]))
-        except DamagedRecord as error:
+            yield records.read(number * len(records) // count)
+        except BadData as error:
             damaged[error.reason] += 1
 
 
 def _quantiles(values: Sequence[int]) -> dict[str, int]:
-    """By percent; empty without values."""
+    """Return the ``QUANTILES`` of values by percent; an empty dict without values."""
     if not values:
         return {}
     found = np.quantile(values, [percent / 100 for percent in QUANTILES], method="nearest")
@@ -106,7 +103,7 @@ def _quantiles(values: Sequence[int]) -> dict[str, int]:
 
 
 def _aspects(sizes: Sequence[tuple[int, int]]) -> dict[str, float]:
-    """The share of each range of width by height."""
+    """Return the share of each range of width divided by height."""
     if not sizes:
         return {}
     counts, _ = np.histogram([width / height for width, height in sizes], bins=ASPECTS)

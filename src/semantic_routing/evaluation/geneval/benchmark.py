@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
+from semantic_routing.common.errors import BadData
 from semantic_routing.common.files import read_json, read_json_lines, write_text
-from semantic_routing.common.images.decode import Unusable
 from semantic_routing.evaluation.benchmark import Benchmark, Finding, Prompt, Task
 from semantic_routing.evaluation.geneval.verdict import ColorClassifier, Detector, check_metadata, score_image
 from semantic_routing.evaluation.listing import list_pictures
@@ -148,7 +148,7 @@ class GenEvalScorer:
         try:
             with Image.open(task.path) as image:
                 found = score_image(image, task.prompt.metadata, self.detector, self.colors)
-        except Unusable as error:
+        except BadData as error:
             return Finding(scores={CORRECT: None}, reason=str(error))
         return Finding(
             scores={CORRECT: float(found["correct"])},

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
-from semantic_routing.common.images.decode import Unusable
+from semantic_routing.common.errors import BadData
 from semantic_routing.evaluation.geneval.verdict import CLASSES, Detection
 
 LONG_SIDE, SHORT_SIDE, DIVISOR, PADDING = 1333, 800, 32, 128
@@ -81,12 +81,12 @@ def preprocess(image: UInt8[np.ndarray, "h w 3"]) -> tuple[Float[Tensor, "3 H W"
 def fit(height: int, width: int) -> Geometry:
     """Sizes of a picture that fits 1333 x 800 either way round, then padded to multiples of 32.
 
-    Unusable for one so narrow that nothing would be left of it.
+    BadData for one so narrow that nothing would be left of it.
     """
     scale = min(LONG_SIDE / max(height, width), SHORT_SIDE / min(height, width))
     resized = int(height * scale + 0.5), int(width * scale + 0.5)
     if min(resized) < 1:
-        raise Unusable("too narrow for the detector", f"{width} x {height} pixels")
+        raise BadData("too narrow for the detector", f"{width} x {height} pixels")
     padded = (-(-resized[0] // DIVISOR) * DIVISOR, -(-resized[1] // DIVISOR) * DIVISOR)
     return Geometry((height, width), resized, padded)
 

@@ -13,7 +13,7 @@ from semantic_routing.common.files import hash_files
 from semantic_routing.evaluation.geneval.colors import ClipColors
 from semantic_routing.evaluation.geneval.detector import Mask2FormerDetector
 from semantic_routing.evaluation.geneval.mmdet_weights import OFFICIAL, convert_mmdet, detector_config, read_mmdet
-from semantic_routing.text.loading import quiet_transformers
+from semantic_routing.text.quiet import quiet_transformers
 
 DETECTOR, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"
 UNUSED = ("criterion.empty_weight", "encoder.swin.layernorm.weight", "encoder.swin.layernorm.bias")

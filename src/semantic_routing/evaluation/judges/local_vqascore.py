@@ -19,7 +19,7 @@ from semantic_routing.evaluation.benchmark import Finding, Task
 from semantic_routing.evaluation.genai_bench import VQASCORE
 from semantic_routing.evaluation.judges.base import checked_template, open_rgb, sha256
 from semantic_routing.evaluation.judges.vqascore import VQA_TEMPLATES
-from semantic_routing.text.loading import quiet_transformers
+from semantic_routing.text.quiet import quiet_transformers
 
 YES = "Yes"
 SPELLINGS = (YES, "yes", "YES", " Yes", " yes", "No", "no", "NO", " No", " no")

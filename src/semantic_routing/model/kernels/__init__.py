@@ -1,1 +1,1 @@
-"""What the program exists for, at the speed of memory: the fused normalise-and-mix."""
+"""Fused kernels of the method's core operation: normalise every layer's hidden states and mix them."""

@@ -1,8 +1,8 @@
-"""The fused normalise-and-mix as an operator of torch, which compile, autocast, sharding and counters see as one.
+"""The fused normalise-and-mix as a custom operator of torch, for compile, autocast, sharding and FLOP counters.
 
-``semroute::mix`` gives sum_l w_l LayerNorm(H_l) for every depth (Eq. 2), and each state's mean and 1 / deviation, which
-is all that its backward needs beside the states: one more pass over them gives the weights' gradient. The states
-themselves get none. On a CPU it runs in C (``mix_cpu.py``), on CUDA in Triton (``mix_triton.py``), elsewhere in torch.
+``semroute::mix`` returns sum_l w_l LayerNorm(H_l) for every depth (Eq. 2), and each state's mean and 1 / deviation.
+From these, one more pass over the states gives the weights' gradient; the states get none. It runs in C on a CPU
+(``mix_cpu.py``), in Triton on CUDA (``mix_triton.py``), and in plain torch elsewhere.
 """
 
 from __future__ import annotations
@@ -15,24 +15,26 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from semantic_routing.model.kernels import mix_cpu as native
+from semantic_routing.model.kernels import mix_cpu
 
 LN_EPS = 1e-5
 BLOCK_TOKENS = 512
-"""Text positions that plain torch widens to float32 at a time."""
+"""Tokens that plain torch casts to float32 at a time."""
 
 
 @torch.library.custom_op("semroute::mix", mutates_args=(), schema="(Tensor w, Tensor h) -> (Tensor, Tensor, Tensor)")
 def fused_mix(weights: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights [B or 1, D, L] and states [L, B, N, C] to the mix [D, B, N, C] in the states' type, and the states'
-    mean and 1 / deviation, each [L, B, N] in float32."""
+    """Mix states [L, B, N, C] with weights [B or 1, D, L] to [D, B, N, C] in the states' dtype.
+
+    Also return the states' mean and 1 / deviation, each [L, B, N] in float32.
+    """
     weights, hidden = weights.float().contiguous(), hidden.contiguous()
     if hidden.device.type == "cuda" and hidden.dtype != torch.float64:
-        from semantic_routing.model.kernels import mix_triton as gpu
+        from semantic_routing.model.kernels import mix_triton
 
-        return gpu.mix_forward(weights, hidden)
-    if hidden.device.type == "cpu" and native.supports(hidden):
-        return native.mix_forward(weights, hidden, LN_EPS)
+        return mix_triton.mix_forward(weights, hidden)
+    if hidden.device.type == "cpu" and mix_cpu.supports(hidden):
+        return mix_cpu.mix_forward(weights, hidden, LN_EPS)
     with no_autocast(hidden.device):
         return _torch_forward(weights, hidden)
 
@@ -41,14 +43,14 @@ def fused_mix(weights: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "semroute::mix_backward", mutates_args=(), schema="(Tensor g, Tensor h, Tensor mean, Tensor rstd) -> Tensor"
 )
 def fused_mix_backward(grad: Tensor, hidden: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """The gradient [B, D, L] in float32 of every sample's weights, from that of the mix."""
+    """Return the float32 gradient [B, D, L] of every sample's weights from the gradient [D, B, N, C] of the mix."""
     grad, hidden = grad.to(hidden.dtype).contiguous(), hidden.contiguous()
     if hidden.device.type == "cuda" and hidden.dtype != torch.float64:
-        from semantic_routing.model.kernels import mix_triton as gpu
+        from semantic_routing.model.kernels import mix_triton
 
-        return gpu.mix_backward(grad, hidden, mean, rstd)
-    if hidden.device.type == "cpu" and native.supports(hidden):
-        return native.mix_backward(grad, hidden, mean, rstd)
+        return mix_triton.mix_backward(grad, hidden, mean, rstd)
+    if hidden.device.type == "cpu" and mix_cpu.supports(hidden):
+        return mix_cpu.mix_backward(grad, hidden, mean, rstd)
     with no_autocast(hidden.device):
         return _torch_backward(grad, hidden, mean, rstd)
 
@@ -64,37 +66,37 @@ def _(grad: Tensor, hidden: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     return hidden.new_empty(hidden.shape[1], grad.shape[0], hidden.shape[0], dtype=torch.float32)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
     weights, hidden = inputs
     ctx.save_for_backward(hidden, *output[1:])
     ctx.shape, ctx.dtype = weights.shape, weights.dtype
 
 
-def _gradient(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor, None]:
-    found = fused_mix_backward(grad, *ctx.saved_tensors)
-    return found.sum_to_size(ctx.shape).to(ctx.dtype), None
+def _backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor, None]:
+    per_sample = fused_mix_backward(grad, *ctx.saved_tensors)
+    return per_sample.sum_to_size(ctx.shape).to(ctx.dtype), None
 
 
-fused_mix.register_autograd(_gradient, setup_context=_keep)
+fused_mix.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 @register_flop_formula([torch.ops.semroute.mix, torch.ops.semroute.mix_backward])
-def _products(first: Any, states: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
-    """A multiplication and an addition for each depth and state, forward as backward."""
+def _flops(first: Any, states: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
+    """Count a multiplication and an addition for each depth and state, in the forward and the backward pass."""
     layers, batch, length, channels = states
-    depths = first[0] if len(first) == 4 else first[1]  # of the mix, or of the weights
+    depths = first[0] if len(first) == 4 else first[1]  # the gradient of the mix, or the weights
     return 2 * depths * layers * batch * length * channels
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Float32 products in a caller's autocast too: the mix subtracts sums that bfloat16 cannot resolve."""
+    """Return a context without autocast: the mix subtracts sums that bfloat16 cannot resolve."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 
 def _torch_forward(weights: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In plain torch, a block of tokens at a time: the LayerNorm folds into w_l / σ_l."""
+    """Mix a block of tokens at a time; the LayerNorm's division is folded into the weights, w_l / σ_l."""
     _, B, N, C = hidden.shape
     w = weights.expand(B, -1, -1)
     out = hidden.new_empty(w.shape[1], B, N, C)
@@ -121,7 +123,7 @@ def _torch_backward(grad: Tensor, hidden: Tensor, mean: Tensor, rstd: Tensor) ->
 
 
 def _blocks(batch: int, length: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of batch and length that cover all tokens, about ``BLOCK_TOKENS`` at a time."""
+    """Yield slices of batch and length that cover all tokens, about ``BLOCK_TOKENS`` at a time."""
     samples = max(1, BLOCK_TOKENS // max(length, 1))
     for b in range(0, batch, samples):
         for n in range(0, length, BLOCK_TOKENS):

@@ -1,7 +1,7 @@
-"""The mix on a CPU: a small C library, built on first use for the processor at hand and kept in the cache.
+"""The mix on a CPU: a small C library, compiled on first use for this processor and kept in the cache folder.
 
-It needs a C compiler, as torch.compile on a CPU does. Where there is none, or states are of another type or width,
-``supports`` is False and ``mix.py`` takes plain torch.
+It needs a C compiler, as torch.compile on a CPU does. Without one, or for states of another dtype or width,
+``supports`` is False and ``mix.py`` uses plain torch.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from semantic_routing.common.device import cache_folder
+from semantic_routing.common.device import cache_folder, processor
 
 TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 WIDE = 16
-"""Channels must be a multiple of it: the floats of a vector in mix_cpu.c."""
+"""Floats in a vector, as in mix_cpu.c; the channels must be a multiple of it."""
 CHANNELS, PAD = 64, 32
-"""Channels normalised at a time, and what keeps layers apart in the caches, as in mix_cpu.c."""
+"""Channels normalised at a time, and padding that keeps layers apart in the caches, as in the C sources."""
 TOKENS = 16
 """Tokens whose contributions to the weights' gradient are summed together, as in mix_cpu.c."""
-TILED = (256, 256)
-"""Most layers and depths for which matrix units are used, as in mix_cpu.c."""
-FEW_DEPTHS = 8
-"""Below it matrix units would be mostly empty."""
+MAX_LAYERS, MAX_DEPTHS = 256, 256
+"""Largest numbers for which matrix units are used, as in mix_amx.c."""
+MIN_DEPTHS = 8
+"""Smallest number of depths for which matrix units are used; fewer would leave them mostly empty."""
 SMALL = 2**18
-"""States below which a second thread costs more than it brings."""
+"""Elements of the states below which more threads do not pay."""
+SOURCES = ("mix_cpu.c", "mix_amx.c")
 FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC")
 
 
@@ -50,20 +51,20 @@ class _Shape(ctypes.Structure):
 
 
 def supports(hidden: Float[Tensor, "L B N C"]) -> bool:
-    """Whether the library can be had and reads such states."""
+    """Return whether the library is available and reads states of this dtype and width."""
     return hidden.dtype in TYPES and hidden.shape[-1] % WIDE == 0 and library() is not None
 
 
 def mix_forward(
     weights: Float[Tensor, "B_or_1 D L"], hidden: Float[Tensor, "L B N C"], eps: float
 ) -> tuple[Float[Tensor, "D B N C"], Float[Tensor, "L B N"], Float[Tensor, "L B N"]]:
-    """sum_l w_l LayerNorm(H_l), and the mean and 1 / deviation of every state; all tensors contiguous."""
+    """Return sum_l w_l LayerNorm(H_l), and the mean and 1 / deviation of every state; all tensors are contiguous."""
     (L, B, N, C), D = hidden.shape, weights.shape[1]
     out = hidden.new_empty(D, B, N, C)
     mean = hidden.new_empty(L, B, N, dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    tiled = _tiled(hidden, D)
-    if tiled:  # rows that end in zeros, for whole tiles
+    tiled = _uses_matrix_units(hidden, D)
+    if tiled:  # pad rows with zeros to complete tiles
         weights = torch.nn.functional.pad(weights, (0, -L % 32))
     function = _function("mix_tiles" if tiled else f"mix_{TYPES[hidden.dtype]}")
     step = 0 if weights.shape[0] == 1 else weights[0].numel()
@@ -87,11 +88,13 @@ def mix_backward(
     mean: Float[Tensor, "L B N"],
     rstd: Float[Tensor, "L B N"],
 ) -> Float[Tensor, "B D L"]:
-    """The gradient of every sample's weights, summed in an order that no number of threads changes."""
+    """Return the gradient of every sample's weights; the order of its sums does not depend on the threads."""
     (L, B, N, C), D = hidden.shape, grad.shape[0]
     chunks = -(-N // TOKENS)
     out = torch.empty(B, chunks, D, L)
-    function = _function("mix_backward_tiles" if _tiled(hidden, D) else f"mix_backward_{TYPES[hidden.dtype]}")
+    function = _function(
+        "mix_backward_tiles" if _uses_matrix_units(hidden, D) else f"mix_backward_{TYPES[hidden.dtype]}"
+    )
     shape = _Shape(L, B, N, C, D, 0.0)
 
     def run(first: int, last: int) -> None:
@@ -106,21 +109,25 @@ def mix_backward(
     return out.sum(1)
 
 
-def _tiled(hidden: Tensor, depths: int) -> bool:
-    """Whether matrix units multiply these states."""
+def has_matrix_units() -> bool:
+    """Return whether this processor multiplies bfloat16 in matrix units (AMX) and the system lets us use them."""
+    return bool(_function("has_tiles")())
+
+
+def _uses_matrix_units(hidden: Tensor, depths: int) -> bool:
     layers, _, _, channels = hidden.shape
-    fits = FEW_DEPTHS <= depths <= TILED[1] and layers <= TILED[0] and channels % 32 == 0
-    return hidden.dtype == torch.bfloat16 and fits and bool(_function("has_tiles")())
+    fits = MIN_DEPTHS <= depths <= MAX_DEPTHS and layers <= MAX_LAYERS and channels % 32 == 0
+    return hidden.dtype == torch.bfloat16 and fits and has_matrix_units()
 
 
 def _aligned(size: int) -> tuple[Tensor, int]:
-    """Memory of ``size`` bytes and the address at which it begins a line of the caches."""
+    """Allocate ``size`` bytes; return their tensor and the address of its first cache line."""
     room = torch.empty(size + 64, dtype=torch.uint8)
     return room, room.data_ptr() + -room.data_ptr() % 64
 
 
 def _spread(run: Callable[[int, int], None], count: int, states: int) -> None:
-    """Run ``run(first, last)`` over all of ``count``, on as many threads as torch uses."""
+    """Run ``run(first, last)`` over ranges that cover ``count``, on as many threads as torch uses."""
     threads = 1 if states < SMALL else min(count, torch.get_num_threads())
     if threads == 1:
         run(0, count)
@@ -139,7 +146,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 @lru_cache
 def _function(name: str) -> Callable[..., int]:
-    """A function of the library; with its arguments' types, for ctypes would cut addresses to 32 bits."""
+    """Return a function of the library with its argument types; without them ctypes would cut addresses to 32 bits."""
     found = getattr(library(), name)
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     if name == "has_tiles":
@@ -153,12 +160,14 @@ def _function(name: str) -> Callable[..., int]:
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
-    """The built library; None where it cannot be built."""
+    """Return the library, built if needed; None if it cannot be built."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
     if compiler is None or platform.system() != "Linux":
         return None
-    source = files("semantic_routing.model.kernels").joinpath("mix_cpu.c").read_text(encoding="utf-8")
-    name = hashlib.sha256("\0".join([source, compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
+    folder = files("semantic_routing.model.kernels")
+    source = "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in SOURCES)
+    machine = "\n".join([platform.machine(), *processor()])  # a home folder may be shared by several kinds
+    name = hashlib.sha256("\0".join([source, compiler, *FLAGS, machine]).encode()).hexdigest()[:16]
     try:
         cache = cache_folder()
         built = cache / f"mix-{name}.so"
@@ -166,26 +175,16 @@ def library() -> ctypes.CDLL | None:
             cache.mkdir(parents=True, exist_ok=True)
             _build(compiler, source, built)
         return ctypes.CDLL(str(built))
-    # No home, no room, no rights, a compiler that does not know the language.
+    # No home folder, disk full, no permission, or a compiler that does not know the language extensions.
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
 
 
 def _build(compiler: str, source: str, built: Path) -> None:
-    """Compile into the cache; whole or not at all, however many processes do it at once."""
+    """Compile into the cache atomically, because several processes may do so at once."""
     tuned = "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"
     with tempfile.TemporaryDirectory(dir=built.parent, prefix=f".{built.name}-") as scratch:
         written = Path(scratch) / built.name
         command = [compiler, *FLAGS, tuned, "-x", "c", "-", "-o", str(written), "-lm"]
         subprocess.run(command, input=source.encode(), check=True, capture_output=True, timeout=120)
         written.replace(built)
-
-
-def _processor() -> str:
-    """What the library is built for: a home folder may be shared by machines of several kinds."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine()
-    kept = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
-    return "\n".join([platform.machine(), *sorted(kept)])

@@ -1,4 +1,4 @@
-"""Text without padding: the same velocities as with a mask, one graph for any lengths. On a CPU with a naive kernel."""
+"""Packed prompts: the velocities of padded prompts, one graph for any lengths. On a CPU with a naive kernel."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import varlen
 
-from semantic_routing.model import ragged as ragged_module
-from semantic_routing.model.build import make_model
-from semantic_routing.model.dit import DiT, DiTConfig
-from semantic_routing.model.ragged import Ragged, is_worthwhile
-from semantic_routing.model.varlen import ragged_attention
+from semantic_routing.model import packing
+from semantic_routing.model.context import TextContext, join_contexts
+from semantic_routing.model.dit import DiT
+from semantic_routing.model.packing import Packing, can_pack
+from semantic_routing.model.varlen import varlen_attention
 from semantic_routing.sampling.guidance import guided
 from semantic_routing.sampling.samplers import euler, schedule
 from semantic_routing.text.features import TextFeatures
+from tests.helpers.networks import tiny_network
 
 TIMES = schedule(4)
 
 
-def naive(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
-    """Attention of one sequence after another, heads repeated, in float64."""
+def naive(q: Tensor, k: Tensor, v: Tensor, q_ranges: Tensor, k_ranges: Tensor) -> Tensor:
+    """Attend one sequence at a time, with heads repeated, in float64."""
     found = []
-    for rows, keys in zip(starts.tolist(), ends.tolist(), strict=True):
+    for rows, keys in zip(q_ranges.tolist(), k_ranges.tolist(), strict=True):
         a = q[slice(*rows)].double()
         b, c = (x[slice(*keys)].double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         weights = (torch.einsum("qhd,khd->hqk", a, b) / math.sqrt(q.shape[-1])).softmax(-1)
@@ -38,8 +39,8 @@ def naive(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor) -> Tens
     return torch.cat(found)
 
 
-def pairs(ends: Tensor) -> Tensor:
-    return torch.stack([ends[:-1], ends[1:]], dim=1)
+def pairs(cu_seqlens: Tensor) -> Tensor:
+    return torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], dim=1)
 
 
 @varlen._varlen_attn.register_kernel("cpu")
@@ -49,19 +50,15 @@ def on_cpu(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k
 
 
 @pytest.fixture
-def ragged(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Text is packed here, too."""
+def packed(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Text is packed on a CPU, too."""
     with monkeypatch.context() as patch:
-        patch.setattr(ragged_module, "is_worthwhile", lambda x: True)
+        patch.setattr(packing, "can_pack", lambda x: True)
         yield patch
 
 
 def network(arm: str) -> DiT:
-    sizes = {"width": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "mlp_width": 64, "channels": 4}
-    model = make_model(DiTConfig(arm=arm, depth=3, text_width=32, text_layers=5, **sizes)).requires_grad_(False)
-    for p in model.parameters():
-        if p.eq(0).all():
-            torch.nn.init.normal_(p, std=0.1)
+    model = tiny_network(arm, width=32, kv_heads=2, heads=4, text_width=32, text_layers=5)
     assert isinstance(model, DiT)
     return model
 
@@ -72,30 +69,30 @@ def text(*lengths: int, longest: int = 16) -> TextFeatures:
 
 
 @pytest.mark.parametrize("arm", ["penultimate", "uniform", "depth", "time", "joint", "attention", "joint-state"])
-def test_text_without_padding_gives_the_velocity_of_masked_text(arm: str, ragged: pytest.MonkeyPatch) -> None:
-    model, features, x, t = network(arm), text(3, 16, 9), torch.randn(3, 4, 8, 8), torch.rand(3)
+def test_packed_text_gives_the_velocity_of_padded_text(arm: str, packed: pytest.MonkeyPatch) -> None:
+    model, features, x, t = network(arm), text(3, 16, 9), torch.randn(3, 3, 8, 8), torch.rand(3)
     context = model.prepare_text(features, t)
     assert context.mask is None
-    assert context.keys[0].shape == (1, 2, 28, 16)
+    assert context.keys[0].shape == (1, 2, 28, 8)
     found = model(x, t, context)
-    ragged.undo()
+    packed.undo()
     torch.testing.assert_close(found, model(x, t, model.prepare_text(features, t)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("arm", ["depth", "joint", "time-state"])
 @pytest.mark.parametrize("prompts", [(3, 16, 9), (16, 16, 16)])
 @pytest.mark.parametrize("null", [1, 16])
-def test_guidance_without_padding_is_guidance_with_a_mask(
-    arm: str, prompts: tuple[int, ...], null: int, ragged: pytest.MonkeyPatch
+def test_guidance_of_packed_text_is_guidance_of_padded_text(
+    arm: str, prompts: tuple[int, ...], null: int, packed: pytest.MonkeyPatch
 ) -> None:
-    model, features, nothing, x = network(arm), text(*prompts), text(null), torch.randn(3, 4, 8, 8)
+    model, features, nothing, x = network(arm), text(*prompts), text(null), torch.randn(3, 3, 8, 8)
     found = euler(guided(model, features, nothing, 3.0, times=TIMES), x, TIMES)
-    ragged.undo()
+    packed.undo()
     masked = euler(guided(model, features, nothing, 3.0, times=TIMES), x, TIMES)
     torch.testing.assert_close(found, masked, rtol=1e-4, atol=1e-4)
 
 
-def test_gradients_reach_the_router_and_the_keys(ragged: pytest.MonkeyPatch) -> None:
+def test_gradients_reach_the_router_and_the_keys(packed: pytest.MonkeyPatch) -> None:
     model, features, t = network("depth").requires_grad_(), text(3, 16, 9), torch.rand(3)
 
     def gradients() -> dict[str, Tensor]:
@@ -107,7 +104,7 @@ def test_gradients_reach_the_router_and_the_keys(ragged: pytest.MonkeyPatch) -> 
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     found = gradients()
-    ragged.undo()
+    packed.undo()
     masked = gradients()
     assert found.keys() == masked.keys()
     assert "router.logits" in found
@@ -115,15 +112,38 @@ def test_gradients_reach_the_router_and_the_keys(ragged: pytest.MonkeyPatch) -> 
         torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-4, msg=name)
 
 
+def test_joined_contexts_hold_prompts_then_null_prompts() -> None:
+    """Packed: the tokens of both, one null prompt repeated for each prompt. Padded: to the longer of the two."""
+
+    def rows(*tokens: int) -> tuple[Tensor, ...]:
+        return (torch.tensor(tokens, dtype=torch.float32).reshape(1, 1, -1, 1),)
+
+    prompt = TextContext(rows(1, 2, 3), rows(4, 5, 6), None, Packing.of(torch.tensor([2, 1]), 7))
+    null = TextContext(rows(8, 9), rows(10, 11), None)
+    both = join_contexts(prompt, null)
+    assert both.keys[0].flatten().tolist() == [1, 2, 3, 8, 9, 8, 9]
+    assert both.values[0].flatten().tolist() == [4, 5, 6, 10, 11, 10, 11]
+    assert both.packing is not None
+    assert both.packing.cu_seqlens.tolist() == [0, 2, 3, 5, 7]
+    assert both.packing.max_seqlen == 7
+
+    mask = torch.tensor([[True, True, True]])
+    both = join_contexts(TextContext(rows(1, 2, 3), rows(4, 5, 6), mask), TextContext(rows(8), rows(9), mask[:, :1]))
+    assert both.keys[0][:, 0, :, 0].tolist() == [[1, 2, 3], [8, 0, 0]]
+    assert both.values[0][:, 0, :, 0].tolist() == [[4, 5, 6], [9, 0, 0]]
+    assert both.mask is not None
+    assert both.mask.tolist() == [[True, True, True], [True, False, False]]
+
+
 def unchecked(function: str) -> None:
-    """Run a function of this file without the checks of annotations, which dynamo cannot trace."""
-    code = f"import {Path(__file__).stem} as tests; tests.{function}()"
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
+    """Run a function of this file without checked annotations, which dynamo cannot trace."""
+    code = f"from tests.model import {Path(__file__).stem} as tests; tests.{function}()"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
 
 
 def one_graph() -> None:
-    ragged_module.is_worthwhile = lambda x: True
-    model, x, t, counter = network("depth"), torch.randn(3, 4, 8, 8), torch.rand(3), CompileCounter()
+    packing.can_pack = lambda x: True
+    model, x, t, counter = network("depth"), torch.randn(3, 3, 8, 8), torch.rand(3), CompileCounter()
     for block in model.blocks:
         block.compile(dynamic=False, backend=counter)
     for length in (3, 7, 12, 1):
@@ -136,9 +156,9 @@ def test_one_graph_of_a_block_serves_any_number_of_tokens() -> None:
 
 
 def test_a_cpu_keeps_its_mask() -> None:
-    assert not is_worthwhile(torch.zeros(1, dtype=torch.bfloat16))
+    assert not can_pack(torch.zeros(1, dtype=torch.bfloat16))
     context = network("depth").prepare_text(text(3, 16))
-    assert context.ragged is None
+    assert context.packing is None
     assert context.mask is not None
 
 
@@ -146,19 +166,19 @@ def test_a_cpu_keeps_its_mask() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (32, 8)])
 @pytest.mark.parametrize("lengths", [[5], [1, 77, 16, 300]])
-def test_ragged_attention_on_cuda_forward_and_backward(heads: int, kv_heads: int, lengths: list[int]) -> None:
+def test_varlen_attention_on_cuda_forward_and_backward(heads: int, kv_heads: int, lengths: list[int]) -> None:
     B, S, hd, T = len(lengths), 40, 128, sum(lengths)
-    where = Ragged.of(torch.tensor(lengths), max(lengths))
+    where = Packing.of(torch.tensor(lengths), max(lengths))
     q, k, v = (
         torch.randn(shape, dtype=torch.bfloat16).requires_grad_()
         for shape in ((B, heads, S, hd), (1, kv_heads, T, hd), (1, kv_heads, T, hd))
     )
     upstream = torch.randn(B, heads, S, hd).bfloat16()
     device = [x.detach().cuda().requires_grad_() for x in (q, k, v)]
-    out = ragged_attention(*device, Ragged(where.ends.cuda(), where.longest))
+    out = varlen_attention(*device, Packing(where.cu_seqlens.cuda(), where.max_seqlen))
     grads = torch.autograd.grad(out, device, upstream.cuda())
     rows = [x.double().transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
-    expected = naive(*rows, pairs(torch.arange(0, (B + 1) * S, S)), pairs(where.ends))
+    expected = naive(*rows, pairs(torch.arange(0, (B + 1) * S, S)), pairs(where.cu_seqlens))
     expected = expected.unflatten(0, (B, S)).transpose(1, 2)
     references = torch.autograd.grad(expected, [q, k, v], upstream.double())
     for name, a, b in zip("oqkv", (out, *grads), (expected, *references), strict=True):
@@ -168,21 +188,21 @@ def test_ragged_attention_on_cuda_forward_and_backward(heads: int, kv_heads: int
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_network_on_cuda_reads_no_padding_and_says_the_same() -> None:
+def test_a_network_on_cuda_packs_its_text_and_gives_the_same_velocity() -> None:
     model, features = network("depth").cuda(), text(3, 16, 9).to("cuda")
-    x, t = torch.randn(3, 4, 8, 8, device="cuda"), torch.rand(3, device="cuda")
+    x, t = torch.randn(3, 3, 8, 8, device="cuda"), torch.rand(3, device="cuda")
     exact = model(x, t, model.prepare_text(features, t))
     with torch.autocast("cuda", torch.bfloat16):
         context = model.prepare_text(features, t)
-        assert context.ragged is not None
+        assert context.packing is not None
         found = model(x, t, context)
     assert (found.double() - exact.double()).norm() / exact.double().norm() < 0.03
 
 
-def recorded() -> None:
+def from_a_graph() -> None:
     from semantic_routing.model.runtime import compile_network
 
-    model, x = network("joint").cuda(), torch.randn(3, 4, 8, 8, device="cuda")
+    model, x = network("joint").cuda(), torch.randn(3, 3, 8, 8, device="cuda")
     nothing = text(1).to("cuda")
     prompts = [text(3, 16, 9).to("cuda"), text(2, 7, 9).to("cuda")]
 
@@ -198,5 +218,5 @@ def recorded() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_recorded_network_takes_the_same_steps() -> None:
-    unchecked("recorded")
+def test_a_network_in_a_cuda_graph_takes_the_same_steps() -> None:
+    unchecked("from_a_graph")

@@ -1,0 +1,115 @@
+"""How prompts are read: the settings of a text encoder, and the sizes of its features."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderConfig:
+    """The language model that reads prompts, its layers that are used, and how prompts are prepared."""
+
+    name_or_path: str
+    """A folder written by ``save_pretrained`` (safetensors), a GGUF file or a folder with one, a name on the Hugging
+    Face hub, NAME:FILE.gguf for a GGUF file there, or "smollm2"."""
+    layers: str | tuple[int, ...] = "all"
+    """Layers to return, counted from 1: "all", a range "6..29" (both ends included), or a list "9,18,27"."""
+    max_tokens: int = 512
+    """Longer prompts are cut to this length, with a warning."""
+    buckets: tuple[int, ...] = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+    """A prompt is padded to the smallest of these lengths that holds it, so that few shapes occur."""
+    prefix: str = ""
+    """Instruction put before every prompt, the empty one included, such as "Describe this image. "."""
+    chat_template: bool = False
+    """Wrap prefix and prompt as a user's message in the model's own chat template."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Floating-point type of weights and states; "auto" is the stored weights' type, and float32 for GGUF files."""
+    offload: bool = False
+    """Keep the weights in main memory and move them to the device only while they read prompts."""
+    keep: str = "auto"
+    """Main memory for states of prompts already read, such as "2GiB"; "0" keeps none, and "auto" is 1GiB on a CPU and
+    0 on a GPU."""
+    keep_on_disk: str = ""
+    """Folder that keeps states for later runs and other processes, too; none by default."""
+    keep_on_disk_bytes: str = "50GiB"
+    """Size of that folder from which on nothing is added."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens is {self.max_tokens}; expected at least 1")
+        if not self.buckets or list(self.buckets) != sorted(set(self.buckets)) or self.buckets[0] < 1:
+            raise ValueError(f"buckets {self.buckets} must be positive lengths in increasing order")
+        parse_bytes("0" if self.keep == "auto" else self.keep)
+        parse_bytes(self.keep_on_disk_bytes)
+
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+
+
+def parse_bytes(size: str) -> int:
+    """Return the number of bytes that "0", "2GiB" or "500 MB" mean; ValueError for other texts."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|)", size.strip(), re.IGNORECASE)
+    if found is None:
+        raise ValueError(f'a size of {size!r} is not understood; write bytes, or such as "2GiB" or "500MB"')
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextShape:
+    """Sizes of the features that an encoder returns, as the model's configuration gives them."""
+
+    layers: tuple[int, ...]
+    """The layers returned, counted from 1."""
+    total_layers: int
+    """Layers of the whole language model."""
+    width: int
+    """Width C of a state."""
+    kv_heads: int
+    """Key and value heads Hkv of one attention."""
+    head_dim: int
+    """Width hd of one head."""
+
+
+def resolve_layers(layers: str | Sequence[int], total: int) -> tuple[int, ...]:
+    """Return the layers that "all", "6..29", "9,18,27" or a list of numbers selects in a model of ``total`` layers.
+
+    ValueError unless they are a strictly increasing choice from 1..total.
+    """
+    if isinstance(layers, str):
+        text = layers.replace(" ", "")
+        if text == "all":
+            return tuple(range(1, total + 1))
+        if match := re.fullmatch(r"(\d+)\.\.(\d+)", text):
+            chosen = tuple(range(int(match[1]), int(match[2]) + 1))
+        elif re.fullmatch(r"\d+(,\d+)*", text):
+            chosen = tuple(int(number) for number in text.split(","))
+        else:
+            raise ValueError(f'layers {layers!r} not understood; expected "all", a range "6..29" or a list "9,18"')
+    else:
+        chosen = tuple(layers)
+    if not chosen or list(chosen) != sorted(set(chosen)) or chosen[0] < 1 or chosen[-1] > total:
+        raise ValueError(f"layers {layers!r} must be an increasing choice from 1..{total}, the language model's layers")
+    return chosen
+
+
+TINY = "tiny"
+"""The text encoder that a run trains for itself (``training/tiny_lm.py``); "tiny:4x64" has 4 layers of width 64."""
+
+
+def tiny_sizes(name: str) -> dict[str, Any] | None:
+    """Read the arguments of ``tiny_lm`` from "tiny", "tiny:LAYERSxWIDTH" or "tiny:LAYERSxWIDTHxSTEPS".
+
+    None for the name of another text encoder.
+    """
+    found = re.fullmatch(rf"{TINY}(?::(\d+)x(\d+)(?:x(\d+))?)?", name)
+    if found is None:
+        return None
+    return {key: int(size) for key, size in zip(("layers", "width", "steps"), found.groups(), strict=True) if size}

@@ -1,0 +1,148 @@
+"""``semroute data encode``: the states of a run's captions, encoded before it begins and kept on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+from tqdm import tqdm
+
+from semantic_routing.checkpoint.load import find_checkpoint, read_state
+from semantic_routing.common.config import from_dict, read_config
+from semantic_routing.common.device import pick_device
+from semantic_routing.common.distributed import World
+from semantic_routing.common.images.decode import Unusable
+from semantic_routing.data.captions import CaptionChoice
+from semantic_routing.data.dataset import Dataset, open_data
+from semantic_routing.data.order import locate
+from semantic_routing.data.sidecar import RECAPTION
+from semantic_routing.data.sources.records import DamagedRecord
+from semantic_routing.data.streams import RecordStream, ShapesStream
+from semantic_routing.model.arms import parse_arm
+from semantic_routing.sampling.load import locate_encoder, read_run_config
+from semantic_routing.sampling.located import FOLDER, KEY
+from semantic_routing.text.config import tiny_sizes
+from semantic_routing.text.encoder import TextEncoder
+from semantic_routing.toy.captions import sample as draw_sample
+from semantic_routing.training.config import TrainConfig
+from semantic_routing.training.encode_arguments import EncodeArguments
+from semantic_routing.training.loop import training_corpus
+from semantic_routing.training.parallelize import place_encoder
+from semantic_routing.training.recipes import RECIPES
+from semantic_routing.training.run_folder import located_run, run_of
+from semantic_routing.training.tiny_lm import tiny_lm
+from semantic_routing.training.validation import held_out
+
+MEASURED = 1000
+"""Captions whose mean length predicts the size."""
+
+
+def encode_text(args: EncodeArguments) -> str:
+    """Encode the captions that are not in the folder yet; returns a summary."""
+    cfg = _configuration(args)
+    if not cfg.text.keep_on_disk:
+        raise ValueError("the run keeps no states on disk: give --keep-on-disk, and train with --text.keep-on-disk")
+    if cfg.parallel.text_encoder == "sharded":
+        raise ValueError("a sharded text encoder keeps no states: train with another parallel.text_encoder")
+    data = open_data(cfg.data, image_size=cfg.image_size, seed=cfg.seed)
+    found = distinct_captions(data, cfg)
+    encoder, with_kv = _encoder(cfg, data), cfg.model.strategy.reads_keys
+    sample = found[:: max(1, len(found) // MEASURED)]
+    size = encoder.state_bytes(sample, with_kv=with_kv) * len(found) / 2**30
+    summary = f"{len(found):,} captions, about {size:.2f} GiB of states in {cfg.text.keep_on_disk}"
+    if args.size_only:
+        return summary
+    tqdm.write(summary)
+    with tqdm(total=len(found), desc="Encoding captions", unit="caption") as bar:
+        for start in range(0, len(found), args.batch):
+            part = found[start : start + args.batch]
+            encoder.encode(part, with_kv=with_kv, strict=False)
+            bar.update(len(part))
+    return f"{len(found):,} captions encoded into {cfg.text.keep_on_disk}"
+
+
+def _encoder(cfg: TrainConfig, data: Dataset) -> TextEncoder:
+    """Load the text encoder as a run does."""
+    text = cfg.text
+    if (sizes := tiny_sizes(text.name_or_path)) is not None:
+        text = replace(text, name_or_path=str(tiny_lm(training_corpus(data), **sizes)))
+    encoder = TextEncoder.from_pretrained(text)
+    return place_encoder(encoder, cfg.parallel, World(device=pick_device(cfg.device)), compiled=cfg.compile)
+
+
+def _configuration(args: EncodeArguments) -> TrainConfig:
+    """Return the run's configuration, with its text encoder where it is now."""
+    if args.run in RECIPES:
+        cfg = RECIPES[args.run](parse_arm(args.arm))
+    elif (path := Path(args.run)).is_file():
+        cfg = read_config(TrainConfig, path)
+    else:
+        run = run_of(path)
+        folder = find_checkpoint(run)
+        begun = read_state(folder).get(KEY, {}).get(FOLDER)
+        cfg = located_run(from_dict(TrainConfig, read_run_config(folder)), begun)
+        cfg = replace(cfg, text=locate_encoder(cfg.text, run))
+    text = replace(
+        cfg.text,
+        name_or_path=args.text or cfg.text.name_or_path,
+        keep_on_disk=args.keep_on_disk or cfg.text.keep_on_disk,
+        keep_on_disk_bytes=args.keep_on_disk_bytes or cfg.text.keep_on_disk_bytes,
+    )
+    return replace(cfg, text=text, steps=args.steps or cfg.steps, device=args.device or cfg.device)
+
+
+def distinct_captions(data: Dataset, cfg: TrainConfig) -> list[str]:
+    """Return every caption that a run may read, each once: of training, validation and previews, and the null prompt.
+
+    Of the toy world, which has no end, those of the run's steps.
+    """
+    found = dict.fromkeys([cfg.null_prompt])
+    if cfg.preview_every:
+        found |= dict.fromkeys(data.captions(cfg.preview.batch))
+    if cfg.validation.every:
+        pictures = held_out(cfg.validation, cfg.data, cfg.image_size)
+        found |= dict.fromkeys(pictures(i).caption for i in range(cfg.validation.samples))
+    with tqdm(desc="Listing captions", unit="sample") as bar:
+        for stream in data.streams:
+            texts: Iterator[str]
+            if isinstance(stream, ShapesStream):
+                texts = islice(_toy_captions(stream), cfg.steps * cfg.batch)
+            else:
+                assert isinstance(stream, RecordStream)
+                texts = _record_captions(stream)
+            for caption in texts:
+                found[caption] = None
+                bar.update()
+    return list(found)
+
+
+def _toy_captions(stream: ShapesStream) -> Iterator[str]:
+    position = 0
+    while True:
+        _, number = locate(stream.seed, position, stream.LENGTH)
+        yield draw_sample(stream.seed, number, split="train").caption
+        position += 1
+
+
+def _record_captions(stream: RecordStream) -> Iterator[str]:
+    """Yield all captions of a stream's records that training may choose."""
+    sidecar = stream.how.sidecar
+    for source in stream.sources:
+        for index in range(len(source)):
+            try:
+                record = source.read(index)
+            except (DamagedRecord, Unusable):
+                continue
+            captions = dict(record.captions)
+            if sidecar is not None and (more := sidecar.captions(record.key)):
+                captions[RECAPTION] = more
+            yield from (text.strip() for key in _keys(stream.how.choice, captions) for text in captions[key])
+
+
+def _keys(choice: CaptionChoice, captions: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the keys of a record that captions are chosen from."""
+    if choice.weights:
+        return [key for key in choice.weights if captions.get(key)]
+    return [key for key in choice.usual if captions.get(key)][:1]
