@@ -21,7 +21,7 @@ from semantic_routing.data.dataset import DataConfig, open_data
 from semantic_routing.data.sources.discover import SHAPES
 from semantic_routing.sampling.prompts import read_prompts
 from semantic_routing.text.encoder import TextEncoder
-from semantic_routing.text.loading import TextEncoderConfig
+from semantic_routing.text.config import TextEncoderConfig
 
 ENCODER = "text_encoder"
 """Folder inside a run or an exported pipeline that holds its language model."""
