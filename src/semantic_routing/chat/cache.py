@@ -23,11 +23,11 @@ class AnswerCache:
         self.folder = folder
 
     def path(self, name: str) -> Path:
-        """Where the answer of that digest is."""
+        """Return the path of the answer with that digest."""
         return self.folder / name[:2] / f"{name}.json"
 
     def get(self, name: str) -> Answer | None:
-        """The remembered answer; None where there is none, or a damaged one, which is asked for anew."""
+        """Return the cached answer; None if it is missing or damaged, so that it is asked for again."""
         path = self.path(name)
         try:
             entry = json.loads(path.read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
-"""What every benchmark is: prompts with the skills they test, where their images lie, how scores add up.
+"""The base class of benchmarks: prompts with the skills they test, the layout of images, the summary of scores.
 
-Images lie as the benchmark's official tools write and read them, so either side can score the other's. Most
+Images have the layout of the benchmark's official tools, so either side can score the other's. Most
 benchmarks have one file a prompt, ``<id>.png``; what differs is overridden.
 """
 
@@ -67,7 +67,7 @@ class Scorer(Protocol):
         ...
 
     def score(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Finding]]:
-        """Every task with its finding, each as soon as it is known, in any order."""
+        """Yield every task with its finding, each as soon as it is known, in any order."""
         ...
 
 
@@ -111,19 +111,19 @@ class Benchmark:
         return tag_columns(tag for prompt in self.prompts for tag in prompt.tags)
 
     def file(self, index: int, image: int) -> str:
-        """Where an image is written, seen from the images' folder."""
+        """Return an image's path in the images' folder."""
         name = self.prompts[index].id
         return f"{name}.png" if self.images_per_prompt == 1 else f"{name}_{image:02d}.png"
 
     def sampled(self, index: int, image: int) -> str:
-        """Where a sampled image is written first, seen from the evaluation's folder; a PNG."""
+        """Return the path of a sampled PNG in the evaluation's folder."""
         return f"images/{self.file(index, image)}"
 
     def complete(self, out: Path) -> None:
         """Write what else the official layout has in ``out/images``, once all images are sampled."""
 
     def find(self, folder: Path) -> dict[tuple[int, int], Path]:
-        """The images in a folder, by (prompt index, image index); ValueError where it is not one of this benchmark."""
+        """Find a folder's images by (prompt index, image index); ValueError if they are of another benchmark."""
         places = {int(prompt.id): index for index, prompt in enumerate(self.prompts)}
         found: dict[tuple[int, int], Path] = {}
         for path in list_pictures(folder).pictures:
@@ -142,16 +142,16 @@ class Benchmark:
         return found
 
     def summarize(self, records: Sequence[Record]) -> dict[str, Any]:
-        """The content of summary.json."""
+        """Return the content of summary.json."""
         return summarize(records, self.columns)
 
     def table(self, summary: dict[str, Any]) -> str:
-        """The summary as a Markdown table."""
+        """Return the summary as a Markdown table."""
         return markdown_table(summary)
 
 
 def checked_rows(rows: Iterable[Any], path: Path, needs: Mapping[str, type], benchmark: str) -> list[dict[str, Any]]:
-    """Rows that all have the needed keys with values of the needed types; else ValueError: of another benchmark.
+    """Return the rows; ValueError unless all have the needed keys with values of the needed types.
 
     A text of blanks counts as none.
     """

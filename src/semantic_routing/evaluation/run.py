@@ -87,15 +87,15 @@ def evaluate_images(
     rescore: bool = False,
     **facts: Any,
 ) -> dict[str, Any]:
-    """Score a folder of images, made by any tool, that lie as the benchmark's official tools expect; the summary."""
+    """Score a folder of images, made by any tool in the layout of the benchmark's official tools; the summary."""
     with claimed_by_first(out, job):
         check_scorer(benchmark, out, scorer.identity, rescore=rescore, job=job)
-        told = image_origin(benchmark, images) | _facts(benchmark, scorer.identity) | {"images": str(images)} | facts
-        return score_folder(benchmark, images, out, scorer, manifest(**told), job)
+        known = image_origin(benchmark, images) | _facts(benchmark, scorer.identity) | {"images": str(images)} | facts
+        return score_folder(benchmark, images, out, scorer, manifest(**known), job)
 
 
 def image_origin(benchmark: Benchmark, images: Path) -> dict[str, Any]:
-    """How the images were made, if a manifest in or beside their folder tells; ValueError if for other prompts."""
+    """Read the images' origin from a manifest in or beside their folder; ValueError if for other prompts."""
     for folder in (images, images.absolute().parent):
         found = read_manifest(folder / MANIFEST)
         if "sampler" in found:
@@ -109,7 +109,7 @@ def image_origin(benchmark: Benchmark, images: Path) -> dict[str, Any]:
 
 
 def _facts(benchmark: Benchmark, identity: Any) -> dict[str, Any]:
-    """What both ways of scoring write into the manifest."""
+    """Return the manifest's facts that both ways of scoring share."""
     return {
         "benchmark": benchmark.name,
         "prompt_set": benchmark.prompt_set,

@@ -1,7 +1,7 @@
 """Scoring a folder of images: resumable by image, split among processes, every score traceable.
 
 Findings are appended, line by line, to ``records.part-NN.jsonl``, one file for each process, so that a crash
-loses at most the image in work. When all is done they become ``records.jsonl``, whole and in order. An image is
+loses at most the image in work. When all is done they become ``records.jsonl``, complete and in order. An image is
 known by the hash of its file: one that was exchanged since is scored again.
 """
 
@@ -48,15 +48,15 @@ from semantic_routing.evaluation.summary import without_nan
 
 PART = re.compile(r"records\.part-\d{2,}\.jsonl")
 WHEREABOUTS = ("base_url", "versions")
-"""What an identity tells that decides no score: where a judge is served, the client's version."""
+"""Keys of an identity that do not change scores: the judge's address, the client's version."""
 Place = tuple[int, int]
 """An image by (prompt index, image index)."""
 
 
 def check_scorer(benchmark: Benchmark, out: Path, identity: dict[str, Any], *, rescore: bool, job: Processes) -> None:
-    """ValueError if ``out`` holds scores of another scorer, or verdicts on what other prompts asked for.
+    """Raise ValueError if ``out`` holds scores of another scorer, or verdicts on other prompts.
 
-    A scorer that scored nothing is in nobody's way: what was wrong with it can be mended. With ``rescore`` they are
+    A scorer that scored nothing does not count, so that its settings can be fixed. With ``rescore`` they are
     deleted instead.
     """
     if job.first:
@@ -146,7 +146,7 @@ def _finish(benchmark: Benchmark, out: Path, facts: dict[str, Any], files: dict[
     if not any(_is_scored(record) for record in by_place.values()):
         first = min(by_place.values(), key=lambda r: ((UNSCORED, UNREADABLE, MISSING).index(r.gap), r.prompt, r.image))
         raise ValueError(
-            f"none of {len(files)} images could be scored; the first: {first.reason}; mend that and run it again (all "
+            f"none of {len(files)} images could be scored; the first: {first.reason}; fix that and run it again (all "
             f"reasons: {_part(out, 0)})"
         )
     # Scores stay where an image moved, or where a prompt is counted for other skills.
@@ -169,7 +169,7 @@ def _finish(benchmark: Benchmark, out: Path, facts: dict[str, Any], files: dict[
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """A manifest; empty where there is none, ValueError where it is damaged."""
+    """Read a manifest; empty if the file is missing, ValueError if it is damaged."""
     if not path.is_file():
         return {}
     try:
@@ -182,7 +182,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _open(benchmark: Benchmark, place: Place, path: Path | None) -> Task | tuple[str, str]:
-    """The task of an image that opens, or why there is none and what the gap is called."""
+    """Open an image: its task, or the gap's name and the reason."""
     if path is None:
         return MISSING, "there is no image"
     try:
@@ -202,19 +202,19 @@ def _open(benchmark: Benchmark, place: Place, path: Path | None) -> Task | tuple
 
 
 def _is_scored(record: Record) -> bool:
-    """Whether a record has a score, of whichever metric."""
+    """Return True if a record has a score of any metric."""
     return any(score is not None for score in record.scores.values())
 
 
 def _is_of(record: Record | None, task: Task) -> bool:
-    """Whether an earlier record is of this very image, and whole."""
+    """Return True if an earlier record is of this very image and has no gap."""
     return record is not None and record.sha256 == task.sha256 and not record.gap
 
 
 def _record(
     benchmark: Benchmark, place: Place, file: str, finding: Finding | tuple[str, str], sha256: str = ""
 ) -> Record:
-    """The record of a finding, or of a gap and its reason."""
+    """Make the record of a finding, or of a gap and its reason."""
     index, number = place
     prompt = benchmark.prompts[index]
     if isinstance(finding, Finding):
@@ -238,7 +238,7 @@ def _record(
 
 
 def _kept(benchmark: Benchmark, paths: Iterable[Path]) -> dict[Place, Record]:
-    """Earlier records by place, but for those without a score and those of other prompts."""
+    """Return earlier records by place, without those that lack a score or are of other prompts."""
     return {
         (r.prompt, r.image): r
         for r in _read(paths)
@@ -247,7 +247,7 @@ def _kept(benchmark: Benchmark, paths: Iterable[Path]) -> dict[Place, Record]:
 
 
 def _read(paths: Iterable[Path]) -> list[Record]:
-    """The records of several files; a last line that a crash cut off is left out."""
+    """Read the records of several files; a last line that a crash cut off is left out."""
     records = []
     for path in paths:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -259,7 +259,7 @@ def _read(paths: Iterable[Path]) -> list[Record]:
 
 
 def _parts(out: Path) -> list[Path]:
-    """The files of all processes that have scored."""
+    """Return the files of all processes that have scored."""
     return sorted(path for path in out.glob("records.part-*.jsonl") if PART.fullmatch(path.name))
 
 
@@ -268,7 +268,7 @@ def _part(out: Path, rank: int) -> Path:
 
 
 def same_scorer(one: Any, other: Any) -> bool:
-    """Whether two identities are of one scorer, wherever it runs."""
+    """Return True if two identities are of one scorer, on any server."""
     return isinstance(one, dict) and isinstance(other, dict) and not _differing(one, other)
 
 

@@ -58,7 +58,7 @@ class ShapesChecker:
 
 
 def shapes_benchmark(seed: int, n: int) -> tuple[Shapes, ShapesChecker]:
-    """``n`` unseen captions, spread evenly over the tags, and their checker; a function of the seed alone."""
+    """Return ``n`` unseen captions, spread evenly over the tags, and their checker; the seed decides both."""
     samples = prompts(seed, n)
     benchmark = Shapes(
         prompts=tuple(

@@ -20,7 +20,7 @@ Columns = Mapping[str, Column]
 
 
 def wilson(correct: float | int, n: float | int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a share of ``correct`` among ``n`` > 0 independent trials."""
+    """Return Wilson's 95 % score interval of a share of ``correct`` among ``n`` > 0 independent trials."""
     p = correct / n
     center = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
@@ -28,7 +28,7 @@ def wilson(correct: float | int, n: float | int) -> tuple[float, float]:
 
 
 def spread(values: Sequence[SupportsFloat]) -> dict[str, Any]:
-    """Mean, unbiased standard deviation and number of values; nan where too few of them decide it."""
+    """Return mean, unbiased standard deviation and number of values; nan if there are too few."""
     array = np.array([float(value) for value in values])
     return {
         "mean": float(array.mean()) if len(array) else nan,
@@ -38,13 +38,13 @@ def spread(values: Sequence[SupportsFloat]) -> dict[str, Any]:
 
 
 def grouped(records: Iterable[Record], column: Column, metric: str) -> list[list[float]]:
-    """The scores that a column averages, group by group; what was not scored is left out."""
+    """Return the scores that a column averages, group by group, without missing ones."""
     scored = [(set(r.tags), score) for r in records if (score := r.scores.get(metric)) is not None]
     return [[score for tags, score in scored if tags & set(group)] for group in column]
 
 
 def gaps(records: Iterable[Record], metrics: Sequence[str]) -> dict[str, int]:
-    """How many images are in no mean, and why: missing, unreadable, or unscored by some metric."""
+    """Count the images that are in no mean: missing, unreadable, or unscored by some metric."""
     found = dict.fromkeys([MISSING, UNREADABLE, *(f"{UNSCORED} {metric}" for metric in metrics)], 0)
     for record in records:
         if record.gap in (MISSING, UNREADABLE):
@@ -65,7 +65,7 @@ def tag_columns(tags: Iterable[str]) -> Columns:
 
 
 def summarize(records: Sequence[Record], columns: Columns | None = None) -> dict[str, Any]:
-    """Accuracies with their number of images and 95 % intervals: ``{"accuracy", "n", "interval"}`` by column.
+    """Return accuracies, numbers of images and 95 % intervals, ``{"accuracy", "n", "interval"}``, by column.
 
     The columns are by default those of ``tag_columns``. Intervals are Wilson's; that of a mean over k groups
     takes the number of images that would give the same variance if all groups were equally hard:
@@ -90,7 +90,7 @@ def summarize(records: Sequence[Record], columns: Columns | None = None) -> dict
 
 
 def markdown_table(summary: dict[str, Any]) -> str:
-    """A summary as a Markdown table with a row for each accuracy."""
+    """Format a summary as a Markdown table with a row for each accuracy."""
     lines = ["| | accuracy | 95 % interval | images |", "| --- | ---: | :---: | ---: |"]
     for name, accuracy in summary["accuracy"].items():
         low, high = summary["interval"][name]
@@ -99,7 +99,7 @@ def markdown_table(summary: dict[str, Any]) -> str:
 
 
 def scores_table(summary: dict[str, Any]) -> str:
-    """A summary of scores, ``{"scores": {metric: {name: spread}}}``, as a Markdown table: mean ± std (images)."""
+    """Format scores, ``{"scores": {metric: {name: spread}}}``, as a Markdown table: mean ± std (images)."""
     scores: dict[str, dict[str, dict[str, Any]]] = summary["scores"]
     names = list(dict.fromkeys(name for by_name in scores.values() for name in by_name))
     lines = [f"| | {' | '.join(scores)} |", f"| --- |{' ---: |' * len(scores)}"]
@@ -115,12 +115,12 @@ def _cell(row: Mapping[str, Any]) -> str:
 
 
 def gap_note(found: Mapping[str, int]) -> str:
-    """The line under a table that says what is in none of its means."""
+    """Return the line under a table that counts the images without a score."""
     return f"\nIn no mean: {', '.join(f'{n} {name}' for name, n in found.items())}.\n" if found else ""
 
 
 def without_nan(value: Any) -> Any:
-    """Nested results with None for what is no number, which JSON cannot say."""
+    """Replace nan and infinity, which JSON does not have, by None in nested results."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     return None if isinstance(value, float) and not isfinite(value) else value

@@ -61,7 +61,7 @@ class UnifiedRewardJudge:
         return _identity("unified-reward", self.client, self.template, UNIFIED_REWARD_PARAMETERS)
 
     def score(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Finding]]:
-        """Every task with its finding, as they come."""
+        """Yield every task with its finding, as they come."""
         return _judged(self.client, tasks, self._question, self._read, ASPECTS)
 
     def _question(self, task: Task) -> Question | Failure:
@@ -82,7 +82,7 @@ class UnifiedRewardJudge:
 
 
 def parse_scores(text: str) -> tuple[dict[str, float | None], str]:
-    """The last score of each aspect in a text, None where there is no number from 1 to 5, and the reasons for that."""
+    """Return the last score of each aspect in a text, None without a number from 1 to 5, and the reasons."""
     written = {match[1].lower(): match for match in SCORE.finditer(text)}
     scores: dict[str, float | None] = dict.fromkeys(ASPECTS)
     reasons = []

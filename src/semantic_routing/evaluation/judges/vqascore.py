@@ -29,9 +29,9 @@ VQA_TEMPLATES = {
 """By release of t2v_metrics; that of 3.0 is for CLIP-FlanT5, LLaVA, GPT-4o and Gemini."""
 VQA_PARAMETERS = {"max_tokens": 1, "logprobs": True, "top_logprobs": 20}
 ENOUGH_BLIND = 5
-"""So many answers without logprobs, and none with them, say that the server has none."""
+"""Number of first answers without logprobs after which the server is taken to have no logprobs."""
 TOLERANCE = 1e-3
-"""How far rounding may bring a probability above 1."""
+"""Excess over 1 of a probability that rounding may cause."""
 LEAST_MASS = 0.1
 """Probability that yes and no must have together; an answer with less begins otherwise, as those of thinkers do."""
 VQA_ADVICE = {"": f"VQAScore needs a judge whose first word is yes or no: {NO_THINKING}"}
@@ -53,7 +53,7 @@ class VQAJudge:
         return _identity("vqascore", self.client, self.template, VQA_PARAMETERS)
 
     def score(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Finding]]:
-        """Every task with its finding, as they come; ValueError where the server has no logprobs at all."""
+        """Yield every task with its finding, as they come; ValueError if the server has no logprobs at all."""
         return _judged(self.client, tasks, self._question, self._read, (VQASCORE,))
 
     def _question(self, task: Task) -> Question | Failure:
@@ -80,7 +80,7 @@ class VQAJudge:
 
 
 def p_yes(logprobs: Sequence[tuple[str, float]]) -> tuple[float | None, str]:
-    """P(Yes) from the first token's likeliest choices, or None and the reason.
+    """Return P(Yes) from the first token's likeliest choices, or None and the reason.
 
     The sum over all spellings of yes; where there are none, 1 minus that of no. Neither is a judgement where yes and
     no together are hardly likely.
