@@ -27,6 +27,7 @@ from semantic_routing.checkpoint.load import find_checkpoint, read_state
 from semantic_routing.common.files import write_text, written_whole
 from semantic_routing.common.webpage import document
 from semantic_routing.evaluation.records import MANIFEST, RECORDS, Record, read_records
+from semantic_routing.evaluation.shapes import shapes_columns
 from semantic_routing.evaluation.summary import summarize
 from semantic_routing.model.arms import ARMS, DEFAULT_ARM
 from semantic_routing.model.dit import Backbone
@@ -102,7 +103,7 @@ def _read(run: Path, evaluation: Path, timings: dict[str, float]) -> Results:
         steps=state["step"],
         metrics=[json.loads(line) for line in lines],
         records=records,
-        summary=summarize(records),
+        summary=summarize(records, shapes_columns(tag for record in records for tag in record.tags)),
         manifests=(_json(run / "manifest.json"), _json(evaluation / MANIFEST)),
         timings=timings,
     )

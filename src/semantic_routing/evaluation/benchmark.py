@@ -13,6 +13,7 @@ from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+from semantic_routing.chat.client import Usage
 from semantic_routing.evaluation.listing import list_pictures
 from semantic_routing.evaluation.records import CORRECT, Record
 from semantic_routing.evaluation.summary import Columns, markdown_table, summarize, tag_columns
@@ -64,6 +65,11 @@ class Scorer(Protocol):
     @property
     def identity(self) -> dict[str, Any]:
         """All that decides its scores, in JSON types: models with their hashes, templates, thresholds."""
+        ...
+
+    @property
+    def usage(self) -> Usage | None:
+        """Requests and cost so far of a judge on a server; None for other scorers."""
         ...
 
     def score(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Finding]]:

@@ -43,7 +43,7 @@ def evaluate_model(
     rescore: bool = False,
     **facts: Any,
 ) -> dict[str, Any]:
-    """Sample the benchmark's images into ``out/images`` and score them; the summary, empty without a scorer.
+    """Sample the benchmark's images into ``out/images`` and score them; return the summary, empty without a scorer.
 
     What is already in ``out`` is kept, so that a stopped evaluation goes on; ValueError where it belongs to another
     model, sampler, set of prompts or scorer. ``rescore`` scores again what another scorer scored.
@@ -54,20 +54,12 @@ def evaluate_model(
         earlier = read_manifest(out / MANIFEST)
         if earlier and job.first:  # other images are refused before any score goes; the manifest stays as it is
             claim_folder(out, wanted, **{name: fact for name, fact in earlier.items() if name not in wanted})
-        identity = earlier.get("scorer")
+        identity = earlier.get("scorer") if scorer is None else scorer.identity
         if scorer is not None:
-            identity = scorer.identity
             check_scorer(benchmark, out, identity, rescore=rescore, job=job)
-        claim_folder(
-            out,
-            wanted,
-            job,
-            **_facts(benchmark, identity),
-            seed_rule=SEED_RULE,
-            checkpoint=None if bundle.checkpoint is None else str(bundle.checkpoint),
-            bf16=bundle.bf16,
-            **facts,
-        )
+        checkpoint = None if bundle.checkpoint is None else str(bundle.checkpoint)
+        made = {"seed_rule": SEED_RULE, "checkpoint": checkpoint, "bf16": bundle.bf16}
+        claim_folder(out, wanted, job, **_facts(benchmark, identity), **made, **facts)
         sample_missing(bundle, texts, {place: out / benchmark.sampled(*place) for place in benchmark.images}, cfg, job)
         if job.first:
             benchmark.complete(out)

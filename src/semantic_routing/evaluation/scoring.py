@@ -86,10 +86,10 @@ def check_scorer(benchmark: Benchmark, out: Path, identity: dict[str, Any], *, r
 def score_folder(
     benchmark: Benchmark, images: Path, out: Path, scorer: Scorer, facts: dict[str, Any], job: Processes
 ) -> dict[str, Any]:
-    """Score the images and write all results to ``out``; the summary.
+    """Score the images, write all results to ``out`` and return the summary.
 
-    What was scored before is kept; images that had no score are tried again. ``facts`` is the manifest. Raises
-    ValueError where there is no image at all, and where no image could be scored.
+    Earlier scores are kept; images without a score are tried again. ``facts`` is the manifest. Raises ValueError if
+    there is no image, or no image could be scored.
     """
     found = benchmark.find(images)
     if not found:
@@ -100,20 +100,10 @@ def score_folder(
         place: Path(os.path.relpath(found.get(place, images / benchmark.file(*place)), out)).as_posix()
         for place in sorted({*benchmark.images, *found})
     }
-    if job.first:
-        parts = _parts(out)
-        kept = _kept(benchmark, [*out.glob(RECORDS), *parts])
-        write_text(out / MANIFEST, json.dumps(facts, indent=2) + "\n")
-        write_records(_part(out, 0), kept.values())
-        for path in set(parts) - {_part(out, 0)}:
-            path.unlink()
-    job.wait()
-    kept = _kept(benchmark, [_part(out, 0)])
-    job.wait()  # until all have read it
+    kept = _gather(benchmark, out, facts, job)
     share = job.share(list(files))
     with (
         _part(out, job.rank).open("a", encoding="utf-8") as file,
-        # One process's share.
         tqdm(total=len(share), desc="Scoring", unit="image", disable=not job.first) as bar,
     ):
         tasks = []
@@ -135,8 +125,23 @@ def score_folder(
     return _finish(benchmark, out, facts, files) if job.first else {}
 
 
+def _gather(benchmark: Benchmark, out: Path, facts: dict[str, Any], job: Processes) -> dict[Place, Record]:
+    """Write the manifest, move all earlier records into the first process's file, and return them on every process."""
+    if job.first:
+        parts = _parts(out)
+        kept = _kept(benchmark, [*out.glob(RECORDS), *parts])
+        write_text(out / MANIFEST, json.dumps(facts, indent=2) + "\n")
+        write_records(_part(out, 0), kept.values())
+        for path in set(parts) - {_part(out, 0)}:
+            path.unlink()
+    job.wait()
+    kept = _kept(benchmark, [_part(out, 0)])
+    job.wait()  # until all have read it
+    return kept
+
+
 def _finish(benchmark: Benchmark, out: Path, facts: dict[str, Any], files: dict[Place, str]) -> dict[str, Any]:
-    """Write the results in order; the summary."""
+    """Write the results in order and return the summary."""
     by_place = {(r.prompt, r.image): r for r in _read(_parts(out))}
     lost = files.keys() - by_place.keys()
     if lost:

@@ -129,6 +129,8 @@ class GenEvalScorer:
     variant: str = ""
     """The user's own label of the score, beside those of the models."""
 
+    usage = None
+
     @property
     def identity(self) -> dict[str, Any]:
         found, named = self.detector.identity, self.colors.identity

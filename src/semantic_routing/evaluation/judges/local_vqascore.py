@@ -32,6 +32,8 @@ ADVICE = {"": "VQAScore needs a judge whose first word is yes or no: one tuned f
 class LocalVQAJudge:
     """The probability, over the whole vocabulary, that the first token of an answer is that of Yes."""
 
+    usage = None
+
     def __init__(
         self, model: Any, processor: Any, *, name: str, weights: str = "", template: str = VQA_TEMPLATES["3.1"]
     ) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from semantic_routing.chat.client import ChatClient
+from semantic_routing.chat.client import ChatClient, Usage
 from semantic_routing.chat.messages import Answer, Failure, Question
 from semantic_routing.chat.server import ChatConfig
 from semantic_routing.chat.spoken import CUT, THOUGHTS, FirstAnswers, spoken
@@ -59,6 +59,10 @@ class UnifiedRewardJudge:
     def identity(self) -> dict[str, Any]:
         """Who judges and how, for manifests."""
         return _identity("unified-reward", self.client, self.template, UNIFIED_REWARD_PARAMETERS)
+
+    @property
+    def usage(self) -> Usage:
+        return self.client.usage
 
     def score(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Finding]]:
         """Yield every task with its finding, as they come."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from semantic_routing.chat.client import ChatClient
+from semantic_routing.chat.client import ChatClient, Usage
 from semantic_routing.chat.messages import Answer, Failure, Question
 from semantic_routing.chat.replies import word
 from semantic_routing.chat.server import ChatConfig
@@ -51,6 +51,10 @@ class VQAJudge:
     def identity(self) -> dict[str, Any]:
         """Who judges and how, for manifests."""
         return _identity("vqascore", self.client, self.template, VQA_PARAMETERS)
+
+    @property
+    def usage(self) -> Usage:
+        return self.client.usage
 
     def score(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Finding]]:
         """Yield every task with its finding, as they come; ValueError if the server has no logprobs at all."""
