@@ -1,6 +1,6 @@
-"""What every benchmark is: prompts with the skills they test, where their images lie, how scores add up.
+"""The base class of benchmarks: prompts with the skills they test, the layout of images, the summary of scores.
 
-Images lie as the benchmark's official tools write and read them, so either side can score the other's. Most
+Images have the layout of the benchmark's official tools, so either side can score the other's. Most
 benchmarks have one file a prompt, ``<id>.png``; what differs is overridden.
 """
 
@@ -70,6 +70,11 @@ class Scorer(Protocol):
     @property
     def usage(self) -> Usage | None:
         """Requests to a server so far and their cost; None for a scorer that asks no server."""
+        ...
+
+    @property
+    def usage(self) -> Usage | None:
+        """Requests and cost so far of a judge on a server; None for other scorers."""
         ...
 
     def score(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Finding]]:

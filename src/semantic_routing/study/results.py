@@ -17,7 +17,7 @@ from scipy.stats import t as student
 
 from semantic_routing.evaluation.records import CORRECT, RECORDS, Record, read_records
 from semantic_routing.evaluation.resampling import PromptSums, bootstrap, permutation_test, prompt_sums
-from semantic_routing.evaluation.summary import tag_columns
+from semantic_routing.evaluation.shapes import shapes_columns
 from semantic_routing.study.plan import Job, StudyArguments, evaluation_folder, jobs
 
 RESAMPLES = 10_000
