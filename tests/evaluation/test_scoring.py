@@ -32,8 +32,6 @@ class Redness:
     url: str = "here"
     usage = None
 
-    usage = None
-
     @property
     def identity(self) -> dict[str, Any]:
         return {"scorer": self.name, "base_url": self.url}

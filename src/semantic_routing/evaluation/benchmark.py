@@ -72,11 +72,6 @@ class Scorer(Protocol):
         """Requests to a server so far and their cost; None for a scorer that asks no server."""
         ...
 
-    @property
-    def usage(self) -> Usage | None:
-        """Requests and cost so far of a judge on a server; None for other scorers."""
-        ...
-
     def score(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Finding]]:
         """Yield every task with its finding as soon as it is known, in any order."""
         ...

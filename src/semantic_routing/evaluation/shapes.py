@@ -37,8 +37,9 @@ def shapes_columns(tags: Iterable[str]) -> Columns:
     """Return ``overall``; ``geneval``, the mean of GenEval's six tags, if all are there; every tag in TAGS' order."""
     there = set(tags)
     columns = tag_columns(tag for tag in (*TAGS, *sorted(there - set(TAGS))) if tag in there)
-    geneval = {"geneval": tuple((tag,) for tag in GENEVAL_TAGS)} if there.issuperset(GENEVAL_TAGS) else {}
-    return {"overall": columns["overall"]} | geneval | columns
+    if not there.issuperset(GENEVAL_TAGS):
+        return columns
+    return {"overall": columns["overall"], "geneval": tuple((tag,) for tag in GENEVAL_TAGS)} | columns
 
 
 @dataclass(frozen=True)

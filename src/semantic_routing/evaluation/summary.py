@@ -54,16 +54,14 @@ def gaps(records: Iterable[Record], metrics: Sequence[str]) -> dict[str, int]:
     return {name: n for name, n in found.items() if n}
 
 
-def tag_columns(tags: Iterable[str]) -> Columns:
-    """Return ``overall``, the mean over images; ``geneval``, if its six tags are there, their mean; every tag."""
-    known = list(dict.fromkeys(tags))
-    columns: dict[str, Column] = {"overall": (tuple(known),)}
-    if set(GENEVAL_TAGS) <= set(known):
-        columns["geneval"] = tuple((tag,) for tag in GENEVAL_TAGS)
+def tag_columns(tags: Iterable[str]) -> dict[str, Column]:
+    """Return the columns ``overall``, the mean over images, and every tag."""
+    known = tuple(dict.fromkeys(tags))
+    columns: dict[str, Column] = {"overall": (known,)}
     return columns | {tag: ((tag,),) for tag in known}
 
 
-def summarize(records: Sequence[Record], columns: Columns | None = None) -> dict[str, Any]:
+def summarize(records: Sequence[Record], columns: Columns) -> dict[str, Any]:
     """Return accuracies with image counts and 95 % intervals: ``{"accuracy", "n", "interval"}`` by column.
 
     Intervals are Wilson's; that of a mean over k groups takes the number of images that would give the same variance

@@ -220,8 +220,8 @@ def _color(found: Mapping[str, Any], name: str) -> str:
 
 def check_metadata(metadata: object) -> None:
     """Raise ValueError if an entry is not a GenEval prompt."""
-    if not isinstance(metadata, dict) or metadata.get("tag") not in GENEVAL_TAGS:
-        raise ValueError(f"it has no 'tag' of GenEval's ({', '.join(GENEVAL_TAGS)})")
+    if not isinstance(metadata, dict) or metadata.get("tag") not in TAGS:
+        raise ValueError(f"it has no 'tag' of GenEval's ({', '.join(TAGS)})")
     include, exclude = metadata.get("include"), metadata.get("exclude", [])
     if not isinstance(metadata.get("prompt"), str) or not isinstance(include, list) or not isinstance(exclude, list):
         raise ValueError("it lacks 'prompt' or the list 'include'")

@@ -85,8 +85,6 @@ class LocalVQAJudge:
         weights = getattr(model.config, "_commit_hash", None) or hash_files(Path(name_or_path).glob("*.safetensors"))
         return cls(model.to(device), processor, name=name_or_path, weights=weights, template=template)
 
-    usage = None
-
     @property
     def identity(self) -> dict[str, Any]:
         """Return the judge's identity and settings, for manifests."""
