@@ -1,10 +1,9 @@
-"""Seconds and memory of ``semroute analyze`` on routers of the paper's size, whose backbone is never read.
+"""Time and memory of ``semroute analyze`` on routers of the paper's size.
 
     python benchmarks/analyze_routers.py [--arms depth joint] [--json FILE]
 
-Writes a checkpoint of the paper recipe for each arm: a safetensors file that declares all 2.24 billion parameters
-(9 GB in float32) but holds only the router's, the rest being holes; then runs the command on it in a process of its
-own, as a user does.
+For each arm it writes a sparse checkpoint of the paper recipe: a safetensors file that declares all 2.24 billion
+parameters (9 GB in float32) and holds only those of the router. Then it runs the command in a new process.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def main() -> None:
 
 
 def write_checkpoint(run: Path, arm: str) -> int:
-    """A checkpoint whose averaged weights have holes everywhere but in the router; returns their declared bytes."""
+    """Write a sparse checkpoint that holds only the router's EMA weights; returns its declared bytes."""
     cfg = paper(arm)
     with torch.device("meta"):
         model = make_model(cfg.model)
@@ -79,7 +78,7 @@ def write_checkpoint(run: Path, arm: str) -> int:
 
 
 def measured(run: Path, out: Path) -> dict[str, float]:
-    """What the command takes."""
+    """Run the command and return its time, memory and number of figures."""
     command = [sys.executable, "-m", "semantic_routing", "analyze", str(run), "--out", str(out)]
     began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)

@@ -1,11 +1,10 @@
-"""How much of the matrix units' rate the paper's network reaches: its counted products over time and measured rate.
+"""Utilisation of the paper's network: its counted FLOPs a second against the measured rate of one matrix product.
 
     python benchmarks/backbone.py [--batch 32] [--arm depth] [--out FILE.json]
 
-Forward as in sampling (512x512 pictures, weights in bfloat16, one graph of the whole network, text prepared before)
-and forward with backward as in training (256x256 pictures, weights in float32, a graph of each block), at a batch of 32
-with 32 tokens of text. The rate is that of one large bfloat16 product, measured between the two; activations that are
-computed again would not count.
+The forward pass is that of sampling: 512x512 images, weights in bfloat16, the whole network compiled, text prepared
+before. Forward and backward are those of training: 256x256 images, weights in float32, each block compiled. Both have a
+batch of 32 and 32 text tokens. The rate is that of one large bfloat16 product, measured between the two.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ TOKENS = 32
 
 
 def forward(cfg: DiTConfig, batch: int, side: int, device: torch.device) -> float:
-    """Seconds of one velocity."""
+    """Measure the seconds of a forward pass."""
     model = network(cfg, device)
     compile_network(model)
     x = torch.randn(batch, cfg.channels, side, side, device=device)
@@ -44,7 +43,7 @@ def forward(cfg: DiTConfig, batch: int, side: int, device: torch.device) -> floa
 
 
 def forward_and_backward(cfg: DiTConfig, batch: int, side: int, device: torch.device) -> float:
-    """Seconds of one velocity and its gradients, the text's preparation in them."""
+    """Measure the seconds of forward and backward, text preparation included."""
     model = network(cfg, device).requires_grad_().train()
     model = parallelize(model, ParallelConfig(), World(device=device), bf16=True, compiled=True)
     x = torch.randn(batch, cfg.channels, side, side, device=device)
@@ -86,7 +85,7 @@ def main() -> int:
     times["forward and backward, 256x256"] = forward_and_backward(cfg, args.batch, 32, device)
     shares = {name: counted[name] / times[name] / rate for name in times}
     sys.stdout.write(
-        f"{hardware()}\narm {args.arm}, {args.batch} pictures; a product runs at {rate / 1e12:.0f} TFLOP/s\n"
+        f"{hardware()}\narm {args.arm}, {args.batch} images; a product runs at {rate / 1e12:.0f} TFLOP/s\n"
     )
     for name, share in shares.items():
         sys.stdout.write(f"{name:32} {1e3 * times[name]:8.1f} ms {counted[name] / 1e12:7.1f} TFLOP ")

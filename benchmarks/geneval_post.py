@@ -1,11 +1,11 @@
-"""GenEval's reading of Mask2Former's answer for a 1024 x 1024 picture, against the official steps taken plainly.
+"""GenEval's postprocessing of Mask2Former's output for a 1024 x 1024 image, against the official steps.
 
     python benchmarks/geneval_post.py [--repeats 9] [--threads 1] [--out result.json]
 
-Prints median milliseconds, by the clock and by the processor's own count, for three answers of 100 queries, and
-writes them with a manifest: ``few`` has objects of many sizes, of which a tenth are sure; ``all`` the same, all sure;
-``full`` is the worst case: every query is sure and its mask is noise over the whole picture. ``keep`` is the score
-from which objects are kept, GenEval's or 0, which makes every one of the top 100.
+Prints the median wall-clock and CPU milliseconds for three outputs of 100 queries, and writes them with a manifest.
+``few`` has objects of many sizes, a tenth of them with a high score; ``all`` is the same with high scores only;
+``full`` is the worst case: high scores, and masks of noise over the whole image. ``keep`` is the least score of objects
+that are kept: GenEval's, or 0, which keeps all of the top 100.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ QUERIES, SIDE = 100, 1024
 
 
 def answers(name: str, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """Logits of classes and of masks at a quarter of the input."""
+    """Return logits of the classes, and logits of the masks at a quarter of the input's size."""
     height, width = (side // 4 for side in geometry.padded)
     classes = torch.randn(QUERIES, len(CLASSES) + 1)
     classes[:, -1] += 6  # no object
@@ -48,7 +48,7 @@ def answers(name: str, geometry: Geometry) -> tuple[Tensor, Tensor]:
 
 
 def plain(classes: Tensor, masks: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """The official steps: scores of the top 100 and their boxes."""
+    """Run the official steps: returns the scores of the top 100 and their boxes."""
     large = F.interpolate(masks[None], size=geometry.padded, mode="bilinear", align_corners=False)
     large = large[:, :, : geometry.resized[0], : geometry.resized[1]]
     large = F.interpolate(large, size=geometry.original, mode="bilinear", align_corners=False)[0]

@@ -1,13 +1,12 @@
-"""Indexing synthetic WebDataset shards: records a second and memory, beside what the bytes alone cost.
+"""Speed and memory of indexing synthetic WebDataset shards, against the cost of reading the bytes.
 
     python benchmarks/index_speed.py [--records 1000000] [--workers 2] [--pax] [--folder DIR]
 
-Writes shards of 10,000 records (picture, .json and .txt of 512 bytes each: 3 KiB a record with the headers, 3.1 GB for
-a million; twice that with --pax, where every member has an extended header, as WebDataset's own writer makes them)
-into a temporary folder that is removed in the end, and indexes them from the page cache. Prints, for one process, the
-rate of the scan, of the whole index with its files, and of floors: reading the same bytes, and checking the sums of
-headers whose places are known, in numpy. Then the rate with several processes, and the peak memory of indexing a
-tenth and all.
+Writes shards of 10,000 records into a temporary folder and indexes them from the page cache. A record has an image, a
+.json and a .txt of 512 bytes each: 3 KiB with the headers, 3.1 GB for a million records. With --pax every member has an
+extended header, as from WebDataset's own writer, which doubles the size. Prints the rates of one process: of the scan,
+of the complete index, and of two floors (reading the bytes; summing the headers at known offsets in numpy). Then the
+rate of several processes, and the peak memory for a tenth of the records and for all.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def member(name: str, content: bytes, pax: bool) -> bytes:
 
 
 def shard(pax: bool) -> bytes:
-    """One record by tarfile, repeated, with each record's number written into its headers and their sums corrected."""
+    """Repeat one record of tarfile, and write each record's number and the new checksums into its headers."""
     record = b"".join(member(f"{0:0{DIGITS}d}.{suffix}", CONTENT[suffix], pax) for suffix in MEMBERS)
     blocks = np.tile(np.frombuffer(record, np.uint8), (A_SHARD, 1)).reshape(A_SHARD, -1, BLOCK)
     digits = np.arange(A_SHARD)[:, None] // 10 ** np.arange(DIGITS)[::-1] % 10
@@ -55,7 +54,7 @@ def shard(pax: bool) -> bytes:
 
 
 def rates(records: int, run: Callable[[], object], repeats: int = 1) -> tuple[float, float]:
-    """Records a second and a second of this process's CPU, of the fastest of some repeats."""
+    """Return records a second of wall-clock time and of this process's CPU time, the best of the repeats."""
     times, cpu = [], []
     for _ in range(repeats):
         began, cpu_began = time.perf_counter(), time.process_time()
@@ -73,7 +72,7 @@ def read_bytes(paths: list[Path]) -> None:
 
 
 def check_sums(paths: list[Path], offsets: np.ndarray) -> None:
-    """Sum up every header, at places that are known, and no more."""
+    """Sum the bytes of every header at its known offset."""
     for path in paths:
         blocks = np.memmap(path, np.uint8, "r").reshape(-1, BLOCK)[offsets]
         words = blocks.view("<u8")
@@ -81,7 +80,7 @@ def check_sums(paths: list[Path], offsets: np.ndarray) -> None:
 
 
 def peak(paths: list[str], out: Path) -> tuple[float, float]:
-    """MiB of a process before and after indexing."""
+    """Return the peak MiB of this process before and after indexing."""
     from semantic_routing.data.sources.index_writer import build
 
     before = high_water()
@@ -90,7 +89,7 @@ def peak(paths: list[str], out: Path) -> tuple[float, float]:
 
 
 def high_water() -> float:
-    """The most memory that this process has had, in MiB; getrusage would count its parent's too."""
+    """Return the peak memory of this process in MiB; getrusage would include its parent's."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
@@ -105,11 +104,8 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=1_000_000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--pax", action="store_true")
-    parser.add_argument("--folder", help="where to write the shards; the system's temporary folder by default")
+    parser.add_argument("--folder", help="folder for the shards, by default the system's temporary folder")
     args = parser.parse_args()
-    # Late, and not in worker processes, which begin by reading this file: it needs torch.
-    from semantic_routing.data.sources.index_writer import build
-
     with TemporaryDirectory(dir=args.folder) as scratch:
         folder = Path(scratch)
         data = shard(args.pax)
@@ -117,30 +113,39 @@ def main() -> None:
         paths = [folder / f"{number:05d}.tar" for number in range(count)]
         for path in paths:
             path.write_bytes(data)
-        records, names = count * A_SHARD, [str(path) for path in paths]
-        lines = [
-            f"{records:,} records in {count} shards, {count * len(data) / 1e9:.2f} GB{', pax' if args.pax else ''}"
-        ]
-
-        def note(name: str, run: Callable[[], object], records: int = records, repeats: int = 1) -> None:
-            lines.append(f"{name:<44}{''.join(f'{rate:>14,.0f}' for rate in rates(records, run, repeats))}")
-
-        with tarfile.open(paths[0]) as first:
-            offsets = np.array([info.offset_data // BLOCK - 1 for info in first])
-        lines.append(f"{'records a second':<44}{'of time':>14}{'of a core':>14}")
-        note("read the bytes", lambda: read_bytes(paths), repeats=2)
-        note("sum the headers, places known (numpy)", lambda: check_sums(paths, offsets), repeats=2)
-        note("scan, one process", lambda: [scan_tar(name, len(data)) for name in names], repeats=3)
-        note("index, one process", lambda: build(names, folder / "one"))
-        note("tarfile, one shard, listing only", lambda: list_members(paths[0]), A_SHARD, repeats=3)
-        many = rates(records, lambda: build(names, folder / "many", workers=args.workers))[0]
-        lines.append(f"{f'index, {args.workers} processes and their start':<44}{many:>14,.0f}")
-        for part in (max(count // 10, 1), count):
-            # A process of its own, for a peak of its own.
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                before, after = pool.submit(peak, names[:part], folder / f"peak{part}").result()
-            lines.append(f"peak memory at {part * A_SHARD:,} records: {after:.0f} MiB, {before:.0f} before")
+        size = f"{count * len(data) / 1e9:.2f} GB{', pax' if args.pax else ''}"
+        lines = [f"{count * A_SHARD:,} records in {count} shards, {size}", *speeds(paths, folder, args.workers)]
+        lines += [memory(paths[:part], folder / f"peak{part}") for part in (max(count // 10, 1), count)]
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+def speeds(paths: list[Path], folder: Path, workers: int) -> list[str]:
+    """Return a line for each rate."""
+    # Imported here because it needs torch, and worker processes import this file.
+    from semantic_routing.data.sources.index_writer import build
+
+    records, names, size = len(paths) * A_SHARD, [str(path) for path in paths], paths[0].stat().st_size
+    lines = [f"{'records a second':<44}{'of time':>14}{'of a core':>14}"]
+
+    def note(name: str, run: Callable[[], object], records: int = records, repeats: int = 1) -> None:
+        lines.append(f"{name:<44}{''.join(f'{rate:>14,.0f}' for rate in rates(records, run, repeats))}")
+
+    with tarfile.open(paths[0]) as first:
+        offsets = np.array([info.offset_data // BLOCK - 1 for info in first])
+    note("read the bytes", lambda: read_bytes(paths), repeats=2)
+    note("sum the headers, offsets known (numpy)", lambda: check_sums(paths, offsets), repeats=2)
+    note("scan, one process", lambda: [scan_tar(name, size) for name in names], repeats=3)
+    note("index, one process", lambda: build(names, folder / "one"))
+    note("tarfile, one shard, listing only", lambda: list_members(paths[0]), A_SHARD, repeats=3)
+    many = rates(records, lambda: build(names, folder / "many", workers=workers))[0]
+    return [*lines, f"{f'index, {workers} processes and their start':<44}{many:>14,.0f}"]
+
+
+def memory(paths: list[Path], out: Path) -> str:
+    """Return a line with the peak memory of indexing, measured in a new process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        before, after = pool.submit(peak, list(map(str, paths)), out).result()
+    return f"peak memory at {len(paths) * A_SHARD:,} records: {after:.0f} MiB, {before:.0f} before"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Kill a training run at random moments until it is done, and compare it with one that was never killed.
+"""Kills a training run at random moments, resumes it each time, and compares it with an undisturbed run.
 
     python benchmarks/kill_resume.py [--kills 30] [--processes 2] [--seed 0]
 
-A small network trains on the toy world. Again and again all its processes get SIGKILL: at a random moment after a
-random number of steps, in the midst of whatever they are at, writing a checkpoint included. Each time the run goes on
-from its latest whole checkpoint. In the end weights, averages, optimiser states and metrics must be those of a run
-that was left alone, bit for bit. Exit code 0 says that they are.
+A small network trains on the toy world. All its processes get SIGKILL at random moments, also while a checkpoint is
+being written, and the run resumes from its latest complete checkpoint. In the end weights, EMA, optimiser states and
+metrics must equal those of an undisturbed run bit for bit; the exit code is then 0.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ from semantic_routing.training.recipes import toy
 from semantic_routing.training.tiny_lm import tiny_lm
 
 FASTEST = 12
-"""Most steps between a start and the next kill."""
+"""Largest number of steps between a start and the next kill."""
 
 
 def small(steps: int) -> TrainConfig:
-    """Some milliseconds a step, and a checkpoint every second one."""
+    """Return a configuration with steps of milliseconds and a checkpoint at every second step."""
     captions = [f"a {color} {shape}" for color in ("red", "blue", "green") for shape in ("star", "square", "circle")]
     encoder = tiny_lm(captions, layers=2, width=64, steps=5)
     cfg = toy("joint")
@@ -49,7 +48,7 @@ def small(steps: int) -> TrainConfig:
 
 
 def launch(arguments: list[str], processes: int, log: Path) -> list[subprocess.Popen[bytes]]:
-    """Start the processes of a run as torchrun would."""
+    """Start the processes of a run with torchrun's environment variables."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -64,7 +63,7 @@ def launch(arguments: list[str], processes: int, log: Path) -> list[subprocess.P
 
 
 def lines(run: Path) -> list[dict[str, float]]:
-    """The metrics so far, but for what the machine decides."""
+    """Return the metrics that do not depend on the machine."""
     path = run / "metrics.jsonl"
     rows = [json.loads(row) for row in path.read_text().splitlines() if row.endswith("}")] if path.is_file() else []
     return [{name: row[name] for name in ("step", "loss", "grad_norm", "router_entropy")} for row in rows]
@@ -75,7 +74,7 @@ def alive(ranks: list[subprocess.Popen[bytes]]) -> bool:
 
 
 def train(config: Path, run: Path, processes: int, kills: int, chance: random.Random) -> int:
-    """Train to the end, killed so many times if it lasts; returns how often it was."""
+    """Train to the end with up to ``kills`` kills; returns their number."""
     done = 0
     while True:
         begun = ["--resume", str(run)] if checkpoints(run) else ["--config", str(config), "--out", str(run)]

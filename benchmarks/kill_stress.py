@@ -1,10 +1,10 @@
-"""Kill a training run again and again, resume it each time, and compare its end with that of one left in peace.
+"""Kills ``semroute train`` at random moments, resumes it each time, and compares it with an undisturbed run.
 
     python benchmarks/kill_stress.py [--kills 30] [--processes 1] [--seed 0] [--json FILE] [settings of semroute train]
 
-The kills (SIGKILL) come at random: inside of steps, while a checkpoint is being written, at the start. With several
-processes half of them hit a single rank, whose fellows torchrun then stops, and half all at once. The ends must be the
-same bit for bit: weights, their average, the optimiser's state, the metrics of every step, the sample grids.
+SIGKILL comes at random: during a step, while a checkpoint is being written, at the start. With several processes half
+of the kills hit one rank, after which torchrun stops the others, and half hit all. Both runs must end with the same
+weights, EMA, optimiser state, metrics of every step and sample grids, bit for bit.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ SHARES = (0.5, 0.4, 0.1)
 
 @dataclass(frozen=True)
 class Kill:
-    """One SIGKILL and what it found."""
+    """One SIGKILL and the state of the run at that moment."""
 
     moment: str
-    """What it waited for: a step, the writing of a checkpoint, the start."""
+    """Moment of the kill: a step, the writing of a checkpoint, the start."""
     victims: str
-    """One rank, or all processes."""
+    """"one" rank, or "all" processes."""
     step: int
-    """The last step in the metrics then."""
+    """Last step in the metrics."""
     checkpoint: int
-    """The step to go on from; -1 where there was no checkpoint yet."""
+    """Step of the latest checkpoint; -1 if there was none."""
     half_written: bool
-    """Whether it left a checkpoint that was not finished."""
+    """Whether an unfinished checkpoint was left."""
 
 
 def main() -> None:
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def stress(begin: list[str], run: Path, processes: int, count: int, dice: random.Random) -> list[Kill]:
-    """Train, killed ``count`` times, to the end."""
+    """Train to the end with ``count`` kills; returns the kills."""
     kills: list[Kill] = []
     log = run.with_suffix(".log")
     while True:
@@ -94,7 +94,7 @@ def stress(begin: list[str], run: Path, processes: int, count: int, dice: random
         moment = dice.choices(MOMENTS, SHARES)[0]
         wait_for(moment, run, job, old, max(there, 0) + dice.randint(1, 2 * EVERY - 1), dice)
         if job.poll() is not None:
-            finish(job, log)  # it was done before its time
+            finish(job, log)  # the run ended before the kill
             return kills
         workers = descendants(job.pid)
         one = len(workers) >= processes > 1 and dice.random() < 0.5
@@ -110,7 +110,7 @@ def stress(begin: list[str], run: Path, processes: int, count: int, dice: random
 def wait_for(
     moment: str, run: Path, job: subprocess.Popen[bytes], old: set[Identity], target: int, dice: random.Random
 ) -> None:
-    """Return when the moment has come, or the run has ended."""
+    """Wait for the moment of the kill or the end of the run."""
     if moment == "start":
         time.sleep(dice.uniform(0, 3))
     while moment != "start" and job.poll() is None:
@@ -119,25 +119,25 @@ def wait_for(
             time.sleep(dice.uniform(0, 0.05))  # about a step
             return
         if moment == "writing" and any(path.is_dir() for path in new):
-            time.sleep(dice.uniform(0, 0.01))  # about as long as it takes
+            time.sleep(dice.uniform(0, 0.01))  # about the time that writing takes
             return
         time.sleep(0.001 if moment == "writing" else 0.005)
 
 
 def identities(run: Path) -> set[Identity]:
-    """The run's metrics and unfinished checkpoints with their inodes: a resumed run makes both anew."""
+    """Return metrics and unfinished checkpoints with their inodes: a resumed run writes new files."""
     found = [run / METRICS, *(run / "checkpoints").glob(f".step-*{PARTIAL}*")]
     return {(path, path.stat().st_ino) for path in found if path.exists()}
 
 
 def latest(run: Path) -> int:
-    """The step of the run's latest checkpoint; -1 where there is none."""
+    """Return the step of the latest checkpoint; -1 if there is none."""
     found = checkpoints(run)
     return int(found[-1].name.removeprefix("step-")) if found else -1
 
 
 def descendants(pid: int) -> list[int]:
-    """The processes that a process started, and those that they did; nearest first."""
+    """Return all descendants of a process, children first."""
     children = Path(f"/proc/{pid}/task/{pid}/children")
     direct = [int(word) for word in children.read_text().split()] if children.exists() else []
     return direct + [below for child in direct for below in descendants(child)]
@@ -150,7 +150,7 @@ def kill(pids: list[int]) -> None:
 
 
 def compare(left: Path, killed: Path) -> list[str]:
-    """What differs between two finished runs."""
+    """Return the differences between two finished runs."""
     ends = [find_checkpoint(run) for run in (left, killed)]
     found = [] if ends[0].name == ends[1].name else [f"last checkpoint: {ends[0].name}, {ends[1].name}"]
     for name in (MODEL, EMA, OPTIMIZER):
@@ -168,7 +168,7 @@ def compare(left: Path, killed: Path) -> list[str]:
 
 
 def report(kills: list[Kill], differences: list[str], steps: int) -> None:
-    """A table of what was hit, and the verdict."""
+    """Print a table of the kills, and the result."""
     counts = Counter((kill.moment, kill.victims) for kill in kills)
     sys.stdout.write("| kills | waited for | hit |\n| ---: | --- | --- |\n")
     for (moment, victims), count in sorted(counts.items()):

@@ -1,11 +1,10 @@
-"""How much the layers of a language model say alike: each layer predicted linearly from another, and from mixes of all.
+"""Redundancy of the layers of a language model: linear prediction of each layer from another, and from mixes of all.
 
     python benchmarks/layers.py runs/x/text_encoder [--prompts 2000] [--out FILE.json]
 
-States of shapes captions, normalised as routing normalises them, one row for each token of a prompt. A number is the
-share of a layer's variance on held-out captions that ridge regression predicts (R², 1 is all); the captions that are
-held out hold the same words in other combinations. The last rows predict from the uniform average (B2) and from all
-layers side by side: what of them an average loses.
+The data are hidden states of toy-world captions, normalised as in routing, one row for each token. A number is R² of
+ridge regression on held-out captions, which have the same words in other combinations. The last rows predict from the
+uniform average (B2) and from all layers concatenated; their difference is the loss by averaging.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from semantic_routing.text.config import TextEncoderConfig
 from semantic_routing.text.encoder import TextEncoder
 
 RIDGE = 1e-3
-"""Of the mean variance of a channel."""
+"""Regularisation, as a share of the mean variance of a channel."""
 
 
 def states(folder: Path, captions: list[str]) -> Tensor:
-    """Normalised states [L, tokens, C] of the captions' tokens."""
+    """Return the normalised hidden states [L, tokens, C] of the captions."""
     encoder = TextEncoder.from_pretrained(TextEncoderConfig(name_or_path=str(folder)), torch.device("cpu"))
     found = []
     for i in range(0, len(captions), 100):
@@ -39,7 +38,7 @@ def states(folder: Path, captions: list[str]) -> Tensor:
 
 
 def predicted(x: Tensor, y: Tensor, x_other: Tensor, y_other: Tensor) -> float:
-    """R² of y [n, C'] from x [n, C], fitted on the first pair and told on the other."""
+    """Fit y [n, C'] from x [n, C] by ridge regression; returns R² on the other pair."""
     mean_x, mean_y = x.mean(0), y.mean(0)
     x, y = (x - mean_x).double(), (y - mean_y).double()
     gram = x.T @ x

@@ -1,12 +1,12 @@
-"""Time to feed a picture by worker processes, against decoding and resizing alone in as many processes.
+"""Time for worker processes to load an image, against decoding and resizing alone in the same number of processes.
 
     python benchmarks/loader_speed.py [--workers 2] [--pictures 512] [--batch 64] [--rounds 5] [--json FILE]
 
-Writes the same JPEGs as tar shards and as Parquet row groups, and feeds squares of 256 pixels with their captions and
-noise from either. The floor is a pool of processes that decode the same bytes from memory and give nothing back. All
-rows of a round are measured one after the other and the median of the rounds' ratios is told, for both the time that
-passed and the processor time of all processes, which other programs on the machine disturb less. Then one process
-reads an epoch in training order, and the bytes that it asks the system for are told as a multiple of the files'.
+Writes the same JPEGs as tar shards and as Parquet row groups, and loads them as 256 x 256 images with captions and
+noise. The floor is a pool of processes that decode the same bytes from memory and return nothing. Every round measures
+all rows in turn; the medians of the rounds' ratios are printed, for wall-clock time and for the CPU time of all
+processes, which other programs disturb less. Then one process reads an epoch in training order; the bytes that it
+requests from the system are printed as a multiple of the size of the files.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from semantic_routing.data.loader import Loader
 SIZE, LATENT = 256, (16, 32, 32)
 CAPTION = b"a picture that was made for a measurement"
 GROUP = 16
-"""Rows of a row group."""
+"""Rows in each row group."""
 WARM = 3
 Seconds = tuple[float, float]
-"""That passed, and of processors in all processes; both for one picture."""
+"""Wall-clock seconds, and CPU seconds of all processes, for each image."""
 
 
 def write_shards(folder: Path, pictures: int, shards: int = 4) -> list[bytes]:
-    """Photograph-like JPEGs of 512 x 384 pixels with captions; returns the pictures."""
+    """Write photograph-like JPEGs of 512 x 384 pixels with captions; returns their bytes."""
     rng = np.random.default_rng(0)
     made = []
     for shard in range(shards):
@@ -67,7 +67,7 @@ def write_shards(folder: Path, pictures: int, shards: int = 4) -> list[bytes]:
 
 
 def write_row_groups(folder: Path, pictures: list[bytes], files: int = 4) -> None:
-    """The same pictures and captions in Parquet files."""
+    """Write the same images and captions as Parquet files."""
     for file in range(files):
         rows = pictures[file::files]
         table = pa.table({"jpg": rows, "txt": [CAPTION.decode()] * len(rows)})
@@ -75,7 +75,7 @@ def write_row_groups(folder: Path, pictures: list[bytes], files: int = 4) -> Non
 
 
 def read_times(data: Dataset, folder: Path, batch: int, count: int) -> float:
-    """Bytes that this process asks the system for in one epoch in training order, as a multiple of the files'."""
+    """Return the bytes read in one epoch in training order, as a multiple of the size of the files."""
 
     def asked() -> int:
         return int(Path("/proc/self/io").read_text().split()[1])
@@ -87,7 +87,7 @@ def read_times(data: Dataset, folder: Path, batch: int, count: int) -> float:
 
 
 def decode_all(pictures: list[bytes]) -> Seconds:
-    """Decode and resize; seconds of this process."""
+    """Decode and resize; returns wall-clock and CPU seconds of this process."""
     began, used = time.perf_counter(), time.process_time()
     for picture in pictures:
         decode(picture, SIZE, SIZE)
@@ -95,7 +95,7 @@ def decode_all(pictures: list[bytes]) -> Seconds:
 
 
 def floor(pictures: list[bytes], workers: int) -> Seconds:
-    """Every process decodes as many pictures, all at once."""
+    """Decode all images in every process at the same time."""
     parts = [pictures] * workers
     with get_context("spawn").Pool(workers) as pool:
         pool.map(decode_all, [pictures[:8]] * workers, chunksize=1)
@@ -105,12 +105,12 @@ def floor(pictures: list[bytes], workers: int) -> Seconds:
 
 
 def processor_time() -> float:
-    """Of this process and those of its children that have ended."""
+    """Return the CPU seconds of this process and of its ended children."""
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def fed(loader: Loader, batch: int, steps: int) -> Seconds:
-    """Take batches as fast as they come; starting the processes does not count as time, nor as processor time."""
+    """Load batches as fast as possible; the start of the processes does not count."""
     used = processor_time()
     with closing(loader.batches()) as batches:
         for _ in range(WARM):
@@ -125,6 +125,17 @@ def fed(loader: Loader, batch: int, steps: int) -> Seconds:
             next(batches)
         passed = time.perf_counter() - began
     return passed / (steps * batch), (processor_time() - used - start) / (steps * batch)
+
+
+def summary(rounds: list[Seconds], floors: list[Seconds]) -> dict[str, float]:
+    """Return the medians of the rounds, and of their ratios to the floor."""
+    ratios = list(zip(rounds, floors, strict=True))
+    return {
+        "ms_passed": 1e3 * median(passed for passed, _ in rounds),
+        "ms_processor": 1e3 * median(used for _, used in rounds),
+        "ratio_passed": median(own[0] / least[0] for own, least in ratios),
+        "ratio_processor": median(own[1] / least[1] for own, least in ratios),
+    }
 
 
 def main() -> None:
@@ -152,21 +163,13 @@ def main() -> None:
             for name, loader in loaders.items():
                 taken[name].append(fed(loader, args.batch, steps))
         read = {name: read_times(data[name], places[name], args.batch, len(pictures)) for name in places}
-    results: dict[str, dict[str, float]] = {}
-    for name, rounds in taken.items():
-        ratios = list(zip(rounds, taken["floor"], strict=True))
-        results[name] = {
-            "ms_passed": 1e3 * median(passed for passed, _ in rounds),
-            "ms_processor": 1e3 * median(used for _, used in rounds),
-            "ratio_passed": median(own[0] / least[0] for own, least in ratios),
-            "ratio_processor": median(own[1] / least[1] for own, least in ratios),
-        }
+    results = {name: summary(rounds, taken["floor"]) for name, rounds in taken.items()}
     kilobytes = sum(map(len, pictures)) / len(pictures) / 1e3
-    sys.stdout.write(f"{args.workers} workers, JPEGs of 512 x 384 pixels, {kilobytes:.0f} kB; for one picture:\n")
+    sys.stdout.write(f"{args.workers} workers, JPEGs of 512 x 384 pixels, {kilobytes:.0f} kB; for each image:\n")
     for name, row in results.items():
         sys.stdout.write(
-            f"{name:8} {row['ms_passed']:6.2f} ms passed ({row['ratio_passed']:4.2f} of the floor), "
-            f"{row['ms_processor']:6.2f} ms of processors ({row['ratio_processor']:4.2f} of the floor)\n"
+            f"{name:8} {row['ms_passed']:6.2f} ms of time ({row['ratio_passed']:4.2f} of the floor), "
+            f"{row['ms_processor']:6.2f} ms of CPU ({row['ratio_processor']:4.2f} of the floor)\n"
         )
     for name, times in read.items():
         sys.stdout.write(f"{name:8} {times:6.2f} times its bytes are read in an epoch by one process\n")

@@ -1,10 +1,11 @@
-"""The normalise-and-mix on a CPU against the naive one, forward and backward, and the floor of its memory traffic.
+"""Normalise-and-mix on a CPU against a naive implementation and the floor of its memory traffic, forward and backward.
 
     python benchmarks/mix.py [--arms depth joint uniform] [--out FILE.json]
 
-Naive: every state to float32, a stack of the normalised copies, an einsum. At the paper's size for 1,024 tokens. The
-floor is the time of copying as many bytes as a pass must read and write. Extra memory is what is held beside the states
-and the result at the peak. Both with freed memory kept by malloc and, in a process of its own, without.
+The naive implementation converts every hidden state to float32, stacks the normalised copies and calls einsum. Sizes
+are the paper's, with 1,024 tokens. The floor is the time to copy the bytes that a pass must read and write. Extra
+memory is the peak beyond hidden states and result. Times are measured with freed memory kept by malloc, and without in
+a new process.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def naive(weights: Tensor, hidden: Tensor) -> Tensor:
 
 
 def case(arm: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights, states and an upstream gradient."""
+    """Return weights, hidden states and an upstream gradient."""
     torch.manual_seed(0)
     rows, depths = WEIGHTS[arm]
     hidden = (torch.randn(LAYERS, BATCH, LENGTH, CHANNELS) * 3 + 1).bfloat16()
@@ -47,7 +48,7 @@ def case(arm: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def seconds(run: Callable[[], object], repeats: int = 9) -> float:
-    """Median seconds of a run, after two others."""
+    """Return the median seconds of a run, after two warm-up runs."""
     found = []
     for _ in range(repeats + 2):
         began = time.perf_counter()
@@ -57,7 +58,7 @@ def seconds(run: Callable[[], object], repeats: int = 9) -> float:
 
 
 def copying(size: int) -> float:
-    """Seconds of reading and writing ``size`` bytes in all."""
+    """Return the seconds to copy: ``size`` bytes are read and written in total."""
     source, to = torch.empty(2, size // 2, dtype=torch.uint8)
     return seconds(lambda: to.copy_(source))
 
@@ -74,17 +75,17 @@ def times(arm: str) -> dict[str, float]:
 
 
 def extra_memory(arm: str, name: str) -> int:
-    """Bytes at the peak of a forward beyond the states and the result, in this process."""
+    """Return the peak bytes of a forward pass in this process, beyond hidden states and result."""
     weights, hidden, upstream = case(arm)
-    mix(weights[:, :1], hidden[:, :1, :1])  # whatever libraries allocate on first use
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    mix(weights[:, :1], hidden[:, :1, :1])  # allocations of libraries on first use
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = status("VmRSS")
     (naive if name == "naive" else mix)(weights, hidden)
-    return status("VmHWM") - before - upstream.nbytes  # the result is as large as its gradient
+    return status("VmHWM") - before - upstream.nbytes  # the result has the size of its gradient
 
 
 def status(name: str) -> int:
-    """A figure of this process's memory, in bytes."""
+    """Return a number of this process's memory status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 

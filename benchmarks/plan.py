@@ -1,9 +1,9 @@
-"""What training at the paper's size needs on 8, 64 and 512 GPUs: derived from counts, not measured.
+"""Memory and time of training at the paper's size on 8, 64 and 512 GPUs: derived from counts, not measured.
 
     python benchmarks/plan.py [--text-tokens 256] [--utilisation 0.4]
 
-Counted, on the meta device: parameters, matrix products and the tensors that backward needs. Assumed, and printed
-with the tables: the share of the GPU's peak that products reach, and the links' nominal bandwidths.
+Parameters, FLOPs and the tensors saved for backward are counted on the meta device. Utilisation and nominal bandwidths
+are assumed; they are printed with the tables.
 """
 
 from __future__ import annotations
@@ -44,72 +44,63 @@ NODE = 8
 PEAK = PEAKS["H100"]
 MEMORIES = {"H100": 80 * GB, "H200": 141 * GB}
 USABLE = 0.9
-"""Share of a GPU's memory to plan with: the rest is CUDA's context, workspaces and fragments."""
+"""Share of a GPU's memory to plan with; the rest is for CUDA's context, workspaces and fragmentation."""
 NVLINK = 450 * GB
-"""Bytes a second that a GPU sends inside a node ..."""
+"""Bytes a second that a GPU sends inside a node."""
 NETWORK = 50 * GB
-"""... and on to others: one 400 Gb/s adapter a GPU."""
+"""Bytes a second that a GPU sends to other nodes: one 400 Gb/s adapter a GPU."""
 MASTER, ADAM, AVERAGE, GRADIENT, HALF = 4, 8, 4, 4, 2
-"""Bytes a weight: float32 master, both Adam moments, moving average, float32 gradient; bfloat16 copy."""
+"""Bytes a weight: float32 master, both Adam moments, EMA, float32 gradient; bfloat16 copy."""
 KEPT = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten._scaled_dot_product_flash_attention)
-"""What selective activation checkpointing keeps."""
+"""Operators whose outputs selective activation checkpointing saves."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What one image or one network is, before anything is assumed."""
+    """Counts of one image and of the networks, before any assumption."""
 
     parameters: int
     """Weights of the trained transformer."""
     block: int
-    """Those of one block that are gathered together ..."""
+    """Weights of one block, which are gathered together."""
     text: int
-    """... and those that prepare the text."""
+    """Weights that prepare the text."""
     encoder: int
     """Weights of the language model."""
     codec: int
     """Weights of the autoencoder."""
     train_flops: int
-    """Products of the transformer on one image, forward and backward."""
+    """FLOPs of the transformer for one image, forward and backward."""
     encoder_flops: int
-    """Products of the language model on one prompt."""
+    """FLOPs of the language model for one prompt."""
     codec_flops: int
-    """Products of the autoencoder's encoder on one image."""
+    """FLOPs of the autoencoder's encoder for one image."""
     activations: int
-    """Bytes that backward needs of one image where nothing is computed again."""
+    """Bytes saved for backward of one image without activation checkpointing."""
     selective: int
-    """The same where products and attention are kept."""
+    """Bytes saved with selective activation checkpointing."""
     full: int
-    """The same where only the blocks' inputs are kept."""
+    """Bytes saved with full activation checkpointing."""
     ahead: int
-    """Bytes of one image's next turn, prepared meanwhile: text features, and three of the codec's largest tensors."""
+    """Bytes of one prefetched image: text features, and three of the codec's largest tensors."""
 
     @property
     def frozen(self) -> int:
-        """Bytes of the networks that are not trained: the language model in bfloat16, the autoencoder in float32."""
+        """Bytes of the frozen networks: the language model in bfloat16, the autoencoder in float32."""
         return HALF * self.encoder + 4 * self.codec
 
     @property
     def gathered(self) -> int:
-        """Bytes of weights that are whole at a time, two blocks and the text's, and of one group's gradients."""
+        """Bytes of unsharded tensors at a time: weights of two blocks and of the text, gradients of one group."""
         return HALF * (2 * self.block + self.text) + (HALF + GRADIENT) * max(self.block, self.text)
 
 
 def count_all(tokens: int) -> Counts:
-    """Run the networks of the paper's recipe on the meta device, with prompts of ``tokens``."""
+    """Count the networks of the paper's recipe on the meta device, with prompts of ``tokens``."""
     cfg, scale = paper("depth").model, SCALES["paper"]
     size = paper("depth").image_size // 8
     with META:
-        model = make_model(cfg)
-        codec = AutoencoderKL(
-            latent_channels=cfg.channels,
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        )
+        model, codec = make_model(cfg), autoencoder(cfg.channels)
         pixels = torch.empty(1, 3, 8 * size, 8 * size)
     llm = qwen3_vl(
         width=cfg.text_width,
@@ -140,14 +131,27 @@ def count_all(tokens: int) -> Counts:
     )
 
 
+def autoencoder(channels: int) -> AutoencoderKL:
+    """Return Stable Diffusion 3's autoencoder with random weights."""
+    return AutoencoderKL(
+        latent_channels=channels,
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
 def weights(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
 def saved_bytes(model: Backbone, size: int, tokens: int) -> tuple[int, int, int]:
-    """Bytes kept for backward of one image, in bfloat16: all, with selective, with full activation checkpointing.
+    """Return the bytes saved for backward of one image in bfloat16 with no, selective, full activation checkpointing.
 
-    Checkpointing computes one block again at a time, so that block's whole share is there once in any case.
+    Checkpointing recomputes one block at a time, so the activations of one block are always added.
     """
     features = blank_features(model.cfg, 1, tokens, META).to(dtype=torch.bfloat16)
     x = torch.empty(1, model.cfg.channels, size, size, device=META, dtype=torch.bfloat16)
@@ -163,7 +167,7 @@ def saved_bytes(model: Backbone, size: int, tokens: int) -> tuple[int, int, int]
 
 
 def saved(model: nn.Module, run: Callable[[], Any]) -> tuple[int, Any]:
-    """Bytes that autograd keeps of a computation, each storage once and weights left out; and its result."""
+    """Return the bytes that autograd saves for a computation, each storage once, without weights; and its result."""
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -179,7 +183,7 @@ def saved(model: nn.Module, run: Callable[[], Any]) -> tuple[int, Any]:
 
 
 class Outputs(TorchDispatchMode):
-    """Bytes of what products and attention give together, and of the largest tensor that anything gives."""
+    """Counts the bytes of the outputs of matrix products and attention, and of the largest output of any operator."""
 
     kept = largest = 0
 
@@ -194,7 +198,7 @@ class Outputs(TorchDispatchMode):
 
 @contextmanager
 def flash_attention() -> Iterator[None]:
-    """Attention as a GPU's fused kernel does it; on the meta device torch would keep the matrix of all pairs."""
+    """Use the fused attention of GPUs: on the meta device torch would save the matrix of scores."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, enable_gqa: bool = False) -> Tensor:
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
@@ -205,21 +209,21 @@ def flash_attention() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Plan:
-    """One row: what each GPU holds and how long a step takes."""
+    """One row: memory of each GPU and time of a step."""
 
     gpus: int
     images: int
-    """Images a GPU and step."""
+    """Images for each GPU and step."""
     states: float
-    """Bytes of weights, optimiser, average and gradients."""
+    """Bytes of weights, optimiser, EMA and gradients on each GPU."""
     at_once: dict[str, int]
-    """Images that fit at once with selective checkpointing, by GPU."""
+    """Largest microbatch with selective activation checkpointing, by GPU."""
     products: float
     """Seconds of matrix products."""
     fsdp: float
-    """Seconds on the links, all GPUs one shard group ..."""
+    """Seconds on the links with all GPUs in one shard group."""
     hsdp: float
-    """... and with a shard group in each node."""
+    """Seconds on the links with one shard group in each node."""
 
     @property
     def step(self) -> float:
@@ -227,16 +231,16 @@ class Plan:
 
 
 def plan(counts: Counts, gpus: int, batch: int, utilisation: float) -> Plan:
-    """Memory with all that is trained sharded over all GPUs; times with products and links overlapped perfectly."""
+    """Plan with everything that is trained sharded over all GPUs, and with perfect overlap of products and links."""
     images = batch // gpus
     states = (MASTER + ADAM + AVERAGE + GRADIENT) * counts.parameters / gpus
     at_once = {}
     for name, memory in MEMORIES.items():
         room = USABLE * memory - states - counts.gathered - counts.frozen
-        several = room - GRADIENT * counts.parameters  # microbatches add up whole gradients
+        several = room - GRADIENT * counts.parameters  # microbatches accumulate unsharded gradients
         each = counts.selective + counts.ahead
         at_once[name] = max(n for n in divisors(images) if n * each <= (room if n == images else several))
-    # Weights are gathered forward and backward in every microbatch, gradients scattered once.
+    # All-gather of the weights forward and backward in every microbatch, one reduce-scatter of the gradients.
     moved = (2 * HALF * images // min(at_once.values()) + GRADIENT) * counts.parameters
     nodes = max(1, gpus // NODE)
     between = 2 * (nodes - 1) / nodes * GRADIENT * counts.parameters / NODE / NETWORK
@@ -247,7 +251,7 @@ def plan(counts: Counts, gpus: int, batch: int, utilisation: float) -> Plan:
         states=states,
         at_once=at_once,
         products=flops / (utilisation * PEAK),
-        # The adapters of a node work together on what its GPUs gather.
+        # The adapters of a node share the traffic of its GPUs.
         fsdp=moved * (gpus - 1) / gpus / (NVLINK if nodes == 1 else min(NVLINK, NODE * NETWORK)),
         hsdp=moved * (NODE - 1) / NODE / NVLINK + between,
     )
@@ -258,7 +262,7 @@ def divisors(n: int) -> list[int]:
 
 
 def tables(tokens: int = 256, utilisation: float = 0.4) -> str:
-    """Both tables as Markdown, and what they assume."""
+    """Return both tables and their assumptions as Markdown."""
     cfg, counts = paper("depth"), count_all(tokens)
     kept = ", ".join(f"{x / GB:.2f}" for x in (counts.activations, counts.selective, counts.full))
     facts = {
@@ -268,10 +272,10 @@ def tables(tokens: int = 256, utilisation: float = 0.4) -> str:
         "products an image: transformer, forward and backward": f"{counts.train_flops / TERA:.2f} TFLOP",
         "products an image: language model": f"{counts.encoder_flops / TERA:.2f} TFLOP",
         "products an image: autoencoder": f"{counts.codec_flops / TERA:.2f} TFLOP",
-        "kept for backward an image: no, selective, full activation checkpointing": f"{kept} GB",
-        "an image's next turn, prepared meanwhile": f"{counts.ahead / GB:.2f} GB",
+        "saved for backward an image: no, selective, full activation checkpointing": f"{kept} GB",
+        "a prefetched image": f"{counts.ahead / GB:.2f} GB",
         "frozen networks on each GPU": f"{counts.frozen / GB:.1f} GB",
-        "weights and gradients that are whole at a time": f"{counts.gathered / GB:.1f} GB",
+        "unsharded weights and gradients at a time": f"{counts.gathered / GB:.1f} GB",
     }
     heads = (
         "GPUs", "images a GPU", "states a GPU (GB)", "images at once, 80 / 141 GB", "products (s)",

@@ -1,4 +1,4 @@
-"""Plots of what the benchmarks wrote: each figure beside the one that was wanted.
+"""Plots of the results of the benchmarks beside their targets.
 
 python benchmarks/plots.py docs/results/cpu docs/images/performance.png
 python benchmarks/plots.py docs/results/gpu docs/images/performance-gpu.png
@@ -14,11 +14,11 @@ from typing import Any
 from semantic_routing.analysis.figures import INK, label_axes, new_axes
 
 Rows = list[tuple[str, float, float]]
-"""Name, measured and wanted; the larger the better."""
+"""Name, measured value and target; larger is better."""
 
 
 def on_cpu(found: dict[str, Any]) -> Rows:
-    """How many times faster than the reference's way."""
+    """Return the speed-ups over the reference."""
     kept = found["mix"]["rows"]["depth"]["freed memory kept"]
     rows = [
         (f"mix {part}, S2", kept[f"naive {part}"] / kept[f"ours {part}"], 5.0)
@@ -30,7 +30,7 @@ def on_cpu(found: dict[str, Any]) -> Rows:
 
 
 def on_gpu(found: dict[str, Any]) -> Rows:
-    """Shares of the machine's own speed, and how many times better than the reference's way."""
+    """Return the shares of the hardware's speed, and the improvements over the reference."""
     mix, backbone, sampling = found["mix"], found["backbone"], found["sampling"]["ratios"]
     first, *_, last = found["train_step"]["rows"].values()
     return [

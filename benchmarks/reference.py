@@ -1,8 +1,8 @@
-"""The reference's way with a network of ours: what the benchmarks compare with, written for clearness, not speed.
+"""The computation of the reference implementation on a network of this program: the baseline of the benchmarks.
 
-Every prompt is padded to 512 tokens and every step prepares the text anew: a float32 stack of the normalised states,
-an einsum, a projection, keys and values for each block; attention takes a dense additive mask for each image token and
-repeats its keys for the query heads.
+Every prompt is padded to 512 tokens. Every step prepares the text: a float32 stack of the normalised hidden states, an
+einsum, a projection, keys and values for each block. Attention takes a dense additive mask with a row for each image
+token and repeats the keys for the query heads.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ LONGEST = 512
 
 
 def padded(features: TextFeatures, length: int = LONGEST) -> TextFeatures:
-    """The same prompts, padded to ``length`` tokens."""
+    """Pad prompts to ``length`` tokens."""
     more = length - features.mask.shape[1]
     return TextFeatures(F.pad(features.hidden, (0, 0, 0, more)), F.pad(features.mask, (0, more)))
 
 
 def stack_normalise_einsum(weights: Tensor, hidden: Tensor) -> Tensor:
-    """sum_l w_l LayerNorm(H_l) [D, B, N, C] from weights [B or 1, D, L] and states [L, B, N, C], as it is written."""
+    """Return sum_l w_l LayerNorm(H_l) [D, B, N, C] from weights [B or 1, D, L] and hidden states [L, B, N, C]."""
     normed = torch.stack([F.layer_norm(h.float(), h.shape[-1:]) for h in hidden])
     return torch.einsum("bdl,lbnc->dbnc", weights.expand(hidden.shape[1], -1, -1), normed)
 
 
 def velocity(model: DiT, features: TextFeatures, x: Tensor, t: Tensor) -> Tensor:
-    """What ``model`` predicts, the reference's way."""
+    """Return the velocity that ``model`` predicts, computed as in the reference."""
     cfg, (height, width) = model.cfg, x.shape[2:]
     if cfg.arm == "penultimate":
         normed = F.layer_norm(features.hidden[-2].float(), features.hidden.shape[-1:])

@@ -1,4 +1,4 @@
-"""Writes what a benchmark found, with its manifest beside it."""
+"""Writes the results of a benchmark and their manifest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from semantic_routing.common.manifest import manifest
 
 
 def save(args: Namespace, found: dict[str, Any], **seeds: int) -> None:
-    """``found`` to ``args.out``, where that is given, and NAME-manifest.json beside it."""
+    """Write ``found`` to ``args.out`` and NAME-manifest.json beside it; do nothing if ``args.out`` is None."""
     if args.out is None:
         return
     path: Path = args.out

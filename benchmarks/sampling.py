@@ -1,10 +1,10 @@
-"""Guided sampling against the reference's way: the same network, weights, prompts and noise in one process.
+"""Speed of guided sampling against the reference: the same network, weights, prompts and noise in one process.
 
     python benchmarks/sampling.py [--scale mid|paper] [--device cpu|cuda] [--out FILE.json]
 
-For each arm: seconds of 50 guided Euler steps the reference's way (text padded to 512 tokens and prepared at every
-step, a float32 stack of states, a dense mask, eager), ours uncompiled, and ours compiled; the ratios that have targets;
-and the floor, the time of the network's own products at the rate of one large product measured here.
+For each arm: seconds of 50 guided Euler steps in the reference (text padded to 512 tokens and prepared at every step, a
+float32 stack of hidden states, a dense mask, eager), in this program uncompiled and compiled, and the ratios that have
+targets. The floor is the time of the network's matrix products at the rate of one large product measured here.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ TOKENS, GUIDANCE = 32, 6.0
 
 
 def network(cfg: DiTConfig, device: torch.device) -> DiT:
-    """A network whose zero-initialised weights are moved, as by training; equal backbones for all arms."""
+    """Make a network with random weights in place of zero initialisation; backbones are equal for all arms."""
     torch.manual_seed(0)
     with torch.device(device):
         model = make_model(cfg).requires_grad_(False).eval()
@@ -58,14 +58,14 @@ def network(cfg: DiTConfig, device: torch.device) -> DiT:
 
 
 def prompts(cfg: DiTConfig, batch: int, tokens: int, device: torch.device) -> TextFeatures:
-    """States of prompts of ``tokens`` tokens at most, in bfloat16."""
+    """Return random features in bfloat16 of prompts with up to ``tokens`` tokens."""
     lengths = torch.linspace(tokens * 2 // 3, tokens, batch).long()
     hidden = torch.randn(cfg.text_layers, batch, tokens, cfg.text_width, device=device, dtype=torch.bfloat16)
     return TextFeatures(hidden, (torch.arange(tokens) < lengths[:, None]).to(device))
 
 
 def seconds(run: Callable[[], Tensor], repeats: int, device: torch.device) -> float:
-    """Median seconds of a run."""
+    """Return the median seconds of a run."""
     found = []
     for _ in range(repeats):
         if device.type == "cuda":
@@ -79,7 +79,7 @@ def seconds(run: Callable[[], Tensor], repeats: int, device: torch.device) -> fl
 
 
 def matrix_rate(device: torch.device) -> float:
-    """Multiplications and additions a second of one large bfloat16 product."""
+    """Return the FLOP/s of one large bfloat16 product."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
     seconds(lambda: a @ b, 3, device)
@@ -87,7 +87,7 @@ def matrix_rate(device: torch.device) -> float:
 
 
 def measure(arm: str, args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Seconds of the steps of an arm, in each way, and how far the pictures are apart."""
+    """Return the seconds of each implementation for an arm, and the difference between the images."""
     cfg = replace(SCALES[args.scale], arm=arm)
     model = network(cfg, device)
     text, null = prompts(cfg, args.batch, TOKENS, device), prompts(cfg, 1, 16, device)
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="prompts; guidance doubles them")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--others", type=int, default=3, help="repeats of the ways beside the compiled one")
+    parser.add_argument("--others", type=int, default=3, help="repeats of the reference and of the uncompiled network")
     parser.add_argument("--arms", nargs="+", default=["penultimate", "depth", "joint"])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -139,7 +139,7 @@ def main() -> None:
     floor = products * 2 * args.batch * args.steps / rate
     write = sys.stdout.write
     write(f"{hardware()}\nscale {args.scale}, {args.batch} prompts of {TOKENS} tokens, {args.steps} guided steps\n")
-    write(f"floor {floor:.2f} s: {products / 1e9:.1f} GFLOP a picture and step at {rate / 1e12:.2f} TFLOP/s\n\n")
+    write(f"floor {floor:.2f} s: {products / 1e9:.1f} GFLOP for each image and step at {rate / 1e12:.2f} TFLOP/s\n\n")
     write(f"{'':12} {'reference':>10} {'eager':>8} {'compiled':>9} {'ratio':>7} {'floors':>7} {'difference':>11}\n")
     rows: dict[str, dict[str, float]] = {}
     for arm in args.arms:
@@ -156,7 +156,7 @@ def main() -> None:
 
 
 def ratios(rows: dict[str, dict[str, float]]) -> dict[str, float]:
-    """What the targets speak of."""
+    """Return the ratios that have targets."""
     found = {}
     if "depth" in rows:
         found["S2 reference / ours"] = rows["depth"]["reference"] / rows["depth"]["compiled"]

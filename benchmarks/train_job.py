@@ -1,4 +1,4 @@
-"""Tiny training runs through the command line, as ``kill_stress.py`` and ``train_throughput.py`` start them."""
+"""Starts the tiny training runs of ``kill_stress.py`` and ``train_throughput.py`` through the command line."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ TINY = shlex.split(
     "--batch 8 --no-compile --precision fp32 --log-every 1 --preview-every 0 --preview.steps 2 --preview.batch 4 "
     "--model.depth 2 --model.width 32 --model.heads 2 --model.kv-heads 1 --model.head-dim 32 --model.mlp-width 48"
 )
-"""Settings of a toy run whose steps take milliseconds."""
+"""Options of a toy run with steps of milliseconds."""
 
 
 def tiny_encoder(scratch: Path, layers: int, width: int) -> list[str]:
-    """The option that names a language model of these sizes, made in a folder and hardly trained."""
+    """Make a barely trained language model of these sizes; returns the option that selects it."""
     captions = [drawn.caption for drawn in prompts(0, 300)]
     folder = tiny_lm(captions, layers=layers, width=width, steps=5, cache_dir=scratch)
     return ["--text.name-or-path", str(folder)]
 
 
 def merged(*parts: list[str]) -> list[str]:
-    """Options, of which a later one replaces an earlier one of the same name."""
+    """Merge options; a later one replaces an earlier one of the same name."""
     options: dict[str, list[str]] = {}
     for word in (word for part in parts for word in part):
         if word.startswith("--"):
@@ -39,7 +39,7 @@ def merged(*parts: list[str]) -> list[str]:
 
 
 def launch(args: list[str], processes: int, log: Path) -> subprocess.Popen[bytes]:
-    """Begin ``semroute train`` with one thread for each process; what it says goes to a file."""
+    """Start ``semroute train`` with one thread for each process and its output in a file."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(torchrun if processes > 1 else []), "-m", "semantic_routing", "train", *args]
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -48,14 +48,14 @@ def launch(args: list[str], processes: int, log: Path) -> subprocess.Popen[bytes
 
 
 def finish(job: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait for a run that should go well; RuntimeError with the end of its log where it does not."""
+    """Wait for a run; RuntimeError with the end of its log if it fails."""
     if job.wait():
-        said = log.read_text(encoding="utf-8", errors="replace")
-        raise RuntimeError(f"the run ended with {job.returncode}: ... {said[-8000:]}")
+        output = log.read_text(encoding="utf-8", errors="replace")
+        raise RuntimeError(f"the run ended with {job.returncode}: ... {output[-8000:]}")
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's metrics."""
+    """Return the complete lines of a run's metrics."""
     path = run / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("}")]

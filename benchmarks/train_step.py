@@ -1,13 +1,13 @@
-"""A training step against the reference's way, in one process, and the floor of its matrix products.
+"""Time of a training step against the reference, in one process, and the floor of its matrix products.
 
     python benchmarks/train_step.py [--scale toy|paper] [--device cpu|cuda] [--out FILE.json]
 
-toy: the whole step of the toy recipe. The reference is eager autocast and torch's own Muon; then, one after another,
-freed memory kept, Muon by batches, and everything compiled.
+toy: the complete step of the toy recipe. The reference is eager autocast with torch's Muon; then, added in turn: freed
+memory kept, batched Muon, compilation.
 
-paper: the backbone at paper size with AdamW, text states given (150 of 512 tokens in the mean), 256x256 pictures. The
-reference pads to 512 tokens, keeps a float32 stack of the states and a dense mask; ours mixes what the longest prompt
-needs and compiles the blocks. Peak memory is beside the time.
+paper: the backbone at the paper's size with AdamW and 256x256 images; hidden states are given (150 of 512 tokens on
+average). The reference pads to 512 tokens and keeps a float32 stack of the hidden states and a dense mask. This program
+pads to the longest prompt and compiles the blocks. Peak memory is printed too.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ TARGETS = {"toy": {"time": 3.0}, "paper": {"time": 1.8, "memory": 1 / 0.6}}
 
 
 def toy_rows(steps: int) -> tuple[Rows, float]:
-    """Seconds a step in each way, and the multiplications and additions of the blocks in one."""
+    """Return the seconds of a step in each variant, and the FLOPs of the blocks in one step."""
     data = open_data(DataConfig(), image_size=32, seed=0)
     folder = tiny_lm(data.captions(2000), steps=5)
     cfg = replace(toy("depth"), text=TextEncoderConfig(name_or_path=str(folder), dtype="bfloat16"), compile=False)
@@ -84,7 +84,7 @@ def toy_rows(steps: int) -> tuple[Rows, float]:
 
 
 def paper_rows(steps: int, device: torch.device, batch: int, cfg: DiTConfig) -> tuple[Rows, float]:
-    """As ``toy_rows``, at paper size on a GPU, with gigabytes of peak memory."""
+    """Return the same as ``toy_rows`` for the paper's size on a GPU, with gigabytes of peak memory."""
     torch.manual_seed(0)
     lengths = (torch.distributions.Exponential(1 / 150).sample((batch,)) + 1).clamp(max=512).long()
     lengths = (lengths * (150 / lengths.float().mean())).long().clamp(1, 512)

@@ -1,9 +1,9 @@
-"""Images a second of the whole training loop, and what share of it goes into data, metrics and checkpoints.
+"""Images a second of the training loop, and the shares of data, metrics and checkpoints in its time.
 
     python benchmarks/train_throughput.py [--processes 1 2] [--steps 60] [--json FILE] [settings of semroute train]
 
-Trains the toy recipe through the command line, uncompiled, one thread a process, with metrics at every step and a
-checkpoint at every twentieth, and reads what the run itself wrote down. The first steps do not count.
+Trains the toy recipe through the command line, uncompiled, with one thread for each process, metrics at every step and
+a checkpoint at every twentieth, and reads the metrics of the run. The first steps do not count.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def measured(run: Path) -> dict:
-    """Speed and shares of a run with metrics at every step."""
+    """Return speed and shares of a run with metrics at every step."""
     rows = metrics(run)[WARM_UP:]
     seconds = sum(row["step_s"] for row in rows)
     images = sum(row["images_per_s"] * row["step_s"] for row in rows)

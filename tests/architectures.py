@@ -1,8 +1,8 @@
-"""Make the table of ``docs/text-encoders.md``: what becomes of a tiny model of each text architecture.
+"""Writes the table of ``docs/text-encoders.md``: whether the text encoder loads each architecture of transformers.
 
-    python tests/architectures.py     # after transformers or the text encoder changed
+    python tests/architectures.py     # after a change of transformers or of the text encoder
 
-A model of three random layers is saved, loaded as any other, and its states are compared with its own.
+A tiny random model of three layers is saved and loaded, and the encoder's hidden states are compared with the model's.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, PreTrainedTokenizerFast
 from transformers.models.auto import modeling_auto
@@ -33,7 +34,7 @@ LAYERS = 3
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "red", "blue", "circle", "square", "and", "the", "of"]
 PROMPTS = ["a red circle and the blue square", "blue", "the square of a red circle " * 4, ""]
 MOST = 4_000_000
-"""Parameters of a model that is called tiny."""
+"""Largest number of parameters of a tiny model."""
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size"), 32),
     **dict.fromkeys(("intermediate_size", "d_ff", "n_inner"), 48),
@@ -61,20 +62,22 @@ MORE: dict[str, dict[str, Any]] = {
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention", "full_attention"]},
 }
 FIRST_IS_A_LAYER = {"mamba", "falcon_mamba", "rwkv"}
-"""Their hidden_states begin with the first layer's output and not with the embedding."""
+"""Architectures whose hidden_states begin with the first layer's output, not with the embedding."""
+NOT_BUILT = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, StrictDataclassError)
+"""Errors of transformers for an architecture that cannot have these sizes."""
 
 
 class Row(NamedTuple):
-    """What becomes of an architecture."""
+    """The result for an architecture."""
 
     name: str
     verdict: str
-    """loads, no keys, refused or untested."""
+    """One of: loads, no keys, differs, refused, untested."""
     reason: str = ""
 
 
 def names() -> list[str]:
-    """The architectures of transformers that read text."""
+    """Return the text architectures of transformers."""
     maps = (
         modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -84,7 +87,7 @@ def names() -> list[str]:
 
 
 def build(name: str) -> Any:
-    """A tiny random model; RuntimeError where it is not tiny."""
+    """Make a tiny random model; RuntimeError if it is not tiny."""
     config = CONFIG_MAPPING[name](**(SIZES | MORE.get(name, {})))
     if not config.is_encoder_decoder:
         config = config.get_text_config()
@@ -112,16 +115,16 @@ def tokenizer() -> Any:
 
 
 def examined(name: str, folder: Path) -> Row:
-    """Save, load and compare one architecture. What its features differ in is its reason."""
+    """Save, load and compare one architecture."""
     try:
         model = build(name)
         model.save_pretrained(folder)
-    except Exception:  # of libraries' own code, by sizes that are not theirs
+    except NOT_BUILT:
         return Row(name, "untested")
     tokenizer().save_pretrained(folder)
     try:
         encoder = TextEncoder.from_pretrained(TextEncoderConfig(name_or_path=str(folder), max_tokens=48))
-        # transformers takes Qwen's own splitting for that model, whatever was saved
+        # For Qwen transformers replaces the saved tokenizer by Qwen's own.
         encoder = TextEncoder.from_model(encoder.model, tokenizer(), encoder.config, LAYERS)
         check(encoder, model, name)
     except ValueError as error:
@@ -136,7 +139,7 @@ def examined(name: str, folder: Path) -> Row:
 
 
 def reason(error: ValueError, folder: Path) -> str:
-    """The message without the folder and the rest that differs from run to run."""
+    """Return the message without the parts that differ from run to run, such as the folder."""
     assert "\n" not in str(error), error
     text = str(error).replace(repr(str(folder)), "").replace(str(folder), "")
     text = re.sub(r"^ *\([\w-]+\) ", "", text)
@@ -144,7 +147,7 @@ def reason(error: ValueError, folder: Path) -> str:
 
 
 def check(encoder: TextEncoder, model: Any, name: str) -> None:
-    """States are finite, the model's own, and free of padding and the rest of the batch."""
+    """Raise AssertionError unless the hidden states are finite, the model's own, and independent of the batch."""
     together = encoder.encode(PROMPTS)
     assert together.hidden.isfinite().all(), name
     for b, prompt in enumerate(PROMPTS):
@@ -155,7 +158,7 @@ def check(encoder: TextEncoder, model: Any, name: str) -> None:
     whole = encoder.config
     try:
         lower = TextEncoder.from_pretrained(replace(whole, layers="1..2"))
-    except ValueError as error:  # some can be loaded with all layers only
+    except ValueError as error:  # some architectures load only with all layers
         if "weights in" not in str(error):
             raise
     else:
@@ -175,7 +178,7 @@ def check(encoder: TextEncoder, model: Any, name: str) -> None:
 
 
 def near(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> None:
-    """AssertionError where they differ by more than rounding."""
+    """Raise AssertionError if the tensors differ by more than rounding."""
     assert (ours - theirs).abs().max() <= 1e-4 * max(1.0, float(theirs.abs().max())), what
 
 
@@ -197,24 +200,26 @@ def survey() -> Iterator[Row]:
 
 
 def table() -> str:
-    """The part of the page between the markers."""
+    """Return the text between the markers of the page."""
     rows = list(survey())
-    said = {v: [r for r in rows if r.verdict == v] for v in ("loads", "no keys", "differs", "refused", "untested")}
+    by_verdict = {
+        v: [r for r in rows if r.verdict == v] for v in ("loads", "no keys", "differs", "refused", "untested")
+    }
 
     def listed(verdict: str) -> str:
-        return ", ".join(row.name for row in said[verdict])
+        return ", ".join(row.name for row in by_verdict[verdict])
 
     text = f"Transformers {transformers.__version__}, by `model_type` of the text model:\n\n"
     text += f"- Loads: {listed('loads')}.\n- Loads, without keys for the deep-fusion baseline: {listed('no keys')}.\n"
-    if said["differs"]:
-        unlike = "; ".join(row.reason for row in said["differs"])
+    if by_verdict["differs"]:
+        unlike = "; ".join(row.reason for row in by_verdict["differs"])
         text += f"- Loads, but its states are not the model's own (do not use): {unlike}.\n"
     text += f"- Not tested, for want of a tiny model: {listed('untested')}.\n\n| refused | reason |\n| --- | --- |\n"
-    return text + "".join(f"| {row.name} | {row.reason.replace('|', '')} |\n" for row in said["refused"])
+    return text + "".join(f"| {row.name} | {row.reason.replace('|', '')} |\n" for row in by_verdict["refused"])
 
 
 def halves() -> tuple[str, str, str]:
-    """The page before, between and after the markers."""
+    """Return the page before, between and after the markers."""
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN + "\n")
     between, after = rest.split(END)
     return before + BEGIN + "\n", between, END + after

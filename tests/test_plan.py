@@ -1,9 +1,8 @@
-"""The planning tables: what is counted has closed forms, and the page shows what the program prints."""
+"""The planning tables: counts against closed forms, and the page against the output of the program."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
 from pathlib import Path
 from types import ModuleType
 
@@ -16,13 +15,9 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def plan() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plan", ROOT / "benchmarks" / "plan.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["plan"] = module  # where dataclasses look for their module
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        return importlib.import_module("plan")
 
 
 def test_the_page_shows_what_the_program_prints(plan: ModuleType) -> None:
@@ -31,23 +26,23 @@ def test_the_page_shows_what_the_program_prints(plan: ModuleType) -> None:
     assert shown == plan.tables() + "\n"
 
 
-def test_saved_bytes_are_those_of_a_small_network_by_hand(plan: ModuleType) -> None:
+def test_saved_bytes_of_a_small_network(plan: ModuleType) -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
         x = torch.empty(5, 8)
     found, _ = plan.saved(model, lambda: model(x))
-    assert found == 4 * (5 * 8 + 5 * 16)  # the input, and the activation that is also the second layer's input
+    assert found == 4 * (5 * 8 + 5 * 16)  # the input, and the ReLU's output, which is the second layer's input
 
 
-def test_attention_keeps_no_matrix_of_all_pairs(plan: ModuleType) -> None:
+def test_attention_saves_no_matrix_of_scores(plan: ModuleType) -> None:
     with torch.device("meta"):
         q, k = torch.empty(1, 4, 64, 16, requires_grad=True), torch.empty(1, 2, 64, 16, requires_grad=True)
     with plan.flash_attention():
         attend = nn.functional.scaled_dot_product_attention
         found, out = plan.saved(nn.Module(), lambda: attend(q, k, k, enable_gqa=True))
     assert out.shape == q.shape
-    tensors = 4 * 64 * 16 * (4 + 2 + 4)  # queries, keys that are values too, outputs
-    assert tensors <= found < tensors + 4 * 4 * 64 * 2  # and one number for each row
+    tensors = 4 * 64 * 16 * (4 + 2 + 4)  # queries, keys that serve as values too, outputs
+    assert tensors <= found < tensors + 4 * 4 * 64 * 2  # and one number for each query
 
 
 def counts(plan: ModuleType, **changes: int) -> object:
@@ -71,7 +66,7 @@ def test_a_row_is_arithmetic(plan: ModuleType) -> None:
     assert wide.hsdp == pytest.approx(8e9 * 7 / 8 / 450e9 + 2 * 7 / 8 * 4e9 / 8 / 50e9)
 
 
-def test_microbatches_cost_whole_gradients_and_another_gathering(plan: ModuleType) -> None:
+def test_microbatches_need_unsharded_gradients_and_another_all_gather(plan: ModuleType) -> None:
     row = plan.plan(counts(plan, selective=2 * 10**9), 8, 512, utilisation=0.5)
     assert row.at_once == {"H100": 32, "H200": 32}  # (72 or 126.9 - 2.5 - 4 GB) / 2 GB, as a divisor of 64
     assert row.fsdp == pytest.approx((2 * 2 * 2 + 4) * 1e9 * 7 / 8 / 450e9)

@@ -1,4 +1,4 @@
-"""Table 4: parameters to the last digit, FLOPs by the paper's accounting, and what this program does instead."""
+"""Table 4: parameters to the last digit, and FLOPs and memory traffic of the reference and of this program."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from semantic_routing.cli.overhead import OverheadArguments, run_overhead
 from semantic_routing.model.build import make_model
 from semantic_routing.model.dit import DiTConfig
 from semantic_routing.training import recipes
+from tests.helpers.networks import tiny_config
 
 PARAMS = {
     "penultimate": 2_246_693_952,
@@ -25,18 +26,7 @@ PARAMS = {
     "fusedit": 1_711_646_784,
 }
 TINY = Scale(
-    model=DiTConfig(
-        depth=3,
-        width=24,
-        heads=4,
-        kv_heads=2,
-        head_dim=8,
-        mlp_width=40,
-        channels=3,
-        text_width=20,
-        text_layers=5,
-        fusedit_first_layer=1,
-    ),
+    model=tiny_config(width=24, heads=4, kv_heads=2, mlp_width=40, text_width=20, text_layers=5, fusedit_first_layer=1),
     encoder_heads=6,
     encoder_kv_heads=2,
     encoder_head_dim=4,
@@ -65,7 +55,7 @@ def test_preparing_text_once_makes_depth_cheaper_than_the_papers_baseline() -> N
 
 
 def closed_form(arm: str, tokens: int) -> dict[str, int]:
-    """Weight products of ``TINY`` written out by hand: encoder, one preparation of text, one step of images."""
+    """Return the products of ``TINY`` with weights, written out: encoder, one text preparation, one step of images."""
     cfg, image = TINY.model, TINY.latent_size**2 // 4
     query, key = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
     mlp = 3 * cfg.width * cfg.mlp_width
@@ -97,7 +87,7 @@ def test_all_products_add_attention_and_mixing() -> None:
     prompts, image, query = 2, 16, 32
     attention = 7 * 3 * prompts * 2 * (2 * image * (image + 6) * query)
     encoder = 5 * prompts * 2 * (2 * 6 * 6 * 24)
-    # Per token and block: the weights over the deviations, the weighted states, and the weighted means.
+    # Per token and block: weights over deviations, weighted hidden states, weighted means.
     mixing = prompts * 6 * 2 * 3 * 5 * 20
     rest = row.flops_ours_all - row.flops_ours - attention - encoder
     assert mixing <= rest <= mixing * 1.2
@@ -177,7 +167,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_no_arms_are_an_error() -> None:
-    with pytest.raises(ValueError, match="nothing to measure: name some of the arms penultimate, uniform"):
+    with pytest.raises(ValueError, match="nothing to measure: give --arms with some of penultimate, uniform"):
         run_overhead(OverheadArguments(arms=()))
 
 

@@ -1,4 +1,4 @@
-"""Which figures an arm has, and that they hold the formulas' numbers."""
+"""The figures of each arm, and their numbers against the formulas."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from semantic_routing.analysis.distances import compare_routers, mean_similarity
 from semantic_routing.analysis.profiles import profiles, routing_figures
 from semantic_routing.analysis.routers import TIMES, routing_weights
 from semantic_routing.analysis.statistics import js_similarity, total_variation, wasserstein_steps
-from semantic_routing.model.build import make_model
-from semantic_routing.model.dit import Backbone, DiTConfig
+from semantic_routing.model.dit import Backbone
+from tests.helpers.networks import tiny_network
 
 DEPTH, LAYERS = 4, 5
 BLOCKS = ["similarity-blocks", "trend-blocks", "effective-layers-blocks"]
@@ -19,12 +19,7 @@ OVER_TIME = ["similarity-times", "trend-times", "effective-layers-times", "wasse
 
 
 def trained(arm: str, scale: float = 1.0) -> Backbone:
-    sizes = {"depth": DEPTH, "width": 16, "heads": 2, "kv_heads": 1, "head_dim": 8, "mlp_width": 16, "channels": 3}
-    model = make_model(DiTConfig(arm=arm, text_width=8, text_layers=LAYERS, **sizes)).requires_grad_(False)
-    for name, p in model.named_parameters():
-        if name.startswith("router."):
-            p.normal_(std=scale)
-    return model
+    return tiny_network(arm, std=scale, depth=DEPTH, text_layers=LAYERS)
 
 
 @pytest.mark.parametrize(
@@ -72,12 +67,12 @@ def test_effective_layers_of_each_block_and_of_the_mean_over_blocks() -> None:
     assert alone.columns == ["effective layers"]
 
 
-def test_weights_that_are_all_alike_have_one_colour() -> None:
+def test_equal_weights_have_one_colour() -> None:
     figure = {drawn.name: drawn.figure for drawn in routing_figures(trained("time", scale=0.0))}["similarity-times"]
     assert figure.axes[0].collections[0].get_clim() == (0.99, 1)
 
 
-def test_profiles_leave_out_what_routing_ignores() -> None:
+def test_profiles_leave_out_axes_that_routing_ignores() -> None:
     assert profiles(trained("depth")).by_time is None
     assert profiles(trained("time")).by_block is None
     found = profiles(trained("joint"))
@@ -103,6 +98,6 @@ def test_models_are_compared_pair_by_pair() -> None:
 
 
 def test_models_of_other_shapes_are_not_compared() -> None:
-    small = make_model(DiTConfig(arm="depth", depth=2, width=16, heads=2, kv_heads=1, head_dim=8, text_layers=3))
+    small = tiny_network("depth", depth=2, text_layers=3)
     with pytest.raises(ValueError, match="b has 2 blocks reading 3 layers, a has 4 reading 5"):
         list(compare_routers(["a", "b"], [trained("depth"), small]))

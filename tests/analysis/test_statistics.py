@@ -64,7 +64,7 @@ def test_weights_are_normalised_first() -> None:
 
 
 @pytest.mark.parametrize("wrong", [[[0.5, -0.5]], [[0.0, 0.0]], [[1.0, 0.0], [0.0, 0.0]], [[np.nan, 1.0]]])
-def test_what_is_no_distribution_is_refused(wrong: list) -> None:
+def test_negative_and_empty_weights_are_refused(wrong: list) -> None:
     with pytest.raises(ValueError, match="non-negative, with a positive sum"):
         center(np.array(wrong))
 
@@ -72,7 +72,7 @@ def test_what_is_no_distribution_is_refused(wrong: list) -> None:
 def test_jensen_shannon_of_disjoint_equal_and_half_overlapping() -> None:
     assert js_divergence(point(0), point(3)) == 1
     assert js_divergence(UNIFORM, UNIFORM) == 0
-    # Of one layer and of it and another alike: H(3/4, 1/4) - 1/2 bit.
+    # One layer against an equal mix of it and another: H(3/4, 1/4) - 1/2 bit.
     half = np.array([0.5, 0.5, 0, 0, 0])
     bits = -(0.75 * np.log2(0.75) + 0.25 * np.log2(0.25)) - 0.5
     assert js_divergence(point(0), half) == pytest.approx(bits)

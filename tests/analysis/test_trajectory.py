@@ -1,4 +1,4 @@
-"""Known paths: the forward process itself, a path that runs ahead by design, and a tiny model's."""
+"""Trajectories with known errors: the forward process itself, one that runs ahead by design, and a tiny model's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def at(t: torch.Tensor) -> torch.Tensor:
     return (1 - t) * NOISE + t * FINAL
 
 
-def test_an_exact_trajectory_is_where_its_clock_says() -> None:
+def test_the_forward_process_itself_has_no_lead() -> None:
     found = measure([at(t) for t in TIMES], FINAL, TIMES.numpy(), torch.randn(3, 2, 4, 4))
     assert np.abs(found.lead).max() < 1e-3
     assert found.error == pytest.approx(found.forward, rel=1e-4)
@@ -35,7 +35,7 @@ def test_eulers_method_on_a_straight_flow_is_exact() -> None:
     assert np.abs(found.lead).max() < 1e-3
 
 
-def test_a_path_that_runs_ahead_leads_by_as_much() -> None:
+def test_a_trajectory_that_runs_ahead_leads_by_that_much() -> None:
     ahead = 1 - (1 - TIMES) ** 2  # t + t (1 - t)
     found = measure([at(t) for t in ahead], FINAL, TIMES.numpy(), NOISE)
     expected = (TIMES * (1 - TIMES)).numpy()[:, None]

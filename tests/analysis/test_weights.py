@@ -1,4 +1,4 @@
-"""Routing weights: they are the router's own, read without the backbone, and drawn with their numbers beside."""
+"""Routing weights: read from the router alone, and drawn with their numbers beside them."""
 
 import csv
 import json
@@ -17,24 +17,18 @@ from semantic_routing.common.config import to_dict
 from semantic_routing.model.build import make_model
 from semantic_routing.model.dit import Backbone, DiTConfig
 from tests.helpers.checkpoints import save_checkpoint
+from tests.helpers.networks import tiny_config, tiny_network
 
 DEPTH, LAYERS = 4, 5
 
 
 def config(arm: str) -> DiTConfig:
-    return DiTConfig(
-        arm=arm, depth=DEPTH, width=16, heads=2, kv_heads=1, head_dim=8, mlp_width=16, channels=3,
-        text_width=8, text_layers=LAYERS, fusedit_first_layer=1,
-    )  # fmt: skip
+    return tiny_config(arm, depth=DEPTH, text_layers=LAYERS, fusedit_first_layer=1)
 
 
 def trained(arm: str) -> Backbone:
-    """A model whose router is no longer the uniform average."""
-    model = make_model(config(arm))
-    for name, p in model.named_parameters():
-        if name.startswith("router."):
-            torch.nn.init.normal_(p)
-    return model
+    """Make a model whose weights are far from uniform."""
+    return tiny_network(arm, std=1.0, depth=DEPTH, text_layers=LAYERS, fusedit_first_layer=1)
 
 
 def write_run(folder: Path, model: Backbone) -> Path:
@@ -130,7 +124,7 @@ def test_every_figure_has_its_numbers_beside_it(tmp_path, arm, names):
         assert np.array_equal(np.array([row[1:] for row in rows], dtype=np.float32), archive["values"])
 
 
-def test_what_the_figures_show(tmp_path):
+def test_figures_hold_the_weights_of_their_times_and_blocks(tmp_path):
     model = trained("joint")
     for drawn in weight_figures(model):
         drawn.save(tmp_path / "out")
@@ -152,11 +146,11 @@ def test_times_and_blocks_are_chosen():
     assert drawn["lines-block2"].values == pytest.approx(routing_weights(model, [0.125, 0.9])[:, 2])
     (lines,) = [figure for figure in weight_figures(trained("depth"), blocks=[3, 1]) if figure.name == "lines"]
     assert lines.rows == ["block 3", "block 1"]
-    with pytest.raises(ValueError, match="there is no block 4: this model's are 0 to 3"):
+    with pytest.raises(ValueError, match="there is no block 4: this model has blocks 0 to 3"):
         list(weight_figures(model, blocks=[0, 4]))
 
 
-def test_heatmaps_start_with_block_0_on_top_and_say_their_numbers():
+def test_heatmaps_start_with_block_0_on_top_and_show_their_numbers():
     weights = np.float32([[1, 0, 0], [0.25, 0.5, 0.25]])
     axes = plot_heatmap(weights).axes[0]
     bottom, top = axes.get_ylim()

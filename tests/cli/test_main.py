@@ -270,7 +270,7 @@ BAD = {
     "train --config typo.json --out out": "unknown setting 'prompt_dropuot'; did you mean 'prompt_dropout'?",
     "train --config type.json --out out": "batch is '4', which is not int",
     "train --config text.json --out out": "text.json is not JSON",
-    "train --config empty --out out": "cannot read prompts file empty: Is a directory",
+    "train --config empty --out out": "cannot read empty: Is a directory",
     "train toy --config good.json --out out": "leave out the recipe and --arm",
     "train --config good.json --text.name-or-path nowhere --out out": "no text encoder at 'nowhere'",
     "train --config good.json --data.paths nowhere --out out": "nowhere' does not exist",

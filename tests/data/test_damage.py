@@ -18,8 +18,8 @@ def skipped(number: int, reason: str = "truncated", stand_in: bool = False) -> S
 def test_processes_that_exchange_tallies_agree(tmp_path: Path):
     logs = [DamageLog(tmp_path / FILE if rank == 0 else None, most=1.0) for rank in range(3)]
     for rank, log in enumerate(logs):
-        log.add(4, [skipped(rank), skipped(9, "not an image", stand_in=True)])
-        log.add(4, [skipped(rank + 10, "zero bytes")] if rank else [])
+        log.add([(skipped(rank), skipped(9, "not an image", stand_in=True)), (), (), ()])
+        log.add([(), (), (skipped(rank + 10, "zero bytes"),) if rank else (), ()])
     tallies = [log.take() for log in logs]
     for log in logs:
         log.merge(tallies)
@@ -34,12 +34,13 @@ def test_processes_that_exchange_tallies_agree(tmp_path: Path):
 def test_a_record_is_listed_once_also_after_a_restart(tmp_path: Path):
     log = DamageLog(tmp_path / FILE, most=1.0)
     for number in (1, 2, 1):
-        log.add(1, [skipped(number)])
+        log.add([[skipped(number)]])
         log.merge([log.take()])
     with (tmp_path / FILE).open("a") as file:
         file.write('{"source": "da')  # killed while it wrote
-    again = DamageLog(tmp_path / FILE, most=1.0, counts=log.counts())
-    again.add(2, [skipped(2), skipped(3)])
+    again = DamageLog(tmp_path / FILE, most=1.0)
+    again.restore(log.counts())
+    again.add([[skipped(2)], [skipped(3)]])
     again.merge([again.take()])
     assert again.counts() == {"rows": 5, "truncated": 5}
     listed = (tmp_path / FILE).read_text()
@@ -48,11 +49,11 @@ def test_a_record_is_listed_once_also_after_a_restart(tmp_path: Path):
 
 def test_too_large_a_share_stops_every_process_but_not_too_early(tmp_path: Path):
     log = DamageLog(None, most=0.1, enough=100)
-    log.add(99, [skipped(i) for i in range(50)])
+    log.add([[skipped(i)] for i in range(50)] + [[]] * 49)
     log.merge([log.take()])
-    log.add(401, [])
+    log.add([[]] * 401)
     log.merge([log.take()])  # 50 of 500 are a tenth
-    log.add(1, [skipped(50, "not an image")])
+    log.add([[skipped(50, "not an image")]])
     with pytest.raises(
         TrainingFailed, match=r"51 of 501 .*\(50 truncated, 1 not an image\).*more than the 10% allowed"
     ):

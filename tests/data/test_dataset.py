@@ -30,13 +30,13 @@ def folder(path: Path, count: int, size: tuple[int, int] = (8, 8)) -> str:
 
 def captions(cfg: DataConfig, steps: int, batch: int, seed: int = 0) -> list[str]:
     data = open_data(cfg, image_size=8, seed=seed)
-    return [row.caption for step in range(steps) for _, row in data.load(step, batch, range(batch))]
+    return [row.caption for step in range(steps) for row in data.load(step, batch, range(batch))]
 
 
 def test_the_toy_world_is_the_default():
     data = open_data(DataConfig(), image_size=32, seed=3)
-    for number, (stream, row) in enumerate(data.load(5, 16, range(16))):
-        assert (stream, (row.epoch, row.sample)) == (0, locate(3, 80 + number, 2**40))
+    for number, row in enumerate(data.load(5, 16, range(16))):
+        assert (row.stream, (row.epoch, row.sample)) == (0, locate(3, 80 + number, 2**40))
         drawn = sample(3, row.sample, size=32)
         assert (row.caption, split_of(row.caption)) == (drawn.caption, "train")
         np.testing.assert_array_equal(row.image, drawn.image)
@@ -58,15 +58,15 @@ def test_without_weights_all_records_come_once_an_epoch(tmp_path: Path):
 def test_with_weights_each_source_has_a_stream_of_its_own(tmp_path: Path):
     paths = (folder(tmp_path / "a", 3), folder(tmp_path / "b", 9), "shapes")
     data = open_data(DataConfig(paths=paths, weights=(2.0, 1.0, 1.0)), image_size=8, seed=7)
-    loaded = [pair for step in range(6) for pair in data.load(step, 6, range(6))]
+    loaded = [row for step in range(6) for row in data.load(step, 6, range(6))]
     mixture = Mixture((2.0, 1.0, 1.0))
-    for position, (number, row) in enumerate(loaded):
+    for position, row in enumerate(loaded):
         source, place = mixture.locate(position)
-        assert number == source
+        assert row.stream == source
         assert row.seed == stream_seed(7, source)
         assert row.caption == data.streams[source].load(place).caption
-    assert Counter(row.caption for number, row in loaded if number == 0) == {f"a {i}": 6 for i in range(3)}
-    assert {row.caption for number, row in loaded if number == 1} == {f"b {i}" for i in range(9)}
+    assert Counter(row.caption for row in loaded if row.stream == 0) == {f"a {i}": 6 for i in range(3)}
+    assert {row.caption for row in loaded if row.stream == 1} == {f"b {i}" for i in range(9)}
     watched = data.captions(9)
     assert [caption[:2] for caption in watched[::3]] == ["a "] * 3
     assert len(watched) == 9
@@ -76,10 +76,8 @@ def test_any_part_of_a_batch_is_the_same_as_in_the_whole():
     data = open_data(DataConfig(), image_size=16, seed=0)
     whole = data.load(3, 8, range(8))
     parts = data.load(3, 8, range(4)) + data.load(3, 8, range(4, 8))
-    assert [row.sample for _, row in whole] == [row.sample for _, row in parts]
-    assert [row.sample for step in (6, 7) for _, row in data.load(step, 4, range(4))] == [
-        row.sample for _, row in whole
-    ]
+    assert [row.sample for row in whole] == [row.sample for row in parts]
+    assert [row.sample for step in (6, 7) for row in data.load(step, 4, range(4))] == [row.sample for row in whole]
     for step, batch, rows in ((-1, 8, range(8)), (0, 0, range(0)), (0, 4, range(2, 5))):
         with pytest.raises(ValueError, match="expected some of a batch"):
             data.load(step, batch, rows)
@@ -105,10 +103,10 @@ def test_a_batch_with_buckets_is_of_one_shape(tmp_path: Path):
     cfg = DataConfig(paths=paths, buckets=True, bucket_multiple=4)
     data = open_data(cfg, image_size=16, seed=0)
     batches = [data.load(step, 3, range(3)) for step in range(4)]
-    names = [{(row.caption.split()[0], row.image.shape[:2]) for _, row in batch} for batch in batches]
+    names = [{(row.caption.split()[0], row.image.shape[:2]) for row in batch} for batch in batches]
     assert all(len(batch) == 1 for batch in names)
     assert Counter(next(iter(batch)) for batch in names) == {("wide", (12, 20)): 2, ("tall", (20, 12)): 2}
-    assert len({row.caption for batch in batches for _, row in batch}) == 12
+    assert len({row.caption for batch in batches for row in batch}) == 12
 
 
 def test_configurations_survive_json():
@@ -121,9 +119,9 @@ def test_configurations_survive_json():
     [
         ({"paths": ()}, "paths is empty"),
         ({"paths": ("a", "b"), "weights": (1.0,)}, "1 weights for 2 paths"),
-        ({"paths": ("shapes", "b")}, "no end"),
+        ({"paths": ("shapes", "b")}, "endless"),
         ({"buckets": True}, "is square"),
-        ({"max_damaged": 1.5}, "share from 0 to 1"),
+        ({"max_damaged": 1.5}, "must be from 0 to 1"),
         ({"window": 0}, "window is 0"),
         ({"workers": -1}, "workers is -1"),
         ({"max_aspect": 0.5}, "max_aspect"),

@@ -19,10 +19,11 @@ import torch
 from PIL import Image
 
 from semantic_routing.common.errors import TrainingFailed
+from semantic_routing.data.batch import Batch
 from semantic_routing.data.damage import FILE, DamageLog
 from semantic_routing.data.dataset import DataConfig, Dataset, open_data
 from semantic_routing.data.draws import draw, posterior_noise
-from semantic_routing.data.loader import Batch, Loader, prefetch
+from semantic_routing.data.loader import Loader, prefetch
 from tests.helpers.damaged import EVERY, RECORDS, TEN, write_shards
 
 LATENT = (2, 4, 4)
@@ -46,16 +47,16 @@ def taken(data: Dataset, first: int, steps: int, **how: int) -> list[Batch]:
 def assert_same(one: Batch, other: Batch) -> None:
     for name in ("images", "noise", "posterior_noise", "time_uniform", "drop_uniform"):
         assert torch.equal(getattr(one, name), getattr(other, name))
-    assert (one.captions, one.samples, one.damaged) == (other.captions, other.samples, other.damaged)
+    assert (one.captions, one.samples, one.skipped) == (other.captions, other.samples, other.skipped)
 
 
 def test_a_batch_is_its_rows(data: Dataset):
     batch = Loader(data, batch=8, noise_shape=LATENT, posterior=True).load(30)
-    rows = [row for _, row in data.load(30, 8, range(8))]
+    rows = data.load(30, 8, range(8))
     assert batch.samples == [(0, row.epoch, row.sample) for row in rows]
     assert {epoch for _, epoch, _ in batch.samples} == {1}
     assert batch.captions == [row.caption for row in rows]
-    assert batch.damaged == [one for row in rows for one in row.skipped]
+    assert batch.skipped == [row.skipped for row in rows]
     for i, row in enumerate(rows):
         np.testing.assert_array_equal(batch.images[i].numpy(), row.image)
         drawn = draw(1, row.sample, row.epoch, LATENT)
@@ -75,7 +76,7 @@ def test_ranks_have_equal_parts_of_the_same_batches(data: Dataset, world: int):
         assert torch.equal(torch.cat([part[step].images for part in parts]), batch.images)
         assert torch.equal(torch.cat([part[step].noise for part in parts]), batch.noise)
         assert [caption for part in parts for caption in part[step].captions] == batch.captions
-        assert [skipped for part in parts for skipped in part[step].damaged] == batch.damaged
+        assert [skipped for part in parts for skipped in part[step].skipped] == batch.skipped
 
 
 @pytest.mark.parametrize("how", [{"ahead": 3}, {"workers": 1}, {"workers": 2, "ahead": 2}], ids=str)
@@ -127,7 +128,7 @@ def test_every_damaged_record_is_counted_by_its_reason(data: Dataset, tmp_path: 
             assert batch.images.shape == (4, 8, 8, 3)
             assert (batch.images == batch.images[:, :1, :1]).all()  # only whole pictures, which are of one colour
             assert all(caption.startswith("number ") for caption in batch.captions)
-            log.add(len(batch.captions), batch.damaged)
+            log.add(batch.skipped)
         tallies = [log.take() for log in logs]
         for log in logs:
             log.merge(tallies)

@@ -1,9 +1,10 @@
-"""A study's plan, its numbers in closed form, and a tiny one run from start to end."""
+"""The plan of a study, its numbers in closed form, its tables, and a tiny study from start to end."""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,13 @@ import torch
 from scipy.stats import ttest_1samp
 
 from semantic_routing.common.errors import TrainingFailed
-from semantic_routing.evaluation.records import CORRECT, Record
+from semantic_routing.evaluation.records import CORRECT, RECORDS, Record, write_records
 from semantic_routing.model.arms import PAPER_ARMS
-from semantic_routing.study import plan, results, runner
+from semantic_routing.study import plan, runner
 from semantic_routing.study.plan import StudyArguments, evaluation_folder, jobs, stages
-from semantic_routing.study.results import over_seeds
+from semantic_routing.study.results import Number, Row, over_seeds, read_rows
 from semantic_routing.study.runner import run_study
-from semantic_routing.study.tables import write_results
+from semantic_routing.study.tables import sections, to_html, to_markdown, write_results
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.recipes import GATE_RATE
 
@@ -74,16 +75,16 @@ def test_each_scale_has_its_arms_seeds_and_sampling(tmp_path: Path) -> None:
         assert {stage.command[stage.command.index("--guidance") + 1] for stage in rest} == {"3.0"}
 
 
-def test_gates_are_told_the_times_that_are_asked_for(tmp_path: Path) -> None:
+def test_gates_get_the_requested_clocks(tmp_path: Path) -> None:
     args = StudyArguments(scale="toy", out=tmp_path, arms=("time", "depth"), clocks=("shifted:0.05",))
-    told, plain = ([stage.command for stage in stages(job, args)][1:] for job in jobs(args))
-    assert ["--clock" in command for command in told] == [False, True]
-    assert told[1][-2:] == ("--clock", "shifted:0.05")
+    clocked, plain = ([stage.command for stage in stages(job, args)][1:] for job in jobs(args))
+    assert ["--clock" in command for command in clocked] == [False, True]
+    assert clocked[1][-2:] == ("--clock", "shifted:0.05")
     assert len(plain) == 1
     assert evaluation_folder(args, jobs(args)[0], "shifted:0.05").name == "time-seed0-shifted-0.05"
 
 
-def test_runs_share_a_gpu_as_far_as_the_machine_has_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_share_a_gpu_up_to_the_number_of_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small, toy = (StudyArguments(scale=scale, out=tmp_path) for scale in ("small", "toy"))
 
     def on(gpus: int, cores: int, args: StudyArguments) -> list[str]:
@@ -102,20 +103,42 @@ def test_runs_share_a_gpu_as_far_as_the_machine_has_cores(tmp_path: Path, monkey
         on(1, 2, asked)
 
 
-def test_a_run_sees_the_gpu_that_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("device", "visible", "expected"),
+    [("cpu", None, ""), ("cuda:1", None, "1"), ("cpu", "3,5", ""), ("cuda:1", "3,5", "5")],
+)
+def test_a_run_sees_only_its_own_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, visible: str | None, expected: str
+) -> None:
+    seen = []
+
+    class Fails:
+        """A process that notes its environment and fails at once."""
+
+        def __init__(self, command: list[str], *, env: dict[str, str], **_: object) -> None:
+            seen.append(env["CUDA_VISIBLE_DEVICES"])
+
+        def poll(self) -> int:
+            return 1
+
+    monkeypatch.setattr(subprocess, "Popen", Fails)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [runner._visible(device) for device in ("cpu", "cuda:1")] == ["", "1"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert [runner._visible(device) for device in ("cpu", "cuda:1")] == ["", "5"]
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(TrainingFailed, match=r"1 of 1 runs failed, the first depth-seed0 while training: exit code 1"):
+        run_study(StudyArguments(scale="toy", out=tmp_path, arms=("depth",), devices=(device,)))
+    assert seen == [expected]
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"arms": ("B1", "penultimate")}, "each named once"),
+        ({"arms": ("B1", "penultimate")}, "name each arm once"),
         ({"arms": ("depht",)}, "unknown arm 'depht'"),
         ({"seeds": 0}, "at least 1"),
-        ({"clocks": ("nominal",)}, "has the nominal clock"),
+        ({"clocks": ("nominal",)}, "scores with the nominal clock"),
         ({"clocks": ("shfited",)}, "unknown clock 'shfited'"),
         ({"router_rates": (0.0,)}, "above 0"),
     ],
@@ -140,22 +163,77 @@ def records(correct: list[int]) -> list[Record]:
     ]  # fmt: skip
 
 
-def test_differences_are_paired_by_prompt_and_seed() -> None:
+def write_scores(args: StudyArguments, correct: dict[str, list[list[int]]]) -> None:
+    """Write the records of every run: by arm, then by seed."""
+    for job in jobs(args):
+        write_records(evaluation_folder(args, job) / RECORDS, records(correct[job.arm][job.seed]))
+
+
+def test_differences_are_paired_by_prompt_and_seed(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     base = [rng.integers(0, 2, 400).tolist() for _ in range(2)]
     better = [[max(value, int(i % 10 == 0)) for i, value in enumerate(seed)] for seed in base]
-    found = results._numbers([records(seed) for seed in better], [records(seed) for seed in base])["overall"]
+    args = StudyArguments(scale="toy", out=tmp_path, arms=("uniform", "static", "depth"), seeds=2)
+    write_scores(args, {"uniform": base, "static": base, "depth": better})
+    baseline, equal, row = read_rows(args)
+    assert (baseline.name, baseline.difference) == ("uniform", {})
+    assert set(row.accuracy) == {"overall", "colors", "scene"}
+    assert row.accuracy["overall"].seeds == pytest.approx([np.mean(seed) for seed in better])
+    assert row.accuracy["scene"].mean == pytest.approx(np.mean([seed[1::2] for seed in better]))
+    found = row.difference["overall"]
     gains = [np.mean(b) - np.mean(a) for a, b in zip(base, better, strict=True)]
     assert found.seeds == pytest.approx(gains)
     assert found.mean == pytest.approx(np.mean(gains))
-    # Only a tenth of the prompts ever differ, so pairing makes the interval far narrower than two shares' would be.
+    # At most a tenth of the prompts differ: pairing makes the interval far narrower than that of two separate shares.
     deviation = np.std([np.mean([b[i] - a[i] for a, b in zip(base, better, strict=True)]) for i in range(400)])
     width = found.over_prompts[1] - found.over_prompts[0]
     assert width == pytest.approx(2 * 1.96 * deviation / 20, rel=0.1)
     assert found.p is not None
     assert found.p < 0.001
-    same = results._numbers([records(base[0])], [records(base[0])])["overall"]
-    assert (same.mean, same.over_prompts, same.p) == (0, (0, 0), 1)
+    same = equal.difference["overall"]
+    assert (same.mean, same.over_prompts, same.over_seeds, same.p) == (0, (0, 0), (0, 0), 1)
+
+
+def test_scores_of_different_prompts_are_refused(tmp_path: Path) -> None:
+    args = StudyArguments(scale="toy", out=tmp_path, arms=("uniform", "depth"))
+    write_scores(args, {"uniform": [[1, 0, 1, 0]], "depth": [[1, 0, 1]]})
+    with pytest.raises(ValueError, match="scored on different prompts: score them all with the same --n"):
+        read_rows(args)
+
+
+def number(mean: float, p: float | None = None, over_seeds: tuple[float, float] | None = None) -> Number:
+    return Number(mean=mean, seeds=(mean,), over_prompts=(mean - 0.1, mean + 0.1), over_seeds=over_seeds, p=p)
+
+
+def test_tables_show_every_number_in_markdown_and_html() -> None:
+    accuracy = {"overall": number(0.5), "geneval": number(0.4), "two_object": number(0.3)}
+    better = {"overall": number(0.02, p=0.0312, over_seeds=(-0.1, 0.14))}
+    rows = [
+        Row(variant="uniform", arm="uniform", clock="", accuracy=accuracy, difference={}),
+        Row(variant="joint-rate10", arm="joint", clock="", accuracy=accuracy, difference=better),
+        Row(variant="joint", arm="joint", clock="a<b", accuracy=accuracy, difference=better),
+    ]
+    parts = sections(rows, {"joint": 0.91234})
+    first, skills, clocks, stability, method = [
+        part.splitlines() for part in to_markdown(parts).replace("\n\n\n", "\n\n").split("\n\n") if part[0] != "#"
+    ]
+    assert first == [
+        "| | overall | GenEval's six tags | overall minus uniform | p |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| B2 uniform | 50.0 [40.0 to 60.0] | 40.0 [30.0 to 50.0] |  |  |",
+        "| S3 joint-rate10 | 50.0 [40.0 to 60.0] | 40.0 [30.0 to 50.0] "
+        "| +2.0 [-8.0 to +12.0; -10.0 to +14.0] | 0.0312 |",
+    ]
+    assert skills[::2] == [
+        "| | B2 uniform | S3 joint-rate10 |",
+        "| two object | 30.0 [20.0 to 40.0] | 30.0 [20.0 to 40.0] |",
+    ]
+    assert clocks[2].startswith("| S3 joint, a<b clock | 50.0 [40.0 to 60.0] | +2.0 [")
+    assert stability == ["| arm | similarity |", "| --- | ---: |", "| joint | 0.9123 |"]
+    assert method[0].startswith("Accuracies in percent")
+    html = to_html(parts)
+    assert "<td>S3 joint, a&lt;b clock</td><td>50.0 [40.0 to 60.0]</td>" in html
+    assert [html.count(mark) for mark in ("<h2>", "<table>", "<tr>", "<p ")] == [4, 4, 3 + 2 + 2 + 2, 1]
 
 
 @pytest.fixture
@@ -165,13 +243,13 @@ def tiny_study(
     monkeypatch.setitem(plan.RECIPES, "toy", lambda arm: tiny_config(arm, steps=2, checkpoint_every=2))
     few = replace(plan.SCALES["toy"], sampling=replace(plan.SCALES["toy"].sampling, steps=2))
     monkeypatch.setitem(plan.SCALES, "toy", few)
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling takes longer than all the rest
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling takes longer than everything else
     arms = ("uniform", "depth")
     return StudyArguments(scale="toy", out=tmp_path / "study", arms=arms, n=11, devices=("cpu",))
 
 
 def test_a_study_runs_to_its_page_and_then_has_nothing_left_to_do(
-    tiny_study: StudyArguments, monkeypatch: pytest.MonkeyPatch
+    tiny_study: StudyArguments,
 ) -> None:
     out = tiny_study.out
     run_study(tiny_study)
@@ -190,8 +268,10 @@ def test_a_study_runs_to_its_page_and_then_has_nothing_left_to_do(
     assert "S2 depth" in text
     assert page.read_text().count("<table>") == 2
     assert (out / "figures" / "accuracy.png").is_file()
-    monkeypatch.setattr("semantic_routing.study.runner._start", None)  # nothing is started again
+    written = [path for name in ("runs", "evaluations", "logs") for path in (out / name).rglob("*")]
+    before = {path: path.stat().st_mtime_ns for path in written}
     run_study(tiny_study)
+    assert {path: path.stat().st_mtime_ns for path in written} == before
     with pytest.raises(ValueError, match="uniform-seed0 was scored on 11 prompts; give --n 11 or choose another"):
         run_study(replace(tiny_study, n=22))
 

@@ -115,7 +115,7 @@ def test_captions_of_records(tiny_config: Make, tmp_path: Path) -> None:
 def test_captions_of_the_toy_world_are_those_that_training_draws(tiny_config: Make) -> None:
     cfg = tiny_config()
     data = open_data(cfg.data, image_size=cfg.image_size, seed=cfg.seed)
-    drawn = [row.caption for step in range(cfg.steps) for _, row in data.load(step, cfg.batch, range(cfg.batch))]
+    drawn = [row.caption for step in range(cfg.steps) for row in data.load(step, cfg.batch, range(cfg.batch))]
     assert distinct_captions(data, cfg) == list(dict.fromkeys([cfg.null_prompt, *drawn]))
 
 

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import semantic_routing.training.loop as module
 from semantic_routing.checkpoint.load import EMA, MODEL, OPTIMIZER, STATE, find_checkpoint, read_state
 from semantic_routing.cli.main import main
 from semantic_routing.common.errors import Interrupted
@@ -113,10 +114,13 @@ def test_an_edited_configuration_is_noticed(
     path = run / "config.json"
     config = json.loads(path.read_text())
     for change, words in (
-        ({"batch": 8}, "config.json was edited and is not heeded in batch: "),
-        ({"optim": config["optim"] | {"lr": 1.0}}, "config.json was edited and is not heeded in optim.lr: "),
-        ({"steps": 1}, "config.json says 1 steps: not heeded, for step 2 is done"),
-        ({"btach": 8}, "config.json is not heeded, for the checkpoint has the run's settings: unknown setting 'btach'"),
+        ({"batch": 8}, "config.json was edited, which is ignored for batch: "),
+        ({"optim": config["optim"] | {"lr": 1.0}}, "config.json was edited, which is ignored for optim.lr: "),
+        ({"steps": 1}, "config.json says 1 steps: ignored, because step 2 is done; the run goes on to step 2"),
+        (
+            {"btach": 8},
+            "config.json is ignored, because the checkpoint has the run's settings: unknown setting ",
+        ),
     ):
         path.write_text(json.dumps(config | change))
         resume(run)
@@ -166,12 +170,15 @@ def test_other_data_are_refused(
     else:
         (data / "0.txt").write_text("another text")
     told = {"added": "holds 8 records instead of 6", "taken away": "holds 5 records instead of 6"}
+    change = f"{data} {told.get(what, f'holds {what}')}"
     before = sorted((run / "checkpoints").rglob("*"))
-    with pytest.raises(ValueError, match=f"not what {run} was begun on: {data} {told.get(what, f'holds {what}')}"):
+    with pytest.raises(
+        ValueError, match=f"{run} was started on other data or models: {data} {told.get(what, f'holds {what}')}"
+    ):
         resume(run)
     assert sorted((run / "checkpoints").rglob("*")) == before
     main(["train", "--resume", str(run), "--accept-changes"])
-    assert "going on with what has changed: " in said(capsys)
+    assert f"resuming although {change}" in said(capsys)
     resume(run)  # what was accepted is what counts from then on
 
 
@@ -307,24 +314,23 @@ def test_a_second_writer_is_refused(tiny_config: Make, tmp_path: Path) -> None:
 )
 def test_files_of_others_are_never_replaced(tiny_config: Make, tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=f"{name} is there already, and of no run"):
+    with pytest.raises(ValueError, match=f"{name} exists and belongs to no run"):
         start(tiny_config(), tmp_path)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: content}
 
 
 def test_a_language_model_of_others_is_never_replaced(
-    tiny_config: Make, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import semantic_routing.training.loop as module
-
-    monkeypatch.setattr(module, "training_corpus", lambda data: [])
-    monkeypatch.setattr(module, "tiny_lm", lambda corpus: tiny_encoder)
+    monkeypatch.setattr(module, "training_corpus", lambda data: [f"a {i} circle" for i in range(40)])
+    monkeypatch.setenv("SEMROUTE_CACHE", str(tmp_path / "cache"))
     cfg = tiny_config(steps=1)
-    cfg = replace(cfg, text=replace(cfg.text, name_or_path="tiny"))
+    cfg = replace(cfg, text=replace(cfg.text, name_or_path="tiny:2x64x1"))
     (tmp_path / "mine" / "text_encoder").mkdir(parents=True)
     (tmp_path / "mine" / "text_encoder" / "weights").write_text("mine")
-    with pytest.raises(ValueError, match="text_encoder is there already, and another model than this run's"):
+    with pytest.raises(ValueError, match="text_encoder exists and is another model than this run's"):
         start(cfg, tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").rglob("*")] == ["text_encoder", "weights"]
-    shutil.copytree(tiny_encoder, tmp_path / "begun" / "text_encoder")  # as of a run that died at once
+    (made,) = (tmp_path / "cache").iterdir()
+    shutil.copytree(made, tmp_path / "begun" / "text_encoder")  # as of a run that died at once
     start(cfg, tmp_path / "begun")

@@ -8,16 +8,20 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import semantic_routing.checkpoint.safetensors_storage as storage
 import semantic_routing.training.loop as module
@@ -25,20 +29,21 @@ from semantic_routing.checkpoint.load import EMA, MODEL, OPTIMIZER, checkpoints,
 from semantic_routing.common.errors import Interrupted, TrainingFailed
 from semantic_routing.common.images.save import grid
 from semantic_routing.common.stopping import ENDING
+from semantic_routing.data.batch import Batch
 from semantic_routing.data.damage import FILE as DAMAGED
 from semantic_routing.data.dataset import DataConfig, open_data
 from semantic_routing.data.draws import draw
-from semantic_routing.data.loader import Batch, Loader
-from semantic_routing.data.order import locate
+from semantic_routing.data.loader import Loader
 from semantic_routing.flow import path
+from semantic_routing.model.dit import Backbone
 from semantic_routing.sampling.load import load_bundle
-from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
+from semantic_routing.sampling.text_to_image import SampleConfig
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.loop import resume, start
 from semantic_routing.training.metrics import reproducible
 from semantic_routing.training.optim import OptimConfig
-from semantic_routing.training.tiny_lm import tiny_lm
-from semantic_routing.training.trainer import Inputs, Trainer, prepare
+from semantic_routing.training.tiny_lm import training_corpus
+from semantic_routing.training.trainer import Trainer, prepare
 from tests.helpers.damaged import RECORDS, TEN, write_shards
 
 Make = Callable[..., TrainConfig]
@@ -236,39 +241,52 @@ def test_the_seed_decides_everything(tiny_config: Make, tiny_run: Path, tmp_path
 # --- failures ---
 
 
-@pytest.fixture
-def trainers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Trainer]]:
-    """The trainers that runs make, so that a test can reach into them."""
-    made: list[Trainer] = []
+@contextmanager
+def forward_passes(see: Callable[[int, Backbone, tuple[Any, ...]], object]) -> Iterator[None]:
+    """Call ``see`` before each forward pass of training with its number from 1; what it returns replaces the inputs."""
+    numbers = count(1)
 
-    class Reached(Trainer):
-        def __init__(self, *args: object, **kwargs: object) -> None:
-            super().__init__(*args, **kwargs)
-            made.append(self)
+    def before(module: nn.Module, args: tuple[Any, ...]) -> object:
+        training = isinstance(module, Backbone) and torch.is_grad_enabled()
+        return see(next(numbers), module, args) if training else None
 
-    monkeypatch.setattr(module, "Trainer", Reached)
-    return made
+    hook = register_module_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
-def poison_at(step: int, trainers: list[Trainer]) -> Callable[[int], None]:
-    def poison(finished: int) -> None:
-        if finished == step:
-            next(trainers[-1].bundle.model.parameters()).data[0] = float("nan")
+@contextmanager
+def nan_latents(*numbers: int) -> Iterator[None]:
+    """Give these forward passes latents that are not finite."""
 
-    return poison
+    def see(number: int, model: Backbone, args: tuple[Any, ...]) -> object:
+        x, t, context = args
+        return (x * math.nan, t, context) if number in numbers else None
+
+    with forward_passes(see):
+        yield
 
 
 @pytest.mark.parametrize(
     ("poisoned", "step", "what"), [(5, 6, "the loss is nan"), (6, 6, "weights are no longer finite")]
 )
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
-    tiny_config: Make, tmp_path: Path, trainers: list[Trainer], poisoned: int, step: int, what: str
+    tiny_config: Make, tmp_path: Path, poisoned: int, step: int, what: str
 ) -> None:
     """In the middle, and just before a checkpoint would have been written."""
     run = tmp_path / "run"
     cfg = tiny_config(checkpoint_every=3, max_bad_steps=1)
-    with pytest.raises(TrainingFailed, match=f"stopped at step {step}: {what}") as failed:
-        start(cfg, run, poison_at(poisoned, trainers))
+    networks: list[Backbone] = []
+
+    def poison(finished: int) -> None:
+        if finished == poisoned:
+            next(networks[-1].parameters()).data[0] = math.nan
+
+    stopped = pytest.raises(TrainingFailed, match=f"stopped at step {step}: {what}")
+    with forward_passes(lambda number, model, args: networks.append(model)), stopped as failed:
+        start(cfg, run, poison)
     assert str(failed.value).endswith(f"the last good checkpoint is {run}/checkpoints/step-0000003")
     assert os.listdir(run / "checkpoints") == ["step-0000003"]
     assert_same(resume(run), start(cfg, tmp_path / "whole"))
@@ -302,26 +320,18 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny_config: Make, tmp
         trainer.advance(bad)
 
 
-def test_the_count_of_skipped_steps_outlives_a_stop(
-    tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Steps 3 to 5 see no finite number; the run is stopped between them."""
-    make = Trainer.prepare
-
-    def poisoned(self: Trainer, batch: Batch) -> list[Inputs]:
-        parts, (_, *first) = make(self, batch), batch.samples[0]
-        bad = tuple(first) in [locate(42, 4 * step, 2**40) for step in (2, 3, 4)]
-        return [replace(part, t=part.t * float("nan")) if bad else part for part in parts]
-
-    monkeypatch.setattr(Trainer, "prepare", poisoned)
+def test_the_count_of_skipped_steps_outlives_a_stop(tiny_config: Make, tmp_path: Path) -> None:
+    """Steps 3 to 5 have no finite loss; the run is stopped between them."""
     cfg = tiny_config(max_bad_steps=4)
-    whole = start(cfg, tmp_path / "whole")
-    assert_same(whole, stop_and_resume(cfg, tmp_path / "stopped", 4))
+    with nan_latents(3, 4, 5):
+        whole = start(cfg, tmp_path / "whole")
+    with nan_latents(3, 4, 5):
+        assert_same(whole, stop_and_resume(cfg, tmp_path / "stopped", 4))
     rows = metrics(tmp_path / "whole")
     assert [row["skipped"] for row in rows] == [0, 0, 1, 2, 3, 3, 3, 3]
     assert [row["loss"] is None for row in rows] == [False] * 2 + [True] * 3 + [False] * 3
     assert rows == metrics(tmp_path / "stopped")
-    with pytest.raises(TrainingFailed, match=r"at step 5: .*for 3 steps in a row"):
+    with nan_latents(3, 4, 5), pytest.raises(TrainingFailed, match=r"at step 5: .*for 3 steps in a row"):
         stop_and_resume(replace(cfg, max_bad_steps=3), tmp_path / "failed", 4)
 
 
@@ -420,7 +430,7 @@ def test_what_does_not_fit_is_said_before_anything_is_written(
 def test_an_unwritable_place_is_said_before_the_language_model_is_trained(
     tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "tiny_lm", None)
+    monkeypatch.setenv("SEMROUTE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "file").write_text("in the way")
     cfg = tiny_config()
     with pytest.raises(ValueError, match="cannot write"):
@@ -431,8 +441,8 @@ def test_an_unwritable_place_is_said_before_the_language_model_is_trained(
 # --- learning ---
 
 
-def batch_of(cfg: TrainConfig, count: int) -> Batch:
-    return Loader(open_data(cfg.data, image_size=32, seed=0), batch=count, noise_shape=(3, 32, 32)).load(0)
+def batch_of(cfg: TrainConfig, rows: int) -> Batch[Tensor]:
+    return Loader(open_data(cfg.data, image_size=32, seed=0), batch=rows, noise_shape=(3, 32, 32)).load(0)
 
 
 @pytest.mark.parametrize("arm", ["depth", "joint", "fusedit"])
@@ -477,20 +487,15 @@ def test_the_average_follows_the_weights(tiny_config: Make, tmp_path: Path) -> N
         torch.testing.assert_close(trainer.ema[name], expected)
 
 
-def test_prompts_are_dropped_where_the_draw_is_below_the_share(
-    tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_are_dropped_where_the_draw_is_below_the_share(tiny_config: Make, tmp_path: Path) -> None:
     cfg = tiny_config(prompt_dropout=0.1, null_prompt="a picture")
     trainer = Trainer(cfg, tmp_path)
     batch = replace(batch_of(cfg, 4), drop_uniform=torch.tensor([0.0, 0.099, 0.101, 0.999]))
-    read: list[list[str]] = []
-    encode = TextToImage.encode
-    monkeypatch.setattr(
-        TextToImage, "encode", lambda self, prompts, **how: read.append(prompts) or encode(self, prompts)
-    )
     for share, dropped in ((0.1, 2), (0.0, 0), (1.0, 4)):
-        prepare(trainer.bundle, batch, replace(cfg, prompt_dropout=share))
-        assert read[-1] == ["a picture"] * dropped + batch.captions[dropped:]
+        read = prepare(trainer.bundle, batch, replace(cfg, prompt_dropout=share)).features
+        expected = trainer.bundle.encode(["a picture"] * dropped + batch.captions[dropped:])
+        assert torch.equal(read.mask, expected.mask)
+        assert torch.equal(read.hidden, expected.hidden)
     draws = [draw(42, sample, 0, (1,)).drop_uniform for sample in range(4000)]
     assert np.mean(np.array(draws) < 0.1) == pytest.approx(0.1, abs=4 * (0.09 / 4000) ** 0.5)
 
@@ -559,33 +564,28 @@ def test_a_state_aware_gate_learns_to_tell_the_time_and_resumes(tiny_config: Mak
 def test_the_tiny_encoder_is_made_once_and_kept_with_the_run(
     tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read: list[list[str]] = []
-    monkeypatch.setattr(module, "training_corpus", lambda source: [f"a {i} circle" for i in range(40)])
-    monkeypatch.setattr(
-        module,
-        "tiny_lm",
-        lambda captions: (
-            read.append(captions) or tiny_lm(captions, layers=3, width=64, steps=2, cache_dir=tmp_path / "c")
-        ),
-    )
+    monkeypatch.setattr(module, "training_corpus", lambda data: [f"a {i} circle" for i in range(40)])
+    monkeypatch.setenv("SEMROUTE_CACHE", str(tmp_path / "cache"))
     cfg = tiny_config("S2")
-    cfg = replace(cfg, text=replace(cfg.text, name_or_path="tiny"))
-    resumed = stop_and_resume(cfg, tmp_path / "run", 3)
-    assert len(read) == 1  # resuming reads the run's own copy
-    state = read_state(resumed)["config"]
-    assert (state["text"]["name_or_path"], state["model"]["arm"]) == ("tiny", "depth")
-    assert (cfg.model.text_layers, state["model"]["text_layers"]) == (2, 3)  # the transformer follows the encoder
+    cfg = replace(cfg, text=replace(cfg.text, name_or_path="tiny:3x64x2"))
+    with pytest.raises(Interrupted):
+        start(cfg, tmp_path / "run", kill_at(3))
+    (made,) = (tmp_path / "cache").iterdir()
+    assert made.name.startswith("tiny-lm-")
+    made.rename(tmp_path / "gone")
     (tmp_path / "run").rename(tmp_path / "moved")  # a run's folder holds all that it needs
-    for folder in (tmp_path / "c").iterdir():
-        folder.rename(tmp_path / "gone")
+    state = read_state(resume(tmp_path / "moved"))["config"]
+    assert list((tmp_path / "cache").iterdir()) == []  # resuming reads the run's own copy
+    assert (state["text"]["name_or_path"], state["model"]["arm"]) == ("tiny:3x64x2", "depth")
+    assert (cfg.model.text_layers, state["model"]["text_layers"]) == (2, 3)  # the transformer follows the encoder
     images = load_bundle(tmp_path / "moved", torch.device("cpu")).sample(["a star"], [(0, 0)], SampleConfig(steps=2))
     assert images.shape == (1, 32, 32, 3)
 
 
 def test_the_corpus_holds_stories_and_the_users_own_captions(tmp_path: Path) -> None:
-    stories = module.training_corpus(open_data(DataConfig(), image_size=32, seed=0), 5)
+    stories = training_corpus(open_data(DataConfig(), image_size=32, seed=0), 5)
     assert len(set(stories)) == 5
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"image": "a.png", "text": "my own picture"}')
     own = open_data(DataConfig(paths=(str(tmp_path),)), image_size=32, seed=0)
-    assert module.training_corpus(own, 5) == [*stories, "my own picture"]
+    assert training_corpus(own, 5) == [*stories, "my own picture"]

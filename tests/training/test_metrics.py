@@ -23,23 +23,13 @@ from semantic_routing.training.metrics import (
     reproducible,
     routing_entropy,
 )
+from tests.helpers.networks import tiny_config
 
-SIZES = DiTConfig(
-    depth=3,
-    width=24,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    mlp_width=40,
-    channels=3,
-    text_width=20,
-    text_layers=5,
-    fusedit_first_layer=1,
-)
+SIZES = {"width": 24, "heads": 4, "kv_heads": 2, "mlp_width": 40, "text_width": 20, "text_layers": 5}
 
 
 def sized(arm: str) -> DiTConfig:
-    return DiTConfig(**{**vars(SIZES), "arm": arm})
+    return tiny_config(arm, **SIZES, fusedit_first_layer=1)
 
 
 @pytest.fixture

@@ -9,20 +9,18 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
-from semantic_routing.model.dit import DiT, DiTConfig
+from semantic_routing.model.dit import DiT
 from semantic_routing.training.optim import BatchedMuon, OptimConfig, make_optimizers, set_rates
+from tests.helpers.networks import tiny_config
 
-CFG = DiTConfig(
-    arm="depth", depth=2, width=16, heads=2, kv_heads=1, head_dim=8, mlp_width=16, channels=3, text_width=8,
-    text_layers=3, conditioning="adaln-zero",
-)  # fmt: skip
+CFG = tiny_config(depth=2, conditioning="adaln-zero")
 
 
 def groups(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, tuple[type[Optimizer], float, float]]:
     """By weight: the kind of its optimiser, its full rate and its decay."""
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {p: name for name, p in model.named_parameters()}
     return {
-        names[id(p)]: (type(o), group["base_lr"], group["weight_decay"])
+        names[p]: (type(o), group["base_lr"], group["weight_decay"])
         for o in optimizers
         for group in o.param_groups
         for p in group["params"]

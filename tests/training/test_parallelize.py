@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from semantic_routing.common.distributed import World
 from semantic_routing.common.errors import Interrupted, TrainingFailed, exit_code
 from semantic_routing.model.build import make_model
-from semantic_routing.model.dit import DiTConfig
 from semantic_routing.text.features import TextFeatures
 from semantic_routing.training.parallelize import (
     ParallelConfig,
@@ -25,12 +24,9 @@ from semantic_routing.training.parallelize import (
     text_modules,
     whole,
 )
+from tests.helpers.networks import tiny_config
 
 CPU = torch.device("cpu")
-CFG = DiTConfig(
-    arm="depth", depth=3, width=16, heads=2, kv_heads=1, head_dim=8, mlp_width=16, channels=3, text_width=8,
-    text_layers=3,
-)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -59,7 +55,7 @@ def test_every_strategy_is_a_mesh(
         ({"text_encoder": "sharded"}, 1, "a sharded text encoder needs several processes"),
         ({"strategy": "none"}, 2, "the strategy none is for one process, not 2"),
         ({"strategy": "hsdp", "shard_size": 3}, 8, "8 processes do not divide into groups of shard_size 3"),
-        ({"shard_size": 2}, 8, "shard_size belongs to the strategy hsdp, not auto"),
+        ({"shard_size": 2}, 8, "shard_size is for the strategy hsdp, not auto"),
         ({"strategy": "hsdp", "shard_size": -1}, 8, "shard_size is -1"),
     ],
 )
@@ -93,7 +89,7 @@ def test_the_others_end_in_silence_with_the_same_code(monkeypatch: pytest.Monkey
 def gradients(arm: str, checkpointing: str, saved: list[int] | None = None) -> dict[str, Tensor]:
     """Gradients of a fixed loss of a fixed network; ``saved`` gets the size of what its forward keeps."""
     torch.manual_seed(0)
-    model = make_model(replace(CFG, arm=arm, fusedit_first_layer=0))
+    model = make_model(tiny_config(arm))
     for p in model.parameters():
         nn.init.normal_(p, std=0.3)
     names = list(model.state_dict())
@@ -160,17 +156,21 @@ def test_a_compiled_block_is_checkpointed_inside(selective: bool) -> None:
 
 def test_the_text_has_a_group_of_its_own() -> None:
     """All that ``prepare_text`` runs but the router, in order, and nothing that a block's own forward runs."""
-    model = make_model(CFG)
-    ran: list[nn.Module] = []
+    model = make_model(tiny_config())
+    names = {module: name for name, module in model.named_modules()}
+    ran: list[str] = []
     for module in model.modules():
         if not list(module.children()):
-            module.register_forward_hook(lambda module, *rest: ran.append(module))
+            module.register_forward_hook(lambda module, *rest: ran.append(names[module]))
     features = TextFeatures(torch.randn(3, 2, 5, 8), torch.ones(2, 5, dtype=torch.bool))
     context = model.prepare_text(features)
-    assert [id(m) for m in ran if m is not model.router] == [id(m) for m in text_modules(model)]
+    group = [names[module] for module in text_modules(model)]
+    blocks = [f"blocks.{block}.cross.{part}" for block in range(3) for part in ("kv", "k_norm")]
+    assert group == ["text_norm", "text_proj", *blocks]
+    assert [name for name in ran if name != "router"] == group
     ran.clear()
     model(torch.randn(2, 3, 8, 8), torch.rand(2), context)
-    assert not {id(m) for m in ran} & {id(m) for m in text_modules(model)}
+    assert not set(ran) & set(group)
 
 
 def test_a_plain_tensor_is_all_of_it() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.modules.module import register_module_forward_hook
 
-import semantic_routing.training.tiny_lm as module
 from semantic_routing.text.encoder import TextEncoder
 from semantic_routing.training.tiny_lm import tiny_lm
 
@@ -28,7 +28,7 @@ CAPTIONS = [
 SMALL = {"layers": 2, "width": 64}
 
 
-def test_trains_caches_and_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trains_caches_and_repeats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = tiny_lm(CAPTIONS, steps=150, **SMALL, cache_dir=tmp_path / "a")
     report = json.loads((first / "training.json").read_text())
     # One of 216 captions, all equally likely, in 8 or 9 tokens (a third of them with "left of", one more).
@@ -41,8 +41,9 @@ def test_trains_caches_and_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert all(torch.equal(weights[name], repeated[name]) for name in weights)
     assert (first / "tokenizer.json").read_bytes() == (again / "tokenizer.json").read_bytes()
 
-    monkeypatch.setattr(module, "_train", None)  # a second call must not train
+    assert "Training the tiny language model" in capsys.readouterr().err
     assert tiny_lm(iter(CAPTIONS), steps=150, **SMALL, cache_dir=tmp_path / "a") == first
+    assert capsys.readouterr().err == ""  # nothing was trained
 
 
 def test_the_text_encoder_reads_it(tmp_path: Path) -> None:
@@ -63,13 +64,20 @@ def test_cache_folder_from_the_environment(tmp_path: Path, monkeypatch: pytest.M
     assert {path.name for path in folder.parent.iterdir()} == {path.name for path in other | {folder}}
 
 
-def test_an_interrupted_training_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*arguments: object) -> None:
+def test_an_interrupted_training_leaves_nothing(tmp_path: Path) -> None:
+    during: list[Path] = []
+
+    def interrupt(*forward: object) -> None:
+        during.extend(tmp_path.iterdir())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_train", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        tiny_lm(CAPTIONS, steps=1, **SMALL, cache_dir=tmp_path)
+    hook = register_module_forward_hook(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            tiny_lm(CAPTIONS, steps=1, **SMALL, cache_dir=tmp_path)
+    finally:
+        hook.remove()
+    assert len(during) == 1
     assert list(tmp_path.iterdir()) == []
 
 

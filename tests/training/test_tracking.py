@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import semantic_routing.training.tracking as module
-from semantic_routing.training.tracking import Tracker, without_secrets
+from semantic_routing.training.tracking import Tracker, append, without_secrets
 
 PICTURE = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
 
@@ -96,7 +95,7 @@ def test_rows_that_cannot_be_written_are_written_later(tmp_path: Path, capsys: p
 
 def test_a_line_is_added_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "lines"
-    module.append(path, "first\n")
+    append(path, "first\n")
     opened = Path.open
 
     class Full:
@@ -120,7 +119,7 @@ def test_a_line_is_added_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", lambda self, *args, **how: Full(opened(self, *args, **how)))
         with pytest.raises(OSError, match=r"No space left on device.*lines"):
-            module.append(path, "second\n")
+            append(path, "second\n")
     assert path.read_text() == "first\n"
 
 
@@ -265,7 +264,7 @@ def test_a_missing_library_is_named_before_anything_is_written(
 
 
 def test_without_tensorboard_the_file_is_still_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     with Tracker(tmp_path, 0) as tracker:
         tracker.write({"step": 1, "loss": 0.5})
         tracker.picture(1, "samples", PICTURE)

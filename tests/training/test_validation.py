@@ -20,35 +20,20 @@ from semantic_routing.data.dataset import DataConfig
 from semantic_routing.data.draws import draw, posterior_noise
 from semantic_routing.model.build import make_model
 from semantic_routing.model.codec import PixelCodec
-from semantic_routing.model.dit import DiTConfig
 from semantic_routing.sampling.text_to_image import TextToImage
 from semantic_routing.text.config import TextEncoderConfig
 from semantic_routing.text.encoder import TextEncoder
 from semantic_routing.toy.captions import split_of
 from semantic_routing.training.validation import ValidationConfig, error_sums, held_out, validate
+from tests.helpers.networks import CountingModel, tiny_network
 
 CFG = ValidationConfig(samples=7, batch=3, times=(0.1, 0.6))
-SIZES = {
-    "depth": 2,
-    "width": 32,
-    "heads": 2,
-    "kv_heads": 1,
-    "head_dim": 32,
-    "mlp_width": 48,
-    "patch": 8,
-    "channels": 3,
-    "text_width": 64,
-    "text_layers": 2,
-    "fusedit_first_layer": 0,
-}
+SIZES = {"depth": 2, "width": 32, "head_dim": 32, "patch": 8, "text_width": 64, "text_layers": 2}
 
 
 def make_bundle(encoder: str, arm: str = "depth") -> TextToImage:
-    """A network whose answer depends on picture, time and text."""
-    torch.manual_seed(0)
-    model = make_model(DiTConfig(arm=arm, conditioning="addition", **SIZES))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
+    """Make a network whose answer depends on image, time and text."""
+    model = tiny_network(arm, **SIZES, conditioning="addition")
     config = TextEncoderConfig(name_or_path=encoder, buckets=(4, 8, 16, 32, 64))
     return TextToImage(model=model, encoder=TextEncoder.from_pretrained(config), codec=PixelCodec(), image_size=32)
 
@@ -101,24 +86,18 @@ def test_neither_batch_size_nor_repetition_nor_the_global_generator_matters(bund
 
 
 @pytest.mark.parametrize("count", [2, 3, 9])
-def test_shares_of_processes_add_up_and_run_the_network_equally_often(
-    bundle: TextToImage, monkeypatch: pytest.MonkeyPatch, count: int
-) -> None:
+def test_shares_of_processes_add_up_and_run_the_network_equally_often(bundle: TextToImage, count: int) -> None:
     pictures = held_out(CFG, DataConfig(), 32)
     whole = error_sums(bundle, pictures, CFG, Processes())
-    sizes: list[list[int]] = [[] for _ in range(count)]
-    parts = []
-    forward = type(bundle.model).forward
+    counted = CountingModel(bundle.model)
+    parts, rows = [], []
     for rank in range(count):
-        monkeypatch.setattr(
-            type(bundle.model),
-            "forward",
-            lambda self, x, t, context, seen=sizes[rank]: seen.append(len(x)) or forward(self, x, t, context),
-        )
         parts.append(error_sums(bundle, pictures, CFG, Processes(rank, count)))
+        rows.append(counted.rows.copy())
+        counted.rows.clear()
     torch.testing.assert_close(sum(parts), whole, rtol=1e-6, atol=0)
-    assert sizes == [sizes[0]] * count
-    assert len(set(sizes[0])) == 1
+    expected = {2: [3, 3, 3, 3], 3: [3, 3], 9: [1, 1]}  # batches of one size, each at two times
+    assert rows == [expected[count]] * count
 
 
 WORKER = """
@@ -202,7 +181,7 @@ def test_the_users_own_held_out_pictures_are_square_and_never_mirrored(folder: P
 
 
 def test_the_users_data_has_no_held_out_part_of_itself(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"validation needs pictures that are not trained on: give validation\.paths"):
+    with pytest.raises(ValueError, match=r"validation needs images that are not trained on: give validation\.paths"):
         held_out(CFG, DataConfig(paths=(str(folder),)), 16)
 
 
@@ -214,8 +193,8 @@ Make = Callable[[], ValidationConfig]
     [
         (lambda: ValidationConfig(samples=0), "on 0 samples"),
         (lambda: ValidationConfig(every=-1), "every -1 steps"),
-        (lambda: ValidationConfig(times=()), "must be some from 0 to 1"),
-        (lambda: ValidationConfig(times=(0.5, 1.5)), "must be some from 0 to 1"),
+        (lambda: ValidationConfig(times=()), "must be at least one number from 0 to 1"),
+        (lambda: ValidationConfig(times=(0.5, 1.5)), "must be at least one number from 0 to 1"),
     ],
 )
 def test_what_a_validation_cannot_be(make: Make, message: str) -> None:

@@ -1,4 +1,4 @@
-"""How far several models' routings lie apart: over training, and across seeds."""
+"""Similarity of the routing of several models: over training, and across seeds."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from semantic_routing.model.dit import Backbone
 
 
 def compare_routers(names: Sequence[str], models: Sequence[Backbone]) -> Iterator[Drawn]:
-    """The similarity of every pair of models: 1 - distance, averaged over blocks and 21 times.
+    """Draw the similarity of every pair of models: 1 - distance, averaged over blocks and 21 times.
 
-    By Jensen-Shannon divergence (base 2) and by total variation, the share of weight that differs. ValueError for
-    models of other layers or blocks.
+    The distances are the Jensen-Shannon divergence (base 2) and the total variation. ValueError if the models differ
+    in their numbers of layers or blocks.
     """
     weights = [routing_weights(model, TIMES) for model in models]
     for name, found in zip(names, weights, strict=True):
         if found.shape != weights[0].shape:
             raise ValueError(
                 f"{name} has {found.shape[1]} blocks reading {found.shape[2]} layers, {names[0]} has "
-                f"{weights[0].shape[1]} reading {weights[0].shape[2]}: only models of one shape can be compared"
+                f"{weights[0].shape[1]} reading {weights[0].shape[2]}: only models of equal numbers can be compared"
             )
     stack = np.stack(weights)
     kinds = (
@@ -46,6 +46,6 @@ def compare_routers(names: Sequence[str], models: Sequence[Backbone]) -> Iterato
 
 
 def mean_similarity(values: Float[np.ndarray, "K K"]) -> float:
-    """The mean over all pairs of different models: how stable routing is across seeds."""
+    """Return the mean over all pairs of different models: the stability of routing across seeds."""
     count = len(values)
     return float((values.sum() - np.trace(values)) / (count * (count - 1)))

@@ -1,6 +1,6 @@
-"""What all figures share: one look, and files that appear whole with their numbers beside them.
+"""The common look of all figures, and their files: images with their numbers beside them.
 
-Figures are made through matplotlib's objects, so nothing here touches the global state of pyplot.
+Figures are made through matplotlib's objects, never through the global state of pyplot.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from matplotlib.figure import Figure
 from semantic_routing.common.files import written_whole
 
 INK = "#20242c"
-"""Colour of text and axes, and of nothing else: ``to_svg`` replaces it by the page's own."""
+"""Colour of text and axes only: ``to_svg`` replaces it by the page's text colour."""
 
 
 def new_axes(width: float, height: float, title: str = "") -> tuple[Figure, Axes]:
-    """A figure of ``width`` x ``height`` inches with one plot, open at the top and the right."""
+    """Make a figure of ``width`` x ``height`` inches with one plot, open at the top and the right."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -44,21 +44,21 @@ def label_axes(axes: Axes, x: str, y: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """A figure with the numbers in it."""
+    """A figure and the numbers that it shows."""
 
     name: str
-    """Of its files."""
+    """File name without its ending."""
     title: str
-    """What it shows, for a page."""
+    """Heading on a page."""
     figure: Figure
     rows: Sequence[str]
-    """Names of the rows of numbers ..."""
+    """Names of the rows of ``values``."""
     columns: Sequence[str]
-    """... and of the columns."""
+    """Names of the columns of ``values``."""
     values: Float[np.ndarray, "R C"]
 
     def save(self, folder: Path) -> Path:
-        """Write the figure as .png and .pdf, its numbers as .csv and .npz; returns the .png."""
+        """Write the figure as .png and .pdf and its numbers as .csv and .npz; returns the path of the .png."""
         save_figure(self.figure, folder / self.name, self.rows, self.columns, self.values)
         return folder / f"{self.name}.png"
 
@@ -66,11 +66,11 @@ class Drawn:
 def save_figure(
     figure: Figure, stem: Path, rows: Sequence[str], columns: Sequence[str], values: Float[np.ndarray, "R C"]
 ) -> None:
-    """Write ``stem`` as .png and .pdf and the numbers it shows, a named row each, as .csv and .npz."""
+    """Write the figure to ``stem``.png and .pdf, and its numbers with their names to .csv and .npz."""
     for kind in ("png", "pdf"):
         with written_whole(stem.with_name(f"{stem.name}.{kind}")) as scratch:
             figure.savefig(scratch, format=kind, dpi=150)
-        figure.set_layout_engine("none")  # once laid out is enough
+        figure.set_layout_engine("none")  # one layout serves both files
     with written_whole(stem.with_name(f"{stem.name}.csv")) as scratch, scratch.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["", *columns])
@@ -80,7 +80,7 @@ def save_figure(
 
 
 def to_svg(figure: Figure, description: str) -> str:
-    """The figure as an ``<svg>`` element for a page: transparent, its text in the page's own colour."""
+    """Return the figure as an ``<svg>`` element: transparent, with text in the page's colour."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     drawing = buffer.getvalue()

@@ -1,9 +1,9 @@
-"""What an arm costs: parameters, matrix products, latency and memory (the paper's Table 4).
+"""The cost of an arm: parameters, FLOPs, latency and memory (the paper's Table 4).
 
-Products are counted on the meta device (``flops.py``). The paper counts products with weight matrices only, and its
-reference prepares the text again at every step from prompts padded to 512 tokens; this program prepares it once
-wherever routing does not depend on time, and does not pad. Mixing the language model's layers is bytes rather than
-products: the reference writes and reads a float32 copy of every state at every step, this program reads each once.
+FLOPs are counted on the meta device (``flops.py``). The paper counts matrix products with weights only. Its reference
+prepares the text at every step, from prompts padded to 512 tokens; this program does not pad, and prepares the text
+once if routing does not depend on time. The cost of mixing layers is memory traffic: the reference writes and reads a
+float32 copy of every hidden state at every step, this program reads each hidden state once.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from semantic_routing.analysis.table import Table
 from semantic_routing.common.device import has_bfloat16
 from semantic_routing.model.arms import ARMS, DEFAULT_ARM, parse_arm
 from semantic_routing.model.build import make_model
@@ -35,27 +36,27 @@ from semantic_routing.sampling.samplers import euler, schedule
 from semantic_routing.training.recipes import toy
 
 GUIDED = 2
-"""Every step sees the picture twice: with the prompt and with the null prompt."""
+"""Guidance runs the network twice a step: with the prompt and with the null prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """One picture as Table 4 makes it; the defaults are the paper's (512x512, Qwen3-VL-4B, 50 guided steps)."""
+    """The image and the models of Table 4; the defaults are the paper's (512x512, Qwen3-VL-4B, 50 guided steps)."""
 
     model: DiTConfig = field(default_factory=DiTConfig)
-    """Sizes of the transformer; its arm is replaced by the one measured."""
+    """Sizes of the transformer; its arm is replaced by the measured one."""
     encoder_heads: int = 32
-    """Query heads of the text encoder; its width and layers are the transformer's text_width and text_layers."""
+    """Query heads of the text encoder; its width and depth are the transformer's text_width and text_layers."""
     encoder_kv_heads: int = 8
     """Key and value heads of the text encoder."""
     encoder_head_dim: int = 128
-    """Channels of a head of the text encoder."""
+    """Channels of each head of the text encoder."""
     encoder_mlp_width: int = 9728
     """Hidden channels of the text encoder's gated MLP."""
     latent_size: int = 64
-    """Side of the latent in its own pixels."""
+    """Height and width of the latent."""
     steps: int = 50
-    """Steps of Euler's method, one velocity each."""
+    """Steps of Euler's method."""
     padded_tokens: int = 512
     """Length to which the reference pads prompts."""
 
@@ -71,33 +72,33 @@ SCALES = {
         latent_size=32,
     ),
 }
-"""Pictures of the recipes; the toy's text encoder is the one that ``tiny_lm`` makes."""
+"""Scales by recipe; the text encoder of toy is that of ``tiny_lm``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Overhead:
-    """What one picture costs; FLOPs are two for each multiplication and addition of a matrix product."""
+    """The cost of one image; a multiplication with its addition is two FLOPs."""
 
     arm: str
-    """Conditioning strategy."""
+    """Name of the conditioning strategy."""
     params: int
-    """Parameters of the transformer, without the text encoder's."""
+    """Parameters of the transformer, without the text encoder."""
     flops_paper: float
-    """By the paper: products with weights, text prepared at every step, prompts padded."""
+    """FLOPs of the reference, counted as in the paper: products with weights, at every step, from padded prompts."""
     flops_ours: float
-    """What this program does at ``text_tokens``, counted as the paper counts: products with weights."""
+    """FLOPs of this program at ``text_tokens``, counted as in the paper: products with weights."""
     flops_ours_all: float
-    """What this program does at ``text_tokens``, all products counted."""
+    """FLOPs of all matrix products of this program at ``text_tokens``."""
     mix_bytes_paper: float
-    """What mixing must move to and from memory, the reference's way: see ``mix_bytes``."""
+    """Memory traffic of mixing in the reference, in bytes: see ``mix_bytes``."""
     mix_bytes_ours: float
-    """What it must move in this program, at ``text_tokens``."""
+    """Memory traffic of mixing in this program at ``text_tokens``, in bytes."""
     text_tokens: int
-    """Length of both prompts in this program's numbers."""
+    """Length of prompt and null prompt in the numbers of this program."""
     latency: float | None = None
-    """Seconds of the transformer for a picture, text preparation included; None where not measured."""
+    """Seconds of the transformer for an image, text preparation included; None if not measured."""
     peak_memory: int | None = None
-    """Most bytes that were in use on the CUDA device meanwhile; None where not measured."""
+    """Peak bytes on the CUDA device; None if not measured."""
 
 
 def measure(
@@ -108,9 +109,10 @@ def measure(
     device: torch.device | None = None,
     compiled: bool = False,
 ) -> Overhead:
-    """What a picture costs with this arm, for prompts of ``text_tokens``; timed where a device is given.
+    """Return the cost of an image with this arm for prompts of ``text_tokens``; with a device, measure the time too.
 
-    The text encoder runs once on prompt and null prompt, all its layers, which every arm's features need.
+    All layers of the text encoder run once on prompt and null prompt, whatever the arm. ValueError for an unknown arm
+    and for prompts without tokens.
     """
     if text_tokens < 1:
         raise ValueError(f"text_tokens is {text_tokens}; a prompt has at least 1")
@@ -120,7 +122,7 @@ def measure(
         model = make_model(cfg)
     padded, _ = count_text(model, GUIDED, scale.padded_tokens)
     text, context = count_text(model, GUIDED, text_tokens)
-    # An image's products with weights do not depend on the text's length.
+    # The image's products with weights do not depend on the length of the text.
     image = count_image(model, GUIDED, scale.latent_size, scale.latent_size, context)
     reference = _count_encoder(scale, scale.padded_tokens) + (padded + image) * scale.steps
     prepared = scale.steps if model.depends_on_time else 1
@@ -141,11 +143,11 @@ def measure(
 
 
 def mix_bytes(cfg: DiTConfig, tokens: int, passes: int, *, reference: bool) -> float:
-    """The least that mixing two prompts' states ``passes`` times moves to and from memory, in bytes.
+    """Return the least memory traffic, in bytes, of mixing the hidden states of two prompts ``passes`` times.
 
-    The reference reads each state in bfloat16, writes and reads its normalised copy in float32, and writes every mix in
-    float32, at every pass. This program reads each state that is weighed once for all passes, in bfloat16, and writes
-    every mix in bfloat16. The paper's B1 normalises one layer, and FuseDiT mixes none.
+    At every pass the reference reads each hidden state in bfloat16, writes and reads its normalised copy in float32,
+    and writes every mix in float32. This program reads each hidden state in bfloat16, once for all passes, and writes
+    every mix in bfloat16. B1 normalises one layer. FuseDiT mixes no layers.
     """
     if cfg.strategy.reads_keys:
         return 0.0
@@ -158,19 +160,18 @@ def mix_bytes(cfg: DiTConfig, tokens: int, passes: int, *, reference: bool) -> f
 
 
 def to_json(rows: Sequence[Overhead]) -> dict[str, Any]:
-    """``{"arms": {arm: {"params": ..., "flops_paper": ..., "flops_ours": ..., ...}}}``, FLOPs as plain numbers."""
+    """Return ``{"arms": {arm: {"params": ..., "flops_paper": ..., "flops_ours": ..., ...}}}``."""
     return {"arms": {row.arm: {k: v for k, v in asdict(row).items() if k != "arm"} for row in rows}}
 
 
 def table(rows: Sequence[Overhead]) -> str:
-    """The rows as a Markdown table: parameters in millions, FLOPs in T, bytes in GB."""
-    lines = [
-        "| arm | params (M) | FLOPs, paper (T) | ours, so counted (T) | ours, all (T) "
-        "| mix, paper (GB) | ours (GB) | tokens | latency (s) | peak (GiB) |",
-        "| --- |" + " ---: |" * 9,
-    ]
-    for row in rows:
-        cells = [
+    """Return the rows as a Markdown table: parameters in millions, FLOPs in T, bytes in GB."""
+    head = (
+        "arm", "params (M)", "FLOPs, paper (T)", "ours, so counted (T)", "ours, all (T)", "mix, paper (GB)",
+        "ours (GB)", "tokens", "latency (s)", "peak (GiB)",
+    )  # fmt: skip
+    cells = [
+        [
             ARMS[row.arm].title,
             f"{row.params / 1e6:,.1f}",
             *(f"{x / 1e12:,.1f}" for x in (row.flops_paper, row.flops_ours, row.flops_ours_all)),
@@ -180,12 +181,13 @@ def table(rows: Sequence[Overhead]) -> str:
             "–" if row.latency is None else f"{row.latency:.3f}",
             "–" if row.peak_memory is None else f"{row.peak_memory / 2**30:.2f}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        for row in rows
+    ]
+    return Table(head, cells).markdown()
 
 
 def _count_encoder(scale: Scale, tokens: int) -> Products:
-    """One pass of the text encoder over prompt and null prompt; its layers are alike, so one is counted."""
+    """Count a forward pass of the text encoder on prompt and null prompt; its layers are equal, so one is counted."""
     layer = qwen3_vl(
         width=scale.model.text_width,
         layers=1,
@@ -198,7 +200,7 @@ def _count_encoder(scale: Scale, tokens: int) -> Products:
 
 
 def _time(cfg: DiTConfig, scale: Scale, tokens: int, device: torch.device, compiled: bool) -> tuple[float, int | None]:
-    """Seconds and, on CUDA, peak bytes of sampling one latent as ``semroute sample`` does, with random weights."""
+    """Measure the seconds and, on CUDA, the peak bytes of sampling one latent with random weights."""
     with device:
         model = make_model(cfg).eval().requires_grad_(False)
     if compiled:
@@ -215,7 +217,7 @@ def _time(cfg: DiTConfig, scale: Scale, tokens: int, device: torch.device, compi
             torch.cuda.synchronize(device)
 
     with torch.no_grad(), autocast(device, bf16), rounded_once(model, bf16):
-        sample(3)  # kernels are made, chosen and loaded at the first steps
+        sample(3)  # the first steps compile, tune and load kernels
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""One self-contained page of an analysis: the weights under a slider of time, figures, trajectories, strips."""
+"""The page of an analysis: weights with a slider for the time, figures, trajectories, strips of images."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from PIL import Image
 from semantic_routing.analysis.figures import Drawn, to_svg
 from semantic_routing.analysis.routers import TIMES, routes, routing_weights
 from semantic_routing.analysis.statistics import center, effective_layers
+from semantic_routing.analysis.table import Table
 from semantic_routing.common.files import write_text
 from semantic_routing.common.webpage import document
 from semantic_routing.model.dit import Backbone
@@ -27,7 +28,7 @@ SCRIPT = Path(__file__).with_suffix(".js")
 
 @dataclass(frozen=True)
 class Strip:
-    """Images along one trajectory."""
+    """Images along one sampling trajectory."""
 
     caption: str
     setting: str
@@ -43,7 +44,7 @@ def write_page(
     leads: Sequence[dict[str, Any]],
     strips: Sequence[Strip],
 ) -> Path:
-    """Write the page; it needs no network and no file beside it. Returns its path."""
+    """Write the self-contained page; returns its path."""
     sections = [_weights(model)] if routes(model) else []
     sections.append(_figures(drawn))
     if leads:
@@ -62,7 +63,7 @@ def _about(model: Backbone) -> str:
 
 
 def _weights(model: Backbone) -> str:
-    """The heat map as a canvas that a script draws from the embedded numbers, with a slider where time matters."""
+    """Return a canvas that the script fills with a heat map, its numbers, and a slider if routing depends on time."""
     weights = routing_weights(model, TIMES if model.depends_on_time else TIMES[:1])
     data = {
         "times": [float(t) for t in TIMES[: len(weights)]],
@@ -88,26 +89,24 @@ def _figures(drawn: Sequence[Drawn]) -> str:
     cards = [
         f'<div class="card plot"><h3>{escape(figure.title)}</h3><div>{to_svg(figure.figure, figure.title)}</div></div>'
         for figure in drawn
-        if not figure.name.startswith("heatmap")  # the canvas above shows those
+        if not figure.name.startswith("heatmap")  # the canvas shows those
     ]
     return f'<h2>Figures</h2>\n<div class="maps">{"".join(cards)}</div>'
 
 
 def _leads(leads: Sequence[dict[str, Any]]) -> str:
-    rows = "".join(
-        f"<tr><td>{row['guidance']:g}</td><td>{row['steps']}</td><td>{row['images']}</td>"
-        f"<td>{row['lead']:+.4f}</td><td>{row['interval'][0]:+.4f} to {row['interval'][1]:+.4f}</td>"
-        f"<td>{row['largest']:+.4f} at t = {row['at']:.2f}</td></tr>"
+    rows = [
+        (
+            f"{row['guidance']:g}", str(row["steps"]), str(row["images"]), f"{row['lead']:+.4f}",
+            f"{row['interval'][0]:+.4f} to {row['interval'][1]:+.4f}", f"{row['largest']:+.4f} at t = {row['at']:.2f}",
+        )
         for row in leads
-    )
-    head = "".join(
-        f"<th>{name}</th>" for name in ("guidance", "steps", "images", "mean lead", "95 % interval", "largest")
-    )
+    ]  # fmt: skip
+    head = ("guidance", "steps", "images", "mean lead", "95 % interval", "largest")
     return (
         "<h2>Lead of the effective time over the nominal one</h2>\n"
         '<p class="soft">The effective time of a step is the time at which the training forward process, built from '
-        "the final image, is as far from it as the true trajectory is.</p>\n"
-        f'<div class="card"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+        f"the final image, is as far from it as the true trajectory is.</p>\n{Table(head, rows).html()}"
     )
 
 

@@ -1,4 +1,4 @@
-"""How routing changes from block to block and over time: Figures 3, 8 and 9 of the paper, and statistics beyond it."""
+"""Routing by block and by time: Figures 3, 8 and 9 of the paper, and the effective number of layers."""
 
 from __future__ import annotations
 
@@ -23,26 +23,28 @@ from semantic_routing.analysis.statistics import (
 )
 from semantic_routing.model.dit import Backbone
 
+Curve = tuple[str, Float[np.ndarray, " S"], str]
+"""Name, values and line style."""
 SIMILARITY = "similarity: 1 - JS divergence (base 2)"
 ALIKE = 0.99
-"""The darkest colour is at least so far from 1: differences below that do not show."""
+"""The colour scale of similarities starts here or lower: smaller differences do not show."""
 
 
 @dataclass(frozen=True)
 class Profiles:
-    """A model's weights along the axes that its routing knows; None where it ignores one.
+    """Weights of a model by time and by block; None for an axis on which they do not depend.
 
-    For routing by both, these are the marginals: the mean over blocks at each time, over times in each block.
+    If they depend on both, these are the marginals: means over the other axis.
     """
 
     by_time: Float[np.ndarray, "T L"] | None
     by_block: Float[np.ndarray, "D L"] | None
     effective: Float[np.ndarray, "T D"]
-    """The effective number of layers of each block at each time."""
+    """Effective number of layers of each block at each time."""
 
 
 def profiles(model: Backbone) -> Profiles:
-    """The weights of a model by time (at ``TIMES``) and by block."""
+    """Return the weights of a model by time (at ``TIMES``) and by block."""
     weights = routing_weights(model, TIMES)
     by_time, by_block = marginals(weights)
     varies = np.ptp(by_block, axis=0).max() > 0
@@ -54,7 +56,7 @@ def profiles(model: Backbone) -> Profiles:
 
 
 def routing_figures(model: Backbone) -> Iterator[Drawn]:
-    """Figures 3, 8 and 9 and the effective number of layers, as far as the model's routing has the axis."""
+    """Draw Figures 3, 8 and 9 and the effective number of layers, for each axis on which the routing depends."""
     found = profiles(model)
     if found.by_block is not None:
         names = [str(block) for block in range(len(found.by_block))]
@@ -74,7 +76,7 @@ def _axis_figures(
     weights: Float[np.ndarray, "K L"],
     effective: Float[np.ndarray, " K"],
 ) -> Iterator[Drawn]:
-    """``effective`` is the mean effective number of layers, ``weights`` the marginal; all in the order of places."""
+    """Draw the figures of one axis from its marginal weights and its mean effective numbers of layers."""
     similarity = js_similarity(weights)
     yield Drawn(
         name=f"similarity-{axis}",
@@ -94,11 +96,7 @@ def _axis_figures(
         values=np.stack([mean, variance, entropy(weights), effective_layers(weights)], axis=1),
     )
     layers = weights.shape[1]
-    curves = [
-        ("of each block and time, in the mean", effective, "-"),
-        ("of the mean weights", effective_layers(weights), "--"),
-    ]
-    curves = curves if np.abs(curves[0][1] - curves[1][1]).max() > 1e-6 else [("effective layers", effective, "-")]
+    curves = _effective_curves(weights, effective)
     uniform = ("uniform", np.full(len(places), float(layers)), ":")
     yield Drawn(
         name=f"effective-layers-{axis}",
@@ -108,6 +106,14 @@ def _axis_figures(
         columns=[name for name, _, _ in curves],
         values=np.stack([values for _, values, _ in curves], axis=1),
     )
+
+
+def _effective_curves(weights: Float[np.ndarray, "K L"], effective: Float[np.ndarray, " K"]) -> list[Curve]:
+    """Return the mean of the effective numbers and the number of the mean weights; one curve if they are equal."""
+    of_mean = effective_layers(weights)
+    if np.abs(effective - of_mean).max() <= 1e-6:
+        return [("effective layers", effective, "-")]
+    return [("of each block and time, in the mean", effective, "-"), ("of the mean weights", of_mean, "--")]
 
 
 def _wasserstein_figure(weights: Float[np.ndarray, "T L"]) -> Drawn:
@@ -133,9 +139,9 @@ def plot_similarity(
     names: Sequence[str] | None = None,
     measure: str = SIMILARITY,
 ) -> Figure:
-    """A square of similarities, from the smallest that occurs, 0.99 at most, to 1; the first row on top.
+    """Draw a matrix of similarities, its first row on top. The colours run from the smallest, at most 0.99, to 1.
 
-    ``names`` stand at the places instead of these themselves.
+    The axes show ``names``, or the places if there are no names.
     """
     figure, axes = new_axes(5.4, 4.2) if names is None else new_axes(6.0, 4.8)
     step = places[1] - places[0] if len(places) > 1 else 1.0
@@ -162,7 +168,7 @@ def plot_trend(
     variance: Float[np.ndarray, " K"],
     label: str,
 ) -> Figure:
-    """The centre with a band of one standard deviation to both sides; 0 is the first layer, 1 the last."""
+    """Draw the centre in a band of one standard deviation to both sides; 0 is the first layer, 1 the last."""
     figure, axes = new_axes(5.6, 3.0)
     deviation = np.sqrt(variance)
     axes.fill_between(places, mean - deviation, mean + deviation, color="#4477aa", alpha=0.2, linewidth=0)
@@ -175,13 +181,13 @@ def plot_trend(
 
 def plot_curves(
     x: Float[np.ndarray, " S"],
-    curves: Sequence[tuple[str, Float[np.ndarray, " S"], str]],
+    curves: Sequence[Curve],
     x_label: str,
     y_label: str,
     *,
     bottom: float | None = None,
 ) -> Figure:
-    """Named lines over one axis; a curve is (name, values, line style). Solid ones have a colour each."""
+    """Draw curves over ``x``; each solid line has its own colour."""
     figure, axes = new_axes(5.6, 3.4)
     solid = [style for _, _, style in curves].count("-")
     colors = iter(matplotlib.colormaps["viridis"](np.linspace(0, 0.8, max(solid, 1))))

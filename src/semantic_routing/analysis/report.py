@@ -1,4 +1,4 @@
-"""The report of a run: one HTML page that needs nothing beside it, and ``metrics.json`` with its numbers."""
+"""The report of a run: one self-contained HTML page, and ``metrics.json`` with its numbers."""
 
 from __future__ import annotations
 
@@ -6,81 +6,41 @@ import base64
 import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from statistics import median
 from textwrap import wrap
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
 from semantic_routing.analysis.figures import INK, label_axes, new_axes, to_svg
-from semantic_routing.analysis.routers import open_router
+from semantic_routing.analysis.report_data import Results, numbers, read_results, smoothed
 from semantic_routing.analysis.weights import heatmaps, plot_heatmap
-from semantic_routing.checkpoint.load import find_checkpoint, read_state
 from semantic_routing.common.files import write_text, written_whole
 from semantic_routing.common.webpage import document
-from semantic_routing.evaluation.records import MANIFEST, RECORDS, Record, read_records
-from semantic_routing.evaluation.summary import summarize
-from semantic_routing.model.arms import ARMS, DEFAULT_ARM
+from semantic_routing.evaluation.records import Record
+from semantic_routing.model.arms import DEFAULT_ARM, PAPER_ARMS
 from semantic_routing.model.dit import Backbone
 from semantic_routing.toy.captions import GENEVAL_TAGS, TAGS
 
 SHOWN = 3
 """Images of each tag in the sample grid."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Results:
-    """All that the page tells of."""
-
-    run: Path
-    evaluation: Path
-    config: dict[str, Any]
-    """The run's resolved configuration."""
-    steps: int
-    """Finished training steps."""
-    metrics: list[dict[str, Any]]
-    """Lines of metrics.jsonl."""
-    records: list[Record]
-    summary: dict[str, Any]
-    manifests: tuple[dict[str, Any], dict[str, Any]]
-    """How training was run, and how the evaluation."""
-    timings: dict[str, float]
-    """Seconds that each stage took."""
-    model: Backbone
-    """On the meta device, but for its router."""
-
-    @property
-    def arm(self) -> str:
-        return self.model.cfg.arm
-
-    @property
-    def parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
-
-    @property
-    def images_seen(self) -> int:
-        return self.steps * self.config["batch"]
-
-    @property
-    def total_seconds(self) -> float:
-        return self.timings.get("total", sum(self.timings.values()))
+MEANS = {"overall": "all images", "geneval": "mean of the six GenEval tags"}
+"""Labels of the columns that are not tags."""
 
 
 def write_report(run: Path, evaluation: Path, out: Path, timings: dict[str, float]) -> Path:
     """Write ``report.html``, ``samples.png`` and ``metrics.json`` into the folder ``out``; returns the page.
 
-    ``run`` is a run's folder, ``evaluation`` one of ``evaluate_shapes``. ``timings`` maps the stages' names to
-    seconds: "train" must be among them; "total" is their sum if it is not. ValueError for unfinished folders.
+    ``run`` is the folder of a run and ``evaluation`` that of its evaluation by ``evaluate shapes``. ``timings`` maps
+    the names of stages to seconds: "train" is required, "total" defaults to their sum. ValueError for unfinished
+    folders.
     """
-    results = _read(run, evaluation, timings)
+    results = read_results(run, evaluation, timings)
     write_text(out / "metrics.json", json.dumps(numbers(results), indent=2) + "\n")
     with written_whole(out / "samples.png") as scratch:
         plot_samples(results).savefig(scratch, format="png", dpi=130)
@@ -88,63 +48,9 @@ def write_report(run: Path, evaluation: Path, out: Path, timings: dict[str, floa
     return out / "report.html"
 
 
-def _read(run: Path, evaluation: Path, timings: dict[str, float]) -> Results:
-    state = read_state(find_checkpoint(run))
-    records = read_records(evaluation / RECORDS)
-    lines = _text(run / "metrics.jsonl").splitlines()
-    if not lines:
-        raise ValueError(f"{run}/metrics.jsonl is empty; give the folder of a run that has trained")
-    return Results(
-        run=run,
-        evaluation=evaluation,
-        model=open_router(run),
-        config=state["config"],
-        steps=state["step"],
-        metrics=[json.loads(line) for line in lines],
-        records=records,
-        summary=summarize(records),
-        manifests=(_json(run / "manifest.json"), _json(evaluation / MANIFEST)),
-        timings=timings,
-    )
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"there is no {path}; a report needs a finished run and a finished evaluation") from error
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def numbers(r: Results) -> dict[str, Any]:
-    """The content of metrics.json."""
-    accuracy = dict(r.summary["accuracy"])
-    geneval = accuracy.pop("geneval", None)
-    return {
-        "accuracy": accuracy,
-        "geneval_mean": geneval,
-        "interval": r.summary["interval"],
-        "images": r.summary["n"],
-        "arm": r.arm,
-        "parameters": r.parameters,
-        "steps": r.steps,
-        "images_seen": r.images_seen,
-        "images_per_second": median(row["images_per_s"] for row in r.metrics),
-        "final_loss": float(smoothed(np.array([row["loss"] for row in r.metrics]))[-1]),
-        "train_seconds": r.timings["train"],
-        "total_seconds": r.total_seconds,
-    }
-
-
 def page(r: Results) -> str:
-    """The whole HTML page."""
-    title = f"Semantic routing: {ARMS[r.arm].title} after {r.steps:,} steps"
+    """Return the complete HTML page."""
+    title = f"Semantic routing: {r.arm.title} after {r.steps:,} steps"
     sections = (
         _header(r, title),
         _section("Training loss", _plot(plot_loss(r.metrics), "training loss by step")),
@@ -166,7 +72,7 @@ def _header(r: Results, title: str) -> str:
     accuracy, cfg = r.summary["accuracy"], r.model.cfg
     tiles = {"accuracy over all images": _percent(accuracy["overall"])}
     if "geneval" in accuracy:
-        tiles["mean of the six GenEval tags"] = _percent(accuracy["geneval"])
+        tiles[MEANS["geneval"]] = _percent(accuracy["geneval"])
     if "single_object" in accuracy:
         tiles["single object"] = _percent(accuracy["single_object"])
     tiles |= {"training": duration(r.timings["train"]), "in all": duration(r.total_seconds)}
@@ -182,12 +88,12 @@ def _header(r: Results, title: str) -> str:
         f"{cfg.width}) learned to draw {r.config['image_size']}x{r.config['image_size']} images of "
         f"{escape(data)}: {r.steps:,} steps of {r.config['batch']} images, {r.images_seen:,} images in all. "
         f"Its text comes from {escape(encoder)} with {cfg.text_layers} layers of width {cfg.text_width}. "
-        f"Strategy {escape(ARMS[r.arm].title)}: {escape(ARMS[r.arm].reads)}.</p>\n</header>\n"
+        f"Strategy {escape(r.arm.title)}: {escape(r.arm.reads)}.</p>\n</header>\n"
     )
 
 
 def plot_loss(metrics: Sequence[Mapping[str, Any]]) -> Figure:
-    """The loss of every logged step, and its running mean, on a logarithmic axis."""
+    """Plot the loss of every logged step and its running mean on a logarithmic axis."""
     steps = np.array([row["step"] for row in metrics])
     loss = np.array([row["loss"] for row in metrics])
     figure, axes = new_axes(7.2, 2.9)
@@ -204,14 +110,8 @@ def plot_loss(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def smoothed(values: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
-    """Running mean over a twentieth of the values, over fewer at both ends."""
-    window = np.ones(min(len(values), 2 * (len(values) // 40) + 1))
-    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
-
-
 def plot_samples(r: Results, tags: Sequence[str] = TAGS, columns: int = 3) -> Figure:
-    """The first images of every tag in a row of their own, each under its caption and the checker's verdict."""
+    """Draw a row of images for every tag, each under its caption and the checker's verdict."""
     figure = Figure(figsize=(2.1 * columns * 2, 1.9 * -(-len(tags) // 2)), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(-(-len(tags) // 2), 2 * columns, squeeze=False)
@@ -233,7 +133,7 @@ def _plot(figure: Figure, description: str) -> str:
 
 def _samples(r: Results) -> str:
     cards = []
-    for tag in (name for name in r.summary["n"] if name not in ("overall", "geneval")):
+    for tag in (name for name in r.summary["n"] if name not in MEANS):
         shown = [record for record in r.records if record.tag == tag][:SHOWN]
         figures = "".join(_figure(r.evaluation, record) for record in shown)
         share = f"{_percent(r.summary['accuracy'][tag])} of {r.summary['n'][tag]}"
@@ -261,9 +161,9 @@ def _figure(evaluation: Path, record: Record) -> str:
 
 
 def _accuracy(summary: dict[str, Any]) -> str:
-    tags = [name for name in summary["n"] if name not in ("overall", "geneval")]
+    tags = [name for name in summary["n"] if name not in MEANS]
     groups = {
-        "": [name for name in ("overall", "geneval") if name in summary["n"]],
+        "": [name for name in MEANS if name in summary["n"]],
         "GenEval's tags": [tag for tag in tags if tag in GENEVAL_TAGS],
         "Harder skills": [tag for tag in tags if tag not in GENEVAL_TAGS],
     }
@@ -281,8 +181,8 @@ def _accuracy(summary: dict[str, Any]) -> str:
 
 def _accuracy_row(name: str, summary: dict[str, Any]) -> str:
     accuracy, (low, high) = summary["accuracy"][name], summary["interval"][name]
-    label = {"overall": "all images", "geneval": "mean of the six GenEval tags"}.get(name, words(name))
-    strong = ' class="strong"' if name in ("overall", "geneval") else ""
+    label = MEANS.get(name, words(name))
+    strong = ' class="strong"' if name in MEANS else ""
     bar = (
         '<svg viewBox="0 0 100 14" preserveAspectRatio="none" aria-hidden="true">'
         '<rect class="track" y="3" width="100" height="8"/>'
@@ -311,7 +211,7 @@ def _routing(model: Backbone) -> str:
     for time, weights in drawn:
         when = "" if time is None else f"t = {time:g}"
         figure = plot_heatmap(weights, when, top)
-        # At most as wide as it was drawn, so that its text keeps its size.
+        # No wider than it was drawn: its text keeps its size.
         width = 96 * figure.get_figwidth()
         svg = to_svg(figure, f"weight of every language-model layer in every block {when}".rstrip())
         maps.append(f'<div style="max-width:{width:.0f}px">{svg}</div>')
@@ -327,13 +227,13 @@ def _routing(model: Backbone) -> str:
 
 def _timings(r: Results) -> str:
     stages = [(words(name), duration(s)) for name, s in r.timings.items() if name != "total"]
-    speed = f"{median(row['images_per_s'] for row in r.metrics):,.0f} images/s"
+    speed = f"{r.images_per_second:,.0f} images/s"
     return _table([*stages, ("in all", duration(r.total_seconds)), ("speed of training (median)", speed)])
 
 
 def _go_on(r: Results) -> str:
     run = shlex.quote(str(r.run))
-    other = next(arm for arm in ("uniform", DEFAULT_ARM) if arm != r.arm)
+    other = PAPER_ARMS[0] if r.arm.name == DEFAULT_ARM else DEFAULT_ARM
     commands = [
         "# another strategy, then the same questions to it",
         f"semroute train toy --arm {other} --out runs/{other}",
@@ -342,7 +242,7 @@ def _go_on(r: Results) -> str:
         "# your own prompts",
         f'semroute sample {run} --prompt "a red circle above a blue square" --out samples',
     ]
-    if ARMS[r.arm].has_weights:
+    if r.arm.has_weights:
         commands += ["", "# the routing weights as figures and tables", f"semroute analyze {run} --out figures"]
     return f"<pre>{escape(chr(10).join(commands))}</pre>"
 
@@ -371,12 +271,12 @@ def _table(rows: Iterable[tuple[str, str]], *, code: bool = False) -> str:
 
 
 def words(name: str) -> str:
-    """An identifier as words: ``single_object`` is ``single object``."""
+    """Return an identifier as words: "single object" for ``single_object``."""
     return name.replace("_", " ")
 
 
 def duration(seconds: float | int) -> str:
-    """Seconds in words: ``8.2 s``, ``7 min 05 s``, ``2 h 10 min``."""
+    """Return seconds in words: ``8.2 s``, ``7 min 05 s``, ``2 h 10 min``."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,9 +1,9 @@
-"""A router alone, read from a run, a checkpoint or an exported pipeline, and its weights at any time."""
+"""Reads a router without its backbone from a run, a checkpoint or an exported pipeline, and returns its weights."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -21,24 +21,23 @@ from semantic_routing.model.build import make_model
 from semantic_routing.model.dit import Backbone, DiT, DiTConfig
 
 TIMES = tuple(float(t) for t in np.linspace(0, 1, 21).round(2))
-"""The 21 times of Figures 3, 8 and 9 (0 noise, 1 data) ..."""
+"""The 21 times of Figures 3, 8 and 9 (0 noise, 1 data)."""
 CHOSEN_TIMES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-"""... and those of Figures 2 and 7, unless others are chosen."""
+"""Default times of Figures 2 and 7."""
 TIME = "time t (0 noise, 1 data)"
-"""The name of the axis."""
+"""Label of the time axis."""
 
 
 def open_router(path: Path) -> Backbone:
-    """The model of a run, checkpoint or exported pipeline, on the meta device but for its router's averaged weights.
+    """Return the model of a run, checkpoint or exported pipeline on the meta device, with its router's EMA weights.
 
-    Nothing else is read, so this is quick and small for any backbone. ValueError for what is none of them.
+    Only the router is read, so this takes little time and memory for any backbone. ValueError for other folders.
     """
-    sizes, tensors, source = _of_pipeline(path) if (path / PIPELINE).is_file() else _of_checkpoint(path)
+    sizes, found, source = _of_pipeline(path) if (path / PIPELINE).is_file() else _of_checkpoint(path)
     with torch.device("meta"):
         model = make_model(sizes)
     if not isinstance(model, DiT):
         return model
-    found = tensors()
     wanted = {name: tensor.shape for name, tensor in model.router.state_dict().items()}
     if {name: tensor.shape for name, tensor in found.items()} != wanted:
         raise ValueError(f"{source} does not hold the router of its configuration, arm {sizes.arm!r}")
@@ -46,8 +45,8 @@ def open_router(path: Path) -> Backbone:
     return model
 
 
-Opened = tuple[DiTConfig, Callable[[], dict[str, Tensor]], Path]
-"""Sizes of a model, what reads its router's tensors, and where from."""
+Opened = tuple[DiTConfig, dict[str, Tensor], Path]
+"""Sizes of a model, the tensors of its router, and their file or folder."""
 
 
 def _of_checkpoint(path: Path) -> Opened:
@@ -55,12 +54,8 @@ def _of_checkpoint(path: Path) -> Opened:
     config = read_state(folder).get("config")
     if not isinstance(config, dict) or "model" not in config:
         raise ValueError(f"{folder} was not written by semroute train: its state.json has no configuration")
-    file = folder / EMA
-
-    def tensors() -> dict[str, Tensor]:
-        return {name.removeprefix("router."): tensor for name, tensor in read_tensors(file, "router.").items()}
-
-    return from_dict(DiTConfig, config["model"], "model."), tensors, file
+    sizes, file = from_dict(DiTConfig, config["model"], "model."), folder / EMA
+    return sizes, {name.removeprefix("router."): x for name, x in read_tensors(file, "router.").items()}, file
 
 
 def _of_pipeline(path: Path) -> Opened:
@@ -69,29 +64,25 @@ def _of_pipeline(path: Path) -> Opened:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         sizes = DiTConfig(**{field.name: config[field.name] for field in fields(DiTConfig)})
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} is no transformer of semroute export: its config.json lacks {error}") from error
-
-    def tensors() -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            with open_tensors(file), safe_open(file, "pt") as content:
-                names = [name for name in content.keys() if name.startswith(prefix)]  # noqa: SIM118
-                found |= {name.removeprefix(prefix): content.get_tensor(name) for name in names}
-        return found
-
-    return sizes, tensors, folder
+        raise ValueError(f"{folder} is no transformer of semroute export: bad config.json ({error})") from error
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with open_tensors(file), safe_open(file, "pt") as content:
+            names = [name for name in content.keys() if name.startswith(prefix)]  # noqa: SIM118
+            found |= {name.removeprefix(prefix): content.get_tensor(name) for name in names}
+    return sizes, found, folder
 
 
 def routes(model: Backbone) -> bool:
-    """Whether a model has routing weights that no text is needed for."""
+    """Return whether a model has routing weights that do not depend on the text."""
     return model.cfg.strategy.has_weights
 
 
 @torch.no_grad()
 def routing_weights(model: Backbone, times: Sequence[float]) -> Float[np.ndarray, "T D L"]:
-    """Weight of each of L layers in each of D blocks at the times (0 noise, 1 data); each row sums to 1.
+    """Return the weight of each of L layers in each of D blocks at the times (0 noise, 1 data); each row sums to 1.
 
-    What a router ignores is repeated. ValueError for FuseDiT, which has none.
+    Weights are repeated along an axis on which they do not depend. ValueError for FuseDiT, which has no router.
     """
     if not isinstance(model, DiT):
         raise ValueError(

@@ -1,7 +1,6 @@
-"""What routing weights say as numbers: the formulas of Section 5.1 and Appendix C, and a few beyond the paper.
+"""Statistics of routing weights: the formulas of Section 5.1 and Appendix C, and a few beyond the paper.
 
-A weight vector over L layers is a probability distribution; functions take any number of them in the leading axes.
-Everything is float64.
+A weight vector over L layers is a probability distribution. Functions accept any leading axes and compute in float64.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ Values = Float[np.ndarray, "..."]
 
 
 def normalized(weights: Weights) -> Weights:
-    """Weights as probabilities (Eq. 14); ValueError for negative ones or rows without any."""
+    """Return weights as probabilities (Eq. 14); ValueError for negative weights and for rows that sum to 0."""
     weights = np.asarray(weights, dtype=np.float64)
     total = weights.sum(-1, keepdims=True)
     if (weights < 0).any() or not (total > 0).all():
@@ -23,62 +22,62 @@ def normalized(weights: Weights) -> Weights:
 
 
 def support(layers: int) -> Float[np.ndarray, " L"]:
-    """Where the layers stand on the axis from shallow to deep: evenly from 0 to 1 (Eq. 15)."""
+    """Return the positions of the layers, evenly spaced from 0 (shallow) to 1 (deep) (Eq. 15)."""
     return np.linspace(0, 1, layers) if layers > 1 else np.zeros(1)
 
 
 def center(weights: Weights) -> Values:
-    """Semantic centre: the mean layer, 0 the first and 1 the last (Eq. 16)."""
+    """Return the semantic centre: the mean position, 0 for the first layer and 1 for the last (Eq. 16)."""
     p = normalized(weights)
     return np.asarray(p @ support(p.shape[-1]))
 
 
 def dispersion(weights: Weights) -> Values:
-    """Semantic dispersion: the variance around the centre (Eq. 17), at most 1/4."""
+    """Return the semantic dispersion: the variance around the centre, at most 1/4 (Eq. 17)."""
     p = normalized(weights)
     return np.asarray((p * (support(p.shape[-1]) - center(p)[..., None]) ** 2).sum(-1))
 
 
 def marginals(weights: Float[np.ndarray, "T D L"]) -> tuple[Float[np.ndarray, "T L"], Float[np.ndarray, "D L"]]:
-    """The joint strategy's distributions over layers by time (mean over blocks) and by block (mean over times)."""
+    """Return the distributions over layers by time (mean over blocks) and by block (mean over times)."""
     p = normalized(weights)
     return p.mean(1), p.mean(0)
 
 
 def entropy(weights: Weights) -> Values:
-    """Shannon entropy in nats: 0 for one layer, log L for the uniform average."""
+    """Return the Shannon entropy in nats: 0 for one layer, log L for the uniform average."""
     p = normalized(weights)
     return np.asarray(-(p * np.log(np.where(p > 0, p, 1))).sum(-1))
 
 
 def effective_layers(weights: Weights) -> Values:
-    """How many layers, weighed alike, would have the same entropy: exp(entropy), from 1 to L."""
+    """Return exp(entropy), from 1 to L: the number of equally weighted layers that has the same entropy."""
     return np.asarray(np.exp(entropy(weights)))
 
 
 def js_divergence(p: Weights, q: Weights) -> Values:
-    """Jensen-Shannon divergence to base 2: 0 for equal distributions, 1 for disjoint ones (Lin, 1991)."""
+    """Return the Jensen-Shannon divergence to base 2: 0 for equal distributions, 1 for disjoint ones (Lin, 1991)."""
     p, q = normalized(p), normalized(q)
     return np.asarray(np.clip((entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2) / np.log(2), 0, 1))
 
 
 def js_similarity(weights: Float[np.ndarray, "K L"]) -> Float[np.ndarray, "K K"]:
-    """One minus the Jensen-Shannon divergence (base 2) of every pair of rows, as in Figure 3."""
+    """Return 1 - the Jensen-Shannon divergence (base 2) of every pair of rows, as in Figure 3."""
     return 1 - js_divergence(weights[:, None], weights[None])
 
 
 def wasserstein(p: Weights, q: Weights) -> Values:
-    """1-Wasserstein distance on the support of Eq. 15: the area between the two cumulative distributions."""
+    """Return the 1-Wasserstein distance on the support of Eq. 15: the area between the cumulative distributions."""
     p, q = normalized(p), normalized(q)
     gaps = np.abs(np.cumsum(p - q, -1))[..., :-1]
     return np.asarray(gaps.sum(-1) / max(p.shape[-1] - 1, 1))
 
 
 def wasserstein_steps(weights: Float[np.ndarray, "T L"]) -> Float[np.ndarray, " T_minus_1"]:
-    """1-Wasserstein distance of each time's weights to those of the time before, as in Figure 9."""
+    """Return the 1-Wasserstein distance of each time's weights to those of the time before, as in Figure 9."""
     return wasserstein(weights[1:], weights[:-1])
 
 
 def total_variation(p: Weights, q: Weights) -> Values:
-    """Half the sum of absolute differences: the share of the weight that moved, from 0 to 1."""
+    """Return half the sum of absolute differences: the share of the weight that moved, from 0 to 1."""
     return np.asarray(np.abs(normalized(p) - normalized(q)).sum(-1) / 2)

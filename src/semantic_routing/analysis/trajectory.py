@@ -1,8 +1,8 @@
-"""How far sampling really is at each step: the true trajectory beside the training forward process (Section 5.2).
+"""The sampling trajectory against the training forward process (Section 5.2).
 
-Both are measured by their distance to the final generated latents x̂1. The forward process built from these,
-x_t = (1 - t) noise + t x̂1, has the mean squared error (1 - t)² mse(noise, x̂1), so the time at which it is as far as
-the true trajectory is known in closed form: the **effective time** of a step.
+Both are measured by their mean squared error to the final latents x̂1. The forward process built from x̂1,
+x_t = (1 - t) noise + t x̂1, has the error (1 - t)² mse(noise, x̂1). The **effective time** of a sampling step is the
+time at which the forward process has the error of the trajectory; it has a closed form.
 """
 
 from __future__ import annotations
@@ -18,47 +18,47 @@ from semantic_routing.sampling.samplers import noise_for
 from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
 
 FRESH = 1
-"""Added to the run seed for the variant of the forward process that starts from other noise."""
+"""Added to the run seed for the forward process from fresh noise."""
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Distances to the final latents, for each of S steps and B images. Times are those at the steps' beginnings."""
+    """Errors to the final latents of B images at the beginning of each of S steps."""
 
     times: Float[np.ndarray, " S"]
-    """Nominal times, from 0."""
+    """Nominal times; the first is 0."""
     error: Float[np.ndarray, "S B"]
-    """Mean squared error of the true trajectory."""
+    """Mean squared error of the sampling trajectory."""
     forward: Float[np.ndarray, "S B"]
-    """That of the forward process from the same initial noise ..."""
+    """Mean squared error of the forward process from the same noise."""
     fresh: Float[np.ndarray, "S B"]
-    """... and from fresh noise."""
+    """Mean squared error of the forward process from fresh noise."""
     peak: Float[np.ndarray, " B"]
-    """Range of each final latent's values, for the signal-to-noise ratio."""
+    """Range of the values of each final latent, for the signal-to-noise ratio."""
 
     @property
     def effective(self) -> Float[np.ndarray, "S B"]:
-        """The time at which the forward process from the same noise is as far from the end as the trajectory is."""
+        """Time at which the forward process from the same noise has the error of the trajectory."""
         return effective_time(self.error, self.error[0])
 
     @property
     def lead(self) -> Float[np.ndarray, "S B"]:
-        """By how much effective time runs ahead of the nominal one."""
+        """Effective time minus nominal time."""
         return self.effective - self.times[:, None]
 
 
 def effective_time(error: Float[np.ndarray, "S B"], start: Float[np.ndarray, " B"]) -> Float[np.ndarray, "S B"]:
-    """The t that solves (1 - t)² start = error, where ``start`` is the error of pure noise."""
+    """Solve (1 - t)² start = error for t; ``start`` is the error of pure noise."""
     return 1 - np.sqrt(error / start)
 
 
 def psnr(error: Float[np.ndarray, "S B"], peak: Float[np.ndarray, " B"]) -> Float[np.ndarray, "S B"]:
-    """Peak signal-to-noise ratio in decibels: 10 log10(peak² / mse)."""
+    """Return the peak signal-to-noise ratio in decibels: 10 log10(peak² / mse)."""
     return 10 * np.log10(peak**2 / error)
 
 
 def squared_error(a: Float[Tensor, " B *shape"], b: Float[Tensor, " B *shape"]) -> Float[np.ndarray, " B"]:
-    """Mean squared error of each sample, summed in float64."""
+    """Return the mean squared error of each sample, computed in float64."""
     return (a.double() - b.double()).square().flatten(1).mean(1).numpy(force=True)
 
 
@@ -68,7 +68,7 @@ def measure(
     times: Float[np.ndarray, " S"],
     other_noise: Float[Tensor, " B *shape"],
 ) -> Trajectory:
-    """The distances of a sampled path: ``states`` are x at each step's beginning, the first of them the noise."""
+    """Return the errors of a trajectory; ``states`` are the latents at the beginning of each step, noise first."""
     remaining = (1 - np.asarray(times, dtype=np.float64))[:, None] ** 2
     end = final.flatten(1).double()
     return Trajectory(
@@ -81,18 +81,14 @@ def measure(
 
 
 def sample_trajectory(bundle: TextToImage, prompts: Sequence[str], cfg: SampleConfig) -> Trajectory:
-    """Sample one image for each prompt, ``cfg.batch`` at a time, and measure the paths."""
+    """Sample one image for each prompt, ``cfg.batch`` at a time, and measure the trajectories."""
     parts = []
     for first in range(0, len(prompts), cfg.batch):
         names = [(index, 0) for index in range(first, min(first + cfg.batch, len(prompts)))]
         parts.append(_batch_trajectory(bundle, [prompts[index] for index, _ in names], names, cfg))
-    return Trajectory(
-        times=parts[0].times,
-        error=np.concatenate([part.error for part in parts], axis=1),
-        forward=np.concatenate([part.forward for part in parts], axis=1),
-        fresh=np.concatenate([part.fresh for part in parts], axis=1),
-        peak=np.concatenate([part.peak for part in parts]),
-    )
+    by_image = ("error", "forward", "fresh", "peak")
+    joined = {name: np.concatenate([getattr(part, name) for part in parts], axis=-1) for name in by_image}
+    return Trajectory(times=parts[0].times, **joined)
 
 
 def _batch_trajectory(
@@ -113,7 +109,7 @@ def _batch_trajectory(
 def lead_interval(
     lead: Float[np.ndarray, "S B"], *, draws: int = 2000, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float, float]:
-    """Mean lead over all steps but the first, and its bootstrap interval over images (the first step has no lead)."""
+    """Return the mean lead without the first step (0), and its bootstrap interval (low, high) over images."""
     by_image = lead[1:].mean(0)
     rng = np.random.default_rng(seed)
     means = by_image[rng.integers(len(by_image), size=(draws, len(by_image)))].mean(1)

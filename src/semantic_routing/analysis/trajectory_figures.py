@@ -1,4 +1,4 @@
-"""Figure 4 and the effective time, from measured trajectories; the calibration that a gate can be told by."""
+"""Figure 4 and the effective time, from measured trajectories, and the calibration file for ``--clock``."""
 
 from __future__ import annotations
 
@@ -22,33 +22,31 @@ from semantic_routing.sampling.text_to_image import SampleConfig
 
 Runs = Sequence[tuple[SampleConfig, Trajectory]]
 NOMINAL = "nominal time t (0 noise, 1 data)"
-
-
 Curve = Float[np.ndarray, " S"]
 KINDS = {"": "-", ", forward process": "--", ", from fresh noise": ":"}
-"""What is drawn of each setting, and in which style."""
+"""Line style of each curve of a setting, by the ending of its name."""
 
 
 def trajectory_figures(runs: Runs) -> Iterator[Drawn]:
-    """Of each number of steps: mean squared error, PSNR, effective time and its lead over nominal time.
+    """Draw mean squared error, PSNR, effective time and its lead over nominal time for each number of steps.
 
-    Each guidance has its colour; its forward process is built from its own final images.
+    Each guidance scale has its own colour, and a forward process that is built from its own final images.
     """
     for steps in sorted({cfg.steps for cfg, _ in runs}):
         same = [(f"guidance {cfg.guidance:g}", path) for cfg, path in runs if cfg.steps == steps]
         times = same[0][1].times
         for kind, label in (("mse", "latent MSE to the final image"), ("psnr", "latent PSNR (dB)")):
             curves = {
-                name + what: _mean(error, path, kind)
+                name + what: (error if kind == "mse" else psnr(error, path.peak)).mean(1)
                 for name, path in same
                 for what, error in zip(KINDS, (path.error, path.forward, path.fresh), strict=True)
             }
             figure = _plot_kinds(times, [name for name, _ in same], curves, label)
             yield _drawn(f"trajectory-{kind}-{steps}", f"{label}, {steps} steps", times, curves, figure)
-        told = {name: path.effective.mean(1) for name, path in same} | {"nominal": times}
+        effective = {name: path.effective.mean(1) for name, path in same} | {"nominal": times}
         leads = {name: path.lead.mean(1) for name, path in same} | {"nominal": np.zeros(steps)}
         for name, title, curves, label in (
-            ("effective-time", "Effective time", told, "effective time"),
+            ("effective-time", "Effective time", effective, "effective time"),
             ("lead", "Effective time minus nominal time", leads, "lead of the effective time"),
         ):
             lines = [(key, values, ":" if key == "nominal" else "-") for key, values in curves.items()]
@@ -56,12 +54,8 @@ def trajectory_figures(runs: Runs) -> Iterator[Drawn]:
             yield _drawn(f"{name}-{steps}", f"{title}, {steps} steps", times, curves, figure)
 
 
-def _mean(error: Float[np.ndarray, "S B"], path: Trajectory, kind: str) -> Curve:
-    return (error if kind == "mse" else psnr(error, path.peak)).mean(1)
-
-
 def _plot_kinds(times: Curve, names: Sequence[str], curves: Mapping[str, Curve], label: str) -> Figure:
-    """A colour for each name, a style for each kind; the legend tells both apart."""
+    """Draw the curves with a colour for each name and a line style for each kind."""
     figure, axes = new_axes(5.6, 3.4)
     colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.8, len(names)))
     for name, color in zip(names, colors, strict=True):
@@ -87,7 +81,7 @@ def _drawn(name: str, title: str, times: Curve, curves: Mapping[str, Curve], fig
 
 
 def lead_table(runs: Runs) -> list[dict[str, Any]]:
-    """The mean lead of each setting with its 95 % bootstrap interval over images, and where it is largest."""
+    """Return the mean lead of each setting, its 95 % bootstrap interval over images, and its maximum."""
     rows = []
     for cfg, path in runs:
         mean, low, high = lead_interval(path.lead)
@@ -110,7 +104,7 @@ def lead_table(runs: Runs) -> list[dict[str, Any]]:
 
 
 def write_calibration(path: Path, cfg: SampleConfig, measured: Trajectory) -> None:
-    """The mean effective time of each step, as ``semroute sample --clock`` reads it."""
+    """Write the mean effective time of each step in the format of ``semroute sample --clock``."""
     curve = {
         "times": measured.times.tolist(),
         "effective": np.clip(measured.effective.mean(1), 0, 1).tolist(),

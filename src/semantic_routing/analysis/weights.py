@@ -1,6 +1,6 @@
-"""How much each block reads of each language-model layer, drawn as in Figures 1, 2, 6 and 7 of the paper.
+"""Figures of the routing weights of each block: Figures 1, 2, 6 and 7 of the paper.
 
-The numbers come from the very ``router.weights(t)`` that training and sampling use.
+The numbers come from ``router.weights(t)``, which training and sampling use too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from semantic_routing.analysis.routers import CHOSEN_TIMES, TIME, TIMES, routing
 from semantic_routing.model.dit import Backbone
 
 MOST_NUMBERS = 120
-"""Heat maps of at most so many cells show the numbers, too."""
+"""Largest number of cells for which a heat map shows the numbers."""
 
 
 def plot_heatmap(
@@ -27,14 +27,14 @@ def plot_heatmap(
     rows: Sequence[str] | None = None,
     label: str = "block",
 ) -> Figure:
-    """A row for each of K blocks or times, the first on top: the darker, the more of the layer is read.
+    """Draw a row of weights for each of K blocks or times, the first on top; darker is more.
 
-    ``top`` is the weight of the darkest colour, so that several maps can share one; by default the largest.
-    ``rows`` are the names of the rows, by default their numbers.
+    ``top`` is the least weight of the darkest colour, for a common scale of several maps. ``rows`` are the names of
+    the rows, by default their numbers.
     """
     count, layers = weights.shape
     figure, axes = new_axes(min(1.9 + 0.42 * layers, 7.5), min(1.4 + 0.34 * count, 5.5), title)
-    # Twice the uniform weight is the darkest colour where nothing stands out more.
+    # The scale ends at twice the uniform weight or above, so that near-uniform weights look pale.
     top = 100 * max(top, float(weights.max()), 2 / layers)
     edges_x, edges_y = np.arange(layers + 1) + 0.5, np.arange(count + 1) - 0.5
     mesh = axes.pcolormesh(
@@ -58,7 +58,7 @@ def plot_heatmap(
 
 
 def plot_lines(weights: Float[np.ndarray, "K L"], labels: Sequence[str], title: str = "") -> Figure:
-    """Weight by layer, a line for each of K blocks or times in their order."""
+    """Draw the weight by layer, a line for each of K blocks or times."""
     figure, axes = new_axes(6.6, 3.4, title)
     layers = weights.shape[1]
     colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(labels)))
@@ -75,7 +75,7 @@ def plot_lines(weights: Float[np.ndarray, "K L"], labels: Sequence[str], title: 
 def heatmaps(
     model: Backbone, times: Sequence[float] = CHOSEN_TIMES
 ) -> Iterator[tuple[float | None, Float[np.ndarray, "D L"]]]:
-    """The weights of all blocks at the times or, where time is ignored, once for None."""
+    """Yield each time and the weights of all blocks; if routing ignores time, only one pair, with None as the time."""
     times = times if model.depends_on_time else times[:1]
     for time, weights in zip(times, routing_weights(model, times), strict=True):
         yield (time if model.depends_on_time else None), weights
@@ -84,16 +84,16 @@ def heatmaps(
 def weight_figures(
     model: Backbone, times: Sequence[float] = CHOSEN_TIMES, blocks: Sequence[int] = ()
 ) -> Iterator[Drawn]:
-    """Figures 1, 2, 6 and 7: heat maps of all blocks at the chosen times and of all times in the chosen blocks; lines.
+    """Draw Figures 1, 2, 6 and 7: heat maps by block at chosen times and by time in chosen blocks, and lines.
 
-    As far as the model's routing has the axis; by default of the first, the middle and the last block. ValueError for
-    a block that the model lacks.
+    Figures over an axis on which the routing does not depend are left out. The default blocks are the first, the
+    middle and the last. ValueError for a block that the model does not have.
     """
     depth = model.cfg.depth
     if wrong := [block for block in blocks if not 0 <= block < depth]:
-        raise ValueError(f"there is no block {wrong[0]}: this model's are 0 to {depth - 1}")
+        raise ValueError(f"there is no block {wrong[0]}: this model has blocks 0 to {depth - 1}")
     chosen = list(blocks) or sorted({0, (depth - 1) // 2, depth - 1})
-    # Over the axis that routing ignores all weights are alike, and one of it stands for all.
+    # If all blocks have the same weights, one block shows them all.
     if np.ptp(routing_weights(model, TIMES), axis=1).max() == 0:
         chosen = []
     columns = [f"layer {layer}" for layer in range(1, model.cfg.text_layers + 1)]
@@ -102,7 +102,7 @@ def weight_figures(
 
 
 Part = tuple[str, str, Figure, list[str], Float[np.ndarray, "K L"]]
-"""Name and title of a figure, the figure, the names of the rows of numbers in it, and these."""
+"""Name, title and figure, the names of its rows of numbers, and these numbers."""
 
 
 def _maps(model: Backbone, times: Sequence[float], blocks: Sequence[int]) -> Iterator[Part]:
@@ -136,5 +136,5 @@ def _lines(model: Backbone, times: Sequence[float], blocks: Sequence[int]) -> It
 
 
 def _ticks(first: int, last: int, most: int = 12) -> range:
-    """Whole numbers from first to last, so few that their labels do not meet."""
+    """Return at most ``most`` evenly spaced integers from first to last, so that labels do not overlap."""
     return range(first, last + 1, -(-(last - first + 1) // most))

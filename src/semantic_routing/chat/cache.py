@@ -23,11 +23,11 @@ class AnswerCache:
         self.folder = folder
 
     def path(self, name: str) -> Path:
-        """Where the answer of that digest is."""
+        """Return the path of the answer with that digest."""
         return self.folder / name[:2] / f"{name}.json"
 
     def get(self, name: str) -> Answer | None:
-        """The remembered answer; None where there is none, or a damaged one, which is asked for anew."""
+        """Return the cached answer; None if it is missing or damaged."""
         path = self.path(name)
         try:
             entry = json.loads(path.read_text(encoding="utf-8"))
@@ -39,15 +39,15 @@ class AnswerCache:
             return None
 
     def put(self, name: str, facts: Mapping[str, Any], answer: Answer) -> None:
-        """Remember an answer and the question's facts; ValueError where the folder cannot be written."""
+        """Cache an answer and the question's facts. Raises ValueError if the folder cannot be written."""
         write_text(self.path(name), json.dumps({"question": facts, "answer": to_dict(answer)}, ensure_ascii=False))
 
     def remove(self, name: str) -> None:
-        """Forget an answer."""
+        """Delete an answer."""
         self.path(name).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Forget all answers, and leave whatever else is in the folder."""
+        """Delete all answers and no other file of the folder."""
         for path in self.folder.glob("??/*.json"):
             if ENTRY.fullmatch(path.name):
                 path.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from semantic_routing.common.files import check_writable
 
 T = TypeVar("T")
 FIRST_FAILURES = 8
-"""So many failures before any answer say that there will be none."""
+"""Failures before any answer after which the run gives up."""
 
 
 @dataclass
@@ -49,7 +49,7 @@ class ChatClient:
     def __init__(self, cfg: ChatConfig) -> None:
         if not cfg.model:
             raise ValueError("which model should be asked? give the name under which the server knows it")
-        if not cfg.replay:  # what is missing is told before any work is done
+        if not cfg.replay:  # report what is missing before any work is done
             import_openai()
             read_key(cfg)
             way_to(cfg.base_url)
@@ -64,7 +64,7 @@ class ChatClient:
         self._worked = False
 
     def identity(self) -> dict[str, Any]:
-        """Who is asked, for manifests; no secrets."""
+        """Return the server and model that are asked, for manifests, without secrets."""
         try:
             versions = {"openai": version("openai")}
         except PackageNotFoundError:  # replay needs none
@@ -73,7 +73,7 @@ class ChatClient:
         return {"model": cfg.model, "base_url": cfg.base_url, "extra": self._extra, "versions": versions}
 
     def run(self, items: Iterable[T], make: Callable[[T], Question | Failure]) -> Iterator[tuple[T, Answer | Failure]]:
-        """``answers`` for callers that are not asynchronous; nothing moves on while the caller holds an answer."""
+        """Run ``answers`` for synchronous callers; requests wait while the caller handles an answer."""
         answers = self.answers(items, make)
 
         async def following() -> tuple[T, Answer | Failure] | None:
@@ -86,7 +86,7 @@ class ChatClient:
     async def answers(
         self, items: Iterable[T], make: Callable[[T], Question | Failure]
     ) -> AsyncIterator[tuple[T, Answer | Failure]]:
-        """Every item with its answer, as they come.
+        """Yield every item with its answer, in order of arrival.
 
         Args:
             items: Anything; taken as there is room for more requests.
@@ -116,7 +116,7 @@ class ChatClient:
     async def _answer(
         self, server: Server | None, item: T, make: Callable[[T], Question | Failure]
     ) -> Answer | Failure:
-        """The answer to one item's question, shared with the same question that is under way."""
+        """Return the answer to an item's question; equal questions in flight share one request."""
         prepared = await asyncio.to_thread(self._prepare, item, make)
         if isinstance(prepared, Failure):
             self.usage.failed += 1
@@ -149,7 +149,7 @@ class ChatClient:
     async def _remembered(
         self, server: Server | None, question: Question, facts: dict[str, Any], name: str
     ) -> Answer | Failure:
-        """From the cache, or from the server and then kept."""
+        """Return an answer from the cache, or ask the server and cache it."""
         if self.cache is not None and (found := await asyncio.to_thread(self.cache.get, name)) is not None:
             self._worked = True
             return found
@@ -158,14 +158,14 @@ class ChatClient:
         answer = await self._ask(server, question)
         if isinstance(answer, Answer):
             answer = replace(answer, question=name)
-        # An answer that lacks the logprobs it was asked for is not whole: a mended server is asked again.
+        # An answer without the logprobs asked for is not cached: once the server is fixed, it is asked again.
         whole = isinstance(answer, Answer) and not (question.parameters.get("logprobs") and answer.logprobs is None)
         if self.cache is not None and isinstance(answer, Answer) and whole:
             await asyncio.to_thread(self.cache.put, name, facts, answer)
         return answer
 
     async def _ask(self, server: Server, question: Question) -> Answer | Failure:
-        """From the server, with retries: exponential back-off with full jitter, on top of what Retry-After asks."""
+        """Ask the server, with retries: exponential back-off with full jitter, added to Retry-After."""
         cfg, failure = self.cfg, Failure(reason="not asked")
         for attempt in range(cfg.retries + 1):
             await server.pace.turn()

@@ -1,7 +1,7 @@
 """Questions to a vision-language model, what came of them, and a folder that remembers every answer.
 
-The folder is content-addressed: an entry's name is the SHA-256 of the model, the messages (pictures by their own
-SHA-256), the parameters and the template, so the same question is never paid for twice, by whichever run.
+The folder is content-addressed: an entry's name is the SHA-256 of the model, the messages (pictures by their
+SHA-256), the parameters and the template, so the same question is never paid for twice, in any run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Picture:
 
     @classmethod
     def encode(cls, image: Image.Image, quality: int | None = None) -> Picture:
-        """An RGB picture as JPEG of that quality (1 to 100), or without loss as PNG."""
+        """Encode an RGB picture as JPEG of that quality (1 to 100), or losslessly as PNG."""
         buffer = io.BytesIO()
         if quality is None:
             image.save(buffer, format="PNG", compress_level=1)
@@ -45,7 +45,7 @@ class Picture:
 
     @property
     def url(self) -> str:
-        """The picture itself as a data URL."""
+        """Return the picture as a data URL."""
         return f"data:{self.media_type};base64,{base64.b64encode(self.data).decode()}"
 
 
@@ -61,12 +61,12 @@ class Question:
     """Hash of the template that the text was made from; part of the question's identity."""
 
     def facts(self, model: str) -> dict[str, Any]:
-        """All that decides the answer, as JSON: pictures by their hash."""
+        """Return everything that affects the answer as JSON; a picture is its hash."""
         parts = [part if isinstance(part, str) else {"sha256": part.sha256} for part in self.parts]
         return {"model": model, "parts": parts, "parameters": dict(self.parameters), "template": self.template}
 
     def message(self) -> dict[str, Any]:
-        """The message in the protocol's words."""
+        """Return the message as the protocol has it."""
         return {
             "role": "user",
             "content": [
@@ -84,8 +84,8 @@ class Answer:
 
     text: str
     logprobs: tuple[tuple[str, float], ...] | None
-    """The likeliest first tokens with their log-probabilities; None where the server told none, and empty where the
-    first tokens are of thoughts."""
+    """The likeliest first tokens with their log-probabilities; None if the server gave none, empty if the first
+    tokens are of thoughts."""
     model: str
     """As the server names it."""
     finish: str
@@ -97,7 +97,7 @@ class Answer:
     cached: bool = False
     """Whether it was remembered, and so cost nothing."""
     thought: bool = False
-    """Whether the server told of thoughts beside the text."""
+    """Whether the server reported thoughts beside the text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,5 +116,5 @@ class Failure:
 
 
 def digest(facts: Mapping[str, Any]) -> str:
-    """SHA-256 of JSON facts, in hexadecimal."""
+    """Return the SHA-256 of JSON facts in hexadecimal."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

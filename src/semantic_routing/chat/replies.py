@@ -55,12 +55,12 @@ def read_answer(body: str) -> Answer:
 
 
 def word(token: str) -> str:
-    """A token as a plain word: without the marks of its tokenizer, white space and quotes, in lower case."""
+    """Return a token in lower case without tokenizer marks, white space and quotes."""
     return token.translate(PIECES).removesuffix("</w>").strip().strip(QUOTES).strip().casefold()
 
 
 def _content(content: Any) -> tuple[str, bool]:
-    """The text of a content, and whether there are thoughts beside it."""
+    """Return the text of a content, and True if it holds thoughts too."""
     if content is None:
         return "", False
     if isinstance(content, str):
@@ -78,14 +78,14 @@ def _content(content: Any) -> tuple[str, bool]:
 
 
 def _thinks(message: Mapping[str, Any], usage: Mapping[str, Any]) -> bool:
-    """Whether there are thoughts in fields of their own, or tokens that went into them."""
+    """Return True if a reply has thoughts in separate fields, or counts tokens spent on them."""
     values = [message.get(name) for name in THOUGHTS]
     values.append((usage.get("completion_tokens_details") or {}).get("reasoning_tokens"))
     return any(value.strip() if isinstance(value, str) else value for value in values)
 
 
 def _tokens(logprobs: Any) -> list[Likely]:
-    """For each token its likeliest choices, the one that was chosen first."""
+    """Return the likeliest choices for each token, the chosen one first."""
     if not logprobs:
         return []
     if isinstance(logprobs, Mapping) and not logprobs.get("content") and logprobs.get("tokens"):
@@ -98,7 +98,7 @@ def _tokens(logprobs: Any) -> list[Likely]:
 
 
 def _with_chosen(token: Any, number: Any, others: Any) -> Likely:
-    """The chosen token, then the others; a server may list it among them, name it otherwise there, or leave it out."""
+    """Return the chosen token, then the others; servers list it among them, rename it, or leave it out."""
     chosen, listed = (_text(token), _logprob(number)), _likely(others)
     if listed and (number is None or any(word(name) == word(chosen[0]) for name, _ in listed)):
         same = [row for row in listed if word(row[0]) == word(chosen[0])]
@@ -107,7 +107,7 @@ def _with_chosen(token: Any, number: Any, others: Any) -> Likely:
 
 
 def _likely(found: Any) -> Likely:
-    """Tokens with their log-probabilities from a mapping or from rows."""
+    """Return tokens with their log-probabilities from a mapping or from rows."""
     if not found:
         return ()
     if isinstance(found, Mapping):
@@ -118,7 +118,7 @@ def _likely(found: Any) -> Likely:
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    """A token's text, or what its bytes say where there is none."""
+    """Return a token's text, or decode its bytes if it has none."""
     token, raw = row.get("token"), row.get("bytes")
     if raw and (not token or NUMBERED.match(token)):
         return bytes(raw).decode("utf-8", "replace")
@@ -126,25 +126,25 @@ def _name(row: Mapping[str, Any]) -> str:
 
 
 def _logprob(value: Any) -> float:
-    """A log-probability; JSON has no infinity, and servers write null, a text or -9999 instead."""
+    """Read a log-probability; JSON has no infinity, so servers write null, a text or -9999."""
     if isinstance(value, Mapping):
         value = value.get("logprob")
     return -math.inf if value is None else float(value)
 
 
 def _distinct(likely: Likely) -> Likely:
-    """Rows without those that are told twice."""
+    """Return rows without repeated tokens."""
     return tuple(dict.fromkeys(likely))
 
 
 def _spells(tokens: Iterable[str], text: str) -> bool:
-    """Whether tokens are those of the text, but for special ones and white space."""
+    """Return True if tokens spell the text, ignoring special tokens and white space."""
     joined = re.sub(r"<[^<>\s]*>", "", "".join(tokens).translate(PIECES))
     return bool(text.strip()) and "".join(joined.split()) == "".join(text.split())
 
 
 def _text(value: Any) -> str:
-    """Text that can be written to a file: JSON may hold halves of surrogate pairs."""
+    """Return text that UTF-8 can encode: JSON may hold halves of surrogate pairs."""
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is not text")
     return value.encode("utf-8", "replace").decode()

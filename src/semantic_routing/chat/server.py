@@ -79,7 +79,7 @@ class ChatConfig:
         self.extra_parameters()
 
     def extra_parameters(self) -> dict[str, Any]:
-        """``extra``, read."""
+        """Parse ``extra``."""
         try:
             found = json.loads(self.extra)
         except json.JSONDecodeError as error:
@@ -118,12 +118,12 @@ class Pace:
 
 
 def import_openai() -> Any:
-    """The client's library; ValueError where it is not installed."""
+    """Import the client library; ValueError if it is not installed."""
     return require("openai", what="asking a model", extra="eval")
 
 
 def read_key(cfg: ChatConfig) -> str:
-    """The key in the environment; ValueError if it cannot be one, or there is no variable of a name that was given.
+    """Return the key in the environment; ValueError if it cannot be one, or a named variable does not exist.
 
     Such a name is not repeated: it may be the key itself, given in the name's place.
     """
@@ -158,7 +158,7 @@ class Server:
         await self._client.close()
 
     async def ask(self, question: Question) -> tuple[Answer | Failure, float | None]:
-        """One attempt: the answer, or the failure with the seconds that the server wants to be left alone.
+        """Ask once; return the answer, or the failure with the seconds that the server asks to wait.
 
         Raises ValueError for what would fail every question.
         """
@@ -182,7 +182,7 @@ class Server:
             return Failure(reason="malformed answer", detail=str(error)), None
 
     def _refusal(self, status: int, code: str | None, message: str) -> Failure:
-        """A failure of this question; ValueError where all would fail alike."""
+        """Return the failure of this question; ValueError if every question would fail."""
         fix = {
             401: f"put a valid key into the environment variable {self.cfg.api_key_env}",
             402: "the account has no credit left",
@@ -195,14 +195,14 @@ class Server:
         return Failure(reason=f"HTTP {status}", detail=message, final=status < 500 and status not in (408, 409, 429))
 
     def _clean(self, text: str, longest: int | None = None) -> str:
-        """What a server said, without the key that it may have repeated; for messages cut to one short line."""
+        """Return a server's words on one short line, without the key that it may have repeated."""
         if len(self._key) > len(KEYLESS):
             text = text.replace(self._key, "[key]")
         return text if longest is None else " ".join(text.split())[:longest]
 
 
 def retry_after(header: str | None) -> float | None:
-    """The seconds of a Retry-After header, which may be a date; None where there is none that can be read."""
+    """Return the seconds of a Retry-After header, which may be a date; None if it is unreadable."""
     if header is None:
         return None
     try:

@@ -28,7 +28,7 @@ OPEN, CLOSE = re.compile(_OPEN, re.IGNORECASE), re.compile(_CLOSE, re.IGNORECASE
 FRAME = re.compile(r"</?answer>|<\|(?:begin|end)_of_(?:box|solution)\|>|<\|(?:return|end)\|>\s*$", re.IGNORECASE)
 """What some models put around the answer after their thoughts."""
 ENOUGH = 3
-"""So many answers that say nothing, and fewer that do, make a line about it."""
+"""Useless answers, more than useful ones, after which a line advises."""
 
 
 def spoken(answer: Answer) -> str | Failure:
@@ -63,20 +63,20 @@ class FirstAnswers:
     """Watches a model's first answers; where most say nothing, says once what to set."""
 
     def __init__(self, advice: Mapping[str, str]) -> None:
-        """``advice`` by reason, that of the empty reason for all others."""
+        """Take ``advice`` by reason; the empty reason's is for all others."""
         self.advice = advice
-        self._useful, self._useless, self._told = 0, Counter[str](), False
+        self._useful, self._useless, self._advised = 0, Counter[str](), False
 
     def note(self, reason: str = "") -> None:
-        """Take in why an answer is of no use; nothing where it is."""
+        """Count the reason why an answer is unusable; empty for a usable one."""
         self._useful += not reason
         if not reason:
             return
         self._useless[reason.partition(":")[0]] += 1
         useless = self._useless.total()
-        if self._told or useless < ENOUGH or useless <= self._useful:
+        if self._advised or useless < ENOUGH or useless <= self._useful:
             return
-        self._told = True
+        self._advised = True
         worst = self._useless.most_common(1)[0][0]
         advice = self.advice.get(worst, self.advice.get("", ""))
         tqdm.write(

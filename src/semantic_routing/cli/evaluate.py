@@ -201,8 +201,8 @@ def evaluate(benchmark: Benchmark, make_scorer: Callable[[], Scorer], args: Eval
             elif args.images is not None and scorer is not None:
                 evaluate_images(benchmark, args.images, args.out, scorer, job, rescore=args.rescore, **facts)
         finally:
-            if isinstance(scorer, VQAJudge | UnifiedRewardJudge) and scorer.client.usage.requests:
-                note_usage(args.out / USAGE, scorer.client.usage)
+            if scorer is not None and scorer.usage is not None and scorer.usage.requests:
+                note_usage(args.out / USAGE, scorer.usage)
         if not job.first:
             return ""
         return str(args.out) if scorer is None else (args.out / TABLE).read_text(encoding="utf-8").rstrip()

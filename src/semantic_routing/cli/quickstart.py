@@ -25,9 +25,9 @@ from semantic_routing.model.arms import DEFAULT_ARM, parse_arm
 from semantic_routing.sampling.load import load_bundle, read_run_config
 from semantic_routing.sampling.text_to_image import check_guidance
 from semantic_routing.training.config import TrainConfig
-from semantic_routing.training.loop import resume, start, training_corpus
+from semantic_routing.training.loop import resume, start
 from semantic_routing.training.recipes import TOY_SAMPLING, toy
-from semantic_routing.training.tiny_lm import tiny_lm
+from semantic_routing.training.tiny_lm import tiny_lm, training_corpus
 from semantic_routing.training.trainer import Trainer
 
 TRAIN_SECONDS = 540

@@ -1,8 +1,8 @@
-"""Buckets of aspect ratios: pictures keep more of their shape, and a batch is of one bucket.
+"""Aspect-ratio buckets: less of each image is cropped, and all images of a batch are from one bucket.
 
-As in SDXL (Podell et al., 2023, appendix I), all buckets have about the same area. Which bucket a record is in follows
-from its dimensions in the index. Every bucket is an endless stream of its own, in which each of its records comes once
-an epoch; which bucket a batch is from follows from the batch's number alone (``order.Mixture``, weighted by size).
+As in SDXL (Podell et al., 2023, appendix I), all buckets have about the same area. A record's bucket follows from its
+dimensions in the index. Every bucket is an endless stream with each of its records once an epoch; the bucket of a batch
+is a function of the batch's number (``order.Mixture``, weighted by size).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from jaxtyping import Integer, UInt8
 from semantic_routing.data.order import Mixture
 
 PERIOD = 2**14
-"""Batches after which the buckets' turns repeat; sizes are rounded to shares of it, but never to nothing."""
+"""Batches after which the buckets' turns repeat; bucket sizes are rounded to shares of it, at least 1."""
 
 
 def bucket_shapes(size: int, multiple: int, longest: float = 2.0) -> list[tuple[int, int]]:
-    """The (height, width) of about ``size`` squared pixels in multiples, up to ``longest`` times as long as wide."""
+    """Return all (height, width) in multiples of about ``size`` squared pixels and aspect ratios up to ``longest``."""
     if multiple < 1 or size % multiple:
-        raise ValueError(f"an image size of {size} pixels is no multiple of {multiple}; change one of the two")
+        raise ValueError(f"an image size of {size} pixels is no multiple of {multiple}; change one of them")
     shapes = {(size, size)}
     for width in range(multiple, 2 * size + 1, multiple):
         height = max(round(size * size / width / multiple), 1) * multiple
@@ -31,7 +31,7 @@ def bucket_shapes(size: int, multiple: int, longest: float = 2.0) -> list[tuple[
 
 
 def assign(dimensions: Integer[np.ndarray, "N 2"], shapes: Sequence[tuple[int, int]]) -> UInt8[np.ndarray, " N"]:
-    """The bucket of each (width, height) with the nearest aspect ratio; the most square one where they are unknown."""
+    """Return the bucket with the nearest aspect ratio for each (width, height); the most square one for (0, 0)."""
     heights, widths = np.asarray(shapes, dtype=np.float32).T
     ratios = np.log(widths / heights)
     borders = (ratios[1:] + ratios[:-1]) / 2
@@ -41,6 +41,6 @@ def assign(dimensions: Integer[np.ndarray, "N 2"], shapes: Sequence[tuple[int, i
 
 
 def turns(counts: Sequence[int]) -> Mixture:
-    """Which of the non-empty buckets each batch is from, and how many batches that bucket has given before."""
+    """Return the mixture that gives the bucket of each batch, from the number of records in each bucket."""
     shares = np.asarray(counts, dtype=np.float64) * min(PERIOD / sum(counts), 1.0)
     return Mixture(np.maximum(np.rint(shares), 1).tolist())

@@ -1,4 +1,4 @@
-"""Which caption a sample gets: one of several keys, and one of several texts."""
+"""Chooses the caption of a sample: one of several keys, and one of several texts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from semantic_routing.common.errors import BadData
 
 USUAL = ("txt", "text", "caption", "prompt")
-"""Where captions are looked for unless keys are given: the first of these that a record has."""
+"""Default caption keys: the first of these that a record has."""
 
 LIKELY = ("caption", "text", "prompt", "description")
 """Words in the names of keys that hold captions."""
@@ -17,25 +17,25 @@ class CaptionChoice:
     """Picks one caption of a record by two random numbers."""
 
     def __init__(self, keys: Sequence[str] = (), weights: Sequence[float] = (), *, prefer: str = "") -> None:
-        """With keys, one of those that a record has, by their weights; without, ``prefer``, then those of ``USUAL``."""
+        """Choose among ``keys`` by their weights; without keys, take ``prefer`` or else the first key of ``USUAL``."""
         if weights and len(weights) != len(keys):
             raise ValueError(f"{len(weights)} caption weights for {len(keys)} caption keys; give one for each key")
         if len(set(keys)) < len(keys):
             raise ValueError(f"caption keys {tuple(keys)} name one twice; give each once")
         if not all(0 < weight < float("inf") for weight in weights):
-            raise ValueError(f"caption weights {tuple(weights)} must be above 0; leave out what is not wanted")
+            raise ValueError(f"caption weights {tuple(weights)} must be above 0; leave out unwanted keys")
         self.usual = (prefer, *USUAL) if prefer else USUAL
         self.weights = dict(zip(keys, weights or [1.0] * len(keys), strict=True))
 
     def choose(self, captions: Mapping[str, tuple[str, ...]], key_uniform: float, text_uniform: float) -> str:
-        """One caption; the numbers in [0, 1) decide the key and which of its texts. BadData where there is none."""
+        """Choose the key and one of its texts by two numbers in [0, 1); raise BadData if there is no caption."""
         texts = captions.get(self._key(captions, key_uniform), ())
         if not texts:
             raise BadData("no caption", f"found {', '.join(sorted(captions)) or 'none at all'}")
         return texts[int(text_uniform * len(texts))].strip()
 
     def missing(self, there: Sequence[str]) -> str:
-        """What to do where records only have captions of other keys, the longest first, or none."""
+        """Return the message for records without these keys; ``there`` are their keys, longest captions first."""
         wanted = ", ".join(self.weights or self.usual)
         if not there:
             return (

@@ -1,4 +1,4 @@
-"""What is done about records that cannot be trained on: they are skipped, counted, written down, and have a limit."""
+"""Skips unusable records, counts and logs them, and fails the run when there are too many."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 from semantic_routing.common.errors import TrainingFailed
@@ -14,7 +15,7 @@ from semantic_routing.common.troubles import Troubles
 FILE = "damaged.jsonl"
 """Name of the list in a run's folder."""
 ROWS = "rows"
-"""The key of ``counts`` that is no reason but the number of rows seen."""
+"""Key of ``counts`` for the number of rows; the others are reasons."""
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,15 @@ class Skipped:
     shard: str
     key: str
     reason: str
-    """In words that do not vary."""
+    """A fixed phrase, by which records are counted."""
     detail: str
     stand_in: bool = False
-    """Whether it was itself drawn to stand in for another; such are written down, but not counted."""
+    """Whether it was drawn as a replacement of another; such records are logged, but not counted."""
 
 
 @dataclass(frozen=True)
 class Tally:
-    """What one process saw since it was last asked; picklable, to be sent to all others."""
+    """Rows and skipped records of one process since its last tally; picklable, to be sent to all others."""
 
     rows: int = 0
     skipped: tuple[Skipped, ...] = ()
@@ -42,23 +43,20 @@ class Tally:
 class DamageLog:
     """Counts rows and skipped records, and lists each such record once in a JSONL file.
 
-    Every process adds its own rows. Now and then all exchange their tallies and each merges all of them, in the same
-    order: so all have the same counts, and stop at the same step if it comes to that. Every record has its turn once
-    an epoch and is counted in its turn, by whichever process has it.
+    Every process adds its own rows. From time to time all processes exchange their tallies, and each merges all of them
+    in the same order. So all have the same counts and stop at the same step. Every record has its turn once an epoch
+    and is counted then, by the process that loads it.
     """
 
-    def __init__(
-        self, path: Path | None, *, most: float, enough: int = 1000, counts: Mapping[str, int] | None = None
-    ) -> None:
+    def __init__(self, path: Path | None, *, most: float, enough: int = 1000) -> None:
         """
         Args:
-            path: Where the list is written, by one process of a job; None in the others.
-            most: Share of the rows beyond which ``merge`` raises.
-            enough: Rows before which it does not.
-            counts: ``counts()`` of a checkpoint to go on from.
+            path: File of the list, which one process of a job writes; None in the others.
+            most: Largest share of damaged rows; ``merge`` raises above it.
+            enough: Number of rows from which ``merge`` may raise.
         """
         self.path, self.most, self.enough = path, most, enough
-        self._counts = Counter(counts or {})
+        self._counts = Counter[str]()
         self._rows, self._skipped = 0, list[Skipped]()
         self._troubles = Troubles()
         self._listed: set[tuple[str, str, str]] = set()
@@ -66,19 +64,23 @@ class DamageLog:
             whole = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
             self._listed = {(row["source"], row["shard"], row["key"]) for row in map(json.loads, whole)}
 
-    def add(self, rows: int, skipped: Sequence[Skipped]) -> None:
-        """Note the rows of one batch and what was skipped for them."""
-        self._rows += rows
-        self._skipped += skipped
+    def restore(self, counts: Mapping[str, int]) -> None:
+        """Continue from the ``counts()`` of a checkpoint."""
+        self._counts = Counter(counts)
+
+    def add(self, skipped: Sequence[Sequence[Skipped]]) -> None:
+        """Add the rows of a batch, each by the records that were skipped for it."""
+        self._rows += len(skipped)
+        self._skipped += chain.from_iterable(skipped)
 
     def take(self) -> Tally:
-        """What was added since this was last called."""
+        """Return what was added since the last call."""
         tally = Tally(self._rows, tuple(self._skipped))
         self._rows, self._skipped = 0, []
         return tally
 
     def merge(self, tallies: Sequence[Tally]) -> None:
-        """Count what all processes took; TrainingFailed where too large a share had to be skipped."""
+        """Count the tallies of all processes; raise TrainingFailed if too large a share was skipped."""
         for tally in tallies:
             self._counts[ROWS] += tally.rows
             self._counts.update(skipped.reason for skipped in tally.skipped if not skipped.stand_in)
@@ -89,20 +91,20 @@ class DamageLog:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons().items())
             raise TrainingFailed(
                 f"{damaged} of {rows} records could not be used ({reasons}), more than the {self.most:.0%} allowed; "
-                f"{FILE} in the run's folder lists them: mend the data or raise max_damaged"
+                f"{FILE} in the run's folder lists them: fix the data or raise max_damaged"
             )
 
     @property
     def damaged(self) -> int:
-        """Rows whose own record had to be skipped."""
+        """Number of rows whose own record was skipped."""
         return sum(self.reasons().values())
 
     def reasons(self) -> dict[str, int]:
-        """How often each reason came up, the most frequent first."""
+        """Return the count of each reason, the most frequent first."""
         return {reason: count for reason, count in self._counts.most_common() if reason != ROWS}
 
     def counts(self) -> dict[str, int]:
-        """Everything counted so far, for a checkpoint."""
+        """Return all counts so far, for a checkpoint."""
         return dict(self._counts)
 
     def _list(self, skipped: Sequence[Skipped]) -> None:

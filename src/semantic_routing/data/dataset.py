@@ -1,11 +1,11 @@
-"""The training data of a run: what it is made of, and its rows at random access."""
+"""The training data of a run: its configuration, and its rows at random access."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 
@@ -23,41 +23,41 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What a run is trained on, and how it is read."""
+    """Training data, and how it is read."""
 
     paths: tuple[str, ...] = (SHAPES,)
     """The toy world "shapes", or WebDataset shards, Parquet files, manifests or folders: paths, patterns or URLs.
-    A folder of your own that has the toy world's name is "./shapes"."""
+    For your own folder of that name write "./shapes"."""
     weights: tuple[float, ...] = ()
-    """How often each path comes, such as 70 20 10; by default each record of all paths once an epoch."""
+    """Relative frequency of each path, such as 70 20 10; by default each record of all paths once an epoch."""
     index: str = ""
-    """Folder of the index written by `semroute data index`; by default where that command puts it."""
+    """Folder of the index written by `semroute data index`; by default that command's default."""
     caption_keys: tuple[str, ...] = ()
     """Captions to choose from, such as txt recaption; by default the first of txt, text, caption, prompt."""
     caption_weights: tuple[float, ...] = ()
-    """How often each caption key is chosen where a record has several; by default all alike."""
+    """Relative frequency of each caption key among those that a record has; by default equal."""
     sidecar: str = ""
-    """Parquet or JSONL file with key and caption, whose captions have the caption key "recaption"."""
+    """Parquet or JSONL file with key and caption; its captions get the caption key "recaption"."""
     buckets: bool = False
-    """Crop to the nearest of several aspect ratios instead of the square; a batch has one, the area stays."""
+    """Crop to the nearest of several aspect ratios of about equal area; a batch has one of them."""
     bucket_multiple: int = 32
-    """Pixels that the sides of buckets are multiples of."""
+    """Sides of buckets are multiples of this number of pixels."""
     flip: bool = False
-    """Mirror half of the pictures; captions that tell left from right then become wrong."""
+    """Mirror half of the images; captions that mention left or right then become wrong."""
     min_side: int = 0
-    """Pixels that the shorter side of a picture must have; others count as damaged."""
+    """Least pixels of an image's shorter side; smaller images count as damaged."""
     max_aspect: float = 16.0
-    """How many times as long as wide a picture may be; others count as damaged."""
+    """Largest aspect ratio of an image, long side by short side; others count as damaged."""
     max_pixels: int = 2**26
-    """Pixels from which a picture counts as a decompression bomb."""
+    """Pixels from which an image counts as a decompression bomb."""
     max_damaged: float = 0.1
-    """Share of damaged records beyond which the run stops."""
+    """Largest share of damaged records; above it the run stops."""
     window: int = 16
-    """Shards that are read from at any time; their records are shuffled among each other."""
+    """Number of open shards, whose records are shuffled together."""
     workers: int = 0
-    """Processes of each rank that read and decode; 0 does that in the training process."""
+    """Worker processes of each rank that read and decode; 0 uses the training process."""
     ahead: int = 2
-    """Batches that each of them keeps ready."""
+    """Batches that each of them prefetches."""
 
     def __post_init__(self) -> None:
         if not self.paths or not all(self.paths):
@@ -65,72 +65,74 @@ class DataConfig:
         if self.weights and len(self.weights) != len(self.paths):
             raise ValueError(f"{len(self.weights)} weights for {len(self.paths)} paths; give one for each path")
         if SHAPES in self.paths and len(self.paths) > 1 and not self.weights:
-            raise ValueError("the toy world has no end, so it has no share by size: give data.weights")
+            raise ValueError("the toy world is endless, so it has no share by size: give data.weights")
         if SHAPES in self.paths and self.buckets:
             raise ValueError("the toy world is square; leave out data.buckets")
         if not 0 <= self.max_damaged <= 1:
-            raise ValueError(f"max_damaged is {self.max_damaged}; it is a share from 0 to 1")
+            raise ValueError(f"max_damaged is {self.max_damaged}; it must be from 0 to 1")
         for name, least in (("window", 1), ("workers", 0), ("ahead", 1), ("bucket_multiple", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if RECAPTION in self.caption_keys and not self.sidecar:
             raise ValueError(f'captions of the key "{RECAPTION}" come from a sidecar; give data.sidecar')
         if self.sidecar and self.caption_keys and RECAPTION not in self.caption_keys:
-            raise ValueError(f'no caption would come from the sidecar; add "{RECAPTION}" to data.caption_keys')
+            raise ValueError(f'no caption key uses the sidecar; add "{RECAPTION}" to data.caption_keys')
         self.limits()
         self.choice()
 
     def limits(self) -> Limits:
-        """Which pictures are decoded."""
+        """Return the limits of images that are decoded."""
         return Limits(min_side=self.min_side, max_aspect=self.max_aspect, max_pixels=self.max_pixels)
 
     def choice(self) -> CaptionChoice:
-        """Which captions are taken: with a sidecar and no keys, its own where it has one."""
+        """Return the choice of captions; without keys, captions of the sidecar come first."""
         return CaptionChoice(self.caption_keys, self.caption_weights, prefer=RECAPTION if self.sidecar else "")
 
 
 class Dataset:
-    """All rows of a run, by step and number in the batch: a pure function of the configuration and the seed."""
+    """All rows of a run by step and number in the batch: a pure function of configuration and seed."""
 
     def __init__(self, cfg: DataConfig, streams: Sequence[Stream], *, image_size: int) -> None:
-        """Streams in proportion to ``cfg.weights``; see ``open_data``."""
+        """Mix ``streams`` by ``cfg.weights``; see ``open_data``."""
         self.cfg, self.image_size = cfg, image_size
         self.streams = tuple(streams)
         self._mixture = Mixture(cfg.weights if len(self.streams) > 1 else (1.0,))
 
-    def load(self, step: int, batch: int, rows: range) -> list[tuple[int, Row]]:
-        """The given rows of the batch of a step, each with the number of its stream.
+    def load(self, step: int, batch: int, rows: range) -> list[Row]:
+        """Load the given rows of the batch of a step.
 
-        Without buckets, rows are at positions ``step * batch + row`` of the mixture; with buckets, the mixture decides
-        of which stream the whole batch is, and the stream of which bucket.
+        Without buckets, rows are at positions ``step * batch + row`` of the mixture. With buckets, the mixture chooses
+        the stream of the whole batch, and the stream chooses its bucket.
         """
         if step < 0 or batch < 1 or not 0 <= rows.start <= rows.stop <= batch:
             raise ValueError(f"rows {rows.start} to {rows.stop} of {batch} at step {step}; expected some of a batch")
         if self.cfg.buckets:
             number, turn = self._mixture.locate(step)
-            stream = self.streams[number]
-            bucket, turn = stream.turns.locate(turn)
-            return [(number, stream.load(turn * batch + row, bucket)) for row in rows]
+            bucket, turn = self.streams[number].turns.locate(turn)
+            return [self._row(number, turn * batch + row, bucket) for row in rows]
         places = [self._mixture.locate(step * batch + row) for row in rows]
-        return [(number, self.streams[number].load(place)) for number, place in places]
+        return [self._row(number, place) for number, place in places]
+
+    def _row(self, number: int, position: int, bucket: int = 0) -> Row:
+        return replace(self.streams[number].load(position, bucket), stream=number)
 
     def captions(self, count: int) -> list[str]:
-        """Up to ``count`` captions to watch the training by, from all streams in turn."""
+        """Return up to ``count`` captions for previews, from all streams in turn."""
         found = [stream.captions(count) for stream in self.streams]
         mixed = chain.from_iterable(zip_longest(*found))
         return list(islice((caption for caption in mixed if caption is not None), count))
 
 
 def open_data(cfg: DataConfig, *, image_size: int, seed: int) -> Dataset:
-    """Open the sources of a run; ValueError for what is missing, not indexed or without captions.
+    """Open the sources of a run; raise ValueError if data is missing, not indexed or without captions.
 
     Args:
         cfg: The data.
-        image_size: Side of the square pictures in pixels.
-        seed: Of the run: decides the order and all that is random about a sample.
+        image_size: Side of the square images in pixels.
+        seed: Seed of the run, for the order and the random numbers of samples.
     """
     if image_size < 1:
-        raise ValueError(f"pictures of {image_size} pixels cannot be made; ask for a size of at least 1")
+        raise ValueError(f"the image size is {image_size} pixels; use at least 1")
     how = Reading(
         size=image_size,
         window=cfg.window,
@@ -142,7 +144,7 @@ def open_data(cfg: DataConfig, *, image_size: int, seed: int) -> Dataset:
     )
     for world in WORLDS:
         if world in cfg.paths and os.path.exists(world):
-            _LOG.warning("%s means the toy world; what lies here under that name is ./%s", world, world)
+            _LOG.warning("%s means the toy world; for the folder of that name write ./%s", world, world)
     index = Path(cfg.index) if cfg.index else None
     groups = [[path] for path in cfg.paths] if cfg.weights else [list(cfg.paths)]
     streams: list[Stream] = []

@@ -1,4 +1,4 @@
-"""Every random number of a training sample as a function of (seed, sample, epoch)."""
+"""Random numbers of a training sample as functions of (seed, sample, epoch)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ WORD = 2**64 - 1
 
 
 def stream_seed(seed: int, source: int) -> int:
-    """The seed of one source of a mixture, so that equal samples of two sources differ; the first keeps the run's."""
+    """Derive the seed of one source of a mixture, so that equal sample numbers differ; the first has the run's seed."""
     return seed if source == 0 else int.from_bytes(digest_of(b"source", (seed, source), 8), "little")
 
 
 def another(seed: int, sample: int, epoch: int, attempt: int, length: int) -> int:
-    """The ``attempt``-th candidate (from 1) of 0..length - 1 to stand in for a damaged sample."""
+    """Draw the ``attempt``-th candidate (from 1) of 0..length - 1 to replace a damaged sample."""
     digest = digest_of(b"another", (seed, sample, epoch, attempt), 8)
     return int.from_bytes(digest, "little") % length
 
 
 def digest_of(purpose: bytes, numbers: tuple[int, ...], size: int) -> bytes:
+    """Hash numbers for a purpose into ``size`` bytes."""
     if min(numbers) < 0 or max(numbers) > WORD:
         raise ValueError(f"seed, sample and epoch must be from 0 to 2**64 - 1, not {numbers}")
     return blake2b(struct.pack(f"<{len(numbers)}Q", *numbers), digest_size=size, person=purpose).digest()
@@ -35,29 +36,29 @@ def _generator(purpose: bytes, seed: int, sample: int, epoch: int) -> np.random.
 
 
 def sample_rng(seed: int, sample: int, epoch: int) -> np.random.Generator:
-    """The generator that ``Source.load`` gets for a sample in an epoch."""
+    """Return the random generator of a sample in an epoch."""
     return _generator(b"sample", seed, sample, epoch)
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What the training step needs at random for one sample."""
+    """The random numbers of one sample in a training step."""
 
     noise: Float32[np.ndarray, "*latent"]
-    """Standard normal, of the shape of the latents."""
+    """Standard normal, in the shape of the latents."""
     time_uniform: float
-    """In [0, 1): becomes the time of the path."""
+    """In [0, 1): determines the time."""
     drop_uniform: float
-    """In [0, 1): the prompt is dropped where it is below the dropout's probability."""
+    """In [0, 1): the prompt is dropped if this is below the dropout probability."""
 
 
 def draw(seed: int, sample: int, epoch: int, shape: tuple[int, ...]) -> Draw:
-    """Noise, time and dropout for a sample in an epoch; independent of ``sample_rng``."""
+    """Draw noise, time and dropout for a sample in an epoch; independent of ``sample_rng``."""
     rng = _generator(b"draw", seed, sample, epoch)
     time_uniform, drop_uniform = rng.random(2, dtype=np.float32).tolist()
     return Draw(rng.standard_normal(shape, dtype=np.float32), time_uniform, drop_uniform)
 
 
 def posterior_noise(seed: int, sample: int, epoch: int, shape: tuple[int, ...]) -> Float32[np.ndarray, "*latent"]:
-    """Standard normal noise that picks a codec's latents from their posterior; independent of ``draw``."""
+    """Draw the standard normal noise that samples a codec's posterior; independent of ``draw``."""
     return _generator(b"posterior", seed, sample, epoch).standard_normal(shape, dtype=np.float32)

@@ -1,7 +1,7 @@
-"""Batches for training: in the training process, ahead of it on a thread, or made by worker processes.
+"""Loads training batches: in the training process, on a prefetch thread, or in worker processes.
 
 All three give the same batches, bit for bit, at any number of ranks and workers: each row is a pure function of its
-step and its number in the global batch, and nobody holds a state. Worker processes are Grain's (an extra).
+step and its number in the global batch, and nothing has a state. Worker processes are Grain's (an extra).
 """
 
 from __future__ import annotations
@@ -11,39 +11,21 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from semantic_routing.common.errors import TrainingFailed
 from semantic_routing.common.extras import require
-from semantic_routing.data.damage import Skipped
+from semantic_routing.data.batch import Batch
 from semantic_routing.data.dataset import Dataset
-from semantic_routing.data.worker import RankRows, begin_worker
+from semantic_routing.data.worker import RankBatches, begin_worker
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """All that one training step reads."""
-
-    images: UInt8[Tensor, "B H W 3"]
-    captions: list[str]
-    noise: Float[Tensor, " B *latent"]
-    posterior_noise: Float[Tensor, " B *latent"] | None
-    """For the codec's ``encode``; None where it needs none."""
-    time_uniform: Float[Tensor, " B"]
-    drop_uniform: Float[Tensor, " B"]
-    samples: list[tuple[int, int, int]]
-    """(stream, epoch, sample) of each row."""
-    damaged: list[Skipped]
-    """Records that were skipped for these rows; ``DamageLog.add`` counts them."""
 
 
 class Loader:
@@ -63,13 +45,14 @@ class Loader:
     ) -> None:
         """
         Args:
-            data: What to train on.
-            batch: Rows of one step, of all ranks together; each has an equal part.
-            noise_shape: Shape of the latents of a square picture (``Codec.latent_shape``).
-            posterior: Whether the codec wants noise (``Codec.has_posterior``).
-            rank: Which process of ``world`` this is.
-            workers: Processes that make the batches.
-            ahead: Batches that each worker keeps ready; without workers, that a thread does, 0 for none.
+            data: Training data.
+            batch: Global batch size; every rank has an equal share.
+            noise_shape: Shape (C, h, w) of the latents of a square image (``Codec.latent_shape``).
+            posterior: Whether the codec needs noise (``Codec.has_posterior``).
+            rank: Rank of this process.
+            world: World size.
+            workers: Number of worker processes; 0 loads in this process.
+            ahead: Batches that each worker prefetches, or a thread if there are no workers; 0 for no thread.
         """
         if batch < 1 or world < 1 or batch % world or not 0 <= rank < world:
             raise ValueError(f"a batch of {batch} does not divide among {world} processes; use a multiple of {world}")
@@ -77,27 +60,27 @@ class Loader:
             raise ValueError(f"workers {workers} and ahead {ahead} must be at least 0")
         share = batch // world
         rows = range(rank * share, (rank + 1) * share)
-        self._rows = RankRows(data=data, batch=batch, rows=rows, noise_shape=noise_shape, posterior=posterior)
+        self._source = RankBatches(data=data, batch=batch, rows=rows, noise_shape=noise_shape, posterior=posterior)
         self._workers, self._ahead = workers, ahead
 
-    def load(self, step: int) -> Batch:
-        """The batch of a step, made here and now."""
-        return _to_tensors(self._rows[step])
+    def load(self, step: int) -> Batch[Tensor]:
+        """Load the batch of a step in this process."""
+        return self._source[step].tensors(torch.from_numpy)
 
-    def batches(self, first: int = 0) -> Generator[Batch, None, None]:
-        """The batches from a step on, without end; closing the generator ends threads and processes."""
+    def batches(self, first: int = 0) -> Generator[Batch[Tensor], None, None]:
+        """Yield the batches from step ``first`` on without end; closing the generator ends threads and processes."""
         if self._workers:
-            return _from_workers(replace(self._rows, first=first), self._workers, max(self._ahead, 1))
+            return _from_workers(replace(self._source, first=first), self._workers, max(self._ahead, 1))
         if self._ahead:
             return prefetch(self.load, first, ahead=self._ahead)
-        return _one_by_one(self.load, first)
+        return (self.load(step) for step in count(first))
 
 
 def prefetch(load: Callable[[int], T], start: int = 0, *, ahead: int = 2) -> Generator[T, None, None]:
-    """Yield ``load(start)``, ``load(start + 1)`` ... without end, ``ahead`` of them made early on a thread.
+    """Yield ``load(start)``, ``load(start + 1)`` ... without end, prefetching ``ahead`` of them on a thread.
 
-    An exception of ``load`` is raised here, in its turn. The thread ends when the iterator is closed or
-    dropped, after the ``load`` that it is at.
+    An exception of ``load`` is raised here, in its turn. The thread ends when the iterator is closed or dropped, after
+    the running ``load``.
     """
     if ahead < 1:
         raise ValueError(f"ahead is {ahead}; expected at least 1")
@@ -112,15 +95,17 @@ def prefetch(load: Callable[[int], T], start: int = 0, *, ahead: int = 2) -> Gen
         pool.shutdown(cancel_futures=True)
 
 
-def _from_workers(rows: RankRows, workers: int, ahead: int) -> Generator[Batch, None, None]:
+def _from_workers(source: RankBatches, workers: int, ahead: int) -> Generator[Batch[Tensor], None, None]:
     grain = _grain()
-    made = grain.MapDataset.source(rows).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    # A dict of the batch's fields: Grain moves the arrays in a dict through shared memory, but not those in a class.
+    made = grain.MapDataset.source(source).map(vars)
+    made = made.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
     batches = iter(made.mp_prefetch(options, worker_init_fn=begin_worker))
     try:
         while True:
             # Copied, because arrays that are alive at the interpreter's end would leave their shared memory behind.
-            yield _to_tensors(next(batches), torch.tensor)
+            yield Batch(**next(batches)).tensors(torch.tensor)
     except RuntimeError as error:
         if "terminated unexpectedly" not in str(error):
             raise
@@ -133,13 +118,13 @@ def _from_workers(rows: RankRows, workers: int, ahead: int) -> Generator[Batch, 
 
 
 def _grain() -> ModuleType:
-    with _without_warnings():  # that there is no JAX to profile with
+    with _without_warnings():  # about JAX, which is missing and only used for profiling
         return require("grain", what="data.workers", extra="data")
 
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Nothing below an error is logged; and a first message does not set up the logging of the whole program."""
+    """Log only errors, and keep the first message from configuring the logging of the whole program."""
     before, silent = logging.root.manager.disable, logging.NullHandler()
     logging.root.addHandler(silent)
     logging.disable(logging.WARNING)
@@ -148,14 +133,3 @@ def _without_warnings() -> Iterator[None]:
     finally:
         logging.disable(before)
         logging.root.removeHandler(silent)
-
-
-def _one_by_one(load: Callable[[int], T], first: int) -> Generator[T, None, None]:
-    for step in count(first):
-        yield load(step)
-
-
-def _to_tensors(fields: dict[str, Any], convert: Callable[[Any], Tensor] = torch.from_numpy) -> Batch:
-    names = ("images", "noise", "posterior_noise", "time_uniform", "drop_uniform")
-    tensors = {name: None if fields[name] is None else convert(fields[name]) for name in names}
-    return Batch(**(fields | tensors))

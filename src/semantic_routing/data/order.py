@@ -1,11 +1,7 @@
-"""The order of training samples and all that is random about them, as pure functions of (seed, position).
+"""The order of training samples as pure functions of (seed, position).
 
-Nothing here has a state, so a run resumes at any step, on any machine, without replaying or saving anything.
-Random numbers come from counter-based generators keyed by a hash of (purpose, seed, sample, epoch): a change
-of augmentation does not move the noise, and neither depends on the batch that a sample happens to be in.
-
-Grain's ``MapDataset`` shuffles and draws too, but its shuffle goes to another shard with every record, and its
-generators are keyed by the position in the stream instead of (seed, sample, epoch).
+Nothing here has a state, so a run resumes at any step, on any machine, without replaying or saving anything. Grain's
+``MapDataset`` shuffles, too, but its shuffle reads every record from another shard.
 """
 
 from __future__ import annotations
@@ -23,14 +19,14 @@ from semantic_routing.data.draws import WORD, digest_of
 IntArray = npt.NDArray[np.int64]
 
 ROUNDS = 8
-"""Rounds of the Feistel network; each half of an index is changed in every second one."""
+"""Rounds of the Feistel network; each changes one half of the index."""
 
 
 def locate(seed: int, position: int, length: int) -> tuple[int, int]:
-    """The (epoch, sample) at a position of the endless training stream over ``length`` samples.
+    """Return the (epoch, sample) at a position of the endless training stream over ``length`` samples.
 
-    Each epoch has every sample once, in an order that is a pure function of (seed, epoch). It is a keyed
-    permutation of 0..length - 1, evaluated at one place and never written out, so any length will do.
+    Each epoch has every sample once, in an order that is a pure function of (seed, epoch): a keyed permutation of
+    0..length - 1, evaluated at one place, so that no table limits the length.
     """
     if length < 1 or position < 0:
         raise ValueError(f"position {position} of {length} samples; expected at least 0 of at least 1")
@@ -39,19 +35,18 @@ def locate(seed: int, position: int, length: int) -> tuple[int, int]:
 
 
 class ShardOrder:
-    """An endless stream over records that lie in shards: each once an epoch, from few shards at a time.
+    """An endless stream over the records of shards: each record once an epoch, from few shards at a time.
 
-    In every epoch the shards are permuted and taken in groups of ``window``; the records of a group are permuted
-    among each other. So whoever reads along has ``window`` shards open, and everything is a pure function of
-    (seed, position): the tables below only save their repetition.
+    Every epoch permutes the shards, takes them in groups of ``window``, and permutes the records of each group. So at
+    most ``window`` shards are open, and everything is a pure function of (seed, position); the tables are only a cache.
     """
 
     def __init__(self, seed: int, sizes: Sequence[int], window: int = 16) -> None:
-        """The records of each shard are counted by ``sizes``; shards may be empty, but not all."""
+        """Order shards with ``sizes`` records each; some of them may be empty."""
         if window < 1:
             raise ValueError(f"a window of {window} shards has no records; use at least 1")
         if min(sizes, default=0) < 0 or not sum(sizes):
-            raise ValueError("there are no records to bring into an order")
+            raise ValueError("there are no records to order")
         self.seed, self.window = seed, window
         self.sizes = np.asarray(sizes, dtype=np.int64)
         self._ends = np.cumsum(self.sizes)
@@ -63,7 +58,7 @@ class ShardOrder:
         return self._length
 
     def locate(self, position: int) -> tuple[int, int, int]:
-        """The (epoch, shard, record of that shard) at a position of the stream; O(log shards) within an epoch."""
+        """Return (epoch, shard, record of that shard) at a position of the stream; O(log shards) within an epoch."""
         if position < 0:
             raise ValueError(f"position {position}; expected at least 0")
         epoch, place = divmod(position, self._length)
@@ -79,12 +74,12 @@ class ShardOrder:
         return epoch, shard, first + within - int(ends[at]) + int(self.sizes[shard])
 
     def place(self, index: int) -> tuple[int, int]:
-        """The shard of the ``index``-th record as they lie, and its number in that shard."""
+        """Return the shard of the ``index``-th record in stored order, and its number in that shard."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
         return shard, index - int(self._ends[shard]) + int(self.sizes[shard])
 
     def _epoch(self, epoch: int) -> tuple[IntArray, IntArray]:
-        """The shards as an epoch visits them, and how many records have passed at the end of each."""
+        """Return the shards in the order of an epoch, and the number of records up to the end of each."""
         latest = self._latest
         if latest is None or latest[0] != epoch:
             keys = _keys(b"shards", self.seed, epoch)
@@ -97,14 +92,14 @@ class Mixture:
     """An endless stream that takes from several sources in given proportions.
 
     After any number of positions each source has given its exact share, to within one: the quota method of
-    apportionment (Balinski and Young, 1975), which repeats with a period as long as the sum of the weights as whole
-    numbers without a common divisor. One period is held as a table.
+    apportionment (Balinski and Young, 1975). Its period is the sum of the weights as integers without a common divisor.
+    One period is kept as a table.
     """
 
     LONGEST = 2**16
 
     def __init__(self, weights: Sequence[float]) -> None:
-        """Weights count relative to their sum and are taken as the decimals that they are written as."""
+        """Mix by ``weights``, relative to their sum and exact to their written decimals."""
         if not weights or not all(0 < weight < float("inf") for weight in weights):
             raise ValueError(f"weights {tuple(weights)} must be above 0, one for each source")
         exact = [Fraction(str(weight)) for weight in weights]
@@ -113,7 +108,7 @@ class Mixture:
         period = sum(whole)
         if period > self.LONGEST:
             raise ValueError(
-                f"weights {tuple(weights)} need {period} positions to come out even; round them so that, as whole "
+                f"weights {tuple(weights)} repeat only after {period} positions; round them so that, as whole "
                 f"numbers, they sum to at most {self.LONGEST}, such as 70 20 10"
             )
         self.weights = tuple(whole)
@@ -126,7 +121,7 @@ class Mixture:
             given[source] += 1
 
     def locate(self, position: int) -> tuple[int, int]:
-        """The source at a position of the mixture, and the position in that source's own stream."""
+        """Return the source at a position of the mixture, and the position in that source's stream."""
         turn, place = divmod(position, len(self._source))
         source = int(self._source[place])
         return source, turn * self.weights[source] + int(self._place[place])
@@ -138,7 +133,7 @@ def _keys(purpose: bytes, *numbers: int) -> tuple[int, ...]:
 
 def _permute(index: int, length: int, keys: tuple[int, ...]) -> int:
     # A Feistel network over a table of rows x columns, just larger than the length (Black and Rogaway, 2002).
-    # It permutes the table; an index that lands behind the length walks on until it is back inside.
+    # It permutes the table; an index beyond the length is permuted again until it is inside.
     rows = isqrt(length - 1) + 1
     columns = -(-length // rows)
     while True:
@@ -152,7 +147,7 @@ def _permute(index: int, length: int, keys: tuple[int, ...]) -> int:
 
 
 def _scramble(x: int) -> int:
-    # Two multiplications and shifts, after the finalisers of splitmix64 and its kin.
+    # Two multiplications and shifts, as in the finaliser of splitmix64.
     x = x * 0x9E3779B97F4A7C15 & WORD
     x = (x ^ x >> 32) * 0xD6E8FEB86659FD93 & WORD
     return x ^ x >> 32

@@ -1,4 +1,4 @@
-"""Captions from a file beside the data, such as new ones written by a model, found by a record's key."""
+"""Sidecar: captions by record key from a file beside the data, such as captions written by a model."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from semantic_routing.common.extras import require
 from semantic_routing.data.sources.storage import Reader, is_url, stat
 
 RECAPTION = "recaption"
-"""The caption key of what a sidecar holds."""
+"""Caption key of the captions in a sidecar."""
 _LOOKUP = ".lookup.npy"
 _ROW_GROUPS = 64
 
 
 class Sidecar:
-    """Captions in a Parquet or JSONL file with ``key`` and ``caption``, found by a record's key.
+    """Captions by record key in a Parquet or JSONL file with ``key`` and ``caption``.
 
-    The keys' hashes, sorted, and the place of each row are written once to ``FILE.lookup.npy`` and mapped into
-    memory, so that all processes share them. Captions stay in the file: a JSONL row is read alone, of Parquet the row
-    groups that were used last are kept, which is quick where the rows lie about as the records do.
+    The sorted hashes of the keys and the places of the rows are written once to ``FILE.lookup.npy`` and memory-mapped,
+    so that all processes share them. Captions stay in the file: JSONL rows are read one at a time; of Parquet the last
+    row groups are cached, which is fast if rows are in about the order of the records.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
         if is_url(self.path):
-            raise ValueError(f"a sidecar is looked up all the time: copy {self.path} to a local file")
+            raise ValueError(f"a sidecar is read at every sample: copy {self.path} to a local file")
         if not Path(self.path).is_file():
             raise ValueError(f"there is no sidecar {self.path}; give a .parquet or .jsonl file with key and caption")
         self._file: Any = _parquet(self.path) if self.path.endswith(".parquet") else None
@@ -48,14 +48,11 @@ class Sidecar:
         return Sidecar, (self.path,)
 
     def __len__(self) -> int:
-        """Number of rows."""
+        """Return the number of rows."""
         return len(self._hashes)
 
     def captions(self, key: str) -> tuple[str, ...]:
-        """The captions of a record by its whole key, or else by the part behind the last slash; () if there are none.
-
-        Of img2dataset's shards, the part behind the slash is the key that img2dataset knows.
-        """
+        """Return a record's captions by its full key, or else by the part after the last slash, as of img2dataset."""
         return self._named(key) or self._named(key.rpartition("/")[2])
 
     def _named(self, key: str) -> tuple[str, ...]:
@@ -99,7 +96,7 @@ def _parquet(path: str) -> Any:
 
 
 def _lookup(path: str, file: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted hashes of the keys and the rows' places, mapped from the file beside ``path``, made if it is not there."""
+    """Map the sorted hashes of keys and the rows' places from the file beside ``path``; make it if needed."""
     found = stat(path)
     stamp = np.array([found.size, int(found.version)], np.uint64)
     kept = Path(path + _LOOKUP)
@@ -115,7 +112,7 @@ def _lookup(path: str, file: Any) -> tuple[np.ndarray, np.ndarray]:
             np.save(scratch, table)
             scratch.replace(kept)
         except OSError as error:
-            raise ValueError(f"cannot write {kept}: {error.strerror}; copy the sidecar to where it can") from error
+            raise ValueError(f"cannot write {kept}: {error.strerror}; copy the sidecar to a writable folder") from error
     table = np.load(kept, mmap_mode="r")[2:]
     return table[: len(table) // 2], table[len(table) // 2 :]
 
@@ -128,7 +125,7 @@ def _rows(path: str) -> Iterator[tuple[str, int]]:
                 try:
                     row = json.loads(line)
                 except ValueError as error:
-                    raise ValueError(f"{path}, line {number}: not JSON in UTF-8; mend it or take it out") from error
+                    raise ValueError(f"{path}, line {number}: not JSON in UTF-8; fix or remove the line") from error
                 if not isinstance(row, dict) or not isinstance(row.get("key"), str):
                     example = '{"key": "0001", "caption": "a cat"}'
                     raise ValueError(f"{path}, line {number}: expected a row such as {example}")

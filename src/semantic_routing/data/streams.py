@@ -1,4 +1,4 @@
-"""Endless streams of pictures with captions at random access: of records in shards, and of the toy world."""
+"""Endless streams of images with captions at random access: of records in shards, and of the toy world."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from semantic_routing.toy.captions import prompts
 from semantic_routing.toy.captions import sample as draw_sample
 
 ATTEMPTS = 32
-"""Records that are tried for one row: the first half from its own shard, then from anywhere."""
+"""Records that are tried for one row: the first half from its own shard, then from all shards."""
 
 
 @dataclass(frozen=True)
@@ -35,37 +35,39 @@ class Row:
     image: UInt8[np.ndarray, "H W 3"]
     caption: str
     seed: int
-    """Of its stream; with the sample and the epoch it keys everything that is random about the row."""
+    """Seed of its stream; (seed, sample, epoch) is the key of the row's random numbers."""
     epoch: int
     sample: int
     """Number in its stream."""
     key: str = ""
-    """The record's key; another than the sample's own where that was skipped."""
+    """Key of the record; of the replacement if the sample's own record was skipped."""
     skipped: tuple[Skipped, ...] = ()
+    stream: int = 0
+    """Number of its stream in the mixture."""
 
 
 @runtime_checkable
 class Stream(Protocol):
-    """Rows of one source of a mixture."""
+    """Protocol of one source of a mixture."""
 
     turns: Mixture
-    """Which bucket a batch is from, where batches are of one bucket."""
+    """The bucket of each batch."""
 
     def __len__(self) -> int:
-        """Samples in one epoch."""
+        """Return the number of samples in one epoch."""
         ...
 
     def load(self, position: int, bucket: int = 0) -> Row:
-        """The row at a position, at least 0, of a bucket's own stream."""
+        """Load the row at a position (from 0) of a bucket's stream."""
         ...
 
     def captions(self, count: int) -> list[str]:
-        """Up to ``count`` captions to watch the training by."""
+        """Return up to ``count`` captions for previews."""
         ...
 
 
 class ShapesStream:
-    """The training split of the toy world; no run comes to the end of its first epoch."""
+    """The training split of the toy world; its first epoch is longer than any run."""
 
     LENGTH = 2**40
 
@@ -77,35 +79,35 @@ class ShapesStream:
         return self.LENGTH
 
     def load(self, position: int, bucket: int = 0) -> Row:
-        """The row at a position; all of it follows from the sample's number."""
+        """Draw the row at a position; it is a function of the sample's number."""
         epoch, sample = locate(self.seed, position, self.LENGTH)
         drawn = draw_sample(self.seed, sample, split="train", size=self.size)
         return Row(drawn.image, drawn.caption, self.seed, epoch, sample)
 
     def captions(self, count: int) -> list[str]:
-        """Captions of the evaluation split, which training never sees."""
+        """Return captions of the evaluation split, which is never trained on."""
         return [drawn.caption for drawn in prompts(self.seed, count)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How records become rows."""
+    """Settings by which records become rows."""
 
     size: int
-    """Side of the square pictures in pixels; with buckets, of a square of the same area."""
+    """Side of the square images in pixels; with buckets, of a square of the same area."""
     window: int
-    """Shards read from at any time."""
+    """Number of open shards."""
     choice: CaptionChoice
     sidecar: Sidecar | None
     limits: Limits
     flip: bool
-    """Mirror every second picture."""
+    """Mirror a random half of the images."""
     multiple: int
-    """What the sides of buckets are multiples of; 0 for squares only."""
+    """Sides of buckets are multiples of this number of pixels; 0 for squares only."""
 
 
 class RecordStream:
-    """Rows of the records of one or several sources, whose shards are taken together as if of one."""
+    """Rows from the records of one or several sources, whose shards are combined."""
 
     def __init__(self, sources: Sequence[RecordSource], seed: int, how: Reading) -> None:
         self.sources, self.seed, self.how = tuple(sources), seed, how
@@ -131,7 +133,7 @@ class RecordStream:
         self._orders = [ShardOrder(seed, column.tolist(), how.window) for column in counts.T]
         self.turns = turns([len(order) for order in self._orders])
         for source in self.sources:
-            if (keep := getattr(source, "keep", None)) is not None:  # of Parquet, whose shards are read whole
+            if (keep := getattr(source, "keep", None)) is not None:  # Parquet caches complete shards
                 keep(min(how.window * len(self._orders), len(source.shards)))
         self._members = lru_cache(maxsize=4 * how.window)(self._find_members)
 
@@ -142,9 +144,9 @@ class RecordStream:
         return sum(len(order) for order in self._orders)
 
     def load(self, position: int, bucket: int = 0) -> Row:
-        """The row at a position; where its record is damaged, that of another, the same on every machine.
+        """Load the row at a position; a damaged record is replaced by another, the same on every machine.
 
-        Raises TrainingFailed, naming the shard, where ``ATTEMPTS`` records could not be used.
+        Raises TrainingFailed with the name of the shard if ``ATTEMPTS`` records could not be used.
         """
         epoch, shard, within = self._orders[bucket].locate(position)
         sample = int(self._starts[shard]) + self._number(shard, within, bucket)
@@ -160,11 +162,11 @@ class RecordStream:
         source, number = self._shards[shard]
         raise TrainingFailed(
             f"{ATTEMPTS} records of {source.name} in and around the shard {source.shard_name(number)} cannot be used, "
-            f"the last because: {skipped[-1].reason} ({skipped[-1].detail}); mend the shard or leave it out"
+            f"the last because: {skipped[-1].reason} ({skipped[-1].detail}); fix the shard or leave it out"
         )
 
     def captions(self, count: int) -> list[str]:
-        """Captions of the records that come first in training."""
+        """Return captions of the records that are first in training."""
         return list(islice(self._captions(), count))
 
     def _captions(self) -> Iterator[str]:
@@ -175,14 +177,14 @@ class RecordStream:
                 continue
 
     def _places(self) -> Iterator[tuple[int, int, int]]:
-        """Shard, number in it and bucket of the records in the order of training, those of a bucket together."""
+        """Yield (shard, number in it, bucket) of all records, bucket by bucket in the order of training."""
         for bucket, order in enumerate(self._orders):
             for position in range(len(order)):
                 _, shard, within = order.locate(position)
                 yield shard, within, bucket
 
     def check_captions(self) -> None:
-        """Raise ValueError where as many records as are tried for a row have no caption, naming what they do have."""
+        """Raise ValueError if ``ATTEMPTS`` records have no caption; the message names the keys that they have."""
         there: Counter[str] = Counter()  # characters by key: captions are longer than names
         read = False
         for place in islice(self._places(), ATTEMPTS):
@@ -202,7 +204,7 @@ class RecordStream:
             raise ValueError(f"{names}: {self.how.choice.missing(longest)}")
 
     def _stand_in(self, bucket: int, shard: int, sample: int, epoch: int, attempt: int) -> tuple[int, int]:
-        """The shard, and the record of the bucket in it, to be tried next."""
+        """Return the shard, and the record of the bucket in it, to try next."""
         order = self._orders[bucket]
         if attempt < ATTEMPTS // 2:
             return shard, another(self.seed, sample, epoch, attempt, int(order.sizes[shard]))
@@ -211,7 +213,7 @@ class RecordStream:
     def _try(
         self, shard: int, within: int, bucket: int, uniforms: Sequence[float], stand_in: bool
     ) -> tuple[UInt8[np.ndarray, "H W 3"], str, str] | Skipped:
-        """Picture, caption and key of one record, or why it cannot be used."""
+        """Read image, caption and key of one record, or return why it cannot be used."""
         by_key, by_text, by_flip = uniforms
         source, number = self._shards[shard]
         key = ""
@@ -236,7 +238,7 @@ class RecordStream:
         return source.read(int(self._within_source[shard]) + self._number(shard, within, bucket))
 
     def _number(self, shard: int, within: int, bucket: int) -> int:
-        """The number in its shard of a bucket's record."""
+        """Return the number in its shard of a bucket's record."""
         return within if self._assigned is None else int(self._members(shard, bucket)[within])
 
     def _find_members(self, shard: int, bucket: int) -> np.ndarray:
@@ -247,7 +249,7 @@ class RecordStream:
 
 
 def _dimensions(source: RecordSource) -> Integer[np.ndarray, "N 2"]:
-    """The index's (width, height) of every record of a source."""
+    """Return (width, height) of every record of a source from its index."""
     find = getattr(source, "dimensions", None)
     found = find() if find is not None else None
     if found is None:

@@ -1,6 +1,6 @@
-"""What every benchmark is: prompts with the skills they test, where their images lie, how scores add up.
+"""The base class of benchmarks: prompts with the skills they test, the layout of images, the summary of scores.
 
-Images lie as the benchmark's official tools write and read them, so either side can score the other's. Most
+Images have the layout of the benchmark's official tools, so either side can score the other's. Most
 benchmarks have one file a prompt, ``<id>.png``; what differs is overridden.
 """
 
@@ -13,6 +13,7 @@ from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+from semantic_routing.chat.client import Usage
 from semantic_routing.evaluation.listing import list_pictures
 from semantic_routing.evaluation.records import CORRECT, Record
 from semantic_routing.evaluation.summary import Columns, markdown_table, summarize, tag_columns
@@ -63,11 +64,16 @@ class Scorer(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that decides its scores, in JSON types: models with their hashes, templates, thresholds."""
+        """All that affects the scores in JSON types: models with their hashes, templates, thresholds."""
+        ...
+
+    @property
+    def usage(self) -> Usage | None:
+        """Requests to a server so far and their cost; None for a scorer that asks no server."""
         ...
 
     def score(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Finding]]:
-        """Every task with its finding, each as soon as it is known, in any order."""
+        """Yield every task with its finding as soon as it is known, in any order."""
         ...
 
 
@@ -96,34 +102,34 @@ class Benchmark:
 
     @property
     def prompt_set(self) -> dict[str, Any]:
-        """The prompts' number and a hash of all that is in them: equal for equal prompts, wherever they are run."""
+        """Return the number of prompts and a hash of their content, equal on every machine."""
         content = json.dumps([astuple(p) for p in self.prompts], ensure_ascii=False, sort_keys=True)
         return {"n": len(self.prompts), "sha256": hashlib.sha256(content.encode()).hexdigest()}
 
     @property
     def images(self) -> list[tuple[int, int]]:
-        """Every image by (prompt index, image index)."""
+        """List every image by (prompt index, image index)."""
         return [(p, i) for p in range(len(self.prompts)) for i in range(self.images_per_prompt)]
 
     @property
     def columns(self) -> Columns:
-        """The numbers of the table."""
+        """Return the columns of the table."""
         return tag_columns(tag for prompt in self.prompts for tag in prompt.tags)
 
     def file(self, index: int, image: int) -> str:
-        """Where an image is written, seen from the images' folder."""
+        """Return an image's path relative to the images' folder."""
         name = self.prompts[index].id
         return f"{name}.png" if self.images_per_prompt == 1 else f"{name}_{image:02d}.png"
 
     def sampled(self, index: int, image: int) -> str:
-        """Where a sampled image is written first, seen from the evaluation's folder; a PNG."""
+        """Return the path of the PNG that sampling writes, relative to the evaluation's folder."""
         return f"images/{self.file(index, image)}"
 
     def complete(self, out: Path) -> None:
-        """Write what else the official layout has in ``out/images``, once all images are sampled."""
+        """Write the other files of the official layout into ``out/images``, after all images are sampled."""
 
     def find(self, folder: Path) -> dict[tuple[int, int], Path]:
-        """The images in a folder, by (prompt index, image index); ValueError where it is not one of this benchmark."""
+        """Find the images in a folder by (prompt index, image index); ValueError if it is another benchmark's."""
         places = {int(prompt.id): index for index, prompt in enumerate(self.prompts)}
         found: dict[tuple[int, int], Path] = {}
         for path in list_pictures(folder).pictures:
@@ -142,16 +148,16 @@ class Benchmark:
         return found
 
     def summarize(self, records: Sequence[Record]) -> dict[str, Any]:
-        """The content of summary.json."""
+        """Return the content of summary.json."""
         return summarize(records, self.columns)
 
     def table(self, summary: dict[str, Any]) -> str:
-        """The summary as a Markdown table."""
+        """Return the summary as a Markdown table."""
         return markdown_table(summary)
 
 
 def checked_rows(rows: Iterable[Any], path: Path, needs: Mapping[str, type], benchmark: str) -> list[dict[str, Any]]:
-    """Rows that all have the needed keys with values of the needed types; else ValueError: of another benchmark.
+    """Return the rows; ValueError unless all have the needed keys with values of the needed types.
 
     A text of blanks counts as none.
     """

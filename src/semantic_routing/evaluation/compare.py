@@ -78,7 +78,7 @@ class Evaluation:
 
 
 def compare(args: CompareArguments) -> str:
-    """Write the tables; returns the Markdown one."""
+    """Write the tables; return the Markdown one."""
     suffix = args.out.suffix.lower()
     if suffix and suffix not in WRITERS:
         raise ValueError(f"cannot write {args.out}: give a folder, or a file that ends in {', '.join(WRITERS)}")
@@ -96,7 +96,7 @@ def compare(args: CompareArguments) -> str:
 
 
 def open_evaluations(args: CompareArguments) -> tuple[list[Evaluation], str]:
-    """The evaluations and the baseline's label; ValueError for folders that are none, or labels that clash."""
+    """Return the evaluations and the baseline's label; ValueError for other folders and equal labels."""
     folders = list(args.folders)
     if not folders:
         raise ValueError("nothing to compare: give folders that semroute evaluate wrote")
@@ -110,7 +110,7 @@ def open_evaluations(args: CompareArguments) -> tuple[list[Evaluation], str]:
         facts = read_manifest(folder / MANIFEST)
         if not {"benchmark", "prompt_set", "scorer", "table"} <= facts.keys():
             raise ValueError(
-                f"{folder} is no finished evaluation of semroute evaluate: its {MANIFEST} tells no benchmark"
+                f"{folder} is no finished evaluation of semroute evaluate: its {MANIFEST} names no benchmark"
             )
         records = tuple(read_records(folder / RECORDS))
         found.append(Evaluation(label=label, folder=folder, facts=facts, records=records))
@@ -123,15 +123,15 @@ def open_evaluations(args: CompareArguments) -> tuple[list[Evaluation], str]:
 
 
 def _labels(folders: Sequence[Path], *, by_parent: bool) -> list[str]:
-    """The folders' names, or those of the folders around them where the names are all alike."""
+    """Return the folders' names, or their parents' names if all are equal."""
     places = [folder.absolute() for folder in folders]
     names = [place.name for place in places]
-    alike = len(set(names)) < len(names)
-    return [place.parent.name for place in places] if by_parent or alike else names
+    repeated = len(set(names)) < len(names)
+    return [place.parent.name for place in places] if by_parent or repeated else names
 
 
 def _differences(evaluations: Sequence[Evaluation], args: CompareArguments) -> list[str]:
-    """Refuse what cannot be compared; say what else differs."""
+    """Raise ValueError for evaluations that cannot be compared; list other differences."""
     benchmarks = list(dict.fromkeys(e.benchmark for e in evaluations))
     if len(benchmarks) > 1 and not args.headlines:
         raise ValueError(
@@ -148,9 +148,9 @@ def _differences(evaluations: Sequence[Evaluation], args: CompareArguments) -> l
                     f"{first.folder} and {other.folder} cannot be compared: they differ in {' and '.join(wrong)}; "
                     "give --anyway to do so all the same"
                 )
-            told = wrong + [key for key in TOLD if first.facts.get(key) != other.facts.get(key)]
-            if told:
-                notes.append(f"{other.label} differs from {first.label} in {', '.join(told)} ({benchmark}).")
+            differing = wrong + [key for key in TOLD if first.facts.get(key) != other.facts.get(key)]
+            if differing:
+                notes.append(f"{other.label} differs from {first.label} in {', '.join(differing)} ({benchmark}).")
     for e in evaluations:
         if gaps := sum(bool(record.gap) for record in e.records):
             notes.append(f"{e.label} has no score for {gaps} of {len(e.records)} images ({e.benchmark}).")
@@ -162,12 +162,12 @@ def _same(key: str, one: Any, other: Any) -> bool:
 
 
 def _counterpart(e: Evaluation, evaluations: Iterable[Evaluation], baseline: str) -> Evaluation | None:
-    """The baseline's evaluation on the same benchmark."""
+    """Return the baseline's evaluation on the same benchmark."""
     return next((b for b in evaluations if b.label == baseline and b.benchmark == e.benchmark and b is not e), None)
 
 
 def _cells(e: Evaluation, base: Evaluation | None, args: CompareArguments) -> list[Cell]:
-    """An evaluation's numbers."""
+    """Return an evaluation's numbers."""
     table = e.facts["table"]
     metrics, columns = table["metrics"], {k: _column(v) for k, v in table["columns"].items()}
     wanted = [tuple(table["headline"])] if args.headlines else [(m, c) for m in metrics for c in columns]

@@ -36,7 +36,7 @@ class Cell:
 
 
 def _rows(cells: Sequence[Cell]) -> tuple[list[tuple[str, str, str]], dict[str, dict[tuple[str, str, str], Cell]]]:
-    """The columns, and by label the cells of each."""
+    """Return the columns, and the cells of each by label."""
     rows: dict[str, dict[tuple[str, str, str], Cell]] = {}
     for cell in cells:
         rows.setdefault(cell.label, {})[cell.key] = cell
@@ -44,7 +44,7 @@ def _rows(cells: Sequence[Cell]) -> tuple[list[tuple[str, str, str]], dict[str, 
 
 
 def _heads(keys: Sequence[tuple[str, str, str]]) -> list[str]:
-    """What tells the columns apart: benchmark, metric and name, as far as needed."""
+    """Return the columns' headings: benchmark, metric and name, as far as they differ."""
     several = len({k[0] for k in keys}) > 1
     metrics = len({k[1] for k in keys}) > 1
     return [
@@ -56,7 +56,7 @@ def _heads(keys: Sequence[tuple[str, str, str]]) -> list[str]:
 
 
 def _ranks(cells: Iterable[Cell]) -> tuple[float, float]:
-    """The best and the second best number of a column, as shown."""
+    """Return the best and the second best number of a column, as shown."""
     first, second, *_ = [*sorted({round(c.value, 2) for c in cells if isfinite(c.value)}, reverse=True), nan, nan]
     return first, second
 
@@ -64,7 +64,7 @@ def _ranks(cells: Iterable[Cell]) -> tuple[float, float]:
 def _styled(
     cells: Sequence[Cell], best: Callable[[str], str], second: Callable[[str], str]
 ) -> dict[tuple[str, tuple[str, str, str]], str]:
-    """Every number as text; the best and the second best of each column set off, where there are several rows."""
+    """Format every number; mark the best and the second best of each column if there are several rows."""
     keys, rows = _rows(cells)
     shown = {}
     for key in keys:
@@ -79,7 +79,7 @@ def _styled(
 
 
 def markdown(cells: Sequence[Cell], baseline: str, notes: Sequence[str]) -> str:
-    """A row for each evaluation, and one below it with differences."""
+    """Return a row for each evaluation, and one below it with differences."""
     keys, rows = _rows(cells)
     shown = _styled(cells, lambda text: f"**{text}**", lambda text: f"<u>{text}</u>")
     lines = [f"| | {' | '.join(map(_plain, _heads(keys)))} |", "| --- |" + " ---: |" * len(keys)]
@@ -92,12 +92,12 @@ def markdown(cells: Sequence[Cell], baseline: str, notes: Sequence[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that ends no cell of a Markdown table."""
+    """Escape text for a cell of a Markdown table."""
     return text.replace("|", "\\|")
 
 
 def _interval(low: float, high: float, form: str) -> str:
-    """In brackets; nothing where resamples could not tell."""
+    """Format an interval in brackets; empty if resamples give none."""
     return f" [{low:{form}}, {high:{form}}]" if isfinite(low) and isfinite(high) else ""
 
 
@@ -114,7 +114,7 @@ def _p(p: float) -> str:
 
 
 def comma_separated(cells: Sequence[Cell], baseline: str, notes: Sequence[str]) -> str:
-    """A line for each number, unrounded; empty where there is none."""
+    """Return a CSV line for each unrounded number; missing ones are empty."""
     text = io.StringIO()
     names = list(Cell.__dataclass_fields__)
     writer = csv.writer(text, lineterminator="\n")
@@ -126,7 +126,7 @@ def comma_separated(cells: Sequence[Cell], baseline: str, notes: Sequence[str]) 
 
 
 def latex(cells: Sequence[Cell], baseline: str, notes: Sequence[str]) -> str:
-    """A table for booktabs, with differences in small type below the numbers as in the paper's Table 2."""
+    """Return a booktabs table, with differences in small type below the numbers as in the paper's Table 2."""
     keys, rows = _rows(cells)
     shown = _styled(cells, lambda text: rf"\textbf{{{text}}}", lambda text: rf"\underline{{{text}}}")
     lines = [rf"% {note}" for note in notes]
@@ -142,14 +142,14 @@ def latex(cells: Sequence[Cell], baseline: str, notes: Sequence[str]) -> str:
 
 
 def _small(cell: Cell | None) -> str:
-    """A difference in small type, with a star where p is below 0.05."""
+    """Format a difference in small type, with a star if p is below 0.05."""
     if cell is None or not isfinite(cell.difference):
         return ""
     return rf"{{\scriptsize ${cell.difference:+.2f}{'^{*}' if cell.p < 0.05 else ''}$}}"
 
 
 def _escaped(text: str) -> str:
-    """Text as LaTeX sets it."""
+    """Escape text for LaTeX."""
     special: Mapping[str, str] = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     return "".join(special.get(c, rf"\{c}" if c in "&%$#_{}" else c) for c in text)
 

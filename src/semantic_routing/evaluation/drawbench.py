@@ -34,7 +34,7 @@ class DrawBench(Benchmark):
         return {OVERALL: (tuple(categories),)} | {name: ((name,),) for name in categories}
 
     def summarize(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Means over the answers that could be parsed; ``gaps`` counts the others."""
+        """Average the answers that could be parsed; ``gaps`` counts the others."""
         scores = {
             metric: {name: spread(grouped(records, column, metric)[0]) for name, column in self.columns.items()}
             for metric in self.metrics
@@ -46,7 +46,7 @@ class DrawBench(Benchmark):
 
 
 def read_drawbench(path: Path, images_per_prompt: int = 1) -> DrawBench:
-    """The benchmark of a CSV file with the columns Prompts and Category, or of JSON or JSON lines with such keys.
+    """Read a CSV file with the columns Prompts and Category, or JSON or JSON lines with such keys.
 
     Ids count from 0 in the file's order. Raises ValueError where a row lacks either.
     """

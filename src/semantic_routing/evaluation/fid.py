@@ -36,7 +36,7 @@ from semantic_routing.evaluation.summary import spread, without_nan
 from semantic_routing.text.quiet import quiet_transformers
 
 ENOUGH = 2048
-"""Pictures below which an FID says more of their number than of them; its authors ask for so many, better 10,000."""
+"""Fewest pictures for an FID by its authors' advice, better 10,000; with fewer, their number biases it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class FeaturesArguments:
 
 
 def evaluate_features(args: FeaturesArguments) -> str:
-    """Compute what the arguments ask for; the table."""
+    """Compute the scores that the arguments ask for; return the table."""
     if args.reference is not None:
         require("torchmetrics.image", what="--reference", extra="eval")
     device = pick_device(args.device)
@@ -132,7 +132,7 @@ class VisionModel:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Name, kind and the hash of the weights."""
+        """Return name, kind and the hash of the weights."""
         tensors = {key: value.cpu().contiguous() for key, value in self.model.state_dict().items()}
         return {
             "name": self.name,
@@ -142,7 +142,7 @@ class VisionModel:
         }
 
     def features(self, paths: Sequence[Path], batch: int) -> Float[Tensor, "N F"]:
-        """The pooled features of images, on the CPU in double precision."""
+        """Compute the pooled features of images, on the CPU in double precision."""
         with tqdm(total=len(paths), desc="Features", unit="image") as bar:
             parts = []
             for chunk in _chunks(paths, batch):
@@ -151,7 +151,7 @@ class VisionModel:
         return torch.cat(parts)
 
     def caption_cosines(self, captions: Sequence[tuple[Path, str]], batch: int) -> list[float]:
-        """Cosine between each image's and its caption's features; ValueError for a model without text."""
+        """Compute the cosine of each image's and its caption's features; ValueError for a model without text."""
         if not hasattr(self.model, "get_text_features"):
             raise ValueError(
                 f"{self.name} is a {type(self.model).__name__}, which reads no captions; give a CLIP model"
@@ -179,7 +179,7 @@ class VisionModel:
 
 
 def pooled(output: Any) -> Float[Tensor, "B F"]:
-    """A model's one vector for each input: its pooled output, or that of the first token."""
+    """Return one vector for each input: the pooled output, or the first token's."""
     if not isinstance(output, Tensor):
         found = getattr(output, "pooler_output", None)
         output = output.last_hidden_state[:, 0] if found is None else found
@@ -198,7 +198,7 @@ class _AsTheyAre(nn.Module):
 
 
 def frechet_distance(real: Float[Tensor, "N F"], fake: Float[Tensor, "M F"]) -> float:
-    """FID: the squared Fréchet distance of the Gaussians with the features' means and unbiased covariances."""
+    """Return the FID: the squared Fréchet distance of Gaussians with the features' means and unbiased covariances."""
     _check_enough(real, fake)
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -211,7 +211,7 @@ def frechet_distance(real: Float[Tensor, "N F"], fake: Float[Tensor, "M F"]) -> 
 def kernel_distance(
     real: Float[Tensor, "N F"], fake: Float[Tensor, "M F"], *, subsets: int, subset_size: int, seed: int
 ) -> dict[str, Any]:
-    """KID: the unbiased squared MMD under the kernel (x·y / F + 1)³, its mean and spread over random subsets."""
+    """Return the KID: the unbiased squared MMD under the kernel (x·y / F + 1)³, mean and spread over random subsets."""
     _check_enough(real, fake)
     from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -232,7 +232,7 @@ def _check_enough(real: Tensor, fake: Tensor) -> None:
 
 
 def few_note(count: int, width: int) -> list[str]:
-    """Say that an FID from so few pictures, with features of that width, is biased; nothing where they are enough."""
+    """Return a warning if too few pictures for features of this width bias the FID; else nothing."""
     enough = max(ENOUGH, width + 1)
     if count >= enough:
         return []
@@ -243,7 +243,7 @@ def few_note(count: int, width: int) -> list[str]:
 
 
 def features_table(summary: dict[str, Any], identities: dict[str, Any], notes: Sequence[str] = ()) -> str:
-    """The numbers as a Markdown table, with the models that they depend on, and notes below."""
+    """Format the numbers as a Markdown table, with their models and notes below."""
     lines = ["| | value | std | images | reference images |", "| --- | ---: | ---: | ---: | ---: |"]
     for name, row in summary.items():
         value = row.get("value", row.get("mean"))
@@ -254,7 +254,7 @@ def features_table(summary: dict[str, Any], identities: dict[str, Any], notes: S
 
 
 def images_below(folder: Path) -> list[Path]:
-    """All images of a folder and the folders in it; ValueError where there are none."""
+    """List all images of a folder and its subfolders; ValueError if there is none."""
     return list(_listed(folder).pictures)
 
 
@@ -267,7 +267,7 @@ def _listed(folder: Path) -> Listing:
 
 
 def read_captions(path: Path) -> list[tuple[Path, str]]:
-    """(image, caption) of JSON lines such as prompts.jsonl of semroute sample, or an evaluation's records.jsonl."""
+    """Read (image, caption) from JSON lines: prompts.jsonl of semroute sample, or records.jsonl of an evaluation."""
     pairs = []
     for number, row in enumerate(read_json_lines(path, "the captions"), 1):
         file, caption = (row.get("file"), row.get("prompt")) if isinstance(row, dict) else (None, None)
@@ -286,7 +286,7 @@ def _open(path: Path) -> Image.Image:
             if image.mode != "F":
                 return to_rgb(image)
     except BROKEN as error:
-        raise ValueError(f"{path} does not open as an image; mend or remove it") from error
+        raise ValueError(f"{path} does not open as an image; fix or remove it") from error
     raise ValueError(f"{path} has floating-point pixels, whose range nobody knows; save it with 8 or 16 bits")
 
 

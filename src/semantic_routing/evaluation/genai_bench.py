@@ -26,7 +26,7 @@ SKILLS = (
     "basic", "attribute", "scene", "spatial relation", "action relation", "part relation",
     "advanced", "counting", "comparison", "differentiation", "negation", "universal",
 )  # fmt: skip
-"""In the order of the official tables; basic and advanced have lists of ids of their own."""
+"""In the order of the official tables; basic and advanced have their own lists of ids."""
 JPEG_QUALITY = 95
 UNTAGGED_SHARE = 0.1
 """If more of the prompts than this have no skill, the skills are taken for those of another set."""
@@ -36,7 +36,7 @@ def aggregate(
     scores: Mapping[str, SupportsFloat | None] | Mapping[int, SupportsFloat | None],
     skills: Mapping[str, Sequence[int]],
 ) -> dict[str, dict[str, Any]]:
-    """Mean, unbiased standard deviation and n of the scores, ``{"mean", "std", "n"}``, for each skill and ``all``.
+    """Return mean, unbiased standard deviation and n, ``{"mean", "std", "n"}``, for each skill and ``all``.
 
     ``scores`` maps prompts' ids, such as "00012" or "12", to scores; a score of nan or None, or an id that is not
     there, is a gap: n counts what was scored. ``all`` is over the union of the skills' ids. The mean of no score
@@ -60,7 +60,7 @@ def aggregate(
 
 
 def _by_number(scores: Mapping[Any, SupportsFloat | None]) -> dict[int, float]:
-    """Scores by the number of their prompt."""
+    """Return scores by the number of their prompt."""
     found: dict[int, float] = {}
     for key, score in scores.items():
         if not str(key).isdecimal():
@@ -89,7 +89,7 @@ class GenAIBench(Benchmark):
         return str(Path(super().file(index, image)).with_suffix(".jpeg"))
 
     def sampled(self, index: int, image: int) -> str:
-        """Lossless, apart from the layout that the official tools read."""
+        """Return the path of the lossless image, outside of the official layout."""
         return f"originals/{super().file(index, image)}"
 
     def complete(self, out: Path) -> None:
@@ -102,7 +102,7 @@ class GenAIBench(Benchmark):
                 image.convert("RGB").save(to, format="JPEG", quality=JPEG_QUALITY, subsampling=0)
 
     def summarize(self, records: Sequence[Record]) -> dict[str, Any]:
-        """The official aggregation; with several images of a prompt, of their mean."""
+        """Aggregate as the official tools do; several images of a prompt count by their mean."""
         by_id: dict[str, list[float]] = {prompt.id: [] for prompt in self.prompts if prompt.tags}
         for record in records:
             score = record.scores.get(VQASCORE)
@@ -118,7 +118,7 @@ class GenAIBench(Benchmark):
 
 
 def read_genai_bench(prompts: Path, skills: Path, images_per_prompt: int = 1) -> GenAIBench:
-    """The benchmark of the official files ``genai_image.json`` and ``genai_skills.json`` of one set.
+    """Read the official files ``genai_image.json`` and ``genai_skills.json`` of one set.
 
     Raises ValueError where a file is not of this form, or where the two are not of one set.
     """
@@ -158,7 +158,7 @@ def read_genai_bench(prompts: Path, skills: Path, images_per_prompt: int = 1) ->
 
 
 def _read_skills(path: Path) -> dict[str, set[int]]:
-    """The ids of every skill."""
+    """Read the ids of every skill."""
     found = read_json(path, "the skills of GenAI-Bench")
     if not isinstance(found, dict) or not found:
         raise ValueError(f"{path} is not genai_skills.json: it must be an object of lists of ids by skill")

@@ -26,13 +26,13 @@ class Listing:
     """Files that are no pictures, by reason, such as ``{".json": 2}``."""
 
     def __str__(self) -> str:
-        """What is passed over, in words; empty where nothing is."""
+        """Describe the skipped files; empty if there is none."""
         return ", ".join(f"{count} {reason}" for reason, count in self.passed_over.items())
 
 
 @lru_cache(maxsize=1)
 def suffixes() -> frozenset[str]:
-    """All endings, such as .png, of the picture files that are opened."""
+    """Return all suffixes, such as .png, of the picture files that are opened."""
     known = formats()  # first, for this may register another format
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in known)
 
@@ -58,7 +58,7 @@ def _sorted_out(folder: Path, paths: Iterable[Path]) -> Listing:
 
 
 def _reason(path: Path, inside: Path) -> str:
-    """Why a file is passed over; empty for a picture."""
+    """Return the reason to skip a file; empty for a picture."""
     if path.name.startswith("._") or "__MACOSX" in inside.parts:
         return APPLE
     if any(part.startswith(".") for part in inside.parts):

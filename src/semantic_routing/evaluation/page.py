@@ -23,7 +23,7 @@ RIGHT, WRONG, SCORED, NONE = "right", "wrong", "scored", "no score"
 
 
 def page(title: str, table: str, records: Sequence[Record], facts: Mapping[str, Any]) -> str:
-    """The whole page: ``table`` is the Markdown table, ``facts`` the manifest."""
+    """Return the page: ``table`` is the Markdown table, ``facts`` the manifest."""
     heading = f"{title}: {len(records):,} images"
     cards = "\n".join(map(_card, records))
     body = (
@@ -35,26 +35,26 @@ def page(title: str, table: str, records: Sequence[Record], facts: Mapping[str, 
 
 
 def outcome(record: Record) -> str:
-    """Right, wrong, scored or without a score."""
+    """Return "right", "wrong", "scored" or "unscored"."""
     if record.gap:
         return NONE
     return SCORED if CORRECT not in record.scores else RIGHT if record.correct else WRONG
 
 
 def _source(facts: Mapping[str, Any]) -> str:
-    """One line about what was evaluated."""
+    """Return a line that names the evaluated images."""
     sampler = facts.get("sampler") or {}
-    told = {"steps", "guidance"} <= sampler.keys()
+    known = {"steps", "guidance"} <= sampler.keys()
     parts = [
         f"Images of <code>{escape(str(facts.get('checkpoint') or facts.get('images', 'unknown')))}</code>",
-        f"{sampler['steps']} steps, guidance {sampler['guidance']:g}" if told else "",
+        f"{sampler['steps']} steps, guidance {sampler['guidance']:g}" if known else "",
         f"scored by {escape(scorer_name(facts.get('scorer')))}",
     ]
     return f"<p>{', '.join(filter(None, parts))}.</p>\n"
 
 
 def _table(markdown: str) -> str:
-    """A Markdown table, and the lines of text around it, as HTML."""
+    """Convert a Markdown table and the lines of text around it to HTML."""
     lines = [line for line in markdown.splitlines() if line.strip()]
     cells = [[escape(cell.strip()) for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     head = "".join(f'<th class="{"number" if i else ""}">{cell}</th>' for i, cell in enumerate(cells[0]))
@@ -67,7 +67,7 @@ def _table(markdown: str) -> str:
 
 
 def _filters(records: Sequence[Record]) -> str:
-    """The bar of filters: skill, outcome, words of the prompt, order."""
+    """Return the filters: skill, outcome, words of the prompt, order."""
     tags = list(dict.fromkeys(tag for record in records for tag in record.tags))
     kinds = [kind for kind in (RIGHT, WRONG, SCORED, NONE) if any(outcome(record) == kind for record in records)]
     metrics = list(dict.fromkeys(metric for record in records for metric in record.scores))
@@ -106,7 +106,7 @@ def _card(record: Record) -> str:
 
 
 def _mark(record: Record) -> str:
-    """The verdict or the scores at a glance."""
+    """Return the verdict or the scores as a short mark."""
     if record.correct is not None:
         return '<span class="yes">✓</span>' if record.correct else '<span class="no">✗</span>'
     known = [score for score in record.scores.values() if score is not None]
@@ -116,7 +116,7 @@ def _mark(record: Record) -> str:
 
 
 def _several(record: Record) -> str:
-    """The scores of several metrics on a line of their own."""
+    """Return the scores of several metrics on a separate line."""
     if len(record.scores) == 1:
         return ""
     known = (f"{escape(m)} <b>{score:.2f}</b>" for m, score in record.scores.items() if score is not None)

@@ -62,17 +62,17 @@ class Record:
 
 
 def record_line(record: Record) -> str:
-    """A record as a line of JSON."""
+    """Format a record as a line of JSON."""
     return json.dumps(asdict(record), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
-    """Write records as JSON lines, the file whole or not at all."""
+    """Write records as JSON lines, atomically."""
     write_text(path, "".join(map(record_line, records)))
 
 
 def read_records(path: Path) -> list[Record]:
-    """Records from JSON lines; ValueError names the file and line that cannot be read."""
+    """Read records from JSON lines; ValueError names the file and line that cannot be read."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -81,7 +81,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def parse_record(line: str, where: str) -> Record:
-    """The record of a line of JSON; ValueError begins with ``where``."""
+    """Parse a line of JSON; ValueError begins with ``where``."""
     try:
         values = json.loads(line)
     except json.JSONDecodeError as error:
@@ -93,18 +93,18 @@ def parse_record(line: str, where: str) -> Record:
 
 
 def unscored(records: Iterable[Record]) -> dict[str, int]:
-    """How many images a scorer gave no score, or not all, by the reason, without what stands behind its colon."""
+    """Count images without a score, or without all scores, by the reason before its colon."""
     found = Counter(record.reason.partition(":")[0] for record in records if record.gap == UNSCORED)
     return dict(found.most_common())
 
 
 def reason_note(found: Mapping[str, int]) -> str:
-    """The line under a table that says why images were not scored."""
+    """Return the note under a table with the reasons why images were not scored."""
     return f"\nNot scored: {', '.join(f'{n} {reason}' for reason, n in found.items())}.\n" if found else ""
 
 
 def scorer_name(identity: Any) -> str:
-    """Who gave the scores, in a few words: the scorer, the model that it asks, the label of a variant."""
+    """Name the scorer in a few words: itself, the model that it asks, the label of a variant."""
     if not isinstance(identity, dict):
         return "an unknown scorer"
     names = [str(identity[key]) for key in ("scorer", "model", "label") if identity.get(key)]

@@ -1,6 +1,6 @@
 """How sure a benchmark's numbers are: bootstrap intervals and paired permutation tests over prompts.
 
-The unit is the prompt: images of one prompt are alike, so they are drawn, or exchanged, together.
+The unit is the prompt: images of one prompt are correlated, so they are drawn, or exchanged, together.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class PromptSums:
 
     @property
     def value(self) -> float:
-        """The column's number: the plain mean of the groups' means over images."""
+        """Return the column's number: the plain mean of the groups' means over images."""
         return float(_values(np.ones((1, self.totals.shape[1])), self)[0])
 
 
 def prompt_sums(records: Sequence[Record], ids: Sequence[str], metric: str, column: Column) -> PromptSums:
-    """The sums of a column; prompts stand in the order of ``ids``, and what was not scored is no image."""
+    """Sum a column by prompt, in the order of ``ids``; unscored images do not count."""
     places = {name: place for place, name in enumerate(ids)}
     totals, counts = (np.zeros((len(column), len(ids))) for _ in range(2))
     groups = [set(group) for group in column]
@@ -53,7 +53,7 @@ def prompt_sums(records: Sequence[Record], ids: Sequence[str], metric: str, colu
 def bootstrap(
     sums: PromptSums, other: PromptSums | None = None, *, resamples: int, seed: int, level: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile interval of the column's number, or of its difference to ``other``.
+    """Return the percentile interval of the column's number, or of its difference to ``other``.
 
     Prompts are drawn with replacement; the two sides of a difference get the same draws, which is what pairs them.
     nan where resamples keep no scored image of some group.
@@ -68,7 +68,7 @@ def bootstrap(
 
 
 def permutation_test(sums: PromptSums, other: PromptSums, *, resamples: int, seed: int) -> float:
-    """Two-sided p-value of the difference: how often it is as large when the sides of prompts are exchanged by chance.
+    """Return the two-sided p-value: how often random exchanges of prompts' sides give as large a difference.
 
     The observed arrangement counts as one of them, so p is at least 1 / (resamples + 1).
     """
@@ -84,12 +84,12 @@ def permutation_test(sums: PromptSums, other: PromptSums, *, resamples: int, see
 
 
 def _values(weights: Float[np.ndarray, "R prompts"], sums: PromptSums) -> Float[np.ndarray, " R"]:
-    """The column's number under each row of weights of the prompts."""
+    """Return the column's number under each row of prompt weights."""
     return _ratio(weights @ sums.totals.T, weights @ sums.counts.T)
 
 
 def _mixed(swap: Float[np.ndarray, "R prompts"], sums: PromptSums, other: PromptSums) -> Float[np.ndarray, " R"]:
-    """The column's number where the prompts marked 1 come from ``other`` and the rest from ``sums``."""
+    """Return the column's number with the prompts marked 1 from ``other`` and the rest from ``sums``."""
     stay = 1 - swap
     return _ratio(
         stay @ sums.totals.T + swap @ other.totals.T,
@@ -103,12 +103,12 @@ def _ratio(totals: Float[np.ndarray, "R groups"], counts: Float[np.ndarray, "R g
 
 
 def _draws(prompts: int, resamples: int, seed: int) -> Iterator[Float[np.ndarray, "R prompts"]]:
-    """How often each prompt is drawn, a row for each resample."""
+    """Draw the count of each prompt, a row for each resample."""
     yield from (rows.astype(float) for rows in _counts(prompts, resamples, seed))
 
 
 def _swaps(prompts: int, resamples: int, seed: int) -> Iterator[Float[np.ndarray, "R prompts"]]:
-    """1 where a prompt changes sides, a row for each resample."""
+    """Draw 1 for prompts that change sides, a row for each resample."""
     yield from (rows.astype(float) for rows in _coins(prompts, resamples, seed))
 
 

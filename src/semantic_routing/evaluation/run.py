@@ -43,10 +43,10 @@ def evaluate_model(
     rescore: bool = False,
     **facts: Any,
 ) -> dict[str, Any]:
-    """Sample the benchmark's images into ``out/images`` and score them; the summary, empty without a scorer.
+    """Sample the benchmark's images into ``out/images``, score them, and return the summary, empty without a scorer.
 
-    What is already in ``out`` is kept, so that a stopped evaluation goes on; ValueError where it belongs to another
-    model, sampler, set of prompts or scorer. ``rescore`` scores again what another scorer scored.
+    Results already in ``out`` are kept, so that a stopped evaluation goes on. Raises ValueError if they belong to
+    another model, sampler, set of prompts or scorer; with ``rescore`` another scorer's scores are replaced.
     """
     with claimed_by_first(out, job):
         texts = [prompt.text for prompt in benchmark.prompts]
@@ -54,20 +54,11 @@ def evaluate_model(
         earlier = read_manifest(out / MANIFEST)
         if earlier and job.first:  # other images are refused before any score goes; the manifest stays as it is
             claim_folder(out, wanted, **{name: fact for name, fact in earlier.items() if name not in wanted})
-        identity = earlier.get("scorer")
         if scorer is not None:
-            identity = scorer.identity
-            check_scorer(benchmark, out, identity, rescore=rescore, job=job)
-        claim_folder(
-            out,
-            wanted,
-            job,
-            **_facts(benchmark, identity),
-            seed_rule=SEED_RULE,
-            checkpoint=None if bundle.checkpoint is None else str(bundle.checkpoint),
-            bf16=bundle.bf16,
-            **facts,
-        )
+            check_scorer(benchmark, out, scorer.identity, rescore=rescore, job=job)
+        facts |= _facts(benchmark, earlier.get("scorer") if scorer is None else scorer.identity)
+        checkpoint = None if bundle.checkpoint is None else str(bundle.checkpoint)
+        claim_folder(out, wanted, job, seed_rule=SEED_RULE, checkpoint=checkpoint, bf16=bundle.bf16, **facts)
         sample_missing(bundle, texts, {place: out / benchmark.sampled(*place) for place in benchmark.images}, cfg, job)
         if job.first:
             benchmark.complete(out)
@@ -87,15 +78,15 @@ def evaluate_images(
     rescore: bool = False,
     **facts: Any,
 ) -> dict[str, Any]:
-    """Score a folder of images, made by any tool, that lie as the benchmark's official tools expect; the summary."""
+    """Score a folder of images in the layout of the benchmark's official tools, and return the summary."""
     with claimed_by_first(out, job):
         check_scorer(benchmark, out, scorer.identity, rescore=rescore, job=job)
-        told = image_origin(benchmark, images) | _facts(benchmark, scorer.identity) | {"images": str(images)} | facts
-        return score_folder(benchmark, images, out, scorer, manifest(**told), job)
+        known = image_origin(benchmark, images) | _facts(benchmark, scorer.identity) | {"images": str(images)} | facts
+        return score_folder(benchmark, images, out, scorer, manifest(**known), job)
 
 
 def image_origin(benchmark: Benchmark, images: Path) -> dict[str, Any]:
-    """How the images were made, if a manifest in or beside their folder tells; ValueError if for other prompts."""
+    """Read how the images were made from a manifest in or beside their folder; ValueError if for other prompts."""
     for folder in (images, images.absolute().parent):
         found = read_manifest(folder / MANIFEST)
         if "sampler" in found:
@@ -109,7 +100,7 @@ def image_origin(benchmark: Benchmark, images: Path) -> dict[str, Any]:
 
 
 def _facts(benchmark: Benchmark, identity: Any) -> dict[str, Any]:
-    """What both ways of scoring write into the manifest."""
+    """Return the manifest's facts for both ways of scoring."""
     return {
         "benchmark": benchmark.name,
         "prompt_set": benchmark.prompt_set,

@@ -1,7 +1,7 @@
 """Scoring a folder of images: resumable by image, split among processes, every score traceable.
 
 Findings are appended, line by line, to ``records.part-NN.jsonl``, one file for each process, so that a crash
-loses at most the image in work. When all is done they become ``records.jsonl``, whole and in order. An image is
+loses at most the image in work. When all is done they become ``records.jsonl``, complete and in order. An image is
 known by the hash of its file: one that was exchanged since is scored again.
 """
 
@@ -48,15 +48,15 @@ from semantic_routing.evaluation.summary import without_nan
 
 PART = re.compile(r"records\.part-\d{2,}\.jsonl")
 WHEREABOUTS = ("base_url", "versions")
-"""What an identity tells that decides no score: where a judge is served, the client's version."""
+"""Keys of an identity that do not change scores: the judge's address, the client's version."""
 Place = tuple[int, int]
 """An image by (prompt index, image index)."""
 
 
 def check_scorer(benchmark: Benchmark, out: Path, identity: dict[str, Any], *, rescore: bool, job: Processes) -> None:
-    """ValueError if ``out`` holds scores of another scorer, or verdicts on what other prompts asked for.
+    """Raise ValueError if ``out`` holds scores of another scorer, or verdicts on other prompts.
 
-    A scorer that scored nothing is in nobody's way: what was wrong with it can be mended. With ``rescore`` they are
+    A scorer that scored nothing is ignored, because its settings may have been wrong. With ``rescore`` they are
     deleted instead.
     """
     if job.first:
@@ -86,10 +86,10 @@ def check_scorer(benchmark: Benchmark, out: Path, identity: dict[str, Any], *, r
 def score_folder(
     benchmark: Benchmark, images: Path, out: Path, scorer: Scorer, facts: dict[str, Any], job: Processes
 ) -> dict[str, Any]:
-    """Score the images and write all results to ``out``; the summary.
+    """Score the images, write all results to ``out``, and return the summary.
 
-    What was scored before is kept; images that had no score are tried again. ``facts`` is the manifest. Raises
-    ValueError where there is no image at all, and where no image could be scored.
+    Earlier scores are kept; images without a score are tried again. ``facts`` is the manifest. Raises ValueError if
+    there is no image, or if no image could be scored.
     """
     found = benchmark.find(images)
     if not found:
@@ -100,20 +100,10 @@ def score_folder(
         place: Path(os.path.relpath(found.get(place, images / benchmark.file(*place)), out)).as_posix()
         for place in sorted({*benchmark.images, *found})
     }
-    if job.first:
-        parts = _parts(out)
-        kept = _kept(benchmark, [*out.glob(RECORDS), *parts])
-        write_text(out / MANIFEST, json.dumps(facts, indent=2) + "\n")
-        write_records(_part(out, 0), kept.values())
-        for path in set(parts) - {_part(out, 0)}:
-            path.unlink()
-    job.wait()
-    kept = _kept(benchmark, [_part(out, 0)])
-    job.wait()  # until all have read it
+    kept = _earlier(benchmark, out, facts, job)
     share = job.share(list(files))
     with (
         _part(out, job.rank).open("a", encoding="utf-8") as file,
-        # One process's share.
         tqdm(total=len(share), desc="Scoring", unit="image", disable=not job.first) as bar,
     ):
         tasks = []
@@ -135,8 +125,23 @@ def score_folder(
     return _finish(benchmark, out, facts, files) if job.first else {}
 
 
+def _earlier(benchmark: Benchmark, out: Path, facts: dict[str, Any], job: Processes) -> dict[Place, Record]:
+    """Gather the records of earlier processes in one file, beside the manifest; return those that are kept."""
+    if job.first:
+        parts = _parts(out)
+        kept = _kept(benchmark, [*out.glob(RECORDS), *parts])
+        write_text(out / MANIFEST, json.dumps(facts, indent=2) + "\n")
+        write_records(_part(out, 0), kept.values())
+        for path in set(parts) - {_part(out, 0)}:
+            path.unlink()
+    job.wait()
+    kept = _kept(benchmark, [_part(out, 0)])
+    job.wait()  # until all have read it
+    return kept
+
+
 def _finish(benchmark: Benchmark, out: Path, facts: dict[str, Any], files: dict[Place, str]) -> dict[str, Any]:
-    """Write the results in order; the summary."""
+    """Write the results in order and return the summary."""
     by_place = {(r.prompt, r.image): r for r in _read(_parts(out))}
     lost = files.keys() - by_place.keys()
     if lost:
@@ -146,7 +151,7 @@ def _finish(benchmark: Benchmark, out: Path, facts: dict[str, Any], files: dict[
     if not any(_is_scored(record) for record in by_place.values()):
         first = min(by_place.values(), key=lambda r: ((UNSCORED, UNREADABLE, MISSING).index(r.gap), r.prompt, r.image))
         raise ValueError(
-            f"none of {len(files)} images could be scored; the first: {first.reason}; mend that and run it again (all "
+            f"none of {len(files)} images could be scored; the first: {first.reason}; fix that and run it again (all "
             f"reasons: {_part(out, 0)})"
         )
     # Scores stay where an image moved, or where a prompt is counted for other skills.
@@ -169,7 +174,7 @@ def _finish(benchmark: Benchmark, out: Path, facts: dict[str, Any], files: dict[
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """A manifest; empty where there is none, ValueError where it is damaged."""
+    """Read a manifest; empty if there is none, ValueError if it is damaged."""
     if not path.is_file():
         return {}
     try:
@@ -182,7 +187,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _open(benchmark: Benchmark, place: Place, path: Path | None) -> Task | tuple[str, str]:
-    """The task of an image that opens, or why there is none and what the gap is called."""
+    """Return the task of a readable image, or the name of the gap and its reason."""
     if path is None:
         return MISSING, "there is no image"
     try:
@@ -202,19 +207,19 @@ def _open(benchmark: Benchmark, place: Place, path: Path | None) -> Task | tuple
 
 
 def _is_scored(record: Record) -> bool:
-    """Whether a record has a score, of whichever metric."""
+    """Return True if a record has a score of any metric."""
     return any(score is not None for score in record.scores.values())
 
 
 def _is_of(record: Record | None, task: Task) -> bool:
-    """Whether an earlier record is of this very image, and whole."""
+    """Return True if an earlier record is complete and of this image."""
     return record is not None and record.sha256 == task.sha256 and not record.gap
 
 
 def _record(
     benchmark: Benchmark, place: Place, file: str, finding: Finding | tuple[str, str], sha256: str = ""
 ) -> Record:
-    """The record of a finding, or of a gap and its reason."""
+    """Return the record of a finding, or of a gap and its reason."""
     index, number = place
     prompt = benchmark.prompts[index]
     if isinstance(finding, Finding):
@@ -238,7 +243,7 @@ def _record(
 
 
 def _kept(benchmark: Benchmark, paths: Iterable[Path]) -> dict[Place, Record]:
-    """Earlier records by place, but for those without a score and those of other prompts."""
+    """Return earlier records by place, without unscored ones and those of other prompts."""
     return {
         (r.prompt, r.image): r
         for r in _read(paths)
@@ -247,7 +252,7 @@ def _kept(benchmark: Benchmark, paths: Iterable[Path]) -> dict[Place, Record]:
 
 
 def _read(paths: Iterable[Path]) -> list[Record]:
-    """The records of several files; a last line that a crash cut off is left out."""
+    """Read the records of several files, without a last line that a crash cut off."""
     records = []
     for path in paths:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -259,7 +264,7 @@ def _read(paths: Iterable[Path]) -> list[Record]:
 
 
 def _parts(out: Path) -> list[Path]:
-    """The files of all processes that have scored."""
+    """List the files of all processes that have scored."""
     return sorted(path for path in out.glob("records.part-*.jsonl") if PART.fullmatch(path.name))
 
 
@@ -268,7 +273,7 @@ def _part(out: Path, rank: int) -> Path:
 
 
 def same_scorer(one: Any, other: Any) -> bool:
-    """Whether two identities are of one scorer, wherever it runs."""
+    """Return True if two identities are of one scorer, on any machine."""
     return isinstance(one, dict) and isinstance(other, dict) and not _differing(one, other)
 
 

@@ -9,7 +9,6 @@ from typing import Any, SupportsFloat
 import numpy as np
 
 from semantic_routing.evaluation.records import CORRECT, MISSING, UNREADABLE, UNSCORED, Record
-from semantic_routing.toy.captions import GENEVAL_TAGS, TAGS
 
 Z95 = 1.959963984540054
 """The standard normal distribution's 0.975 quantile."""
@@ -20,7 +19,7 @@ Columns = Mapping[str, Column]
 
 
 def wilson(correct: float | int, n: float | int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a share of ``correct`` among ``n`` > 0 independent trials."""
+    """Return Wilson's 95 % score interval of ``correct`` among ``n`` > 0 independent trials."""
     p = correct / n
     center = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
@@ -28,7 +27,7 @@ def wilson(correct: float | int, n: float | int) -> tuple[float, float]:
 
 
 def spread(values: Sequence[SupportsFloat]) -> dict[str, Any]:
-    """Mean, unbiased standard deviation and number of values; nan where too few of them decide it."""
+    """Return mean, unbiased standard deviation and number of values; nan if there are too few."""
     array = np.array([float(value) for value in values])
     return {
         "mean": float(array.mean()) if len(array) else nan,
@@ -38,13 +37,13 @@ def spread(values: Sequence[SupportsFloat]) -> dict[str, Any]:
 
 
 def grouped(records: Iterable[Record], column: Column, metric: str) -> list[list[float]]:
-    """The scores that a column averages, group by group; what was not scored is left out."""
+    """Return the scores that a column averages, by group, without unscored images."""
     scored = [(set(r.tags), score) for r in records if (score := r.scores.get(metric)) is not None]
     return [[score for tags, score in scored if tags & set(group)] for group in column]
 
 
 def gaps(records: Iterable[Record], metrics: Sequence[str]) -> dict[str, int]:
-    """How many images are in no mean, and why: missing, unreadable, or unscored by some metric."""
+    """Count images that are in no mean, by reason: missing, unreadable, or unscored by some metric."""
     found = dict.fromkeys([MISSING, UNREADABLE, *(f"{UNSCORED} {metric}" for metric in metrics)], 0)
     for record in records:
         if record.gap in (MISSING, UNREADABLE):
@@ -55,27 +54,21 @@ def gaps(records: Iterable[Record], metrics: Sequence[str]) -> dict[str, int]:
     return {name: n for name, n in found.items() if n}
 
 
-def tag_columns(tags: Iterable[str]) -> Columns:
-    """``overall``, the mean over images; ``geneval``, the mean of GenEval's six tags, if all are there; every tag."""
-    known = list(dict.fromkeys(tags))
-    columns: dict[str, Column] = {"overall": (tuple(known),)}
-    if set(GENEVAL_TAGS) <= set(known):
-        columns["geneval"] = tuple((tag,) for tag in GENEVAL_TAGS)
+def tag_columns(tags: Iterable[str]) -> dict[str, Column]:
+    """Return the columns ``overall``, the mean over images, and every tag."""
+    known = tuple(dict.fromkeys(tags))
+    columns: dict[str, Column] = {"overall": (known,)}
     return columns | {tag: ((tag,),) for tag in known}
 
 
-def summarize(records: Sequence[Record], columns: Columns | None = None) -> dict[str, Any]:
-    """Accuracies with their number of images and 95 % intervals: ``{"accuracy", "n", "interval"}`` by column.
+def summarize(records: Sequence[Record], columns: Columns) -> dict[str, Any]:
+    """Return accuracies with image counts and 95 % intervals: ``{"accuracy", "n", "interval"}`` by column.
 
-    The columns are by default those of ``tag_columns``. Intervals are Wilson's; that of a mean over k groups
-    takes the number of images that would give the same variance if all groups were equally hard:
-    k² / sum(1 / n_k). What was not scored is no image here; ``gaps`` counts it.
+    Intervals are Wilson's; that of a mean over k groups takes the number of images that would give the same variance
+    if all groups were equally hard: k² / sum(1 / n_k). Images without a score are left out; ``gaps`` counts them.
     """
     if not records:
         raise ValueError("there are no records to summarize")
-    if columns is None:
-        there = {tag for record in records for tag in record.tags}
-        columns = tag_columns([tag for tag in (*TAGS, *sorted(there - set(TAGS))) if tag in there])
     summary: dict[str, Any] = {"accuracy": {}, "n": {}, "interval": {}, "gaps": gaps(records, [CORRECT])}
     for name, column in columns.items():
         groups = grouped(records, column, CORRECT)
@@ -90,7 +83,7 @@ def summarize(records: Sequence[Record], columns: Columns | None = None) -> dict
 
 
 def markdown_table(summary: dict[str, Any]) -> str:
-    """A summary as a Markdown table with a row for each accuracy."""
+    """Format a summary as a Markdown table with a row for each accuracy."""
     lines = ["| | accuracy | 95 % interval | images |", "| --- | ---: | :---: | ---: |"]
     for name, accuracy in summary["accuracy"].items():
         low, high = summary["interval"][name]
@@ -99,7 +92,7 @@ def markdown_table(summary: dict[str, Any]) -> str:
 
 
 def scores_table(summary: dict[str, Any]) -> str:
-    """A summary of scores, ``{"scores": {metric: {name: spread}}}``, as a Markdown table: mean ± std (images)."""
+    """Format a summary of scores, ``{"scores": {metric: {name: spread}}}``, as Markdown: mean ± std (images)."""
     scores: dict[str, dict[str, dict[str, Any]]] = summary["scores"]
     names = list(dict.fromkeys(name for by_name in scores.values() for name in by_name))
     lines = [f"| | {' | '.join(scores)} |", f"| --- |{' ---: |' * len(scores)}"]
@@ -115,12 +108,12 @@ def _cell(row: Mapping[str, Any]) -> str:
 
 
 def gap_note(found: Mapping[str, int]) -> str:
-    """The line under a table that says what is in none of its means."""
+    """Return the note under a table with the images that are in none of its means."""
     return f"\nIn no mean: {', '.join(f'{n} {name}' for name, n in found.items())}.\n" if found else ""
 
 
 def without_nan(value: Any) -> Any:
-    """Nested results with None for what is no number, which JSON cannot say."""
+    """Replace NaN in nested results by None, because JSON has no NaN."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     return None if isinstance(value, float) and not isfinite(value) else value

@@ -1,1 +1,1 @@
-"""Comparing strategies: every arm trained at equal budget, evaluated, and set beside the others."""
+"""Studies: every arm trained with equal budget, evaluated and compared."""

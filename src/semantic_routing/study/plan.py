@@ -1,4 +1,4 @@
-"""What a study runs: which arms, seeds and variants, each as commands that can be given by hand as well."""
+"""The runs of a study: arms, seeds and variants, each as commands of the program."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.recipes import RECIPES, SMALL_SAMPLING, TOY_SAMPLING
 
 CALIBRATED = "calibrated"
-"""The clock that is measured for each run."""
+"""Name of the clock that is measured for each run."""
 CALIBRATION = ("--n", "128", "--seed", "1")
-"""What measures it: other prompts, from other noise, than those that score."""
+"""Options of that measurement: prompts and noise differ from those of the scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """What a study of a recipe does where it is told nothing else."""
+    """Defaults of a study by recipe."""
 
     arms: tuple[str, ...]
     seeds: int
     sampling: SampleConfig
-    """How the images are sampled that score a run."""
+    """Sampling of the images that are scored."""
     at_once: int
-    """Runs that share a GPU, which small networks do not fill."""
+    """Largest number of runs that share a GPU: small networks do not fill one."""
 
     @property
     def calibration(self) -> str:
-        """What semroute analyze writes for the sampler that scores the models."""
+        """File that semroute analyze writes for this sampling."""
         return f"calibration-g{self.sampling.guidance:g}-s{self.sampling.steps}.json"
 
 
@@ -50,30 +50,30 @@ SCALES = {
 
 @dataclass(frozen=True, kw_only=True)
 class StudyArguments:
-    """Train and score every arm at equal budget, data order and noise, and set them beside each other."""
+    """Train and score every arm with equal budget, data order and noise, and compare them."""
 
     scale: Annotated[Literal["toy", "small"], tyro.conf.Positional]
-    """The recipe of the runs: toy is minutes a run on two CPU cores, small the whole comparison on one GPU."""
+    """Recipe of the runs: toy takes minutes a run on two CPU cores, small compares all arms on one GPU."""
     out: Path
-    """Folder of the runs, evaluations and results; a stopped study goes on."""
+    """Folder of the runs, evaluations and results. A stopped study resumes from it."""
     arms: tuple[str, ...] = ()
-    """Strategies, by name or by the paper's label; the first is what the others are compared with. By default
-    penultimate, uniform and depth at scale toy, all seven of the paper at scale small."""
+    """Strategies, by name or by the paper's label; the first is the baseline. By default penultimate, uniform and
+    depth at scale toy, and all seven of the paper at scale small."""
     seeds: int | None = None
-    """Runs of each arm, by default 1 at scale toy and 3 at scale small; a seed decides initial weights, data order,
-    noise, times and dropout for all arms alike."""
+    """Runs of each arm, by default 1 at scale toy and 3 at scale small. A seed sets initial weights, data order, noise,
+    times and dropout; they are the same for all arms."""
     steps: int | None = None
-    """Training steps of each run, if not the recipe's."""
+    """Training steps of each run, by default the recipe's."""
     n: int = 2530
-    """Prompts that score a run, spread evenly over the eleven tags: the standard error is below a point."""
+    """Prompts for the scores of each run, spread evenly over the eleven tags: the standard error is below a point."""
     router_rates: tuple[float, ...] = (1.0,)
-    """Learning rates of the routers, in multiples of the recipe's; with several, each learned arm runs with each."""
+    """Learning rates of the routers, in multiples of the recipe's; each learned arm runs with each of them."""
     clocks: tuple[str, ...] = ("shifted", CALIBRATED)
-    """What the gates of S1 and S3 are told for another score: shifted (Eq. 11), shifted:SIZE, a file of times, or
-    calibrated, which measures a file for each run."""
+    """Clocks for further scores of S1 and S3, which replace the nominal time of their gates: shifted (Eq. 11),
+    shifted:SIZE, a file of times, or calibrated, which measures a file for each run."""
     devices: tuple[str, ...] = ()
-    """Devices that runs are spread over, such as cuda:0 cuda:1; by default all GPUs, or the CPU. "cpu cpu" runs two at
-    a time, each on half of the cores: for small networks that is faster than all cores for one."""
+    """Devices of the runs, such as cuda:0 cuda:1; by default all GPUs, or the CPU. "cpu cpu" runs two at a time, each
+    on half of the cores: for small networks that is faster than one at a time."""
 
     def __post_init__(self) -> None:
         given = [value for value in (self.seeds, self.n, self.steps) if value is not None]
@@ -81,21 +81,21 @@ class StudyArguments:
             raise ValueError("seeds, n and steps must be at least 1")
         arms = self.all_arms
         if len(set(arms)) < len(arms):
-            raise ValueError("a study needs arms, each named once")
+            raise ValueError("an arm is given twice; name each arm once")
         for clock in self.clocks:
             if clock != CALIBRATED and parse_clock(clock) is None:
-                raise ValueError("every study has the nominal clock; name others")
+                raise ValueError("every study scores with the nominal clock; give --clocks others only")
         if not self.router_rates or not all(0 < rate < math.inf for rate in self.router_rates):
-            raise ValueError("router_rates are multiples of a learning rate, above 0")
+            raise ValueError("router_rates must be finite numbers above 0: multiples of the recipe's rate")
 
     @property
     def all_arms(self) -> tuple[str, ...]:
-        """The strategies by their names."""
+        """Names of the strategies."""
         return tuple(map(parse_arm, self.arms or SCALES[self.scale].arms))
 
     @property
     def all_seeds(self) -> range:
-        """The seed of each run of an arm."""
+        """Seeds of the runs of each arm."""
         return range(self.seeds or SCALES[self.scale].seeds)
 
 
@@ -105,7 +105,7 @@ class Job:
 
     arm: str
     rate: float
-    """Multiple of the router's learning rate."""
+    """Router's learning rate, as a multiple of the recipe's."""
     seed: int
     config: TrainConfig
     clocks: tuple[str, ...] = ()
@@ -113,7 +113,7 @@ class Job:
 
     @property
     def variant(self) -> str:
-        """The arm, with the router's rate where it is not the recipe's."""
+        """Name of the arm, with the router's rate unless it is the recipe's."""
         return self.arm if self.rate == 1 else f"{self.arm}-rate{self.rate:g}"
 
     @property
@@ -123,7 +123,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Stage:
-    """A command of the program, done when its file is there."""
+    """A command of the program; it is done when its file exists."""
 
     what: str
     command: tuple[str, ...]
@@ -131,7 +131,7 @@ class Stage:
 
 
 def jobs(args: StudyArguments) -> list[Job]:
-    """Every run of the study: seed by seed, so that a study that is stopped has compared all arms."""
+    """Return every run, seed by seed: a study that is stopped has then compared all arms."""
     found = []
     for seed in args.all_seeds:
         for arm in args.all_arms:
@@ -148,7 +148,7 @@ def jobs(args: StudyArguments) -> list[Job]:
 
 
 def stages(job: Job, args: StudyArguments) -> Iterator[Stage]:
-    """The commands of a run, in order. Sampling is paired: prompts and noise are the same for all runs."""
+    """Yield the commands of a run in order. Prompts and sampling noise are the same for all runs."""
     run, out = args.out / "runs" / job.name, args.out
     config = out / "configs" / f"{job.name}.json"
     last = run / "checkpoints" / f"step-{job.config.steps:07d}"
@@ -167,31 +167,31 @@ def stages(job: Job, args: StudyArguments) -> Iterator[Stage]:
 
 
 def evaluation_folder(args: StudyArguments, job: Job, clock: str = "") -> Path:
-    """Where the scores of a run are, under a clock other than the nominal one if it is named."""
-    told = re.sub(r"[^\w.-]+", "-", clock)
-    return args.out / "evaluations" / (f"{job.name}-{told}" if clock else job.name)
+    """Return the folder of a run's scores; ``clock`` "" is the nominal one."""
+    name = re.sub(r"[^\w.-]+", "-", clock)
+    return args.out / "evaluations" / (f"{job.name}-{name}" if clock else job.name)
 
 
 def _calibration(job: Job, args: StudyArguments) -> Path:
-    """The measured times of a run's own gate."""
+    """Return the file of a run's measured times."""
     return args.out / "trajectories" / job.name / SCALES[args.scale].calibration
 
 
 def _evaluation(job: Job, args: StudyArguments, clock: str) -> Stage:
     folder = evaluation_folder(args, job, clock)
-    told = str(_calibration(job, args)) if clock == CALIBRATED else clock
+    value = str(_calibration(job, args)) if clock == CALIBRATED else clock
     command = ["evaluate", "shapes", "--model", str(args.out / "runs" / job.name), "--out", str(folder)]
     command += ["--n", str(args.n), *_options(SCALES[args.scale].sampling), "--compile"]
-    command += ["--clock", told] if clock else []
+    command += ["--clock", value] if clock else []
     return Stage(f"scoring, {clock} clock" if clock else "scoring", tuple(command), folder / "summary.json")
 
 
 def _options(how: SampleConfig) -> list[str]:
-    """A way of sampling as options of semroute evaluate and analyze."""
+    """Return a sampling as options of semroute evaluate and analyze."""
     names = ("sampler", "steps", "guidance", "shift", "batch")
     return [word for name in names for word in (f"--{name}", str(getattr(how, name)))]
 
 
 def config_text(job: Job) -> str:
-    """The run's whole configuration, as ``semroute train --config`` reads it."""
+    """Return the configuration of a run in the format of ``semroute train --config``."""
     return json.dumps(to_dict(job.config), indent=2) + "\n"

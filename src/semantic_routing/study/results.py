@@ -1,7 +1,7 @@
-"""A study's numbers: accuracy of every arm, its difference to the baseline, and how sure both are.
+"""The numbers of a study: the accuracy of every arm and its difference to the baseline, with confidence intervals.
 
-Two kinds of intervals answer two questions. Over prompts (bootstrap, the same prompts and noise on both sides,
-seeds averaged): would other prompts say the same of these runs? Over seeds (Student's t): would other runs?
+Intervals over prompts (paired bootstrap, seeds averaged) show whether other prompts would give the same result for
+these runs. Intervals over seeds (Student's t) show whether other runs would give it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scipy.stats import t as student
 
 from semantic_routing.evaluation.records import CORRECT, RECORDS, Record, read_records
 from semantic_routing.evaluation.resampling import PromptSums, bootstrap, permutation_test, prompt_sums
-from semantic_routing.evaluation.summary import tag_columns
+from semantic_routing.evaluation.shapes import shapes_columns
 from semantic_routing.study.plan import Job, StudyArguments, evaluation_folder, jobs
 
 RESAMPLES = 10_000
@@ -29,15 +29,15 @@ class Number:
     """An accuracy, or a difference of two, from 0 to 1."""
 
     mean: float
-    """Over the seeds."""
+    """Mean over the seeds."""
     seeds: tuple[float, ...]
-    """Of each seed."""
+    """Value of each seed."""
     over_prompts: Interval
     """95 % interval over prompts."""
     over_seeds: Interval | None
-    """95 % interval over seeds; None of one seed."""
+    """95 % interval over seeds; None for one seed."""
     p: float | None = None
-    """Of a difference: two-sided paired permutation test over prompts."""
+    """p-value of a difference: two-sided paired permutation test over prompts."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -50,15 +50,15 @@ class Number:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One variant of an arm, perhaps under another clock, with its numbers by column."""
+    """A variant of an arm under one clock, with its numbers by column."""
 
     variant: str
     arm: str
     clock: str
-    """"" is the nominal one."""
+    """Empty for the nominal clock."""
     accuracy: dict[str, Number]
     difference: dict[str, Number]
-    """To the baseline; of another clock, to the same runs under the nominal one. Empty of the baseline itself."""
+    """Difference to the baseline, or to the nominal clock for another clock. Empty for the baseline."""
 
     @property
     def name(self) -> str:
@@ -66,7 +66,7 @@ class Row:
 
 
 def over_seeds(values: Sequence[float], level: float = 0.95) -> Interval | None:
-    """Student's interval of the mean of independent runs."""
+    """Return Student's interval of the mean of independent runs; None for fewer than two."""
     if len(values) < 2:
         return None
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / sqrt(len(values))
@@ -75,7 +75,7 @@ def over_seeds(values: Sequence[float], level: float = 0.95) -> Interval | None:
 
 
 def read_rows(args: StudyArguments) -> list[Row]:
-    """The rows of a finished study, baseline first. ValueError where an evaluation is missing."""
+    """Return the rows of a finished study, baseline first; ValueError for missing evaluations and other prompts."""
     variants: dict[str, list[Job]] = {}
     for job in jobs(args):
         variants.setdefault(job.variant, []).append(job)
@@ -101,23 +101,18 @@ def read_rows(args: StudyArguments) -> list[Row]:
 
 
 def _numbers(mine: Sequence[Sequence[Record]], base: Sequence[Sequence[Record]] | None = None) -> dict[str, Number]:
-    """The numbers of every column, of one side or of the difference of two, from the records of each seed."""
+    """Return the numbers of every column from the records of each seed, or those of the difference to ``base``."""
     ids = [record.id for record in mine[0]]
     if any([record.id for record in records] != ids for side in (mine, base or mine) for records in side):
-        raise ValueError("the runs of this study were scored on other prompts: score them all with the same --n")
-    columns = tag_columns(dict.fromkeys(tag for record in mine[0] for tag in record.tags))
+        raise ValueError("the runs of this study were scored on different prompts: score them all with the same --n")
+    columns = shapes_columns(tag for record in mine[0] for tag in record.tags)
     found = {}
     for name, column in columns.items():
-
-        def sums(side: Sequence[Sequence[Record]], column: Any = column) -> list[PromptSums]:
-            return [prompt_sums(records, ids, CORRECT, column) for records in side]
-
-        left = sums(mine)
-        right = sums(base) if base is not None else None
-        values = [s.value for s in left]
-        if right is not None:
-            values = [value - s.value for value, s in zip(values, right, strict=True)]
-        one, other = _pooled(left), None if right is None else _pooled(right)
+        left = [prompt_sums(records, ids, CORRECT, column) for records in mine]
+        values, one, other = [s.value for s in left], _pooled(left), None
+        if base is not None:
+            right = [prompt_sums(records, ids, CORRECT, column) for records in base]
+            values, other = [a.value - b.value for a, b in zip(left, right, strict=True)], _pooled(right)
         found[name] = Number(
             mean=float(np.mean(values)),
             seeds=tuple(values),
@@ -129,12 +124,12 @@ def _numbers(mine: Sequence[Sequence[Record]], base: Sequence[Sequence[Record]] 
 
 
 def _pooled(sums: Sequence[PromptSums]) -> PromptSums:
-    """The seeds' images of a prompt together, as they are alike."""
+    """Add the sums of all seeds for each prompt."""
     return PromptSums(np.sum([s.totals for s in sums], axis=0), np.sum([s.counts for s in sums], axis=0))
 
 
 def results_json(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
-    """All numbers, for machines."""
+    """Return all numbers as JSON."""
     table = [
         {
             "variant": row.variant,

@@ -1,4 +1,4 @@
-"""Runs a study's commands, one run a device at a time, under a live table; stopped and started as one likes."""
+"""Runs the commands of a study, one run at a time on each device, under a live table. It can be stopped and resumed."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
 
 @dataclass
 class Progress:
-    """Where a run is."""
+    """Progress of a run."""
 
     job: Job
     state: str = WAITING
     stage: str = ""
     began: float = 0.0
     seconds: float = 0.0
-    """In this session."""
+    """Time since the run was started by this process."""
     process: subprocess.Popen[bytes] | None = None
     device: str = ""
     error: str = ""
@@ -46,9 +46,10 @@ class Progress:
 
 
 def run_study(args: StudyArguments) -> None:
-    """Run what is missing. Raises Interrupted after a signal, TrainingFailed where runs failed; all else is kept.
+    """Run the stages that are missing. Finished stages are kept.
 
-    ValueError where the folder holds a study of other settings, or another process is at it.
+    Raises Interrupted after a signal and TrainingFailed if runs failed. ValueError if the folder holds a study with
+    other settings or is in use by another process.
     """
     check_writable(args.out)
     study_devices(args)
@@ -61,7 +62,7 @@ def run_study(args: StudyArguments) -> None:
         _schedule(every, args, stop)
     failed = [progress for progress in every if progress.state == FAILED]
     if stop:
-        raise Interrupted(f"stopped; go on with the same command: {args.out} keeps what was done", stop[0])
+        raise Interrupted(f"stopped; resume with the same command: {args.out} keeps the finished stages", stop[0])
     if failed:
         one = failed[0]
         raise TrainingFailed(
@@ -71,7 +72,7 @@ def run_study(args: StudyArguments) -> None:
 
 
 def _schedule(every: list[Progress], args: StudyArguments, stop: list[int]) -> None:
-    """Keep every device busy until all is done or a signal came."""
+    """Keep every device busy until all runs have ended or a signal arrives."""
     free = study_devices(args)
     console = Console(stderr=True)
     try:
@@ -79,7 +80,8 @@ def _schedule(every: list[Progress], args: StudyArguments, stop: list[int]) -> N
             while not stop and any(p.state in (WAITING, RUNNING) for p in every):
                 for progress in every:
                     if progress.state == WAITING and free:
-                        _start(progress, args, free.pop(0))
+                        progress.state, progress.device, progress.began = RUNNING, free.pop(0), time.monotonic()
+                        _launch(progress, args)
                     elif progress.state == RUNNING and _advance(progress, args):
                         free.append(progress.device)
                         if not console.is_terminal:
@@ -92,13 +94,13 @@ def _schedule(every: list[Progress], args: StudyArguments, stop: list[int]) -> N
 
 
 CORES_A_RUN = 4
-"""Cores that a run on a GPU keeps busy: its own, and those that draw its pictures and compile."""
+"""CPU cores for each run on a GPU: its main process, and processes that draw images and compile."""
 
 
 def study_devices(args: StudyArguments) -> list[str]:
-    """Where runs go, a device for each that goes at the same time: what was asked for, every GPU, or the CPU.
+    """Return a device for each concurrent run: the requested devices, every GPU, or the CPU.
 
-    As many runs share a GPU as the scale allows and the machine has cores for. ValueError for a device that is none.
+    Runs share a GPU up to the limits of the scale and of the CPU cores. ValueError for an unknown device.
     """
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     for device in args.devices:
@@ -111,7 +113,7 @@ def study_devices(args: StudyArguments) -> list[str]:
 
 
 def _visible(device: str) -> str:
-    """What hides all other GPUs from a process; a device's number counts those that this process sees."""
+    """Return CUDA_VISIBLE_DEVICES for a process on ``device``, whose number counts the GPUs visible here."""
     if device == "cpu":
         return ""
     number, seen = device.removeprefix("cuda:"), os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -122,13 +124,8 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _start(progress: Progress, args: StudyArguments, device: str) -> None:
-    progress.state, progress.device, progress.began = RUNNING, device, time.monotonic()
-    _launch(progress, args)
-
-
 def _launch(progress: Progress, args: StudyArguments) -> None:
-    """Begin the run's next stage as a process of its own, which sees one device alone."""
+    """Start the next stage of the run as a process that sees only its device."""
     stage = progress.todo[0]
     progress.stage = stage.what
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
@@ -139,14 +136,14 @@ def _launch(progress: Progress, args: StudyArguments) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         command = [sys.executable, "-m", "semantic_routing", *stage.command]
-        # A session of its own: signals of the terminal reach this process alone, which passes them on.
+        # In a new session: signals of the terminal reach only this process, which forwards them.
         progress.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, start_new_session=True
         )
 
 
 def _advance(progress: Progress, args: StudyArguments) -> bool:
-    """Go on to the next stage where one has ended; whether the run has ended."""
+    """Start the next stage if the current one has ended; return whether the run has ended."""
     assert progress.process is not None
     progress.seconds = time.monotonic() - progress.began
     code = progress.process.poll()
@@ -165,7 +162,7 @@ def _advance(progress: Progress, args: StudyArguments) -> bool:
 
 
 def _end(every: list[Progress]) -> None:
-    """Ask what still runs to save and end."""
+    """Send SIGTERM to the running processes, so that they save and exit, and wait for them."""
     running = [p.process for p in every if p.process is not None and p.process.poll() is None]
     for process in running:
         process.send_signal(signal.SIGTERM)
@@ -179,7 +176,7 @@ def _last_line(log: Path, code: int) -> str:
 
 
 def table(every: list[Progress], args: StudyArguments) -> Table:
-    """All runs with what they are at."""
+    """Return a table of all runs and their progress."""
     found = Table("run", "state", "steps", "loss", "accuracy", "minutes", title=f"Study in {args.out}")
     for progress in every:
         step, loss = _training(args, progress.job)
@@ -200,7 +197,7 @@ def _line(progress: Progress, args: StudyArguments) -> str:
 
 
 def _training(args: StudyArguments, job: Job) -> tuple[int, str]:
-    """Step and loss of the last line of a run's metrics."""
+    """Return step and loss of the last line of a run's metrics."""
     path = args.out / "runs" / job.name / "metrics.jsonl"
     if not path.is_file():
         return 0, ""
@@ -225,11 +222,11 @@ def _log(args: StudyArguments, job: Job) -> Path:
 
 
 def _check_same(every: list[Progress], args: StudyArguments) -> None:
-    """Write every run's configuration; ValueError where the folder's run of that name has another, or other prompts."""
+    """Write every run's configuration; ValueError if the folder has one with other settings, or other prompts."""
     for progress in every:
         path = args.out / "configs" / f"{progress.job.name}.json"
         if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != to_dict(progress.job.config):
-            raise ValueError(f"{path} is of other settings than these; choose another --out")
+            raise ValueError(f"{path} has other settings than this study; choose another --out")
         write_text(path, config_text(progress.job))
         for clock in ("", *progress.job.clocks):
             folder = evaluation_folder(args, progress.job, clock)

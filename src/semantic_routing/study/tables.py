@@ -1,9 +1,8 @@
-"""A study's results as Markdown tables and as one page: its own Tables 1, 2 and 3."""
+"""The results of a study as Markdown tables and as one page: its Tables 1, 2 and 3."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -13,8 +12,10 @@ import numpy as np
 
 from semantic_routing.analysis.distances import mean_similarity
 from semantic_routing.analysis.figures import INK, Drawn, label_axes, new_axes, to_svg
+from semantic_routing.analysis.report import MEANS, words
 from semantic_routing.analysis.routers import TIME, TIMES, open_router, routing_weights
-from semantic_routing.analysis.statistics import js_similarity
+from semantic_routing.analysis.statistics import js_divergence
+from semantic_routing.analysis.table import Table
 from semantic_routing.analysis.weights import plot_heatmap
 from semantic_routing.common.files import write_text
 from semantic_routing.common.manifest import manifest
@@ -33,7 +34,7 @@ METHOD = (
 
 
 def write_results(args: StudyArguments) -> Path:
-    """Write ``results.json``, ``tables.md``, ``report.html`` and figures from finished runs; returns the page."""
+    """Write ``results.json``, ``tables.md``, ``report.html`` and figures from finished runs; return the page's path."""
     rows = read_rows(args)
     every = jobs(args)
     facts = manifest(
@@ -46,71 +47,73 @@ def write_results(args: StudyArguments) -> Path:
     stability = seed_stability(args, every)
     write_text(args.out / "manifest.json", json.dumps(facts, indent=2) + "\n")
     write_text(args.out / "results.json", results_json(rows, {"seed_similarity": stability}))
-    text = tables(rows, stability)
-    write_text(args.out / "tables.md", text)
-    write_text(args.out / "report.html", page(args, text, figures, facts))
+    parts = sections(rows, stability)
+    write_text(args.out / "tables.md", to_markdown(parts))
+    write_text(args.out / "report.html", page(args, parts, figures, facts))
     return args.out / "report.html"
 
 
-def tables(rows: Sequence[Row], stability: dict[str, float]) -> str:
-    """All tables in Markdown."""
+Sections = Sequence[tuple[str, Table]]
+"""Tables under their headings."""
+
+
+def sections(rows: Sequence[Row], stability: dict[str, float]) -> Sections:
+    """Return all tables of a study."""
     nominal, clocked = [r for r in rows if not r.clock], [r for r in rows if r.clock]
-    parts = ["## Table 1: strategies\n", _strategies(nominal), "\n## Table 2: by skill\n", _skills(nominal)]
+    found = [("Table 1: strategies", _strategies(nominal)), ("Table 2: by skill", _skills(nominal))]
     if clocked:
-        parts += ["\n## Table 3: gates told another time\n", _clocks(clocked)]
+        found.append(("Table 3: gates told another time", _clocks(clocked)))
     if stability:
-        lines = ["| arm | similarity |", "| --- | ---: |"] + [f"| {k} | {v:.4f} |" for k, v in stability.items()]
-        parts += ["\n## Stability of routing across seeds (Jensen-Shannon similarity)\n", "\n".join(lines) + "\n"]
-    return "\n".join(parts) + f"\n{METHOD}\n"
+        table = Table(("arm", "similarity"), [(name, f"{value:.4f}") for name, value in stability.items()])
+        found.append(("Stability of routing across seeds (Jensen-Shannon similarity)", table))
+    return found
 
 
-def _strategies(rows: Sequence[Row]) -> str:
-    base = rows[0].name
-    lines = [
-        f"| | overall | GenEval's six tags | overall minus {base} | p |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
+def to_markdown(parts: Sections) -> str:
+    """Return the tables and the method as Markdown."""
+    return "\n\n".join(f"## {title}\n\n{table.markdown()}\n" for title, table in parts) + f"\n{METHOD}\n"
+
+
+def to_html(parts: Sections) -> str:
+    """Return the tables and the method as HTML."""
+    found = "".join(f"<h2>{escape(title)}</h2>\n{table.html()}\n" for title, table in parts)
+    return f'{found}<p class="soft">{escape(METHOD)}</p>'
+
+
+def _strategies(rows: Sequence[Row]) -> Table:
+    cells = []
     for row in rows:
-        own = [_number(row.accuracy[name]) if name in row.accuracy else "" for name in ("overall", "geneval")]
+        own = [_number(row.accuracy.get(name)) for name in ("overall", "geneval")]
         other = row.difference.get("overall")
-        lines.append(f"| {_label(row)} | {own[0]} | {own[1]} | {_number(other, sign=True)} | {_p(other)} |")
-    return "\n".join(lines) + "\n"
+        cells.append((_label(row), *own, _number(other, sign=True), _p(other)))
+    return Table(("", "overall", "GenEval's six tags", f"overall minus {rows[0].name}", "p"), cells)
 
 
-def _skills(rows: Sequence[Row]) -> str:
-    names = [name for name in rows[0].accuracy if name not in ("overall", "geneval")]
-    lines = [f"| | {' | '.join(_label(row) for row in rows)} |", f"| --- |{' ---: |' * len(rows)}"]
-    for name in names:
-        cells = [_number(row.accuracy[name]) for row in rows]
-        lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+def _skills(rows: Sequence[Row]) -> Table:
+    names = [name for name in rows[0].accuracy if name not in MEANS]
+    cells = [(words(name), *(_number(row.accuracy[name]) for row in rows)) for name in names]
+    return Table(("", *map(_label, rows)), cells)
 
 
-def _clocks(rows: Sequence[Row]) -> str:
-    lines = ["| | overall | minus the nominal clock | p |", "| --- | ---: | ---: | ---: |"]
+def _clocks(rows: Sequence[Row]) -> Table:
+    cells = []
     for row in rows:
         other = row.difference["overall"]
-        lines.append(
-            f"| {_label(row)} | {_number(row.accuracy['overall'])} | {_number(other, sign=True)} | {_p(other)} |"
-        )
-    return "\n".join(lines) + "\n"
+        cells.append((_label(row), _number(row.accuracy["overall"]), _number(other, sign=True), _p(other)))
+    return Table(("", "overall", "minus the nominal clock", "p"), cells)
 
 
 def _label(row: Row) -> str:
-    label = ARMS[row.arm].label
-    return row.name if label == row.arm else f"{label} {row.name}"
+    return ARMS[row.arm].title + row.name.removeprefix(row.arm)
 
 
 def _number(number: Number | None, *, sign: bool = False) -> str:
     if number is None:
         return ""
     form = "+.1f" if sign else ".1f"
-    spans = [f"{100 * low:{form}} to {100 * high:{form}}" for low, high in _intervals(number)]
+    intervals = filter(None, (number.over_prompts, number.over_seeds))
+    spans = [f"{100 * low:{form}} to {100 * high:{form}}" for low, high in intervals]
     return f"{100 * number.mean:{form}} [{'; '.join(spans)}]"
-
-
-def _intervals(number: Number) -> list[tuple[float, float]]:
-    return [number.over_prompts] + ([] if number.over_seeds is None else [number.over_seeds])
 
 
 def _p(number: Number | None) -> str:
@@ -118,7 +121,7 @@ def _p(number: Number | None) -> str:
 
 
 def accuracy_figure(rows: Sequence[Row]) -> Drawn:
-    """Overall accuracy of every row with its interval over prompts, and a point for each seed."""
+    """Draw the overall accuracy of every row with its interval over prompts, and a point for each seed."""
     numbers = [row.accuracy["overall"] for row in rows]
     figure, axes = new_axes(6.4, 0.9 + 0.42 * len(rows))
     places = np.arange(len(rows))
@@ -141,7 +144,7 @@ def accuracy_figure(rows: Sequence[Row]) -> Drawn:
 
 
 def _routing_figures(args: StudyArguments, every: Sequence[Job]) -> list[Drawn]:
-    """The weights that each learned arm's first seed ended with: by block, averaged over time, or of S1 by time."""
+    """Draw the final weights of each learned arm's first seed: the mean over times by block, or of S1 by time."""
     found = []
     for job in (job for job in every if job.seed == 0):
         weights = _weights(args, job)
@@ -161,7 +164,7 @@ def _routing_figures(args: StudyArguments, every: Sequence[Job]) -> list[Drawn]:
 
 
 def seed_stability(args: StudyArguments, every: Sequence[Job]) -> dict[str, float]:
-    """Mean Jensen-Shannon similarity of the routing of every two seeds, for each variant with learned weights."""
+    """Return the mean Jensen-Shannon similarity between the seeds of each variant with learned weights."""
     by_variant: dict[str, list[Any]] = {}
     for job in every:
         weights = _weights(args, job)
@@ -170,23 +173,21 @@ def seed_stability(args: StudyArguments, every: Sequence[Job]) -> dict[str, floa
     found = {}
     for variant, weights in by_variant.items():
         if len(weights) > 1:
-            stack = np.stack(weights).astype(float)  # seeds, times, blocks, layers
-            pairs = [[js_similarity(np.stack([a[t, d], b[t, d]]))[0, 1] for t in range(0, len(TIMES), 5)
-                      for d in range(a.shape[1])] for a in stack for b in stack]  # fmt: skip
-            found[variant] = mean_similarity(np.mean(pairs, axis=1).reshape(len(stack), len(stack)))
+            stack = np.stack(weights)[:, ::5].astype(float)  # seeds, times, blocks, layers
+            found[variant] = mean_similarity(1 - js_divergence(stack[:, None], stack[None]).mean((2, 3)))
     return found
 
 
 def _weights(args: StudyArguments, job: Job) -> Any:
-    """The routing weights of a finished run, [T, D, L]; None where there are none."""
+    """Return the routing weights [T, D, L] of a finished run; None if its arm has no weights."""
     model = open_router(args.out / "runs" / job.name)
     if not isinstance(model, DiT) or not ARMS[job.arm].has_weights:
         return None
     return routing_weights(model, TIMES)
 
 
-def page(args: StudyArguments, text: str, figures: Sequence[Drawn], facts: dict[str, Any]) -> str:
-    """The whole as one page that needs nothing beside it."""
+def page(args: StudyArguments, parts: Sections, figures: Sequence[Drawn], facts: dict[str, Any]) -> str:
+    """Return the self-contained page."""
     title = f"Study: {', '.join(args.all_arms)} at scale {args.scale}"
     cards = "".join(
         f'<div class="card plot"><h3>{escape(d.title)}</h3><div>{to_svg(d.figure, d.title)}</div></div>'
@@ -197,22 +198,5 @@ def page(args: StudyArguments, text: str, figures: Sequence[Drawn], facts: dict[
         f"<h1>{escape(title)}</h1>\n"
         f'<p class="soft">{len(args.all_seeds)} seeds, {facts["steps"]} steps a run, {args.n} prompts. '
         f"{escape(str(facts['hardware']['processor']))}, commit {escape(str(facts['commit']))}.</p>\n"
-        f'{_html(text)}\n<h2>Figures</h2>\n<div class="maps">{cards}</div>\n',
+        f'{to_html(parts)}\n<h2>Figures</h2>\n<div class="maps">{cards}</div>\n',
     )
-
-
-def _html(text: str) -> str:
-    """The Markdown of ``tables`` as HTML: headings, tables, paragraphs."""
-    parts = []
-    for block in re.split(r"\n\s*\n", text.strip()):
-        lines = block.strip().splitlines()
-        if lines[0].startswith("## "):
-            parts.append(f"<h2>{escape(lines[0][3:])}</h2>")
-        elif lines[0].startswith("|"):
-            cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "---" not in line]
-            head = "".join(f"<th>{escape(cell)}</th>" for cell in cells[0])
-            body = "".join(f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in row)}</tr>" for row in cells[1:])
-            parts.append(f'<div class="card"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
-        else:
-            parts.append(f'<p class="soft">{escape(" ".join(lines))}</p>')
-    return "\n".join(parts)

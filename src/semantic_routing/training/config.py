@@ -1,4 +1,4 @@
-"""All settings of a training run."""
+"""TrainConfig: all settings of a training run."""
 
 from __future__ import annotations
 
@@ -20,66 +20,66 @@ from semantic_routing.training.watchdog import WatchdogConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A whole run; recipes return complete ones, and the resolved one is written beside every checkpoint."""
+    """All settings of a run; recipes return complete ones, and every checkpoint has a copy."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    """What it is trained on: the toy world, or shards, tables, manifests and folders of pictures with captions."""
+    """The training data: the toy world, or shards, tables, manifests and folders of images with captions."""
     image_size: int = 256
     """Side of the square training images, in pixels."""
     model: DiTConfig = field(default_factory=DiTConfig)
     """The transformer. Its text width and layers are taken from the text encoder."""
     text: TextEncoderConfig = field(default_factory=lambda: TextEncoderConfig(name_or_path=TINY))
-    """The frozen language model; the name "tiny" makes one on the spot."""
+    """The frozen language model; the name "tiny" trains a small one first."""
     codec: CodecConfig = field(default_factory=CodecConfig)
-    """What turns images into latents."""
+    """The encoder of images into latents."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimiser."""
     time: TimeConfig = field(default_factory=TimeConfig)
-    """Which times are trained, and how much each of them counts."""
+    """The distribution of training times and their weights in the loss."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """How the run is spread over the processes of torchrun."""
+    """How the run is distributed over the processes of torchrun."""
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     """When the run counts as hung."""
     steps: int = 500_000
     """Training steps."""
     batch: int = 512
-    """Images a step, of all processes together."""
+    """Global batch size: images per step, of all processes together."""
     accumulate: int = 1
-    """Microbatches that each process cuts its share of a batch into, one after another in memory."""
+    """Gradient accumulation: microbatches into which each process splits its share of a batch."""
     seed: int = 42
-    """Decides initial weights, order, noise, times and dropout."""
+    """Seed of initial weights, order, noise, times and dropout."""
     prompt_dropout: float = 0.1
     """Share of prompts replaced by the null prompt."""
     null_prompt: str = ""
-    """The null prompt: what the model learns as "no prompt", and guidance moves away from."""
+    """The null prompt: trained as "no prompt", and used by classifier-free guidance."""
     ema_decay: float = 0.99
-    """Decay of the moving average of the weights at every update, approached over the first updates."""
+    """Decay of the moving average of the weights per update, reached gradually over the first updates."""
     ema_every: int = 100
     """Steps between updates of the moving average."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Type of matrix products; "auto" is bf16 where the hardware has it."""
+    """Type of matrix products; "auto" is bf16 if the hardware has it."""
     compile: bool = False
-    """Compile with torch.compile: the blocks, on one CPU the whole; slower to start, faster steps."""
+    """Use torch.compile: on the blocks, on one CPU on the whole network; slower start, faster steps."""
     max_bad_steps: int = 5
-    """Steps in a row without a finite loss and gradient that stop the run; fewer are skipped and counted."""
+    """Consecutive steps without a finite loss and gradient that stop the run; fewer are skipped and counted."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     track: tuple[Service, ...] = ()
-    """Services that get the metrics, too: tensorboard (always, where it is installed), wandb, trackio."""
+    """Services that also get the metrics: tensorboard (always, if it is installed), wandb, trackio."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; the last step always writes one."""
     keep: int = 2
     """Latest checkpoints kept."""
     keep_every: int = 0
-    """Checkpoints of every so many steps are kept for good; 0 is none."""
+    """Checkpoints at multiples of this step are never deleted; 0 is none."""
     preview_every: int = 0
     """Steps between sample grids in the run's samples folder; 0 is none."""
     preview: SampleConfig = field(default_factory=lambda: SampleConfig(steps=20, batch=16))
-    """How the grids are sampled."""
+    """Sampling of the grids."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
-    """The loss on pictures that are never trained on."""
+    """The loss on held-out images."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or another that torch knows."""
+    """auto, cpu, cuda, cuda:1 or another device of torch."""
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch", "accumulate", "image_size", "ema_every", "max_bad_steps")
@@ -93,10 +93,10 @@ class TrainConfig:
             raise ValueError(f"seed is {self.seed}; it must be from 0 to below 2**63")
         for name in ("prompt_dropout", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it is a share from 0 to 1")
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
 
     def share(self, processes: int) -> int:
-        """Images of a step that each process trains; ValueError where they do not divide into equal microbatches."""
+        """Return each process's images per step; raise ValueError if they do not divide into equal microbatches."""
         if self.batch % (processes * self.accumulate):
             raise ValueError(
                 f"a batch of {self.batch} does not divide among {processes} processes with accumulate="

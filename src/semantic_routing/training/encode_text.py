@@ -13,12 +13,11 @@ from semantic_routing.checkpoint.load import find_checkpoint, read_state
 from semantic_routing.common.config import from_dict, read_config
 from semantic_routing.common.device import pick_device
 from semantic_routing.common.distributed import World
-from semantic_routing.common.images.decode import Unusable
+from semantic_routing.common.errors import BadData
 from semantic_routing.data.captions import CaptionChoice
 from semantic_routing.data.dataset import Dataset, open_data
 from semantic_routing.data.order import locate
 from semantic_routing.data.sidecar import RECAPTION
-from semantic_routing.data.sources.records import DamagedRecord
 from semantic_routing.data.streams import RecordStream, ShapesStream
 from semantic_routing.model.arms import parse_arm
 from semantic_routing.sampling.load import locate_encoder, read_run_config
@@ -28,11 +27,10 @@ from semantic_routing.text.encoder import TextEncoder
 from semantic_routing.toy.captions import sample as draw_sample
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.encode_arguments import EncodeArguments
-from semantic_routing.training.loop import training_corpus
 from semantic_routing.training.parallelize import place_encoder
 from semantic_routing.training.recipes import RECIPES
 from semantic_routing.training.run_folder import located_run, run_of
-from semantic_routing.training.tiny_lm import tiny_lm
+from semantic_routing.training.tiny_lm import tiny_lm, training_corpus
 from semantic_routing.training.validation import held_out
 
 MEASURED = 1000
@@ -133,7 +131,7 @@ def _record_captions(stream: RecordStream) -> Iterator[str]:
         for index in range(len(source)):
             try:
                 record = source.read(index)
-            except (DamagedRecord, Unusable):
+            except BadData:
                 continue
             captions = dict(record.captions)
             if sidecar is not None and (more := sidecar.captions(record.key)):

@@ -1,9 +1,8 @@
-"""How fast a run goes and what it holds: seconds by activity, images a second, utilisation, memory, routing.
+"""Metrics of a run: seconds by activity, images per second, MFU, memory, routing entropy.
 
-Model FLOP utilisation (Chowdhery et al., 2022) is the share of the hardware's peak that the products of the
-trained network need; its forward pass is counted on the meta device, backward taken as twice that. What frozen
-networks compute and what activation checkpointing repeats is not counted. On a CPU there is no peak to speak of,
-so no utilisation.
+Model FLOPs utilisation (MFU; Chowdhery et al., 2022) is the share of the hardware's peak that the matrix products of
+the trained network need. Its forward pass is counted on the meta device, and its backward pass taken as twice that.
+Frozen networks and the recomputation of activation checkpointing are not counted. A CPU has no known peak, so no MFU.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from semantic_routing.model.flops import META, count_image, count_text
 from semantic_routing.training.parallelize import unsharded
 
 BACKWARD = 2
-"""Products of the backward pass for each of the forward pass: one for the inputs' gradients, one for the weights'."""
+"""Products of the backward pass per product of the forward pass: for the gradients of inputs and of weights."""
 PEAKS = {
     "B300": 2250e12,
     "GB200": 2500e12,
@@ -50,29 +49,29 @@ PEAKS = {
     "RTX 3090": 71e12,
     "MI300X": 1307.4e12,
 }
-"""Dense bfloat16 FLOP/s (products accumulated in float32) by words of a device's name, from the makers' data sheets;
-the first that fits counts."""
+"""Dense bfloat16 FLOP/s (accumulated in float32) by words of a device's name, from the makers' data sheets; the first
+match counts."""
 
 
 def reproducible(row: Mapping[str, int | float | None]) -> dict[str, int | float | None]:
-    """A row of metrics without what differs between two equal runs: seconds, speeds and memory."""
+    """Remove from a row of metrics what differs between two equal runs: seconds, speeds and memory."""
     return {name: x for name, x in row.items() if not name.endswith("_s") and name not in ("mfu", "memory")}
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bfloat16 FLOP/s of a CUDA device; None for a CPU or a device that ``PEAKS`` does not know."""
+    """Return the dense bfloat16 FLOP/s of a CUDA device; None for a CPU or a device that is not in ``PEAKS``."""
     return known_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def known_peak(name: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a device by its name, such as "NVIDIA H100 80GB HBM3"; None where not known."""
+    """Return the dense bfloat16 FLOP/s of a device name such as "NVIDIA H100 80GB HBM3"; None if unknown."""
     words = set(re.split(r"[\s-]+", name))
     return next((peak for part, peak in PEAKS.items() if words.issuperset(part.split())), None)
 
 
 @lru_cache(maxsize=1024)
 def flops_per_image(cfg: DiTConfig, height: int, width: int, tokens: int) -> int:
-    """Products of training on one latent of ``height`` x ``width`` with one prompt of ``tokens``, padding included."""
+    """Return the training FLOPs of one ``height`` x ``width`` latent with one prompt of ``tokens`` (with padding)."""
     with META:
         model = make_model(cfg)
     text, context = count_text(model, 1, tokens)
@@ -80,10 +79,10 @@ def flops_per_image(cfg: DiTConfig, height: int, width: int, tokens: int) -> int
 
 
 class Meter:
-    """What passes between two rows of metrics: seconds by activity, images, FLOPs."""
+    """Counts seconds by activity, images and FLOPs between two rows of metrics."""
 
     def __init__(self, world: int = 1, peak: float | None = None) -> None:
-        """``peak`` is the FLOP/s of one process's device; without one there is no utilisation."""
+        """Count for ``world`` processes; ``peak`` is the FLOP/s of one process's device, None for no MFU."""
         self.world, self.peak = world, peak
         self._reset()
 
@@ -94,7 +93,7 @@ class Meter:
 
     @contextmanager
     def timed(self, activity: str) -> Iterator[None]:
-        """Count the block's seconds as ``activity``: data, saving, sampling, validation ..."""
+        """Count the context's seconds as ``activity``: data, saving, sampling, validation ..."""
         began = time.perf_counter()
         try:
             yield
@@ -102,16 +101,16 @@ class Meter:
             self._seconds[activity] += time.perf_counter() - began
 
     def step(self, images: int, flops: int = 0) -> None:
-        """A step is done: ``images`` of all processes together, ``flops`` of training on all of them."""
+        """Count a step of ``images`` and training ``flops``, of all processes together."""
         self._steps += 1
         self._images += images
         self._flops += flops
 
     def row(self) -> dict[str, float]:
-        """Metrics since the last row, which must hold a step; then counting begins anew.
+        """Return the metrics since the last row, with at least one step, and reset the counts.
 
-        ``step_s``: seconds a step, whatever they went into; ``<activity>_s``: those of them that one activity took;
-        ``images_per_s`` and ``mfu`` by that same time.
+        ``step_s``: all seconds per step; ``<activity>_s``: those of one activity; ``images_per_s`` and ``mfu``: over
+        all seconds.
         """
         seconds = time.perf_counter() - self._began
         row = {"step_s": seconds / self._steps, "images_per_s": self._images / seconds}
@@ -123,7 +122,7 @@ class Meter:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that this process has held so far: tensors on a CUDA device, else all of its resident memory."""
+    """Return this process's peak memory in bytes: tensors on a CUDA device, else its resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -132,10 +131,10 @@ def peak_memory(device: torch.device) -> int:
 
 @torch.no_grad()
 def routing_entropy(model: Backbone) -> dict[str, float]:
-    """How widely the blocks read: entropy of their routing weights, and exp of it, the effective number of layers.
+    """Return the entropy of the blocks' routing weights in nats, and exp of it, the effective number of layers.
 
-    Both are means over blocks and, where routing depends on time, over ``flow.FIXED_TIMES``; the first in nats. Nothing
-    for arms that have no weights without a text. Where parameters are sharded, every process must come here.
+    Both are means over blocks and, if routing depends on time, over ``flow.FIXED_TIMES``. Arms whose weights need a
+    text give nothing. A collective call if parameters are sharded.
     """
     if not isinstance(model, DiT) or not model.cfg.strategy.has_weights:
         return {}
@@ -146,5 +145,5 @@ def routing_entropy(model: Backbone) -> dict[str, float]:
 
 
 def entropies(weights: Float[Tensor, "*rows L"]) -> Float[Tensor, "*rows"]:
-    """Entropy in nats of each row of convex weights."""
+    """Return the entropy in nats of each row of convex weights."""
     return torch.special.entr(weights).sum(-1)

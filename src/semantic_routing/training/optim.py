@@ -15,33 +15,33 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Muon, Optimizer
 
 BATCH_ELEMENTS = 2**26
-"""Most elements of matrices that Muon orthogonalises together, which bounds what their copies take."""
+"""Most elements of matrices that Muon orthogonalises together; bounds the memory of their copies."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """How weights move; the defaults are the paper's (Section 4.1)."""
+    """Optimiser and learning-rate schedule; the defaults are the paper's (Section 4.1)."""
 
     name: Literal["adamw", "muon"] = "adamw"
     """AdamW for all weights, or Muon for the blocks' matrices and AdamW for the rest."""
     lr: float = 1e-4
     """Learning rate of AdamW."""
     muon_lr: float = 0.02
-    """Learning rate of Muon: each step is an orthogonal matrix times this and sqrt(rows/columns) if above 1."""
+    """Learning rate of Muon: a step is an orthogonal matrix times this and max(1, sqrt(rows/columns))."""
     router_lr: float | None = None
-    """Learning rate of the router, where it should differ from ``lr``."""
+    """Learning rate of the router; None is ``lr``."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay of the gradient's first and second moments."""
+    """AdamW's decay rates of the first and second moments."""
     momentum: float = 0.95
     """Muon's momentum."""
     weight_decay: float = 1e-4
-    """Decoupled weight decay of all but the router."""
+    """Decoupled weight decay of all weights except the router's."""
     clip: float = 1.0
-    """Largest norm of the whole gradient."""
+    """Gradient clipping: largest norm of the gradient of all weights."""
     warmup: int = 0
-    """Steps over which the rates rise from zero."""
+    """Steps of linear warmup."""
     decay: Literal["constant", "cosine", "linear"] = "constant"
-    """How the rates fall towards the last step: not at all, or to zero."""
+    """Schedule after warmup: constant, or a decay to zero at the last step."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "muon_lr", "router_lr", "weight_decay", "warmup"):
@@ -55,13 +55,11 @@ class OptimConfig:
 
 
 def make_optimizers(model: nn.Module, cfg: OptimConfig, blocks: str = "blocks.") -> list[Optimizer]:
-    """The optimisers for a model's weights; every group keeps its full rate under ``base_lr``.
+    """Make the optimisers of a model's weights; every group keeps its peak rate under ``base_lr``.
 
-    ``blocks`` begins the names of the weights whose matrices Muon takes, where it is chosen.
+    With Muon, ``blocks`` is the name prefix of the weights whose matrices it takes.
     """
-    router: list[Tensor] = []
-    matrices: list[Tensor] = []
-    others: list[Tensor] = []
+    router, matrices, others = list[Tensor](), list[Tensor](), list[Tensor]()
     for name, p in model.named_parameters():
         if name.startswith("router."):
             router.append(p)
@@ -75,15 +73,9 @@ def make_optimizers(model: nn.Module, cfg: OptimConfig, blocks: str = "blocks.")
         groups.append({"params": router, "lr": rate, "weight_decay": 0.0})
     optimizers: list[Optimizer] = [AdamW(groups, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True)]
     if matrices:
-        optimizers.append(
-            (ShardedMuon if isinstance(matrices[0], DTensor) else BatchedMuon)(
-                matrices,
-                lr=cfg.muon_lr,
-                momentum=cfg.momentum,
-                weight_decay=cfg.weight_decay,
-                adjust_lr_fn="original",
-            )
-        )
+        kind = ShardedMuon if isinstance(matrices[0], DTensor) else BatchedMuon
+        decay, momentum = cfg.weight_decay, cfg.momentum
+        optimizers.append(kind(matrices, cfg.muon_lr, decay, momentum=momentum, adjust_lr_fn="original"))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
@@ -91,14 +83,11 @@ def make_optimizers(model: nn.Module, cfg: OptimConfig, blocks: str = "blocks.")
 
 
 class BatchedMuon(Muon):
-    """torch's Muon, which orthogonalises one matrix at a time, with all matrices of one shape together.
-
-    The same steps, bitwise, from fewer and larger products.
-    """
+    """torch's Muon with all matrices of one shape orthogonalised together: bitwise the same steps, but faster."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Move all weights. There is no use for a ``closure``."""
+        """Update all weights; ``closure`` is ignored."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             steps = self._steps([self._momentum(p, group["momentum"]) for p in params])
@@ -108,7 +97,7 @@ class BatchedMuon(Muon):
                 local.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-group["lr"] * scale)
 
     def _momentum(self, p: Tensor, momentum: float) -> Tensor:
-        """Nesterov's: the gradient moved towards its decaying average."""
+        """Return the Nesterov update: the gradient moved towards its moving average."""
         assert p.grad is not None
         state, grad = self.state[p], p.grad
         if "momentum_buffer" not in state:
@@ -117,9 +106,9 @@ class BatchedMuon(Muon):
         return grad.lerp(state["momentum_buffer"], momentum)
 
     def _steps(self, updates: list[Tensor]) -> Iterable[Tensor]:
-        """The orthogonal matrix nearest to each update."""
+        """Return the orthogonal matrix nearest to each update."""
         found = list(updates)
-        for indices in _alike(updates):
+        for indices in _same_shape(updates):
             rows = orthogonal(torch.stack([updates[i].bfloat16() for i in indices]))
             for i, row in zip(indices, rows, strict=True):
                 found[i] = row
@@ -127,9 +116,9 @@ class BatchedMuon(Muon):
 
 
 class ShardedMuon(BatchedMuon):
-    """Muon for sharded weights: momentum and decay stay with the shards, and every matrix is orthogonalised whole.
+    """Muon for sharded weights: momentum and decay on the shards, orthogonalisation of gathered matrices.
 
-    The processes take the matrices in turns, each one of as many as there are processes, and send what came of it.
+    The processes take turns: each orthogonalises one matrix of every ``world size`` matrices and broadcasts the result.
     """
 
     def _momentum(self, p: Tensor, momentum: float) -> Tensor:
@@ -143,11 +132,11 @@ class ShardedMuon(BatchedMuon):
         return DTensor.from_local(ahead, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
 
     def _steps(self, updates: list[Tensor]) -> Iterator[Tensor]:
-        """This process's part of the orthogonal matrices. Every process must come here."""
+        """Yield this process's shards of the orthogonal matrices; a collective call."""
         rank, count = dist.get_rank(), dist.get_world_size()
         for first in range(0, len(updates), count):
             turn = cast(list[DTensor], updates[first : first + count])
-            wholes = (update.full_tensor() for update in turn)  # one at a time: all processes gather, one keeps
+            wholes = (update.full_tensor() for update in turn)  # one at a time: all gather, only the owner keeps it
             mine = [orthogonal(whole[None])[0] for owner, whole in enumerate(wholes) if owner == rank]
             for owner, update in enumerate(turn):
                 empty = torch.empty(update.shape, device=update.device, dtype=torch.bfloat16)
@@ -157,7 +146,7 @@ class ShardedMuon(BatchedMuon):
 
 
 def orthogonal(matrices: Float[Tensor, "K m n"]) -> Float[Tensor, "K m n"]:
-    """About U V^T of each matrix U S V^T, in bfloat16, by five Newton-Schulz iterations (Jordan et al., 2024)."""
+    """Approximate U V^T of each matrix U S V^T in bfloat16 by five Newton-Schulz iterations (Jordan et al., 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.bfloat16()
     tall = x.shape[1] > x.shape[2]
@@ -170,8 +159,8 @@ def orthogonal(matrices: Float[Tensor, "K m n"]) -> Float[Tensor, "K m n"]:
     return x.mT if tall else x
 
 
-def _alike(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Indices of matrices of one shape, in groups of at most ``BATCH_ELEMENTS``."""
+def _same_shape(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Yield the indices of matrices of one shape, in groups of at most ``BATCH_ELEMENTS`` elements."""
     by_shape: dict[torch.Size, list[int]] = {}
     for i, matrix in enumerate(matrices):
         by_shape.setdefault(matrix.shape, []).append(i)
@@ -181,7 +170,7 @@ def _alike(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
 
 
 def set_rates(optimizers: list[Optimizer], cfg: OptimConfig, step: int, steps: int) -> float:
-    """Set the rates of step ``step`` (from 0) of ``steps``; returns their factor in [0, 1]."""
+    """Set the learning rates of ``step`` (from 0) of ``steps``; return their share of the peak, in [0, 1]."""
     progress = step / steps
     factor = {
         "constant": 1.0,

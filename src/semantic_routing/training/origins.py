@@ -1,15 +1,15 @@
-"""What a run was begun on, so that it is known again when the run goes on: its data, language model and codec.
+"""Digests of a run's data, language model and codec, to recognise them when the run is resumed.
 
-A run's order and its features follow from these, and none of them is in its folder. So every checkpoint remembers
-how many records there were, what some of them were, and the same of the frozen models' weights; not where they lay,
-nor when they were written: data that only moved are the same data. It remembers the folder, too, in which the run was
-started: relative paths are taken from there.
+None of these is in the run's folder. So every checkpoint records the number of data records, digests of some of them
+and of some of the frozen models' weights. Paths and dates of files do not count: data that only moved are the same.
 """
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,13 +24,13 @@ from semantic_routing.model.codec import Codec
 from semantic_routing.text.encoder import TextEncoder
 
 SAMPLED = 64
-"""Records of a source, and numbers of a weight, that are looked at."""
+"""Number of records per source, and of values per weight, that are hashed."""
 PROBE = "A red circle, 3 green stars & one naïve café-window: 日本語 🎨."
-"""What tells tokenizers apart."""
+"""Text that differs between tokenizers."""
 
 
 def data_origins(data: Dataset) -> list[dict[str, Any]]:
-    """What identifies each source of records: its path, how many there are, and digests of what some of them hold."""
+    """Return each source's path, number of records, and digests of some of them."""
     return [
         {"path": source.name, "records": len(source), **_digests(source, stream.how.sidecar)}
         for stream in data.streams
@@ -40,7 +40,7 @@ def data_origins(data: Dataset) -> list[dict[str, Any]]:
 
 
 def _digests(source: RecordSource, sidecar: Sidecar | None) -> dict[str, str]:
-    """Digests of the pictures and of the captions of records that are evenly spread."""
+    """Hash the images and the captions of evenly spaced records."""
     pictures, captions = blake2b(repr(list(source.shards)).encode(), digest_size=16), blake2b(digest_size=16)
     for index in spread(len(source), SAMPLED):
         try:
@@ -55,14 +55,14 @@ def _digests(source: RecordSource, sidecar: Sidecar | None) -> dict[str, str]:
 
 
 def model_origins(encoder: TextEncoder, codec: Codec) -> dict[str, str]:
-    """Digests of the frozen models; of weights before they are spread over processes."""
+    """Return digests of the frozen models, taken before their weights are sharded."""
     found = {"text encoder": f"{_weights(encoder.model)}-{_tokens(encoder.tokenizer)}"}
     vae = getattr(codec, "vae", None)
     return found if vae is None else found | {"VAE": _weights(vae)}
 
 
 def _weights(model: nn.Module) -> str:
-    """A digest of some numbers of every weight, equal for whatever type and device the weights are loaded as."""
+    """Hash some values of every weight, independently of the dtype and device that the weights are loaded in."""
     digest = blake2b(digest_size=16)
     for name, x in sorted(model.state_dict().items()):
         digest.update(repr((name, tuple(x.shape))).encode())
@@ -73,18 +73,28 @@ def _weights(model: nn.Module) -> str:
 
 
 def _tokens(tokenizer: Any) -> str:
-    """A digest of what a tokenizer makes of a text."""
+    """Hash a tokenizer's vocabulary size and tokens of a text."""
     ids = tokenizer(PROBE)["input_ids"]
     return blake2b(repr((len(tokenizer), list(ids))).encode(), digest_size=16).hexdigest()
 
 
 def spread(count: int, most: int) -> Sequence[int]:
-    """At most ``most`` numbers of 0..count - 1, evenly spread, the first and the last among them."""
+    """Return at most ``most`` evenly spaced numbers of 0..count - 1, including the first and the last."""
     return range(count) if count <= most else [i * (count - 1) // (most - 1) for i in range(most)]
 
 
+def accept(run: Path, found: list[str], accepted: bool) -> list[str]:
+    """Return messages about changed data or models; raise ValueError if there are any and the user accepts none."""
+    if found and not accepted:
+        raise ValueError(
+            f"{run} was started on other data or models: {'; '.join(found)}. Restore them, or resume with the changes: "
+            f"semroute train --resume {shlex.quote(str(run))} --accept-changes"
+        )
+    return [f"resuming although {one}" for one in found]
+
+
 def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What is no longer what it was, in words; what an earlier version did not note is taken to be as it was."""
+    """Describe what changed between two records of origins; facts missing from an older version count as unchanged."""
     found = []
     if "data" in then:
         before, after = then["data"], now["data"]
@@ -96,5 +106,5 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             else:
                 others = [what for what in ("pictures", "captions") if old[what] != new[what]]
                 found += [f"{new['path']} holds other {' and '.join(others)}"] if others else []
-    return found + [f"the {what} is another" for what in ("text encoder", "VAE") if what in then
-                    and then[what] != now.get(what)]  # fmt: skip
+    other = [what for what in ("text encoder", "VAE") if what in then and then[what] != now.get(what)]
+    return found + [f"the {what} is another" for what in other]

@@ -1,8 +1,8 @@
-"""Many processes, one run: sharding, activation checkpointing and compilation, applied to a network from outside.
+"""Sharding, activation checkpointing and compilation, applied to a network from outside.
 
-One mechanism serves every layout. FSDP2 (``fully_shard``) runs on a mesh of replicas times shards: all shards is FSDP,
-some of both is HSDP, all replicas is plain data parallelism, and one process alone needs none of it. The names of the
-weights stay the same throughout, and the network's own code knows nothing of this.
+FSDP2 (``fully_shard``) on a mesh of replicas x shards serves every layout: shards only is FSDP, both is HSDP, replicas
+only is DDP. A single process needs no mesh. The names of the weights stay the same, and the network's own code does not
+depend on any of this.
 """
 
 from __future__ import annotations
@@ -37,29 +37,29 @@ from semantic_routing.text.encoder import TextEncoder
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How a run is spread over the processes that torchrun starts, and what memory it trades for time."""
+    """How a run is distributed over the processes of torchrun, and where it trades time for memory."""
 
     strategy: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"
-    """fsdp shards weights, gradients and optimiser over all processes, ddp keeps all of them on each, hsdp shards
-    within groups of ``shard_size``; auto is fsdp, or none for one process."""
+    """fsdp shards weights, gradients and optimiser states over all processes, ddp replicates them, hsdp shards within
+    groups of ``shard_size``; auto is fsdp, or none for one process."""
     shard_size: int = 0
-    """hsdp: processes that hold one copy of the weights together; 0 is those of one machine."""
+    """hsdp: processes that share one copy of the weights; 0 is those of one machine."""
     reshard_after_forward: bool = True
-    """fsdp, hsdp: free a block's whole weights after its forward and gather them again for its backward."""
+    """fsdp, hsdp: free a block's gathered weights after its forward pass and gather them again for its backward."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What of a block is computed again in its backward: nothing, all but products and attention, or everything."""
+    """What a block's backward pass recomputes: nothing, all except matrix products and attention, or everything."""
     text_encoder: Literal["replicated", "sharded", "cpu"] = "replicated"
-    """Where the frozen language model is: on every device, sharded over all as fsdp does, or in host memory."""
+    """Place of the frozen language model: on every device, sharded over all of them, or in host memory."""
 
     def __post_init__(self) -> None:
         if self.shard_size < 0:
             raise ValueError(f"shard_size is {self.shard_size}; use 0 for the processes of one machine")
         if self.shard_size and self.strategy != "hsdp":
-            raise ValueError(f"shard_size belongs to the strategy hsdp, not {self.strategy}")
+            raise ValueError(f"shard_size is for the strategy hsdp, not {self.strategy}")
 
 
 def arrange(world: World, cfg: ParallelConfig, device: str = "auto") -> World:
-    """Lay the processes out as ``cfg`` says; ValueError where their number does not fit it."""
+    """Set up this process's device and the mesh of all; raise ValueError if the world size does not fit ``cfg``."""
     own, shape = world.everywhere(lambda: (pick_device(device), mesh_shape(cfg, world.count)))
     if shape is None:
         return replace(world, device=own)
@@ -70,7 +70,7 @@ def arrange(world: World, cfg: ParallelConfig, device: str = "auto") -> World:
 
 
 def mesh_shape(cfg: ParallelConfig, count: int) -> tuple[int, ...] | None:
-    """Replicas and shards of ``count`` processes, or shards alone; None for one. ValueError where it does not fit."""
+    """Return (replicas, shards) of ``count`` processes, or (shards,); None for one. ValueError if they do not fit."""
     if count == 1:
         if cfg.strategy in ("ddp", "fsdp", "hsdp") or cfg.text_encoder == "sharded":
             what = "a sharded text encoder" if cfg.text_encoder == "sharded" else f"the strategy {cfg.strategy}"
@@ -89,11 +89,11 @@ def mesh_shape(cfg: ParallelConfig, count: int) -> tuple[int, ...] | None:
 
 
 def parallelize(model: Backbone, cfg: ParallelConfig, world: World, *, bf16: bool, compiled: bool) -> Backbone:
-    """The network itself, ready to train on the world's devices: its blocks checkpointed, compiled and sharded.
+    """Checkpoint, compile and shard the blocks of the network in place; return the network on the world's devices.
 
-    With ``bf16`` sharded weights are gathered in bfloat16, all but the router's, and gradients are summed in float32.
+    With ``bf16``, sharded weights except the router's are gathered in bfloat16; gradients are summed in float32.
     """
-    # On a CPU what lies between the blocks costs as much as they do. A GPU's many blocks share one small graph.
+    # On a CPU the layers between the blocks cost as much as the blocks. On a GPU all blocks share one small graph.
     whole_graph = compiled and world.mesh is None and world.device.type == "cpu"
     if compiled:
         allow_graphs()
@@ -108,11 +108,14 @@ def parallelize(model: Backbone, cfg: ParallelConfig, world: World, *, bf16: boo
         compile_network(model)
     if world.mesh is None:
         return model.to(world.device)
-    exact: dict[str, Any] = {
-        "mesh": world.mesh,
-        "reshard_after_forward": cfg.reshard_after_forward and cfg.strategy != "ddp",
-    }
-    # Casting inputs is left to autocast, which knows better than to round times and rotary tables.
+    reshard_blocks = cfg.reshard_after_forward and cfg.strategy != "ddp"
+    _shard(model, {"mesh": world.mesh, "reshard_after_forward": reshard_blocks}, bf16)
+    return model
+
+
+def _shard(model: Backbone, exact: dict[str, Any], bf16: bool) -> None:
+    """Shard the network by the options ``exact`` of ``fully_shard``, its blocks and text modules with ``bf16``."""
+    # Casting inputs is left to autocast, which does not round times and rotary tables.
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     options = {**exact, "mp_policy": policy} if bf16 else exact
     if isinstance(model, DiT):
@@ -121,7 +124,7 @@ def parallelize(model: Backbone, cfg: ParallelConfig, world: World, *, bf16: boo
             register_fsdp_forward_method(model.router, "mix_steps")
         if model.noise_level is not None:
             fully_shard(model.noise_level, **exact)
-        # prepare_text reaches into every block, before the blocks themselves run: one group of its own.
+        # prepare_text uses modules of every block before the blocks run: they are one group.
         fully_shard(text_modules(model), **options)
     for block in model.blocks:
         fully_shard(block, **options)
@@ -129,29 +132,28 @@ def parallelize(model: Backbone, cfg: ParallelConfig, world: World, *, bf16: boo
     register_fsdp_forward_method(model, "prepare_text")
     register_fsdp_forward_method(model, "prepare_steps")
     register_fsdp_forward_method(model, "gate_time")
-    # prepare_text returns views, which nobody writes to.
+    # prepare_text returns views, which are never written to.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
-    return model
 
 
 def text_modules(model: DiT) -> list[nn.Module]:
-    """What makes the blocks' keys and values of the text, in the order in which ``prepare_text`` runs it."""
+    """Return the modules that compute the blocks' text keys and values, in the order in which they run."""
     blocks = cast(Iterable[Block], model.blocks)
     return [model.text_norm, model.text_proj, *(part for b in blocks for part in (b.cross.kv, b.cross.k_norm))]
 
 
 def recompute(block: nn.Module, *, selective: bool) -> None:
-    """Let a block's backward compute its inner results again; ``selective`` keeps products and attention."""
+    """Make a block's backward pass recompute its activations; ``selective`` keeps products and attention."""
     how: dict[str, Any] = {"use_reentrant": False}
     if selective:
         how["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
     inner = block.forward
 
-    # A frame of its own: torch.compile would not look into a partial of torch's function.
+    # A Python function: torch.compile does not trace into a partial of torch's function.
     def forward(*args: Any) -> Any:
         return checkpoint(inner, *args, **how)
 
-    # The attribute of the instance hides the method, so that names of weights and hooks of sharding stay as they are.
+    # An instance attribute hides the method, so that weight names and sharding hooks stay the same.
     block.__dict__["forward"] = forward
 
 
@@ -172,9 +174,9 @@ def _keep_products(ctx: SelectiveCheckpointContext, op: Any, *args: Any, **kwarg
 
 
 def place_encoder(encoder: TextEncoder, cfg: ParallelConfig, world: World, *, compiled: bool) -> TextEncoder:
-    """The frozen language model where ``cfg`` wants it; sharded, every process must encode when one does.
+    """Place the frozen language model as ``cfg`` says; if it is sharded, all processes must encode together.
 
-    ``compiled`` compiles it where it computes on a CPU: a GPU has enough to do with each of a large model's products.
+    ``compiled`` compiles it if it runs on a CPU. On a GPU a large model's products leave nothing to gain.
     """
     if compiled and (cfg.text_encoder == "cpu" or world.device.type == "cpu"):
         encoder.compile()
@@ -183,9 +185,7 @@ def place_encoder(encoder: TextEncoder, cfg: ParallelConfig, world: World, *, co
     if cfg.text_encoder == "replicated" or world.mesh is None:
         return encoder.to(world.device)
     if encoder.config.offload:
-        raise ValueError(
-            "text.offload moves the language model as a whole, so it cannot be sharded: choose one of the two"
-        )
+        raise ValueError("text.offload moves the whole language model, so it cannot be sharded: choose one of the two")
     model = encoder.model
     for layer in next(part for part in model.modules() if isinstance(part, nn.ModuleList)):
         fully_shard(layer, mesh=world.mesh)
@@ -194,13 +194,13 @@ def place_encoder(encoder: TextEncoder, cfg: ParallelConfig, world: World, *, co
 
 
 def synchronise(model: nn.Module, now: bool) -> None:
-    """Whether the next backward sums gradients over the processes, or adds to those of earlier microbatches only."""
+    """Choose whether the next backward pass all-reduces gradients or only accumulates them locally."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(now)
 
 
 def reshard(model: nn.Module) -> None:
-    """Forget gathered weights, after the shards were changed otherwise than by an optimiser's step."""
+    """Free gathered weights after the shards were changed by something other than an optimiser step."""
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
@@ -208,7 +208,7 @@ def reshard(model: nn.Module) -> None:
 
 @contextmanager
 def unsharded(module: nn.Module) -> Iterator[nn.Module]:
-    """A module with its own weights whole on every process; all of them must come here."""
+    """Gather a module's own weights while the context lasts; a collective call."""
     if isinstance(module, FSDPModule):
         module.unshard()
     try:
@@ -219,10 +219,10 @@ def unsharded(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def local(x: Tensor) -> Tensor:
-    """This process's part of a tensor, sharing its memory."""
+    """Return this process's shard of a tensor, sharing its memory."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def whole(x: Tensor) -> Tensor:
-    """A tensor on one process as on many; all of them must come here."""
+    """Return a full tensor, gathered if it is sharded; a collective call."""
     return x.full_tensor() if isinstance(x, DTensor) else x

@@ -1,4 +1,4 @@
-"""What the frozen models make of the next batch, while the step of this one runs."""
+"""Encodes the next batch on a side CUDA stream while the current step runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def one_ahead(make: Callable[[S], T], items: Iterable[S], device: torch.device) -> Generator[T, None, None]:
-    """``make`` of every item. On a GPU one of them ahead, on a stream of its own; on a CPU in line."""
+    """Yield ``make`` of every item: on a GPU one item ahead on a side stream, on a CPU in line."""
     if device.type != "cuda":
         for item in items:
             yield make(item)
@@ -25,13 +25,13 @@ def one_ahead(make: Callable[[S], T], items: Iterable[S], device: torch.device) 
         with torch.cuda.stream(side):
             made = make(item)
         if pending:
-            yield _handed_over(pending.pop(), side)
+            yield _hand_over(pending.pop(), side)
         pending.append(made)
-    yield from (_handed_over(made, side) for made in pending)
+    yield from (_hand_over(made, side) for made in pending)
 
 
-def _handed_over(made: T, side: torch.cuda.Stream) -> T:
-    """What the side stream made, for the current one to use: it waits, and the memory stays until it is done."""
+def _hand_over(made: T, side: torch.cuda.Stream) -> T:
+    """Let the current stream wait for the side stream, and keep the memory of ``made`` until it is used."""
     current = torch.cuda.current_stream()
     current.wait_stream(side)
     for x in tensors_in(made):
@@ -40,7 +40,7 @@ def _handed_over(made: T, side: torch.cuda.Stream) -> T:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested dataclasses, lists and tuples."""
+    """Yield every tensor in nested dataclasses, lists and tuples."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Whole runs as functions: a recipe takes an arm and returns a complete ``TrainConfig``."""
+"""Recipes: functions from an arm to a complete ``TrainConfig``."""
 
 from __future__ import annotations
 
@@ -17,37 +17,25 @@ from semantic_routing.training.optim import OptimConfig
 from semantic_routing.training.parallelize import ParallelConfig
 
 TOY_SAMPLING = SampleConfig(sampler="renoise", steps=100, guidance=3.0, shift=4.0, batch=110)
-"""How toy models are sampled: most steps close to the noise, where the scene is decided."""
+"""Sampling of toy models: most steps are close to the noise, where the scene is decided."""
 SMALL_SAMPLING = replace(TOY_SAMPLING, batch=506)
-"""The same for small ones, in batches for a GPU."""
+"""The same for small models, with the batch size of a GPU."""
 
 GATE_RATE = 2e-5
-"""Learning rate of gates. AdamW moves a gate's logits through all of its 512 hidden channels, a hundred times as fast
-as logits that are parameters themselves: at the network's rate gates fall onto one layer (docs/log.md)."""
+"""Learning rate of gates. AdamW moves a gate's logits through all of its 512 hidden channels, a hundred times faster
+than logits that are parameters: at the network's rate gates collapse onto one layer (docs/log.md)."""
 
 
 def toy(arm: str) -> TrainConfig:
-    """Minutes on two CPU cores: 32x32 pictures of shapes in pixels, a tiny language model made on the spot."""
+    """Train in minutes on two CPU cores: 32x32 images of shapes in pixel space, with a tiny language model."""
+    model = DiTConfig(
+        arm=arm, depth=6, width=192, heads=6, kv_heads=2, head_dim=32, mlp_width=512, patch=8, channels=3,
+        conditioning="adaln-zero", prediction="image", rope_theta=100.0,
+        text_width=128, text_layers=8, text_init_std=128**-0.5, fusedit_first_layer=1,
+    )  # fmt: skip
     return TrainConfig(
         image_size=32,
-        model=DiTConfig(
-            arm=arm,
-            depth=6,
-            width=192,
-            heads=6,
-            kv_heads=2,
-            head_dim=32,
-            mlp_width=512,
-            patch=8,
-            channels=3,
-            conditioning="adaln-zero",
-            prediction="image",
-            rope_theta=100.0,
-            text_width=128,
-            text_layers=8,
-            text_init_std=128**-0.5,
-            fusedit_first_layer=1,
-        ),
+        model=model,
         text=TextEncoderConfig(name_or_path=TINY, dtype="bfloat16"),
         codec=CodecConfig(kind="pixels"),
         optim=OptimConfig(
@@ -62,7 +50,7 @@ def toy(arm: str) -> TrainConfig:
         ),
         steps=3000,
         batch=128,
-        # Large flat areas betray themselves early, so what a scene holds is decided close to the noise.
+        # Large flat areas are visible early, so the content of a scene is decided close to the noise.
         time=TimeConfig(mean=-1.7, std=1.15),
         ema_decay=0.997,
         ema_every=1,
@@ -74,26 +62,17 @@ def toy(arm: str) -> TrainConfig:
 
 
 def debug(arm: str) -> TrainConfig:
-    """Seconds on any machine: a network of two blocks and a language model of two layers, which learn next to nothing.
+    """Train in seconds on any machine: two blocks and a language model of two layers, which learn almost nothing.
 
-    To see that an installation, a data set or a change runs from end to end; the tests run it, too.
+    It checks that an installation, a data set or a change runs from end to end; the tests use it, too.
     """
+    model = DiTConfig(
+        arm=arm, depth=2, width=32, heads=2, kv_heads=1, head_dim=32, mlp_width=48, patch=8, channels=3,
+        text_width=64, text_layers=2, fusedit_first_layer=0,
+    )  # fmt: skip
     return TrainConfig(
         image_size=32,
-        model=DiTConfig(
-            arm=arm,
-            depth=2,
-            width=32,
-            heads=2,
-            kv_heads=1,
-            head_dim=32,
-            mlp_width=48,
-            patch=8,
-            channels=3,
-            text_width=64,
-            text_layers=2,
-            fusedit_first_layer=0,
-        ),
+        model=model,
         text=TextEncoderConfig(name_or_path=f"{TINY}:2x64x5", buckets=(16, 32, 64)),
         codec=CodecConfig(kind="pixels"),
         optim=OptimConfig(lr=1e-2),
@@ -109,12 +88,9 @@ def debug(arm: str) -> TrainConfig:
 
 
 def small(arm: str) -> TrainConfig:
-    """The toy world with a network of 41 million parameters: seven arms and three seeds in half an hour on one GPU.
+    """Train 41 million parameters on the toy world: seven arms and three seeds take half an hour on one GPU.
 
-    Counted by ``tests/study/test_budget.py``: a step is 1.08e12 FLOPs (256 pictures of 16 tokens with prompts of 16,
-    and 0.35e12 of Muon's), a run of 3,000 steps 3.25e15, all 21 runs 6.66e16; 33 scorings of 2,530 prompts (S1 and S3
-    under three clocks) and 6 calibrations are 1.55e16. At 15 % of an H200's 790e12 FLOP/s that is 12 minutes; starting
-    and compiling 60 processes, four at a time and a minute each, takes 15. Drawing the pictures goes on beside it.
+    ``tests/study/test_budget.py`` counts the FLOPs of that.
     """
     cfg = toy(arm)
     # FuseDiT reads the keys of eight language-model layers with its own heads: 2 key heads of 32.
@@ -129,7 +105,7 @@ def small(arm: str) -> TrainConfig:
 
 
 def paper(arm: str) -> TrainConfig:
-    """Section 4.1: 2.24 billion parameters, Qwen3-VL-4B-Instruct, the SD3 autoencoder, 256x256, batch 512."""
+    """Train as in Section 4.1: 2.24 billion parameters, Qwen3-VL-4B-Instruct, SD3 autoencoder, 256x256, batch 512."""
     return TrainConfig(
         data=DataConfig(paths=("shards",), workers=8),
         image_size=256,

@@ -1,7 +1,7 @@
-"""The offline text encoder: a tiny Qwen3 and its tokenizer, trained here on captions as a next-token model.
+"""A tiny Qwen3 and its tokenizer, trained here on captions by next-token prediction.
 
-It stands in for a real language model where no weights can be downloaded. ``save_pretrained`` writes it into
-a cache folder, and the very path that reads a real one reads it: ``TextEncoder.from_pretrained(folder)``.
+It replaces a real language model where no weights can be downloaded. ``save_pretrained`` writes it into a cache folder,
+and ``TextEncoder.from_pretrained(folder)`` reads it like a real one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,21 @@ from tqdm import tqdm
 
 from semantic_routing.common.device import cache_folder, has_bfloat16
 from semantic_routing.common.files import as_umask_says
+from semantic_routing.data.dataset import Dataset
+from semantic_routing.data.sources.discover import SHAPES
 from semantic_routing.text.quiet import quiet_transformers
+from semantic_routing.toy.stories import story
 from semantic_routing.training.optim import OptimConfig, make_optimizers, set_rates
 
 RECIPE = 1  # part of the cache key: raise it when anything below changes the trained weights
-BATCH = 128  # captions a step
-# Muon keeps the states of different words apart, where AdamW lets one direction swallow them.
+BATCH = 128  # captions per step
+# Muon keeps the states of different words apart; with AdamW one direction dominates them.
 OPTIM = OptimConfig(name="muon", lr=3e-3, muon_lr=0.02, betas=(0.9, 0.95), weight_decay=0.01, warmup=10, decay="cosine")
 EMBEDDING_STD = 1.0
 VOCABULARY = 4096  # upper limit; a small corpus of templated captions needs a few hundred
 CONTEXT = 512  # longest caption in tokens
 HELD_OUT = 20  # every 20th distinct caption is kept for the report, never trained on
+CORPUS_SEED = 1  # seed of the stories; one model then serves every run
 SPECIAL = ("<pad>", "<s>", "</s>")
 PAD, BOS, EOS = range(3)
 
@@ -45,12 +50,11 @@ def tiny_lm(
     steps: int = 200,
     cache_dir: Path | str | None = None,
 ) -> Path:
-    """Folder of a language model of ``layers`` layers of ``width``, trained on ``captions`` for ``steps``.
+    """Train a language model on ``captions`` and return its folder; a second call with the same arguments finds it.
 
-    The folder lies in ``cache_dir`` (by default that of ``device.cache_folder``) under a name made from the arguments
-    and the captions: a second call with the same ones returns at once. It holds the model, the tokenizer and
-    ``training.json`` with the held-out loss. The same arguments give the same weights. Raises ValueError for sizes out
-    of range, fewer than two distinct captions, or a cache that cannot be written.
+    The folder is in ``cache_dir`` (default: ``device.cache_folder``), named by a hash of arguments and captions. It
+    holds the model, the tokenizer and ``training.json`` with the held-out loss. The same arguments give the same
+    weights. Raises ValueError for sizes out of range, fewer than two distinct captions, or an unwritable cache.
     """
     corpus = list(dict.fromkeys(captions))
     if len(corpus) < 2:
@@ -62,31 +66,42 @@ def tiny_lm(
         )
     options = {"recipe": RECIPE, "seed": seed, "layers": layers, "width": width, "steps": steps}
     digest = hashlib.sha256(json.dumps([options, corpus]).encode()).hexdigest()[:16]
-    root = Path(cache_dir or cache_folder())
-    folder = root.expanduser() / f"tiny-lm-{digest}"
-    if folder.is_dir():  # renamed into place, so always whole
-        return folder
+    folder = Path(cache_dir or cache_folder()).expanduser() / f"tiny-lm-{digest}"
+    if not folder.is_dir():
+        with _scratch(folder) as written:
+            tokenizer = _train_tokenizer(corpus)
+            model, report = _train(corpus, tokenizer, seed, layers, width, steps)
+            with quiet_transformers():
+                model.save_pretrained(written)
+            tokenizer.save_pretrained(written)
+            (written / "training.json").write_text(json.dumps(options | report, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder, then rename it to ``folder``; raise ValueError if there is no place to write it."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True)
     except OSError as error:
-        raise ValueError(f"cannot write the cache {root} ({error.strerror}); set SEMROUTE_CACHE") from error
+        raise ValueError(f"cannot write the cache {folder.parent} ({error.strerror}); set SEMROUTE_CACHE") from error
     with scratch as temporary:
         written = Path(temporary) / "model"
-        tokenizer = _train_tokenizer(corpus)
-        model, report = _train(corpus, tokenizer, seed, layers, width, steps)
-        with quiet_transformers():
-            model.save_pretrained(written)
-        tokenizer.save_pretrained(written)
-        (written / "training.json").write_text(json.dumps(options | report, indent=2) + "\n", encoding="utf-8")
+        yield written
         as_umask_says(written, written.iterdir())
-        if not folder.is_dir():  # another process may have been quicker, with the same result
+        if not folder.is_dir():  # another process may have been faster, with the same result
             written.rename(folder)
-    return folder
+
+
+def training_corpus(data: Dataset, size: int = 20_000) -> list[str]:
+    """Return the texts that a run's language model learns from: stories of the toy world, and the user's captions."""
+    toy = [story(CORPUS_SEED, index) for index in range(size)]
+    return toy if data.cfg.paths == (SHAPES,) else toy + data.captions(size)
 
 
 def _train_tokenizer(corpus: list[str]) -> Any:
-    """Byte-level BPE in lower case: frequent words become one token each, and no text is unknown."""
+    """Train a byte-level BPE in lower case: frequent words become one token each, and no text is unknown."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -112,7 +127,7 @@ def _train_tokenizer(corpus: list[str]) -> Any:
 def _train(
     corpus: list[str], tokenizer: Any, seed: int, layers: int, width: int, steps: int
 ) -> tuple[Any, dict[str, Any]]:
-    """Train from scratch; the model and what to report of it."""
+    """Train from scratch; return the model and its report."""
     rows = [[*ids, EOS] for ids in tokenizer(corpus, truncation=True, max_length=CONTEXT - 1)["input_ids"]]
     held_out = rows[::HELD_OUT]
     trained = [row for i, row in enumerate(rows) if i % HELD_OUT]
@@ -159,13 +174,13 @@ def _model(vocabulary: int, layers: int, width: int) -> Any:
     )
     config._attn_implementation = "eager"  # SDPA's backward is slower on a CPU at these sizes
     model = Qwen3ForCausalLM(config)
-    # Far apart from the start: words that are used alike ("circle", "square") would otherwise stay alike.
+    # Far apart from the start: otherwise words with the same use ("circle", "square") would stay similar.
     nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
     return model
 
 
 def _batches(rows: list[list[int]], seed: int) -> Iterator[Int[Tensor, "B N"]]:
-    """Endless batches in random order, each of captions of similar length so that little is padding."""
+    """Yield batches in random order without end, each of captions of similar length, to have little padding."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(rows), generator=generator).tolist()
@@ -180,7 +195,7 @@ def _pad(rows: list[list[int]]) -> Int[Tensor, "B N"]:
 
 
 def _loss(model: nn.Module, ids: Int[Tensor, "B N"]) -> Float[Tensor, ""]:
-    """Mean cross-entropy of the next token, in nats. Causal attention never sees the padding on the right."""
+    """Return the mean cross-entropy of the next token in nats. Causal attention never sees the right padding."""
     with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16(torch.device("cpu"))):
         logits = model(input_ids=ids[:, :-1]).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), ignore_index=PAD)

@@ -1,7 +1,7 @@
-"""Where a run's metrics go: ``metrics.jsonl`` always, and TensorBoard, wandb or trackio as the run asks.
+"""Writes a run's metrics: always to ``metrics.jsonl``, and to TensorBoard, wandb or trackio.
 
-Only the first process of a job builds a ``Tracker``. Credentials are the services' own business (their login
-commands and environment variables): none is read here, and what looks like one in a configuration is not sent.
+Only the first process of a job has a ``Tracker``. Credentials are left to the services (login commands, environment
+variables): none is read here, and those in addresses of a configuration are not sent.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ LIBRARIES = {
     "wandb": "wandb",
     "trackio": "trackio",
 }
-"""What is imported for each service."""
+"""Module to import for each service."""
 SERVICES_OWN = (Exception,)
-"""What services raise where they do not answer: whatever their libraries, and those libraries' libraries, think of."""
+"""Exceptions of services that do not answer; their libraries document no narrower type."""
 _SECRET = re.compile(r"(?<=://)[^/@\s]*@|(?<=[\w/])\?\S+")
-"""In an address: user and password, and the query, where signed addresses keep their signature."""
+"""In an address: user and password, and the query, which holds the signature of signed addresses."""
 
 
 class Board(Protocol):
-    """One service that shows scalars and pictures by step."""
+    """A service that shows scalars and images by step."""
 
     @property
     def troubles(self) -> tuple[type[Exception], ...]:
-        """What it raises, beside OSError, where it cannot do so."""
+        """Exceptions besides OSError that it raises if it fails."""
         ...
 
     def scalars(self, step: int, values: Mapping[str, int | float]) -> None:
@@ -56,22 +56,22 @@ class Board(Protocol):
         """Show one picture."""
 
     def close(self) -> None:
-        """Hand over what is left."""
+        """Flush and close."""
 
 
 class Tracker:
-    """A run's metrics by step; a context that closes what it opened."""
+    """Writes a run's metrics by step; a context manager that closes the services."""
 
     def __init__(self, out: Path, step: int, services: Sequence[Service] = (), config: Any = None) -> None:
-        """Go on after ``step``: later lines of the file are cut off, for they will come again.
+        """Continue after ``step``: later lines of the file are removed, because those steps will be logged again.
 
-        TensorBoard's files are written wherever it is installed; the other ``services`` get ``config``, the run's
-        nested settings, too. ValueError where one is not installed or refuses.
+        TensorBoard's files are written if it is installed; the other ``services`` also get ``config``, the run's
+        nested settings. Raises ValueError if a service is not installed or refuses.
         """
         self.path = out / METRICS
         self.troubles = Troubles()
-        self._owed: list[str] = []
-        """Lines that could not be written yet."""
+        self._pending: list[str] = []
+        """Lines that could not be written so far."""
         boards = {name: require(LIBRARIES[name], what=f"--track {name}", extra="track") for name in services}
         rows = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.is_file() else []
         kept = [row for row in rows if 0 <= _step(row) <= step]
@@ -89,35 +89,35 @@ class Tracker:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._tell(lambda board: board.close())
+        self._on_boards(lambda board: board.close())
 
     def write(self, row: Row) -> None:
-        """Append one step's metrics, ``step`` among them; a number that is not finite is null in the file.
+        """Append one step's metrics, including ``step``; numbers that are not finite are null in the file.
 
-        What cannot be written is told once and written later, with the next row that can.
+        If writing fails, that is reported once, and the row is written with the next one that can be.
         """
         finite = {name: value for name, value in row.items() if math.isfinite(value)}
-        self._owed.append(json.dumps({name: finite.get(name) for name in row}) + "\n")
+        self._pending.append(json.dumps({name: finite.get(name) for name in row}) + "\n")
         with self.troubles.survived(self.path):
-            append(self.path, "".join(self._owed))
-            self._owed.clear()
+            append(self.path, "".join(self._pending))
+            self._pending.clear()
         step = int(row["step"])
         values = {name: value for name, value in finite.items() if name != "step"}
-        self._tell(lambda board: board.scalars(step, values))
+        self._on_boards(lambda board: board.scalars(step, values))
 
     def picture(self, step: int, name: str, picture: UInt8[np.ndarray, "H W 3"]) -> None:
-        """Show a picture, such as a grid of samples, wherever pictures can be shown."""
-        self._tell(lambda board: board.picture(step, name, picture))
+        """Show an image, such as a grid of samples, on all services."""
+        self._on_boards(lambda board: board.picture(step, name, picture))
 
-    def _tell(self, act: Callable[[Board], None]) -> None:
-        """Do something on every board; none of them can end the run."""
+    def _on_boards(self, act: Callable[[Board], None]) -> None:
+        """Run ``act`` on every board; a failure is reported and does not end the run."""
         for board in self.boards:
             with self.troubles.survived(type(board).__name__, *board.troubles):
                 act(board)
 
 
 def _step(row: str) -> int:
-    """The step of a line of metrics; -1 of one that is none, such as the last before a crash."""
+    """Return the step of a line of metrics; -1 for an invalid line, such as the last before a crash."""
     try:
         return int(json.loads(row)["step"])
     except (ValueError, KeyError, TypeError):
@@ -125,7 +125,7 @@ def _step(row: str) -> int:
 
 
 def append(path: Path, text: str) -> None:
-    """Add lines to a file, all or none of them; OSError where it cannot be written."""
+    """Append lines to a file, all or none of them; raise OSError if it cannot be written."""
     data = text.encode()
     with path.open("ab", buffering=0) as file:
         whole = file.seek(0, os.SEEK_END)
@@ -161,9 +161,9 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of Weights & Biases, the same one after every resumption.
+    """A run of Weights & Biases, which every resumption continues.
 
-    Steps are a column rather than wandb's own counter, which drops steps that come again after a crash.
+    Steps are a column instead of wandb's own counter, which drops steps that are repeated after a crash.
     """
 
     troubles = SERVICES_OWN
@@ -193,7 +193,7 @@ class Wandb:
 
 
 class Trackio:
-    """A run of trackio under the folder's name."""
+    """A run of trackio with the name of the folder."""
 
     troubles = SERVICES_OWN
 
@@ -213,7 +213,7 @@ class Trackio:
 
 
 def without_secrets(value: Any) -> Any:
-    """Nested settings without user, password and query of the addresses (``scheme://...``) among them."""
+    """Remove user, password and query from the addresses (``scheme://...``) in nested settings."""
     if isinstance(value, Mapping):
         return {key: without_secrets(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,8 +1,8 @@
-"""The state of a run and its step: prepare a batch, go down the gradient, average, save, show.
+"""Trainer: the state of a run (weights, moving average, optimisers, counts) and one training step.
 
-What a step sees depends only on the configuration and the step's number: order, noise, times and prompt dropout
-are functions of (seed, sample, epoch). So a run that stops at any checkpoint and resumes ends with bitwise the same
-weights, on one process or on as many as before; on another number, with the same up to rounding.
+What a step reads depends only on the configuration and the step's number: order, noise, times and prompt dropout are
+functions of (seed, sample, epoch). So a run that stops at a checkpoint and resumes ends with bitwise the same weights
+at the same world size, and with the same up to rounding at another.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,7 +27,9 @@ from semantic_routing.common.distributed import World
 from semantic_routing.common.errors import TrainingFailed
 from semantic_routing.common.images.save import grid
 from semantic_routing.common.manifest import versions
-from semantic_routing.data.loader import Batch
+from semantic_routing.data.batch import Batch
+from semantic_routing.data.damage import FILE as DAMAGED
+from semantic_routing.data.damage import DamageLog, Skipped
 from semantic_routing.flow import path, time_weights, training_times, velocity, velocity_loss
 from semantic_routing.model.build import make_model
 from semantic_routing.model.codec import make_codec
@@ -49,16 +51,18 @@ from semantic_routing.training.watchdog import Phase
 
 @dataclass(frozen=True)
 class Inputs:
-    """A microbatch as the network reads it: what the frozen models make of a batch."""
+    """A microbatch after the frozen models: what the network reads."""
 
     features: TextFeatures
     latents: Float[Tensor, "B C h w"]
     noise: Float[Tensor, "B C h w"]
     t: Float[Tensor, " B"]
+    skipped: list[tuple[Skipped, ...]]
+    """Records that were skipped for each row."""
 
 
-def prepare(bundle: TextToImage, batch: Batch, cfg: TrainConfig) -> Inputs:
-    """Drop prompts, read the others, encode the images, draw the times."""
+def prepare(bundle: TextToImage, batch: Batch[Tensor], cfg: TrainConfig) -> Inputs:
+    """Drop prompts, encode the others and the images, and draw the times."""
     device, (height, width) = bundle.device, batch.images.shape[1:3]
     dropped = (batch.drop_uniform < cfg.prompt_dropout).tolist()
     captions = [cfg.null_prompt if drop else c for c, drop in zip(batch.captions, dropped, strict=True)]
@@ -68,51 +72,40 @@ def prepare(bundle: TextToImage, batch: Batch, cfg: TrainConfig) -> Inputs:
         latents=bundle.codec.encode(batch.images.to(device), extra),
         noise=batch.noise.to(device),
         t=training_times(batch.time_uniform, cfg.time, height * width).to(device),
+        skipped=batch.skipped,
     )
 
 
 def flow_loss(bundle: TextToImage, inputs: Inputs, cfg: TrainConfig) -> Float[Tensor, ""]:
-    """The velocity loss of a microbatch: noise the latents, predict, compare.
+    """Return the velocity loss of a microbatch: noise the latents, predict, compare.
 
-    Where routing reads the time from the noisy latents, the estimator learns beside it, from its own error alone.
+    A network that estimates the time from the noisy latents also learns that, from the estimate's own error alone.
     """
     t, latents, noise = inputs.t, inputs.latents, inputs.noise
     noisy = path(latents, noise, t)
     with autocast(bundle.device, bundle.bf16):
-        told = bundle.model.gate_time(noisy, t)
-        context = bundle.model.prepare_text(inputs.features, told.detach())
+        gate_time = bundle.model.gate_time(noisy, t)
+        context = bundle.model.prepare_text(inputs.features, gate_time.detach())
         predicted = bundle.model(noisy, t, context)
     weights = None if cfg.time.weighting == "uniform" else time_weights(t, cfg.time)
     loss = velocity_loss(predicted, velocity(latents, noise), weights)
-    return loss if told is t else loss + (told - t).square().mean()
-
-
-def microbatches(batch: Batch, parts: int) -> list[Batch]:
-    """A batch cut into equal parts."""
-    size = len(batch.captions) // parts
-    names = ("images", "captions", "noise", "posterior_noise", "time_uniform", "drop_uniform", "samples")
-    filled = {name: getattr(batch, name) for name in names if getattr(batch, name) is not None}
-    cuts = [slice(i * size, (i + 1) * size) for i in range(parts)]
-    return [replace(batch, **{name: rows[cut] for name, rows in filled.items()}) for cut in cuts]
+    return loss + (gate_time - t).square().mean() if bundle.model.reads_latents else loss
 
 
 class Trainer:
-    """Model, moving average, optimisers and the number of finished steps, on one process of a run."""
+    """The state of a run on one process: model, moving average, optimisers, finished steps, skipped records."""
 
     def __init__(
         self, cfg: TrainConfig, out: Path, world: World | None = None, text: TextEncoderConfig | None = None
     ) -> None:
-        """A run in the folder ``out``, its initial weights a function of the seed.
+        """Build a run in the folder ``out``, with initial weights that are a function of the seed.
 
-        ``text`` says where the text encoder is, if not yet in ``out``. ValueError where the parts do not fit.
+        ``text`` locates the text encoder if it is not in ``out`` yet. Raises ValueError if the parts do not fit.
         """
         self.cfg, self.out = cfg, out
         self.world = world = world or World(device=pick_device(cfg.device))
         self.step = self.skipped = self.bad = 0
-        self.damaged: dict[str, int] = {}
-        """Records seen and skipped, as ``DamageLog`` counts them."""
-        self.beat: Callable[[Phase], None] = lambda phase: None
-        """Told what the trainer is at."""
+        self.damage = DamageLog(out / DAMAGED if world.first else None, most=cfg.data.max_damaged)
         cfg.share(world.count)
         device = world.device
         with torch.random.fork_rng(devices=[]):
@@ -122,7 +115,7 @@ class Trainer:
         encoder = TextEncoder.from_pretrained(text or locate_encoder(cfg.text, out))
         codec = make_codec(cfg.codec, device)
         self.record: dict[str, Any] = {"config": to_dict(cfg), KEY: model_origins(encoder, codec)}
-        """What every checkpoint tells of the run."""
+        """Facts of the run that every checkpoint records."""
         self.bundle = TextToImage(
             model=parallelize(model, cfg.parallel, world, bf16=bf16, compiled=cfg.compile),
             encoder=place_encoder(encoder, cfg.parallel, world, compiled=cfg.compile),
@@ -137,32 +130,33 @@ class Trainer:
         self.saver = Saver(out, keep=cfg.keep, keep_every=cfg.keep_every, group=world.threads)
 
     def load(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint; ValueError where it is damaged or another model's."""
+        """Load a checkpoint; raises ValueError if it is damaged or of another model."""
         state = read_state(checkpoint)
         self.ema = load_training_state(checkpoint, self.bundle.model, self.optimizers, self.world.threads)
-        self.damaged = state.get("damaged", {})
+        self.damage.restore(state.get("damaged", {}))
         self.step, self.skipped, self.bad = (state.get(name, 0) for name in ("step", "skipped_steps", "bad_steps"))
 
-    def prepare(self, batch: Batch) -> list[Inputs]:
-        """What the frozen models make of this process's share of a batch, in microbatches."""
-        return [prepare(self.bundle, part, self.cfg) for part in microbatches(batch, self.cfg.accumulate)]
+    def prepare(self, batch: Batch[Tensor]) -> list[Inputs]:
+        """Run the frozen models on this process's share of a batch, in microbatches."""
+        return [prepare(self.bundle, part, self.cfg) for part in batch.split(self.cfg.accumulate)]
 
-    def advance(self, inputs: Sequence[Inputs]) -> Row:
-        """One optimiser step over all processes' microbatches; returns its metrics, which are everybody's.
+    def advance(self, inputs: Sequence[Inputs], beat: Callable[[Phase], None] = lambda phase: None) -> Row:
+        """Take one optimiser step over all processes' microbatches; return its metrics, which are those of all.
 
-        Where loss or gradient are not finite nothing changes but the count of skipped steps; too many of those in a
-        row raise TrainingFailed.
+        ``beat`` is called with each phase of the step. If loss or gradient is not finite, only the step's number and
+        the count of skipped steps change; too many of those in a row raise TrainingFailed.
         """
         rate = set_rates(self.optimizers, self.cfg.optim, self.step, self.cfg.steps)
         mean = torch.zeros((), device=self.world.device)
         for left, part in zip(reversed(range(len(inputs))), inputs, strict=True):
-            self.beat("forward")
+            beat("forward")
             synchronise(self.bundle.model, left == 0)
             loss = flow_loss(self.bundle, part, self.cfg) / len(inputs)
-            self.beat("backward")
+            beat("backward")
             loss.backward()
             mean += loss.detach()
-        self.beat("updating")
+            self.damage.add(part.skipped)
+        beat("updating")
         norm = whole(nn.utils.clip_grad_norm_(self.bundle.model.parameters(), self.cfg.optim.clip))
         row: Row = {
             "step": self.step + 1,
@@ -182,7 +176,7 @@ class Trainer:
         return row | {"skipped": self.skipped}
 
     def _count(self, good: bool, what: str) -> None:
-        """Count a step that is to be skipped; too many in a row end the run."""
+        """Count skipped steps; end the run after too many in a row."""
         self.skipped += not good
         self.bad = 0 if good else self.bad + 1
         if self.bad >= self.cfg.max_bad_steps:
@@ -200,17 +194,23 @@ class Trainer:
 
     @torch.no_grad()
     def _average(self) -> None:
-        """Move the average towards the weights, each process its shard; its decay rises over the first updates."""
+        """Move the average of this process's shards towards the weights; the decay rises over the first updates."""
         updates = self.step // self.cfg.ema_every
         decay = min(self.cfg.ema_decay, (1 + updates) / (10 + updates))
         torch._foreach_lerp_([local(x) for x in self.ema.values()], self._shards(), 1 - decay)
 
     def _shards(self) -> list[Tensor]:
-        """This process's part of the weights."""
+        """Return this process's shards of the weights."""
         return [local(p.detach()) for p in self.bundle.model.parameters()]
 
+    def count_damage(self) -> None:
+        """Count the skipped records of all processes; end the run if their share is too large."""
+        tallies = self.world.all_gather(self.damage.take())
+        self.world.everywhere(lambda: self.damage.merge(tallies))
+
     def save(self) -> None:
-        """Begin to write a checkpoint, once the one before is written. Weights that are not finite raise."""
+        """Start writing a checkpoint, after the one before is written; fail if the weights are not finite."""
+        self.count_damage()
         finite = all(bool(p.isfinite().all()) for p in self._shards())
         if self.world.max(int(not finite))[0]:
             self._fail("weights are no longer finite", self.step)
@@ -218,7 +218,7 @@ class Trainer:
             "position": self.step * self.cfg.batch,
             "skipped_steps": self.skipped,
             "bad_steps": self.bad,
-            "damaged": self.damaged,
+            "damaged": self.damage.counts(),
             "processes": self.world.count,
             "versions": versions(),
         } | self.record
@@ -226,7 +226,7 @@ class Trainer:
         self.saver.save(self.step, self.bundle.model, self.ema, self.optimizers, state)
 
     def finish_writing(self) -> None:
-        """Return when the last checkpoint is on disk; where that failed, all processes raise why."""
+        """Wait until the last checkpoint is on disk; if that failed, end all processes with the reason."""
         try:
             self.saver.wait()
         except ValueError as error:
@@ -234,7 +234,7 @@ class Trainer:
 
     @contextmanager
     def averaged(self) -> Iterator[TextToImage]:
-        """The bundle with the averaged weights, while the context lasts."""
+        """Put the averaged weights into the bundle while the context lasts."""
         own = self._shards()
         trained = [x.clone() for x in own]
         torch._foreach_copy_(own, [local(x) for x in self.ema.values()])
@@ -245,14 +245,14 @@ class Trainer:
             torch._foreach_copy_(own, trained)
 
     def preview(self, captions: Sequence[str]) -> UInt8[np.ndarray, "H W 3"]:
-        """A grid of samples of the captions with the averaged weights; every process draws all of them."""
+        """Sample a grid of images of the captions with the averaged weights; every process samples all of them."""
         with self.averaged() as bundle:
             images = bundle.sample(captions, [(i, 0) for i in range(len(captions))], self.cfg.preview)
         return grid(list(images.numpy(force=True)), columns=8)
 
 
 def _check_latents(latent: tuple[int, int, int], model: DiTConfig) -> None:
-    """Raise where the codec's latents (channels, height, width) are none that the transformer can read."""
+    """Raise ValueError if the codec's latents do not fit the transformer's channels and patch size."""
     channels, height, width = latent
     if channels != model.channels:
         raise ValueError(f"the codec's latents have {channels} channels, but model.channels is {model.channels}")

@@ -1,7 +1,7 @@
-"""The loss on pictures that are never trained on, at fixed times and with fixed noise.
+"""Validation: the loss on held-out images, at fixed times and with fixed noise.
 
-Training's own loss is of other pictures, times and noise at every step, so it is too noisy to compare runs by. Here
-all of that is a function of the configuration: two numbers differ only where the networks do.
+The training loss is too noisy to compare runs: every step has other images, times and noise. Here these are a function
+of the configuration, so two values differ only if the networks do.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 from semantic_routing.common.distributed import ALONE, Processes
 from semantic_routing.common.errors import TrainingFailed
 from semantic_routing.common.troubles import Troubles
+from semantic_routing.data.batch import collate
 from semantic_routing.data.dataset import DataConfig, open_data
-from semantic_routing.data.draws import draw, posterior_noise
 from semantic_routing.data.sources.discover import SHAPES
 from semantic_routing.data.streams import Row
 from semantic_routing.flow import FIXED_TIMES, path, velocity
@@ -30,25 +30,25 @@ from semantic_routing.sampling.text_to_image import TextToImage
 from semantic_routing.toy.captions import prompts
 
 HeldOut = Callable[[int], Row]
-"""The pictures to validate on, by their number from 0."""
+"""Function from a number from 0 to a held-out row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
-    """What a run is validated on, and when."""
+    """Data and interval of validation."""
 
     every: int = 0
     """Steps between validations; 0 is none."""
     paths: tuple[str, ...] = ()
-    """Held-out data, as data.paths; the toy world has its own."""
+    """Held-out data, in the form of data.paths; the toy world has its own."""
     samples: int = 512
-    """Pictures."""
+    """Number of images."""
     batch: int = 64
-    """Pictures that each process predicts together; decides no result."""
+    """Images per forward pass of each process; does not change the result."""
     times: tuple[float, ...] = FIXED_TIMES
-    """Times at which every picture is predicted, from 0 (noise) to 1 (data)."""
+    """Times at which the loss of every image is computed, from 0 (noise) to 1 (data)."""
     seed: int = 0
-    """Decides which of the pictures, and their noise."""
+    """Seed of the choice of images and of their noise."""
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.samples < 1 or self.batch < 1:
@@ -57,23 +57,23 @@ class ValidationConfig:
                 "none, and at least 1 sample"
             )
         if not self.times or not all(0 <= t <= 1 for t in self.times):
-            raise ValueError(f"times {self.times} of the validation must be some from 0 to 1")
+            raise ValueError(f"times {self.times} of the validation must be at least one number from 0 to 1")
 
 
 def held_out(cfg: ValidationConfig, data: DataConfig, image_size: int) -> HeldOut:
-    """The pictures to validate a run on ``data`` with: square, never mirrored.
+    """Open the held-out images of a run on ``data``: those of ``cfg.paths``, or the toy world's evaluation split.
 
-    Those of ``cfg.paths``, or the toy world's evaluation split. ValueError where neither is at hand, for nobody but
-    the user knows which of their pictures must not be trained on.
+    They are square and never mirrored. Raises ValueError if there are none: only the user knows which of their images
+    are not trained on.
     """
     if cfg.paths in ((), (SHAPES,)):
         if SHAPES not in data.paths:
-            raise ValueError("validation needs pictures that are not trained on: give validation.paths")
+            raise ValueError("validation needs images that are not trained on: give validation.paths")
         drawn = prompts(cfg.seed, cfg.samples)
         return lambda i: Row(replace(drawn[i], size=image_size).image, drawn[i].caption, cfg.seed, 0, i)
     own = replace(data, paths=cfg.paths, weights=(), buckets=False, flip=False)
     opened = open_data(own, image_size=image_size, seed=cfg.seed)
-    return lambda i: opened.load(0, cfg.samples, range(i, i + 1))[0][1]
+    return lambda i: opened.load(0, cfg.samples, range(i, i + 1))[0]
 
 
 def validate(
@@ -83,10 +83,10 @@ def validate(
     job: Processes = ALONE,
     troubles: Troubles | None = None,
 ) -> dict[str, float]:
-    """The velocity's mean squared error: ``val_loss``, and at each time ``val_loss_t0.05`` ...
+    """Return the velocity's mean squared error: ``val_loss``, and at each time ``val_loss_t0.05`` ...
 
-    Every process of the job must call it; each takes its share, and all get the result: not a number
-    where pictures cannot be read any more, which ``troubles`` tells once.
+    A collective call: each process computes its share, and all get the result. It is nan if images cannot be read any
+    more, which ``troubles`` reports once.
     """
     sums = error_sums(bundle, pictures, cfg, job, troubles)
     if job.count > 1:
@@ -100,10 +100,10 @@ def validate(
 def error_sums(
     bundle: TextToImage, pictures: HeldOut, cfg: ValidationConfig, job: Processes, troubles: Troubles | None = None
 ) -> Float64[Tensor, " T"]:
-    """Sum of the errors of one process's share of the pictures, at each time.
+    """Sum the errors of one process's share of the images at each time.
 
-    All processes run the network equally often and on batches of one size, as sharding and compilation want it: what
-    is missing of a batch is filled up, and not counted.
+    Sharding and compilation need equally many forward passes on all processes, and batches of one size: incomplete
+    batches are padded with rows that do not count.
     """
     share = -(-cfg.samples // job.count)
     batch = min(cfg.batch, share)
@@ -111,7 +111,7 @@ def error_sums(
     troubles = troubles or Troubles()
     sums = torch.zeros(len(cfg.times), dtype=torch.float64, device=bundle.device)
     for first in range(0, share, batch):
-        rows, filling = list[Row](), [_blank(bundle.image_size)]
+        rows, filling = list[Row](), [_padding(bundle.image_size)]
         unread = True
         with troubles.survived("validation", TrainingFailed):
             rows = [pictures(i) for i in own[first : first + batch]]
@@ -123,30 +123,24 @@ def error_sums(
     return sums
 
 
-def _blank(size: int) -> Row:
-    """A picture that keeps a process in step with the others."""
+def _padding(size: int) -> Row:
+    """Return a black image, which pads a batch without rows."""
     return Row(np.zeros((size, size, 3), np.uint8), "", 0, 0, 0)
 
 
 @torch.no_grad()
 def batch_errors(bundle: TextToImage, rows: Sequence[Row], times: Sequence[float]) -> Float64[Tensor, "T B"]:
-    """The velocity's mean squared error of each picture at each time; its noise is the same at all of them."""
-    device, model = bundle.device, bundle.model
-    images = torch.from_numpy(np.stack([row.image for row in rows])).to(device)
-    shape = bundle.codec.latent_shape(*images.shape[1:3])
-    keys = [(row.seed, row.sample, row.epoch) for row in rows]
-    noise = torch.from_numpy(np.stack([draw(*key, shape).noise for key in keys])).to(device)
-    extra = None
-    if bundle.codec.has_posterior:
-        extra = torch.from_numpy(np.stack([posterior_noise(*key, shape) for key in keys])).to(device)
-    latents = bundle.codec.encode(images, extra)
-    target = velocity(latents, noise)
-    features = bundle.encode([row.caption for row in rows], strict=False)
-    plan, errors = TextPlan(model, features), []
+    """Return the velocity's mean squared error of each image at each time, with the same noise at all times."""
+    device, codec = bundle.device, bundle.codec
+    arrays = collate(rows, codec.latent_shape(*rows[0].image.shape[:2]), posterior=codec.has_posterior)
+    batch = arrays.tensors(lambda values: torch.from_numpy(values).to(device))
+    latents = codec.encode(batch.images, batch.posterior_noise)
+    target = velocity(latents, batch.noise)
+    plan, errors = TextPlan(bundle.model, bundle.encode(batch.captions, strict=False)), []
     for time in times:
         t = torch.full((len(rows),), time, device=device)
         with autocast(device, bundle.bf16):
-            noisy = path(latents, noise, t)
-            predicted = model(noisy, t, plan.at(noisy, t))
+            noisy = path(latents, batch.noise, t)
+            predicted = bundle.model(noisy, t, plan.at(noisy, t))
         errors.append((predicted.float() - target).square().flatten(1).double().mean(1))
     return torch.stack(errors)

@@ -1,11 +1,10 @@
-"""A job whose processes stop moving ends, and says which of them stopped first.
+"""Watchdog: ends a hung job and names the process that stopped first.
 
-Every process notes where it is (``Watchdog.beat``); a thread beside it puts that note on a store which all
-processes share. The first process's thread reads the notes of all: where one has not changed for too long, it
-names the process that is furthest behind, everybody's stack is written to stderr, and all end with exit code 1,
-so that torchrun tears the job down and the run can be resumed. The other threads only see to it that the first
-process is still there. No clock is compared with another machine's: a note is old when its reader has seen no
-other for that long.
+Every process records its step and phase (``Watchdog.beat``), and a thread writes this note to a store that all share.
+Rank 0's thread reads all notes. If one has not changed for too long, it names the process that is furthest behind, all
+processes write their stacks to stderr, and all exit with code 1, so that torchrun ends the job and the run can be
+resumed. The threads of the other ranks watch rank 0. Clocks of different machines are never compared: the age of a note
+is the time since its reader last saw it change.
 """
 
 from __future__ import annotations
@@ -28,47 +27,47 @@ from torch.distributed import DistError, HashStore, PrefixStore, Store, TCPStore
 Phase = Literal[
     "starting", "loading data", "forward", "backward", "updating", "logging", "validating", "sampling", "saving"
 ]
-"""What a process is at."""
+"""The current activity of a process."""
 SLOW = ("starting", "validating", "sampling", "saving")
-"""Phases that may last as long as ``WatchdogConfig.grace``."""
+"""Phases that may take up to ``WatchdogConfig.grace``."""
 POLLS = 20
-"""Looks at the notes within one timeout ..."""
+"""Polls per timeout."""
 LONGEST_POLL = 10.0
-"""... and the most seconds between two of them."""
+"""Most seconds between two polls."""
 ALARM = "alarm"
 
 
 @dataclass(frozen=True, kw_only=True)
 class WatchdogConfig:
-    """When a job counts as hung."""
+    """Time limits after which a job counts as hung."""
 
     timeout: float | None = None
-    """Seconds without movement after which the job ends. 0: never. None: 600 with several processes, else never."""
+    """Seconds without progress after which the job ends. 0: never. None: 600 with several processes, else never."""
     grace: float = 3600.0
-    """The same, if longer, for what may take long: the first step (compilation), checkpoints, samples, validation."""
+    """The same, if longer, for slow phases: the first step (compilation), checkpoints, samples, validation."""
 
     def __post_init__(self) -> None:
         if (self.timeout or 0) < 0 or self.grace <= 0:
             raise ValueError(f"timeout {self.timeout} must be at least 0 and grace {self.grace} above 0 seconds")
 
     def seconds(self, world: int) -> float:
-        """The timeout of a job of ``world`` processes; 0 is none."""
+        """Return the timeout in seconds of a job of ``world`` processes; 0 is none."""
         return (600.0 if world > 1 else 0.0) if self.timeout is None else self.timeout
 
 
 @dataclass(frozen=True)
 class Note:
-    """Where a process is. Notes are ordered by progress: (step, beats since)."""
+    """Step and phase of a process. Notes are ordered by progress: (step, beats since the step began)."""
 
     host: str
     step: int = 0
     beats: int = 0
-    """Beats since the step began."""
+    """Number of beats since the step began."""
     phase: Phase = "starting"
     slow: bool = True
-    """Whether the grace applies."""
+    """Whether ``grace`` applies instead of ``timeout``."""
     pulse: int = 0
-    """Times that the note was put on the store: it rises as long as the process can run its threads."""
+    """Number of writes of the note to the store: it increases as long as the process can run its threads."""
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -76,13 +75,13 @@ class Note:
 
 
 class Seen:
-    """What a reader knows of one process, and since when."""
+    """A reader's view of one process: its note, and when it last changed."""
 
     def __init__(self, rank: int, now: float) -> None:
         self.rank = rank
         self.note = Note(host="?")
         self.moved = self.alive = now
-        """When its progress and when its pulse were last seen to change."""
+        """Times at which its progress and its pulse were last seen to change."""
 
     def update(self, note: Note, now: float) -> None:
         if note.progress != self.note.progress:
@@ -93,11 +92,11 @@ class Seen:
 
 
 def hung(seen: Sequence[Seen], now: float, excused: float, timeout: float, grace: float) -> list[Seen]:
-    """The processes to blame where one has not moved for too long: those furthest behind among all that stand still.
+    """Return the processes to blame if one is stuck for too long: those furthest behind of all that are stuck.
 
-    Processes wait for each other, so one that is slow for a good reason gives all of them its grace, and ``timeout``
-    counts from ``excused``, when one was last known to be. All stop almost at once, and notes arrive out of order: who
-    has not moved for half the timeout stands still.
+    Processes wait for each other, so a process in a slow phase excuses all, and ``timeout`` counts from ``excused``,
+    the end of the last slow phase. All stop almost together, and notes arrive out of order, so a process without
+    progress for half the timeout counts as stuck.
     """
     if not any(now - one.moved > grace or now - max(one.moved, excused) > timeout for one in seen):
         return []
@@ -107,7 +106,7 @@ def hung(seen: Sequence[Seen], now: float, excused: float, timeout: float, grace
 
 
 def describe(blamed: Sequence[Seen], now: float) -> str:
-    """The message that names them."""
+    """Return the message that names the blamed processes."""
     first = blamed[0]
     others = ", ".join(str(one.rank) for one in blamed[1:9]) + (" ..." if len(blamed) > 9 else "")
     return (
@@ -118,7 +117,7 @@ def describe(blamed: Sequence[Seen], now: float) -> str:
 
 
 def describe_silence(first: Seen, now: float) -> str:
-    """The message of the others about a first process that does not run at all."""
+    """Return the other ranks' message about a rank 0 that does not run at all."""
     note = first.note
     return (
         f"rank 0 on host {note.host} has not answered since step {note.step} ({note.phase}) "
@@ -127,9 +126,9 @@ def describe_silence(first: Seen, now: float) -> str:
 
 
 class Watchdog:
-    """One process's part in watching over a job; a context whose thread ends with it.
+    """One process's watchdog; a context manager whose thread ends with it.
 
-    ``end`` is what the thread does at last: the default ends the process at once, which nothing can hold up.
+    The thread calls ``end`` with the exit code; the default exits at once, without cleanup that could block.
     """
 
     def __init__(
@@ -140,9 +139,9 @@ class Watchdog:
         world: int = 1,
         end: Callable[[int], object] = os._exit,
     ) -> None:
-        """``store`` is shared by the ``world`` processes (``job_store``); a process that is alone needs none."""
+        """Watch over ``world`` processes that share ``store`` (``job_store``); a single process needs none."""
         if world > 1 and store is None:
-            raise ValueError("several processes need one store that they share")
+            raise ValueError("several processes need a store that they share: pass job_store()")
         self.rank, self.world, self.end = rank, world, end
         self.timeout = cfg.seconds(world)
         self.grace = max(cfg.grace, self.timeout)
@@ -164,7 +163,7 @@ class Watchdog:
             self._thread.join()
 
     def beat(self, step: int, phase: Phase) -> None:
-        """Note that this process, after ``step`` finished steps, is now at ``phase``. Costs microseconds."""
+        """Record that this process is in ``phase`` after ``step`` finished steps; takes microseconds."""
         if self._first_step is None:
             self._first_step = step
         beats = self._note.beats + 1 if step == self._note.step else 0
@@ -192,9 +191,9 @@ class Watchdog:
                 return self._raise_alarm(describe(blamed, now))
 
     def _exchange(self, watched: Sequence[Seen], pulse: int) -> str:
-        """Show the own note and read the others'; returns the alarm where one was raised.
+        """Write this process's note and read the watched ones; return the alarm message if there is one.
 
-        Where the store's host is gone or busy nothing is read, and what was read before grows old.
+        If the store's host is gone or busy, nothing is read, and the earlier notes age.
         """
         with suppress(DistError):
             self._store.set(str(self.rank), json.dumps(asdict(replace(self._note, pulse=pulse))))
@@ -206,12 +205,12 @@ class Watchdog:
         return ""
 
     def _silent(self, first: Seen, now: float) -> bool:
-        """Whether the first process, which had time to say who hangs, cannot even say that."""
+        """Return whether rank 0 has had time to raise an alarm, and does not even run."""
         allowed = self.grace if first.note.slow else self.timeout
         return now - first.alive > allowed + 2 * self.interval
 
     def _raise_alarm(self, message: str) -> None:
-        """Tell the others, give them time to write their stacks, and end."""
+        """Send the message to the other processes, give them time to write their stacks, and end."""
         with suppress(DistError):
             self._store.set(ALARM, message)
         self._done.wait(2 * self.interval)
@@ -225,10 +224,10 @@ class Watchdog:
 
 
 def job_store() -> Store | None:
-    """A connection to the store of the job that torchrun started, once its process group is there; else None."""
+    """Connect to the store of torchrun's job, whose process group exists; return None without torchrun."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
-    # torchrun's store outlives a restart of the processes, and so would an alarm.
+    # torchrun's store survives a restart of the processes, and so would an alarm.
     return PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)

@@ -146,7 +146,7 @@ def test_a_caption_of_another_name_is_hinted_at(tmp_path: Path, kind: str):
     with pytest.raises(ValueError, match=r"but there are llava,.* id.*choose with --data\.caption-keys llava"):
         open_data(DataConfig(paths=(str(path),)), image_size=8, seed=0)
     data = open_data(DataConfig(paths=(str(path),), caption_keys=("llava",)), image_size=8, seed=0)
-    assert data.load(0, 1, range(1))[0][1].caption == row["llava"]
+    assert data.load(0, 1, range(1))[0].caption == row["llava"]
 
 
 def test_pictures_without_any_captions_are_refused_with_what_to_do(tmp_path: Path):

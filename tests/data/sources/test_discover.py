@@ -262,8 +262,8 @@ def test_shapes_is_the_toy_world_to_every_command(
     monkeypatch.chdir(tmp_path)
     with caplog.at_level(logging.WARNING):
         data = open_data(DataConfig(paths=("shapes",)), image_size=16, seed=0)
-    assert data.load(0, 1, range(1))[0][1].key == ""  # drawn
-    assert "shapes means the toy world; what lies here under that name is ./shapes" in caplog.text
+    assert data.load(0, 1, range(1))[0].key == ""  # drawn
+    assert "shapes means the toy world; for the folder of that name write ./shapes" in caplog.text
     refusing = [
         lambda: index(IndexArguments(paths=("shapes",), out=tmp_path / "index")),
         lambda: stats(StatsArguments(paths=("shapes",))),

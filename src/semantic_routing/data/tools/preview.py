@@ -59,7 +59,7 @@ def preview(args: PreviewArguments) -> str:
         weights=(1.0,) * len(args.paths) if len(args.paths) > 1 else (),
     )
     data = open_data(cfg, image_size=args.size, seed=args.seed)
-    rows = [row for _, row in data.load(0, args.count, range(args.count))]
+    rows = data.load(0, args.count, range(args.count))
     rows = [row for row in rows if row.epoch == 0]
     with written_whole(args.out) as scratch:
         contact_sheet(rows, args.columns).save(scratch, format="PNG")

@@ -1,6 +1,6 @@
 """GenEval's prompts and folders (Ghosh et al., 2023); ``verdict.py`` gives the verdicts.
 
-Images lie as ``<digits>/samples/<digits>.png`` with the prompt in ``<digits>/metadata.jsonl``; the official
+Images are in ``<digits>/samples/<digits>.png`` with the prompt in ``<digits>/metadata.jsonl``; the official
 generator writes five digits, its documentation four, and any number of them is read here.
 """
 
@@ -36,7 +36,7 @@ class GenEval(Benchmark):
 
     @property
     def columns(self) -> Columns:
-        """``overall`` is the official score: the plain mean of the tags' accuracies. ``images`` is over all images."""
+        """Return the columns: ``overall`` is the official score, the plain mean of the tags' accuracies."""
         tags = tuple(dict.fromkeys(tag for prompt in self.prompts for tag in prompt.tags))
         by_tag = tag_columns(tags)
         return {"overall": tuple((tag,) for tag in tags), "images": (tags,)} | {tag: by_tag[tag] for tag in tags}
@@ -50,7 +50,7 @@ class GenEval(Benchmark):
             write_text(out / "images" / f"{index:05d}" / METADATA, json.dumps(prompt.metadata) + "\n")
 
     def find(self, folder: Path) -> dict[tuple[int, int], Path]:
-        """All images in the folders of prompts, whatever their number; ValueError if a folder is of no such prompt.
+        """Find all images in the folders of prompts; ValueError if a folder belongs to no prompt.
 
         As for the official scorer, a folder's prompt is what its metadata says; without them, it is the one with the
         folder's number.
@@ -71,7 +71,7 @@ class GenEval(Benchmark):
         return found
 
     def _index(self, place: Path, by_text: Mapping[str, int]) -> int:
-        """The prompt of a folder; ValueError where this benchmark has none such."""
+        """Return the index of a folder's prompt; ValueError if this benchmark has no such prompt."""
         index, metadata = int(place.name), place / METADATA
         asked = read_json(metadata, "the metadata of a prompt") if metadata.is_file() else None
         if isinstance(asked, dict):
@@ -89,7 +89,7 @@ class GenEval(Benchmark):
         return index
 
     def summarize(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Accuracies, and under ``correct_prompts`` the share of prompts with at least one correct image."""
+        """Return accuracies, and as ``correct_prompts`` the share of prompts with at least one correct image."""
         verdicts: dict[int, list[bool]] = {}
         for record in records:
             if record.correct is not None:
@@ -104,7 +104,7 @@ class GenEval(Benchmark):
 
 
 def read_geneval(path: Path, images_per_prompt: int = IMAGES_PER_PROMPT) -> GenEval:
-    """The benchmark of the official ``evaluation_metadata.jsonl``; ValueError for prompts of another benchmark."""
+    """Read the official ``evaluation_metadata.jsonl``; ValueError for prompts of another benchmark."""
     rows = read_json_lines(path, "the prompts of GenEval")
     for number, row in enumerate(rows, 1):
         try:
@@ -128,6 +128,8 @@ class GenEvalScorer:
     colors: ColorClassifier
     variant: str = ""
     """The user's own label of the score, beside those of the models."""
+
+    usage = None
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from semantic_routing.evaluation.geneval.verdict import COLORS, Detection
 
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 BACKGROUND = "#999"
-"""What lies outside an object's mask."""
+"""The value of pixels outside an object's mask."""
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -29,7 +29,7 @@ class ClipColors:
     """Names colours by CLIP's similarity of a picture and a sentence."""
 
     def __init__(self, model: Any, tokenizer: Any, identity: dict[str, Any]) -> None:
-        """``model`` is a ``CLIPModel``; it is frozen and used where it lies. ValueError if it is not OpenAI's kind."""
+        """Take a ``CLIPModel``; it is frozen and used on its device. ValueError if it is not OpenAI's kind."""
         for part in (model.config.text_config, model.config.vision_config):
             if part.hidden_act != "quick_gelu":
                 raise ValueError(
@@ -43,7 +43,7 @@ class ClipColors:
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image, objects: Sequence[Detection], name: str) -> list[str]:
-        """The colour of each object of the class ``name``."""
+        """Return the colour of each object of the class ``name``."""
         if not objects:
             return []
         side = self._model.config.vision_config.image_size
@@ -53,7 +53,7 @@ class ClipColors:
         return [COLORS[index] for index in likeness.argmax(dim=1).tolist()]
 
     def _classifier(self, name: str) -> Float[Tensor, "colors width"]:
-        """A direction for each colour of a class: of the normalised sentences the mean, normalised again."""
+        """Return a direction for each colour of a class: the normalised mean of normalised sentences."""
         if name not in self._sentences:
             texts = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
             tokens = self._tokenizer(texts, padding=True, return_tensors="pt").to(self._model.device)
@@ -64,7 +64,7 @@ class ClipColors:
 
 
 def cut_out(image: Image.Image, found: Detection) -> Image.Image:
-    """The object's box, without a margin; what its mask leaves out is gray."""
+    """Crop the object's box; pixels outside of its mask are gray."""
     if found.mask is not None:
         if found.mask.shape != image.size[::-1]:
             raise ValueError(f"the mask is of a picture of {found.mask.shape[::-1]} pixels, not {image.size}")
@@ -75,7 +75,7 @@ def cut_out(image: Image.Image, found: Detection) -> Image.Image:
 
 
 def clip_pixels(image: Image.Image, side: int) -> Float[Tensor, "3 {side} {side}"]:
-    """CLIP's preparation of a picture for validation."""
+    """Prepare a picture as CLIP does for validation."""
     short = min(image.size)
     width, height = (side if length == short else side * length // short for length in image.size)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)

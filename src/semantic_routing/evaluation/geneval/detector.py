@@ -51,7 +51,7 @@ class Mask2FormerDetector:
     """A Mask2Former of the 80 COCO classes."""
 
     def __init__(self, model: Any, identity: dict[str, Any]) -> None:
-        """``model`` is a ``Mask2FormerForUniversalSegmentation``; it is frozen and used where it lies."""
+        """Take a ``Mask2FormerForUniversalSegmentation``; it is frozen and used on its device."""
         if model.config.num_labels != len(CLASSES):
             raise ValueError(
                 f"the detector knows {model.config.num_labels} classes, GenEval needs COCO's {len(CLASSES)}; use a "
@@ -62,14 +62,14 @@ class Mask2FormerDetector:
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image, min_score: float = 0.0) -> dict[str, list[Detection]]:
-        """Objects by class with a score above ``min_score``, by falling probability of the class."""
+        """Return objects by class with a score above ``min_score``, by falling probability of the class."""
         pixels, geometry = preprocess(np.asarray(image.convert("RGB")))
         answer = self._model(pixel_values=pixels[None].to(self._model.device))
         return postprocess(answer.class_queries_logits[0], answer.masks_queries_logits[0], geometry, min_score)
 
 
 def preprocess(image: UInt8[np.ndarray, "h w 3"]) -> tuple[Float[Tensor, "3 H W"], Geometry]:
-    """A picture as the network takes it: resized, padded on the right and below, normalised."""
+    """Resize a picture, pad it on the right and below, and normalise it."""
     geometry = fit(*image.shape[:2])
     (height, width), (padded_height, padded_width) = geometry.resized, geometry.padded
     pixels = np.full((padded_height, padded_width, 3), PADDING, dtype=np.uint8)
@@ -79,7 +79,7 @@ def preprocess(image: UInt8[np.ndarray, "h w 3"]) -> tuple[Float[Tensor, "3 H W"
 
 
 def fit(height: int, width: int) -> Geometry:
-    """Sizes of a picture that fits 1333 x 800 either way round, then padded to multiples of 32.
+    """Return the sizes of a picture that fits 1333 x 800 either way round, then padded to multiples of 32.
 
     BadData for one so narrow that nothing would be left of it.
     """
@@ -92,7 +92,7 @@ def fit(height: int, width: int) -> Geometry:
 
 
 def resize_bilinear(image: UInt8[np.ndarray, "h w 3"], size: Size) -> UInt8[np.ndarray, "H W 3"]:
-    """OpenCV's ``resize`` with ``INTER_LINEAR``: no antialiasing, weights in 2048ths, equal to the last bit."""
+    """Resize as OpenCV's ``INTER_LINEAR`` to the bit: no antialiasing, weights in 2048ths."""
     left, right, weight = _neighbours(image.shape[1], size[1])
     # Columns outside the picture take its edge whole; rows blend the edge with itself, which rounds otherwise.
     weight = np.where((left < 0) | (right > image.shape[1] - 1), np.float32(0), weight)
@@ -108,7 +108,7 @@ def resize_bilinear(image: UInt8[np.ndarray, "h w 3"], size: Size) -> UInt8[np.n
 def _neighbours(
     n: int, n_out: int
 ) -> tuple[Int[np.ndarray, " out"], Int[np.ndarray, " out"], Float[np.ndarray, " out"]]:
-    """The two inputs nearest to each output's centre, which may be outside, and the weight of the second."""
+    """Return the two inputs nearest to each output's centre, which may be outside, and the second's weight."""
     place = ((np.arange(n_out) + 0.5) * (n / n_out) - 0.5).astype(np.float32)
     first = np.floor(place).astype(np.int64)
     return first, first + 1, (place - first).astype(np.float32)
@@ -124,7 +124,7 @@ def postprocess(
     geometry: Geometry,
     min_score: float = 0.0,
 ) -> dict[str, list[Detection]]:
-    """Objects by class with a score above ``min_score``, by falling probability of the class.
+    """Return objects by class with a score above ``min_score``, by falling probability of the class.
 
     The score is the probability of the class times the mean of the mask's sigmoid over its positive pixels, which
     is at most 1: pairs whose probability does not exceed ``min_score`` need no mask. One query may be an object of
@@ -163,17 +163,17 @@ class Resize:
     last: Int[np.ndarray, " out"]
 
     def touched(self, start: int, stop: int) -> tuple[int, int]:
-        """The range of outputs to which any of the inputs ``start`` to ``stop`` - 1 contributes."""
+        """Return the range of outputs to which any of the inputs ``start`` to ``stop`` - 1 contributes."""
         return int(np.searchsorted(self.last, start)), int(np.searchsorted(self.first, stop))
 
     def inputs(self, start: int, stop: int) -> slice:
-        """The inputs that the outputs ``start`` to ``stop`` - 1 depend on."""
+        """Return the inputs that the outputs ``start`` to ``stop`` - 1 depend on."""
         return slice(int(self.first[start]), int(self.last[stop - 1]) + 1)
 
 
 @lru_cache(maxsize=8)
 def two_resizes(n: int, padded: int, resized: int, original: int) -> Resize:
-    """From ``n`` logits to ``padded`` places, cut to ``resized``, to ``original`` places; bilinear both times.
+    """Resize ``n`` logits to ``padded`` places, cut to ``resized``, then to ``original``; bilinear both times.
 
     The map is what torch's own interpolation makes of the unit vectors.
     """
@@ -206,10 +206,10 @@ def fill_mask(
 def positive_blocks(
     logits: Float[Tensor, "h w"], rows: Resize, columns: Resize
 ) -> Iterator[tuple[int, int, Float[Tensor, "height width"]]]:
-    """The enlarged logits in blocks of rows, each with its upper left corner, wherever they may be positive.
+    """Yield the enlarged logits in blocks of rows with their upper left corners, if they may be positive.
 
     An average of numbers none of which is positive is not positive, so the rest is left out. A block may be
-    overwritten by who takes it.
+    overwritten by the caller.
     """
     positive = logits > 0
     at_rows, at_columns = positive.any(dim=1).nonzero(), positive.any(dim=0).nonzero()
@@ -217,7 +217,7 @@ def positive_blocks(
         return
     top, bottom = rows.touched(int(at_rows[0]), int(at_rows[-1]) + 1)
     left, right = columns.touched(int(at_columns[0]), int(at_columns[-1]) + 1)
-    if top >= bottom or left >= right:  # all that is positive lies in the padding
+    if top >= bottom or left >= right:  # all positive logits are in the padding
         return
     reach = rows.inputs(top, bottom)
     wide = torch.empty(reach.stop - reach.start, right - left)

@@ -97,7 +97,7 @@ _MERGING = re.compile(r"backbone\.stages\.\d+\.downsample\..*")
 
 
 def detector_config(**changes: Any) -> Any:
-    """The ``Mask2FormerConfig`` of the official detector; ``changes`` of its sizes, for tests."""
+    """Return the ``Mask2FormerConfig`` of the official detector; ``changes`` of its sizes are for tests."""
     from transformers import Mask2FormerConfig, SwinConfig
 
     sizes = {name: changes.pop(name, value) for name, value in SIZES.items()}
@@ -106,7 +106,7 @@ def detector_config(**changes: Any) -> Any:
 
 
 def read_mmdet(path: Path) -> Mapping[str, Tensor]:
-    """The tensors of a checkpoint of mmdetection; ValueError where it is damaged or would run code."""
+    """Read the tensors of an mmdetection checkpoint; ValueError if it is damaged or would run code."""
     if path.suffix == ".safetensors":
         return read_upstream(path)
     try:
@@ -126,7 +126,7 @@ def read_mmdet(path: Path) -> Mapping[str, Tensor]:
 
 
 def convert_mmdet(source: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """mmdetection's tensors by transformers' names.
+    """Rename mmdetection's tensors to transformers' names.
 
     Raises ValueError for a name that is not of a Mask2Former on Swin, or windows that are counted otherwise.
     Whether the model is filled, transformers tells when it loads them.
@@ -148,7 +148,7 @@ def convert_mmdet(source: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _places(name: str) -> list[str]:
-    """transformers' names for one of mmdetection's; none if it is unknown."""
+    """Return transformers' names for one of mmdetection's; empty if it is unknown."""
     for pattern, template in RULES:
         if match := re.fullmatch(pattern, name):
             place = match.expand(template)
@@ -159,7 +159,7 @@ def _places(name: str) -> list[str]:
 
 
 def unfold_to_interleaved(tensor: Float[Tensor, "*out merged"]) -> Float[Tensor, "*out merged"]:
-    """Weights on four merged patches, from the order of ``nn.Unfold`` to that of Swin.
+    """Reorder weights on four merged patches from the order of ``nn.Unfold`` to that of Swin.
 
     Unfold counts channels, then rows, then columns of the 2 x 2 patches; Swin columns, then rows, then channels.
     """
@@ -167,7 +167,7 @@ def unfold_to_interleaved(tensor: Float[Tensor, "*out merged"]) -> Float[Tensor,
 
 
 def window_positions(side: int) -> Tensor:
-    """For each two places of a window, the row of its table of biases, as mmdetection stores it."""
+    """Return the row of mmdetection's table of biases for each two places of a window."""
     row, column = torch.arange(side**2) // side, torch.arange(side**2) % side
     down, right = row[:, None] - row + side - 1, column[:, None] - column + side - 1
     return down * (2 * side - 1) + right

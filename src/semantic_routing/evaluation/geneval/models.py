@@ -23,7 +23,7 @@ UNUSED = ("criterion.empty_weight", "encoder.swin.layernorm.weight", "encoder.sw
 def load_geneval_models(
     detector: str | Path = DETECTOR, clip: str | Path = CLIP, device: torch.device | str = "cpu"
 ) -> tuple[Mask2FormerDetector, ClipColors]:
-    """The detector and the classifier of colours, on a device.
+    """Load the detector and the classifier of colours onto a device.
 
     Each is a folder written by ``save_pretrained`` or a name on the Hugging Face hub; the detector may also be
     mmdetection's file of weights. Raises one ValueError that says what is wrong with either.
@@ -41,7 +41,7 @@ def load_geneval_models(
 
 
 def load_detector(place: str | Path, device: torch.device | str = "cpu") -> Mask2FormerDetector:
-    """The detector; its label is "official weights" only for mmdetection's published file, known by its hash."""
+    """Load the detector; "official weights" labels only mmdetection's published file, known by its hash."""
     from transformers import Mask2FormerForUniversalSegmentation
 
     if Path(place).suffix in (".pth", ".pt", ".safetensors"):
@@ -60,7 +60,7 @@ def load_detector(place: str | Path, device: torch.device | str = "cpu") -> Mask
 
 
 def load_colors(place: str | Path, device: torch.device | str = "cpu") -> ClipColors:
-    """The classifier of colours; labelled a variant unless it is OpenAI's ViT-L/14 by name."""
+    """Load the classifier of colours; it is labelled a variant unless it is OpenAI's ViT-L/14 by name."""
     from transformers import CLIPModel, CLIPTokenizer
 
     folder = _folder(place, "CLIP", "")
@@ -77,7 +77,7 @@ def load_colors(place: str | Path, device: torch.device | str = "cpu") -> ClipCo
 
 
 def _folder(place: str | Path, what: str, other: str) -> Path:
-    """The folder of a model, fetched from the hub or found in its cache."""
+    """Return the folder of a model, fetched from the hub or found in its cache."""
     from huggingface_hub import snapshot_download
 
     if Path(place).is_dir():
@@ -93,7 +93,7 @@ def _folder(place: str | Path, what: str, other: str) -> Path:
 
 
 def _load(model_class: Any, folder: Path | None, place: str, **settings: Any) -> Any:
-    """A model of transformers, every weight that is used filled from the file; ValueError where one is not."""
+    """Load a model of transformers; ValueError if the file lacks a weight that is used."""
     try:
         with quiet_transformers():
             model, report = model_class.from_pretrained(

@@ -17,8 +17,7 @@ import numpy as np
 from jaxtyping import Bool
 from PIL import Image, ImageOps
 
-from semantic_routing.toy.captions import GENEVAL_TAGS
-
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 # The 80 classes of COCO in their order, three of them by GenEval's own names.
 CLASSES = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
@@ -58,11 +57,11 @@ class Detector(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What it is, in JSON types: at least ``name``, ``weights`` (their SHA-256) and ``label``."""
+        """Return its identity in JSON types: at least ``name``, ``weights`` (their SHA-256) and ``label``."""
         ...
 
     def __call__(self, image: Image.Image, min_score: float) -> dict[str, list[Detection]]:
-        """Objects by class in an upright RGB picture; those with scores up to ``min_score`` may be left out."""
+        """Return objects by class in an upright RGB picture; scores up to ``min_score`` may be left out."""
         ...
 
 
@@ -72,18 +71,18 @@ class ColorClassifier(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """As a detector's."""
+        """Return its identity, as a detector's."""
         ...
 
     def __call__(self, image: Image.Image, objects: Sequence[Detection], name: str) -> list[str]:
-        """One of ``COLORS`` for each of the objects, all of which are of the class ``name``."""
+        """Return one of ``COLORS`` for each of the objects of the class ``name``."""
         ...
 
 
 def score_image(
     image: Image.Image, metadata: Mapping[str, Any], detector: Detector, colors: ColorClassifier
 ) -> dict[str, Any]:
-    """Whether a picture shows its prompt: ``correct``, ``reason`` and the ``detections`` that decided it.
+    """Judge if a picture shows its prompt: ``correct``, ``reason`` and the ``detections`` that decided it.
 
     ``evaluate_detections`` gives the same verdict on those detections. Only colours that the verdict needs are
     asked for and stored.
@@ -110,7 +109,7 @@ def keep_confident(
     max_objects: int = MAX_OBJECTS,
     max_overlap: float = 1.0,
 ) -> dict[str, list[Detection]]:
-    """What counts of each class, the most confident first; of equal scores, the one that came later.
+    """Keep the objects that count, the most confident first; of equal scores, the later one.
 
     The score must exceed ``threshold``. With ``max_overlap`` below GenEval's 1, an object is also dropped where
     its box overlaps a better one by that much or more.
@@ -130,7 +129,7 @@ def keep_confident(
 
 
 def overlap(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes whose last row and column belong to them, as GenEval reckons."""
+    """Return the intersection over union of two boxes that include their last row and column, as in GenEval."""
     shared = _area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
     union = _area(a) + _area(b) - shared
     return shared / union if union else 0.0
@@ -141,7 +140,7 @@ def _area(box: Box) -> float:
 
 
 def relative_position(box_a: Box, box_b: Box) -> set[str]:
-    """Where A lies seen from B: none, one or two of ``RELATIONS``.
+    """Return the place of A seen from B: none, one or two of ``RELATIONS``.
 
     Centres count as level along an axis while they are apart by less than ``POSITION_MARGIN`` of the summed
     sizes; the rest, over the distance of the centres, must exceed a half.
@@ -161,7 +160,7 @@ def relative_position(box_a: Box, box_b: Box) -> set[str]:
 def evaluate_detections(
     detections: Mapping[str, Sequence[Mapping[str, Any]]], metadata: Mapping[str, Any]
 ) -> tuple[bool, str]:
-    """The verdict on the objects of a picture, and what is wrong with it, one fault a line; "" if nothing is.
+    """Return the verdict on a picture's objects, and its faults, one per line; "" if there is none.
 
     ``detections`` has for each class the objects that count, the most confident first, as ``{"box": [x1, y1, x2,
     y2, score], "color": name}``; a colour is needed only where the prompt names one. ``metadata`` is a line of
@@ -189,7 +188,7 @@ def _fault(
     include: Sequence[Mapping[str, Any]],
     groups: Sequence[Sequence[Mapping[str, Any]] | None],
 ) -> str:
-    """What is wrong with the objects ``found`` for a clause, "" if nothing; ``groups`` are the clauses' before it."""
+    """Name the fault of the objects ``found`` for a clause, or ""; ``groups`` are those of earlier clauses."""
     name, count = clause["class"], clause["count"]
     if len(found) < count:
         return f"expected {count} {name}, found {len(found)}"
@@ -220,9 +219,9 @@ def _color(found: Mapping[str, Any], name: str) -> str:
 
 
 def check_metadata(metadata: object) -> None:
-    """ValueError where an entry is not one of GenEval's prompts; it says what is wrong."""
-    if not isinstance(metadata, dict) or metadata.get("tag") not in GENEVAL_TAGS:
-        raise ValueError(f"it has no 'tag' of GenEval's ({', '.join(GENEVAL_TAGS)})")
+    """Raise ValueError if an entry is not a GenEval prompt."""
+    if not isinstance(metadata, dict) or metadata.get("tag") not in TAGS:
+        raise ValueError(f"it has no 'tag' of GenEval's ({', '.join(TAGS)})")
     include, exclude = metadata.get("include"), metadata.get("exclude", [])
     if not isinstance(metadata.get("prompt"), str) or not isinstance(include, list) or not isinstance(exclude, list):
         raise ValueError("it lacks 'prompt' or the list 'include'")
@@ -233,7 +232,7 @@ def check_metadata(metadata: object) -> None:
         if not isinstance(clause.get("count"), int) or clause["count"] < 1:
             raise ValueError(f"the count of {clause['class']} is no positive number")
         if clause.get("color", COLORS[0]) not in COLORS:
-            raise ValueError(f"{clause['color']!r} is none of the colours {', '.join(COLORS)}")
+            raise ValueError(f"{clause['color']!r} is not one of the colours {', '.join(COLORS)}")
         match clause.get("position"):
             case None:
                 pass

@@ -26,7 +26,7 @@ NO_THINKING = (
 
 
 def open_rgb(path: Path) -> Image.Image | Failure:
-    """An image file as upright RGB."""
+    """Open an image file as upright RGB."""
     try:
         with Image.open(path, formats=formats()) as image:
             return to_rgb(image)
@@ -35,20 +35,20 @@ def open_rgb(path: Path) -> Image.Image | Failure:
 
 
 def read_picture(path: Path, quality: int | None = None) -> Picture | Failure:
-    """An image file as it is sent: JPEG of that quality, or without loss as PNG."""
+    """Encode an image file to be sent: JPEG of that quality, or lossless PNG."""
     image = open_rgb(path)
     return image if isinstance(image, Failure) else Picture.encode(image, quality)
 
 
 def checked_template(template: str, place: str, what: str) -> str:
-    """The template, if the prompt has its place in it."""
+    """Return the template; ValueError if it has no place for the prompt."""
     if place not in template:
         raise ValueError(f"{what} has no {place}; write it where the prompt belongs")
     return template
 
 
 def sha256(text: str) -> str:
-    """Of the text in UTF-8, in hexadecimal."""
+    """Return the SHA-256 of the text in UTF-8, in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -23,7 +23,7 @@ from semantic_routing.text.quiet import quiet_transformers
 
 YES = "Yes"
 SPELLINGS = (YES, "yes", "YES", " Yes", " yes", "No", "no", "NO", " No", " no")
-"""What an answer may begin with."""
+"""Spellings of the first token of an answer."""
 LEAST_MASS = 0.01
 """Probability that these must have together. Less than of a server's judge: over the whole vocabulary it is exact."""
 ADVICE = {"": "VQAScore needs a judge whose first word is yes or no: one tuned for instructions that does not think"}
@@ -32,12 +32,14 @@ ADVICE = {"": "VQAScore needs a judge whose first word is yes or no: one tuned f
 class LocalVQAJudge:
     """The probability, over the whole vocabulary, that the first token of an answer is that of Yes."""
 
+    usage = None
+
     def __init__(
         self, model: Any, processor: Any, *, name: str, weights: str = "", template: str = VQA_TEMPLATES["3.1"]
     ) -> None:
         """
         Args:
-            model: An image-text-to-text model of transformers; used where and as it lies.
+            model: An image-text-to-text model of transformers; it stays on its device, in its dtype.
             processor: Its processor, with a chat template.
             name: What manifests call it.
             weights: What tells its weights from others of that name, such as their hash.
@@ -62,7 +64,7 @@ class LocalVQAJudge:
         dtype: torch.dtype = torch.bfloat16,
         template: str = VQA_TEMPLATES["3.1"],
     ) -> LocalVQAJudge:
-        """The model of a folder or of a name on the hub; ValueError where there is none that can judge."""
+        """Load a model from a folder or the hub; ValueError if it cannot judge."""
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         check_hub(name_or_path)
@@ -85,7 +87,7 @@ class LocalVQAJudge:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Who judges and how, for manifests."""
+        """Return the judge's identity and settings, for manifests."""
         return {
             "scorer": "vqascore-local",
             "model": self.name,
@@ -97,7 +99,7 @@ class LocalVQAJudge:
         }
 
     def score(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Finding]]:
-        """Every task with its finding, one after the other."""
+        """Yield every task with its finding, in order."""
         for task in tasks:
             image = open_rgb(task.path)
             if isinstance(image, Failure):

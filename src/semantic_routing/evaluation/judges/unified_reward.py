@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from semantic_routing.chat.client import ChatClient
+from semantic_routing.chat.client import ChatClient, Usage
 from semantic_routing.chat.messages import Answer, Failure, Question
 from semantic_routing.chat.server import ChatConfig
 from semantic_routing.chat.spoken import CUT, THOUGHTS, FirstAnswers, spoken
@@ -46,7 +46,7 @@ class UnifiedRewardJudge:
     """UnifiedReward 2.0 (Wang et al., 2025): a reward model that writes three scores from 1 to 5."""
 
     def __init__(self, cfg: ChatConfig, template: Path = UNIFIED_REWARD_TEMPLATE) -> None:
-        """``template`` is a text file with {prompt} in the prompt's place."""
+        """Take a ``template``, a text file with {prompt} in the prompt's place."""
         self.client = ChatClient(cfg)
         try:
             text = template.read_text(encoding="utf-8")
@@ -57,11 +57,16 @@ class UnifiedRewardJudge:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Who judges and how, for manifests."""
+        """Return the judge's identity and settings, for manifests."""
         return _identity("unified-reward", self.client, self.template, UNIFIED_REWARD_PARAMETERS)
 
+    @property
+    def usage(self) -> Usage:
+        """Requests so far and their cost."""
+        return self.client.usage
+
     def score(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Finding]]:
-        """Every task with its finding, as they come."""
+        """Yield every task with its finding, in order of arrival."""
         return _judged(self.client, tasks, self._question, self._read, ASPECTS)
 
     def _question(self, task: Task) -> Question | Failure:
@@ -82,7 +87,7 @@ class UnifiedRewardJudge:
 
 
 def parse_scores(text: str) -> tuple[dict[str, float | None], str]:
-    """The last score of each aspect in a text, None where there is no number from 1 to 5, and the reasons for that."""
+    """Return the last score of each aspect, None if it is no number from 1 to 5, and the reasons."""
     written = {match[1].lower(): match for match in SCORE.finditer(text)}
     scores: dict[str, float | None] = dict.fromkeys(ASPECTS)
     reasons = []

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from semantic_routing.chat.client import ChatClient
+from semantic_routing.chat.client import ChatClient, Usage
 from semantic_routing.chat.messages import Answer, Failure, Question
 from semantic_routing.chat.replies import word
 from semantic_routing.chat.server import ChatConfig
@@ -29,9 +29,9 @@ VQA_TEMPLATES = {
 """By release of t2v_metrics; that of 3.0 is for CLIP-FlanT5, LLaVA, GPT-4o and Gemini."""
 VQA_PARAMETERS = {"max_tokens": 1, "logprobs": True, "top_logprobs": 20}
 ENOUGH_BLIND = 5
-"""So many answers without logprobs, and none with them, say that the server has none."""
+"""Answers without logprobs, and none with them, after which the server counts as having none."""
 TOLERANCE = 1e-3
-"""How far rounding may bring a probability above 1."""
+"""Excess over 1 of a probability that rounding may cause."""
 LEAST_MASS = 0.1
 """Probability that yes and no must have together; an answer with less begins otherwise, as those of thinkers do."""
 VQA_ADVICE = {"": f"VQAScore needs a judge whose first word is yes or no: {NO_THINKING}"}
@@ -41,7 +41,7 @@ class VQAJudge:
     """VQAScore (Lin et al., 2024): the probability that a model says Yes to a question about the image."""
 
     def __init__(self, cfg: ChatConfig, template: str = VQA_TEMPLATES["3.1"]) -> None:
-        """``template`` holds {} in the prompt's place."""
+        """Take a ``template`` with {} in the prompt's place."""
         self.client = ChatClient(cfg)
         self.template = checked_template(template, "{}", "the template")
         self._seen = self._blind = 0
@@ -49,11 +49,16 @@ class VQAJudge:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Who judges and how, for manifests."""
+        """Return the judge's identity and settings, for manifests."""
         return _identity("vqascore", self.client, self.template, VQA_PARAMETERS)
 
+    @property
+    def usage(self) -> Usage:
+        """Requests so far and their cost."""
+        return self.client.usage
+
     def score(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Finding]]:
-        """Every task with its finding, as they come; ValueError where the server has no logprobs at all."""
+        """Yield every task with its finding, in order of arrival; ValueError if the server has no logprobs."""
         return _judged(self.client, tasks, self._question, self._read, (VQASCORE,))
 
     def _question(self, task: Task) -> Question | Failure:
@@ -80,7 +85,7 @@ class VQAJudge:
 
 
 def p_yes(logprobs: Sequence[tuple[str, float]]) -> tuple[float | None, str]:
-    """P(Yes) from the first token's likeliest choices, or None and the reason.
+    """Return P(Yes) from the first token's likeliest choices, or None and the reason.
 
     The sum over all spellings of yes; where there are none, 1 minus that of no. Neither is a judgement where yes and
     no together are hardly likely.
