@@ -20,8 +20,8 @@ from semantic_routing.common.manifest import manifest
 from semantic_routing.data.dataset import DataConfig, open_data
 from semantic_routing.data.sources.discover import SHAPES
 from semantic_routing.sampling.prompts import read_prompts
-from semantic_routing.text.encoder import TextEncoder
 from semantic_routing.text.config import TextEncoderConfig
+from semantic_routing.text.encoder import TextEncoder
 
 ENCODER = "text_encoder"
 """Folder inside a run or an exported pipeline that holds its language model."""

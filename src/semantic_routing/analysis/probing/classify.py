@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,10 +47,13 @@ def cross_validate(
 
 
 def _scores(
-    kernel: Float64[Tensor, "N N"], targets: Float64[Tensor, "N K"], fit: Bool[np.ndarray, " N"], asked: Sequence[int]
+    kernel: Float64[Tensor, "N N"],
+    targets: Float64[Tensor, "N K"],
+    fit: Bool[np.ndarray, " N"],
+    asked: Int[np.ndarray, " M"],
 ) -> Float64[np.ndarray, "R M K"]:
     """Return a score for each ridge, asked row and answer, by kernel ridge regression with an intercept."""
-    rows, others = torch.from_numpy(np.flatnonzero(fit)), torch.as_tensor(asked)
+    rows, others = torch.from_numpy(np.flatnonzero(fit)), torch.from_numpy(asked)
     own = kernel[rows][:, rows]
     cross = kernel[others][:, rows]
     mean = own.mean(0)

@@ -1,8 +1,8 @@
 """How well one layer predicts another linearly, and how alike layers are, from second moments alone.
 
 A source X [T, C] predicts a target Y [T, C] by ridge regression W = (G + r I)^-1 X'Y with G = X'X. Prompts, not tokens,
-are split: half fit, a quarter choose the ridge r, a quarter give the R² that is reported. With G = Q diag(e) Q' factored
-once for each source and U = Q'X'Y, the squared error on another fold with moments A = Q'X'X Q and V = Q'X'Y is
+are split: half fit, a quarter choose the ridge r, a quarter give the reported R². With G = Q diag(e) Q' factored once
+for each source and U = Q'X'Y, the squared error on another fold with moments A = Q'X'X Q and V = Q'X'Y is
 
     |Y|² - 2 sum_i d_i (U V')_ii + d' (A * U U') d,    d_i = 1 / (e_i + r),
 

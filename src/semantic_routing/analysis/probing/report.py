@@ -131,7 +131,9 @@ def figures(probe: Probe) -> Iterator[Drawn]:
         "average, all tokens": probe.every.r2[-1],
         "penultimate, all tokens": probe.every.r2[-3],
     }
-    yield _lines("lost", "How well the average and the penultimate layer predict each layer", "R²", lines, probe, (0, 1))
+    yield _lines(
+        "lost", "How well the average and the penultimate layer predict each layer", "R²", lines, probe, (0.0, 1.0)
+    )
     yield _map("predicted", "How well each layer predicts each layer (R²)", probe.inner.r2, names)
     yield _map("similarity", "Similarity of layers (CKA)", probe.inner.cka[:-1], names)
     sizes = {"first token": probe.norms.first, "other tokens": probe.norms.others}
@@ -150,7 +152,7 @@ def _task_figure(task: str, readings: Sequence[Reading], probe: Probe) -> Drawn:
     lines["chance"] = np.full(len(probe.layers), readings[0].chance)
     name = "task-" + task.replace(" ", "-")
     title = f"Linear probe: {task} ({readings[0].prompts} prompts)"
-    return _lines(name, title, "accuracy", lines, probe, (0, 1.02))
+    return _lines(name, title, "accuracy", lines, probe, (0.0, 1.02))
 
 
 def _lines(
@@ -171,7 +173,9 @@ def _lines(
     label_axes(axes, LAYER, label)
     axes.legend(fontsize=9, frameon=False, labelcolor=INK, loc="upper left", bbox_to_anchor=(1, 1))
     columns = [f"layer {layer}" for layer in probe.layers]
-    return Drawn(name=name, title=title, figure=figure, rows=[*lines], columns=columns, values=np.stack([*lines.values()]))
+    return Drawn(
+        name=name, title=title, figure=figure, rows=[*lines], columns=columns, values=np.stack([*lines.values()])
+    )
 
 
 def _map(name: str, title: str, values: Float[np.ndarray, "S L"], names: Sequence[str]) -> Drawn:
@@ -184,7 +188,9 @@ def _map(name: str, title: str, values: Float[np.ndarray, "S L"], names: Sequenc
     places = range(0, len(names), step)
     axes.set_xticks(places, [names[i].removeprefix("layer ") for i in places])
     more = [len(names)] if len(values) > len(names) else []
-    axes.set_yticks([*places, *more], [*(names[i].removeprefix("layer ") for i in places), *(["average"] if more else [])])
+    axes.set_yticks(
+        [*places, *more], [*(names[i].removeprefix("layer ") for i in places), *(["average"] if more else [])]
+    )
     label_axes(axes, LAYER, "from layer")
     bar = figure.colorbar(mesh, ax=axes, pad=0.02, fraction=0.06)
     bar.ax.tick_params(labelsize=9, color=INK, labelcolor=INK)
@@ -203,7 +209,7 @@ def write_page(path: Path, probe: Probe, drawn: Sequence[Drawn]) -> Path:
         "prompts to fit, a quarter to choose the ridge, a quarter to report."
     )
     body = (
-        f"<h1>What the layers of {escape(probe.encoder)} know</h1>\n<p class=\"soft\">{escape(about)}</p>\n"
+        f'<h1>What the layers of {escape(probe.encoder)} know</h1>\n<p class="soft">{escape(about)}</p>\n'
         f"<p>{escape(verdict(probe))}</p>\n{_table(probe)}\n"
         f'<h2>By layer</h2>\n<div class="maps">{cards}</div>\n'
     )

@@ -46,7 +46,10 @@ def _norms(states: TokenStates) -> Norms:
     channel = states.channel.gather(1, at[:, None])[:, 0]
     massive = states.peak.amax(1) / states.median
     first, others = (states.norm[:, where].mean(1) for where in (states.first, ~states.first))
-    return Norms(*(x.numpy(force=True) for x in (first, others, massive)), tuple(channel.tolist()))
+    return Norms(
+        first=first.numpy(force=True), others=others.numpy(force=True), massive=massive.numpy(force=True),
+        channel=tuple(channel.tolist()),
+    )  # fmt: skip
 
 
 def _read(encoder: TextEncoder, task: Task, seed: int) -> list[Reading]:

@@ -71,9 +71,7 @@ def token_states(encoder: TextEncoder, prompts: Sequence[str], *, most: int) -> 
     return TokenStates(hidden, prompt, first, norm, peak, channel, medians)
 
 
-def states_at(
-    encoder: TextEncoder, prompts: Sequence[str], tokens: Int[np.ndarray, "P N"]
-) -> Float[Tensor, "L P N C"]:
+def states_at(encoder: TextEncoder, prompts: Sequence[str], tokens: Int[np.ndarray, "P N"]) -> Float[Tensor, "L P N C"]:
     """Return normalised states of N chosen tokens of each prompt, given by their positions."""
     found = []
     for start, hidden, mask in encoded(encoder, prompts):
@@ -115,7 +113,7 @@ def token_of(encoder: TextEncoder, prompt: str, end: int) -> int:
 
 
 def check_memory(tokens: int, layers: int, width: int) -> None:
-    """Raise ValueError if the states of so many tokens would fill more than half of the free memory."""
+    """Raise ValueError if the states of ``tokens`` tokens would fill more than half of the free memory."""
     import os
 
     need = 2 * tokens * layers * width
