@@ -16,6 +16,7 @@ from semantic_routing.common.config import to_dict
 from semantic_routing.common.images.save import save_png
 from semantic_routing.common.manifest import manifest
 from semantic_routing.evaluation.records import Record, write_records
+from semantic_routing.evaluation.shapes import shapes_columns
 from semantic_routing.evaluation.summary import summarize
 from semantic_routing.model.build import make_model
 from semantic_routing.model.dit import DiTConfig
@@ -155,7 +156,7 @@ def reported(tmp_path_factory):
 
 def test_metrics_are_those_of_the_records(reported):
     _, metrics, records = reported
-    summary = summarize(records)["accuracy"]
+    summary = summarize(records, shapes_columns(tag for r in records for tag in r.tags))["accuracy"]
     assert metrics["geneval_mean"] == summary.pop("geneval")
     assert metrics["accuracy"] == summary
     assert set(metrics["accuracy"]) == {"overall", *TAGS}

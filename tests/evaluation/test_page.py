@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 from semantic_routing.evaluation.page import page
 from semantic_routing.evaluation.records import Record
-from semantic_routing.evaluation.summary import markdown_table, scores_table, summarize
+from semantic_routing.evaluation.summary import markdown_table, scores_table, summarize, tag_columns
 
 NASTY = "<script>alert('x')</script> & a \"red\" circle | two"
 
@@ -59,7 +59,8 @@ FACTS = {
 
 
 def read(records=RECORDS, table=None) -> tuple[Reader, str]:
-    text = page("geneval", table or markdown_table(summarize(records)), records, FACTS)
+    columns = tag_columns(tag for record in records for tag in record.tags)
+    text = page("geneval", table or markdown_table(summarize(records, columns)), records, FACTS)
     reader = Reader()
     reader.feed(text)
     reader.close()

@@ -23,14 +23,13 @@ N = 6
 
 @dataclass(frozen=True)
 class Redness:
-    """Calls an image correct whose first pixel is red; remembers what it saw; fails or gives up where told to."""
+    """Calls an image correct whose first pixel is red; remembers what it saw; fails or gives up on request."""
 
     name: str = "redness"
     seen: list[tuple[int, int]] = field(default_factory=list)
     fail_at: int | None = None
     blind: frozenset[int] = frozenset()
     url: str = "here"
-
     usage = None
 
     @property

@@ -19,7 +19,7 @@ from semantic_routing.model.dit import DiT, DiTConfig
 from semantic_routing.sampling.folder import weights_sha256
 from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
 from semantic_routing.text.encoder import TextEncoder
-from semantic_routing.toy.captions import TAGS, prompts
+from semantic_routing.toy.captions import GENEVAL_TAGS, TAGS, prompts
 
 TINY = DiTConfig(
     depth=2, width=16, heads=2, kv_heads=1, head_dim=8, mlp_width=16, channels=3, text_width=8, text_layers=3
@@ -77,7 +77,8 @@ def test_an_evaluation_from_prompts_to_table(painter, tmp_path):
     assert [r.correct for r in records] == [index % 3 != 2 for index in range(N)]
     assert [r.caption for r in records] == [sample.caption for sample in prompts(SEED, N)]
     assert all((tmp_path / r.file).is_file() for r in records)
-    assert summary == summarize(records) == json.loads((tmp_path / "summary.json").read_text())
+    columns = {"overall": (TAGS,), "geneval": tuple((tag,) for tag in GENEVAL_TAGS)} | {tag: ((tag,),) for tag in TAGS}
+    assert summary == summarize(records, columns) == json.loads((tmp_path / "summary.json").read_text())
     assert set(summary["n"]) == {"overall", "geneval", *TAGS}
     benchmark, checker = shapes_benchmark(SEED, N)
     table = (tmp_path / "table.md").read_text()

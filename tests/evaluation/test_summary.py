@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import binomtest
 
 from semantic_routing.evaluation.records import Record, read_records, record_line, write_records
+from semantic_routing.evaluation.shapes import shapes_columns
 from semantic_routing.evaluation.summary import gaps, markdown_table, scores_table, spread, summarize, wilson
 from semantic_routing.toy.captions import GENEVAL_TAGS
 
@@ -15,6 +16,10 @@ def record(tag: str, correct: bool | None, prompt: int = 0, reason: str = "becau
     values = {"prompt": prompt, "id": f"{prompt:05d}", "image": 0, "caption": "a “red” circle", "tags": (tag,)}
     scores = {"correct": None if correct is None else float(correct)}
     return Record(**{**values, "scores": scores, "reason": reason, "file": "images/x.png"} | changes)
+
+
+def by_tag(records):
+    return summarize(records, shapes_columns(tag for record in records for tag in record.tags))
 
 
 @pytest.mark.parametrize(("correct", "n"), [(0, 7), (3, 7), (7, 7), (310, 400)])
@@ -27,7 +32,7 @@ def test_overall_is_a_mean_over_images_and_geneval_over_tags():
     # 3 of 4 single objects, 1 of 2 of each of the other five; none of 8 negations.
     records = [record("single_object", i < 3) for i in range(4)] + [record("negation", False)] * 8
     records += [record(tag, correct) for tag in GENEVAL_TAGS[1:] for correct in (True, False)]
-    summary = summarize(records)
+    summary = by_tag(records)
     assert list(summary["accuracy"]) == ["overall", "geneval", *GENEVAL_TAGS, "negation"]
     assert summary["accuracy"]["overall"] == pytest.approx(8 / 22)
     assert summary["accuracy"]["geneval"] == pytest.approx((0.75 + 5 * 0.5) / 6)
@@ -39,19 +44,19 @@ def test_overall_is_a_mean_over_images_and_geneval_over_tags():
 
 def test_geneval_interval_with_equal_tags_is_that_of_all_their_images():
     records = [record(tag, i < k) for k, tag in enumerate(GENEVAL_TAGS) for i in range(10)]
-    summary = summarize(records)
+    summary = by_tag(records)
     assert summary["accuracy"]["geneval"] == pytest.approx(15 / 60)
     assert summary["interval"]["geneval"] == pytest.approx(wilson(15, 60))
 
 
 def test_geneval_needs_all_six_tags():
-    assert "geneval" not in summarize([record(tag, True) for tag in GENEVAL_TAGS[:5]])["accuracy"]
+    assert "geneval" not in by_tag([record(tag, True) for tag in GENEVAL_TAGS[:5]])["accuracy"]
     with pytest.raises(ValueError, match="no records"):
-        summarize([])
+        by_tag([])
 
 
 def test_table_has_a_row_for_each_accuracy():
-    table = markdown_table(summarize([record("counting", True), record("counting", False)]))
+    table = markdown_table(by_tag([record("counting", True), record("counting", False)]))
     assert table.splitlines()[2:] == [
         "| overall | 0.500 | 0.095 to 0.905 | 2 |",
         "| counting | 0.500 | 0.095 to 0.905 | 2 |",
@@ -87,12 +92,12 @@ def test_damaged_records_are_named(tmp_path, line, message):
 
 def test_what_was_not_scored_is_counted_and_in_no_mean():
     missing, blind = (record("counting", None, gap=gap) for gap in ("missing", "unscored"))
-    summary = summarize([record("counting", True), record("counting", False), missing, blind])
+    summary = by_tag([record("counting", True), record("counting", False), missing, blind])
     assert summary["accuracy"] == {"overall": 0.5, "counting": 0.5}
     assert summary["n"]["overall"] == 2
     assert summary["gaps"] == {"missing": 1, "unscored correct": 1}
     assert "In no mean: 1 missing, 1 unscored correct." in markdown_table(summary)
-    assert summarize([missing])["accuracy"] == {}
+    assert by_tag([missing])["accuracy"] == {}
     partly = record("counting", None, scores={"style": 3.0, "alignment": None})
     assert gaps([partly], ["style", "alignment"]) == {"unscored alignment": 1}
 

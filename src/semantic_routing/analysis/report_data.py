@@ -14,6 +14,7 @@ from semantic_routing.analysis.routers import open_router
 from semantic_routing.checkpoint.load import find_checkpoint, read_state
 from semantic_routing.common.files import read_json, read_json_lines
 from semantic_routing.evaluation.records import MANIFEST, RECORDS, Record, read_records
+from semantic_routing.evaluation.shapes import shapes_columns
 from semantic_routing.evaluation.summary import summarize
 from semantic_routing.model.arms import Arm
 from semantic_routing.model.dit import Backbone
@@ -77,7 +78,7 @@ def read_results(run: Path, evaluation: Path, timings: dict[str, float]) -> Resu
         steps=state["step"],
         metrics=metrics,
         records=records,
-        summary=summarize(records),
+        summary=summarize(records, shapes_columns(tag for record in records for tag in record.tags)),
         manifests=(
             read_json(run / MANIFEST, "the manifest of a finished run"),
             read_json(evaluation / MANIFEST, "the manifest of a finished evaluation"),

@@ -49,7 +49,7 @@ class ChatClient:
     def __init__(self, cfg: ChatConfig) -> None:
         if not cfg.model:
             raise ValueError("which model should be asked? give the name under which the server knows it")
-        if not cfg.replay:  # what is missing is told before any work is done
+        if not cfg.replay:  # report what is missing before any work is done
             import_openai()
             read_key(cfg)
             way_to(cfg.base_url)

@@ -1,7 +1,7 @@
 """Questions to a vision-language model, what came of them, and a folder that remembers every answer.
 
-The folder is content-addressed: an entry's name is the SHA-256 of the model, the messages (pictures by their own
-SHA-256), the parameters and the template, so the same question is never paid for twice, by whichever run.
+The folder is content-addressed: an entry's name is the SHA-256 of the model, the messages (pictures by their
+SHA-256), the parameters and the template, so the same question is never paid for twice, in any run.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class Answer:
 
     text: str
     logprobs: tuple[tuple[str, float], ...] | None
-    """The likeliest first tokens with their log-probabilities; None where the server told none, and empty where the
-    first tokens are of thoughts."""
+    """The likeliest first tokens with their log-probabilities; None if the server gave none, empty if the first
+    tokens are of thoughts."""
     model: str
     """As the server names it."""
     finish: str
@@ -97,7 +97,7 @@ class Answer:
     cached: bool = False
     """Whether it was remembered, and so cost nothing."""
     thought: bool = False
-    """Whether the server told of thoughts beside the text."""
+    """Whether the server reported thoughts beside the text."""
 
 
 @dataclass(frozen=True, kw_only=True)

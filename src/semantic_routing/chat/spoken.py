@@ -65,7 +65,7 @@ class FirstAnswers:
     def __init__(self, advice: Mapping[str, str]) -> None:
         """Take ``advice`` by reason; the empty reason's is for all others."""
         self.advice = advice
-        self._useful, self._useless, self._told = 0, Counter[str](), False
+        self._useful, self._useless, self._advised = 0, Counter[str](), False
 
     def note(self, reason: str = "") -> None:
         """Count the reason why an answer is unusable; empty for a usable one."""
@@ -74,9 +74,9 @@ class FirstAnswers:
             return
         self._useless[reason.partition(":")[0]] += 1
         useless = self._useless.total()
-        if self._told or useless < ENOUGH or useless <= self._useful:
+        if self._advised or useless < ENOUGH or useless <= self._useful:
             return
-        self._told = True
+        self._advised = True
         worst = self._useless.most_common(1)[0][0]
         advice = self.advice.get(worst, self.advice.get("", ""))
         tqdm.write(

@@ -87,6 +87,15 @@ def analyze(args: list[str]) -> None:
         sys.stdout.write(f"{path}\n")
 
 
+def probe(args: list[str]) -> None:
+    """Measure what each layer of a language model knows: semroute probe ENCODER --out probes/x"""
+    from semantic_routing.cli.arguments import parse
+    from semantic_routing.cli.probe import ProbeArguments, run_probe
+
+    for path in run_probe(parse(ProbeArguments, args, prog="semroute probe")):
+        sys.stdout.write(f"{path}\n")
+
+
 def quickstart(args: list[str]) -> None:
     """Train, sample, score and write a report, in minutes: semroute quickstart --out runs/quickstart"""
     from semantic_routing.cli.arguments import parse
@@ -150,6 +159,7 @@ COMMANDS: dict[str, Command] = {
     "data": data,
     "evaluate": evaluate,
     "analyze": analyze,
+    "probe": probe,
     "study": study,
     "overhead": overhead,
     "convert": convert,

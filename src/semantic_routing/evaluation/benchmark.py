@@ -1,6 +1,6 @@
-"""What every benchmark is: prompts with the skills they test, where their images lie, how scores add up.
+"""The base class of benchmarks: prompts with the skills they test, the layout of images, the summary of scores.
 
-Images lie as the benchmark's official tools write and read them, so either side can score the other's. Most
+Images have the layout of the benchmark's official tools, so either side can score the other's. Most
 benchmarks have one file a prompt, ``<id>.png``; what differs is overridden.
 """
 

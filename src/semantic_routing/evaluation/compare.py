@@ -110,7 +110,7 @@ def open_evaluations(args: CompareArguments) -> tuple[list[Evaluation], str]:
         facts = read_manifest(folder / MANIFEST)
         if not {"benchmark", "prompt_set", "scorer", "table"} <= facts.keys():
             raise ValueError(
-                f"{folder} is no finished evaluation of semroute evaluate: its {MANIFEST} tells no benchmark"
+                f"{folder} is no finished evaluation of semroute evaluate: its {MANIFEST} names no benchmark"
             )
         records = tuple(read_records(folder / RECORDS))
         found.append(Evaluation(label=label, folder=folder, facts=facts, records=records))
@@ -126,8 +126,8 @@ def _labels(folders: Sequence[Path], *, by_parent: bool) -> list[str]:
     """Return the folders' names, or their parents' names if all are equal."""
     places = [folder.absolute() for folder in folders]
     names = [place.name for place in places]
-    alike = len(set(names)) < len(names)
-    return [place.parent.name for place in places] if by_parent or alike else names
+    repeated = len(set(names)) < len(names)
+    return [place.parent.name for place in places] if by_parent or repeated else names
 
 
 def _differences(evaluations: Sequence[Evaluation], args: CompareArguments) -> list[str]:
@@ -148,9 +148,9 @@ def _differences(evaluations: Sequence[Evaluation], args: CompareArguments) -> l
                     f"{first.folder} and {other.folder} cannot be compared: they differ in {' and '.join(wrong)}; "
                     "give --anyway to do so all the same"
                 )
-            told = wrong + [key for key in TOLD if first.facts.get(key) != other.facts.get(key)]
-            if told:
-                notes.append(f"{other.label} differs from {first.label} in {', '.join(told)} ({benchmark}).")
+            differing = wrong + [key for key in TOLD if first.facts.get(key) != other.facts.get(key)]
+            if differing:
+                notes.append(f"{other.label} differs from {first.label} in {', '.join(differing)} ({benchmark}).")
     for e in evaluations:
         if gaps := sum(bool(record.gap) for record in e.records):
             notes.append(f"{e.label} has no score for {gaps} of {len(e.records)} images ({e.benchmark}).")

@@ -26,7 +26,7 @@ SKILLS = (
     "basic", "attribute", "scene", "spatial relation", "action relation", "part relation",
     "advanced", "counting", "comparison", "differentiation", "negation", "universal",
 )  # fmt: skip
-"""In the order of the official tables; basic and advanced have lists of ids of their own."""
+"""In the order of the official tables; basic and advanced have their own lists of ids."""
 JPEG_QUALITY = 95
 UNTAGGED_SHARE = 0.1
 """If more of the prompts than this have no skill, the skills are taken for those of another set."""

@@ -44,10 +44,10 @@ def outcome(record: Record) -> str:
 def _source(facts: Mapping[str, Any]) -> str:
     """Return a line that names the evaluated images."""
     sampler = facts.get("sampler") or {}
-    told = {"steps", "guidance"} <= sampler.keys()
+    known = {"steps", "guidance"} <= sampler.keys()
     parts = [
         f"Images of <code>{escape(str(facts.get('checkpoint') or facts.get('images', 'unknown')))}</code>",
-        f"{sampler['steps']} steps, guidance {sampler['guidance']:g}" if told else "",
+        f"{sampler['steps']} steps, guidance {sampler['guidance']:g}" if known else "",
         f"scored by {escape(scorer_name(facts.get('scorer')))}",
     ]
     return f"<p>{', '.join(filter(None, parts))}.</p>\n"

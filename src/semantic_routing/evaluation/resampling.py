@@ -1,6 +1,6 @@
 """How sure a benchmark's numbers are: bootstrap intervals and paired permutation tests over prompts.
 
-The unit is the prompt: images of one prompt are alike, so they are drawn, or exchanged, together.
+The unit is the prompt: images of one prompt are correlated, so they are drawn, or exchanged, together.
 """
 
 from __future__ import annotations

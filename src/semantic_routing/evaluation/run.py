@@ -81,8 +81,8 @@ def evaluate_images(
     """Score a folder of images in the layout of the benchmark's official tools, and return the summary."""
     with claimed_by_first(out, job):
         check_scorer(benchmark, out, scorer.identity, rescore=rescore, job=job)
-        told = image_origin(benchmark, images) | _facts(benchmark, scorer.identity) | {"images": str(images)} | facts
-        return score_folder(benchmark, images, out, scorer, manifest(**told), job)
+        known = image_origin(benchmark, images) | _facts(benchmark, scorer.identity) | {"images": str(images)} | facts
+        return score_folder(benchmark, images, out, scorer, manifest(**known), job)
 
 
 def image_origin(benchmark: Benchmark, images: Path) -> dict[str, Any]:

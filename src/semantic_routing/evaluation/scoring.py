@@ -1,7 +1,7 @@
 """Scoring a folder of images: resumable by image, split among processes, every score traceable.
 
 Findings are appended, line by line, to ``records.part-NN.jsonl``, one file for each process, so that a crash
-loses at most the image in work. When all is done they become ``records.jsonl``, whole and in order. An image is
+loses at most the image in work. When all is done they become ``records.jsonl``, complete and in order. An image is
 known by the hash of its file: one that was exchanged since is scored again.
 """
 
@@ -48,7 +48,7 @@ from semantic_routing.evaluation.summary import without_nan
 
 PART = re.compile(r"records\.part-\d{2,}\.jsonl")
 WHEREABOUTS = ("base_url", "versions")
-"""What an identity tells that decides no score: where a judge is served, the client's version."""
+"""Keys of an identity that do not change scores: the judge's address, the client's version."""
 Place = tuple[int, int]
 """An image by (prompt index, image index)."""
 
@@ -104,7 +104,6 @@ def score_folder(
     share = job.share(list(files))
     with (
         _part(out, job.rank).open("a", encoding="utf-8") as file,
-        # One process's share.
         tqdm(total=len(share), desc="Scoring", unit="image", disable=not job.first) as bar,
     ):
         tasks = []

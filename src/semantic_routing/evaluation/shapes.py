@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ from semantic_routing.evaluation.records import CORRECT
 from semantic_routing.evaluation.run import evaluate_model
 from semantic_routing.evaluation.summary import Columns, tag_columns
 from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
-from semantic_routing.toy.captions import TAGS, prompts
+from semantic_routing.toy.captions import GENEVAL_TAGS, TAGS, prompts
 from semantic_routing.toy.checker import check
 from semantic_routing.toy.claims import Claim
 
@@ -30,8 +30,16 @@ class Shapes(Benchmark):
 
     @property
     def columns(self) -> Columns:
-        there = {tag for prompt in self.prompts for tag in prompt.tags}
-        return tag_columns(tag for tag in TAGS if tag in there)
+        return shapes_columns(tag for prompt in self.prompts for tag in prompt.tags)
+
+
+def shapes_columns(tags: Iterable[str]) -> Columns:
+    """Return ``overall``; ``geneval``, the mean of GenEval's six tags, if all are there; every tag in TAGS' order."""
+    there = set(tags)
+    columns = tag_columns(tag for tag in (*TAGS, *sorted(there - set(TAGS))) if tag in there)
+    if not there.issuperset(GENEVAL_TAGS):
+        return columns
+    return {"overall": columns["overall"], "geneval": tuple((tag,) for tag in GENEVAL_TAGS)} | columns
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import Any, SupportsFloat
 import numpy as np
 
 from semantic_routing.evaluation.records import CORRECT, MISSING, UNREADABLE, UNSCORED, Record
-from semantic_routing.toy.captions import GENEVAL_TAGS, TAGS
 
 Z95 = 1.959963984540054
 """The standard normal distribution's 0.975 quantile."""
@@ -55,27 +54,21 @@ def gaps(records: Iterable[Record], metrics: Sequence[str]) -> dict[str, int]:
     return {name: n for name, n in found.items() if n}
 
 
-def tag_columns(tags: Iterable[str]) -> Columns:
-    """Return ``overall``, the mean over images; ``geneval``, if its six tags are there, their mean; every tag."""
-    known = list(dict.fromkeys(tags))
-    columns: dict[str, Column] = {"overall": (tuple(known),)}
-    if set(GENEVAL_TAGS) <= set(known):
-        columns["geneval"] = tuple((tag,) for tag in GENEVAL_TAGS)
+def tag_columns(tags: Iterable[str]) -> dict[str, Column]:
+    """Return the columns ``overall``, the mean over images, and every tag."""
+    known = tuple(dict.fromkeys(tags))
+    columns: dict[str, Column] = {"overall": (known,)}
     return columns | {tag: ((tag,),) for tag in known}
 
 
-def summarize(records: Sequence[Record], columns: Columns | None = None) -> dict[str, Any]:
+def summarize(records: Sequence[Record], columns: Columns) -> dict[str, Any]:
     """Return accuracies with image counts and 95 % intervals: ``{"accuracy", "n", "interval"}`` by column.
 
-    The columns are by default those of ``tag_columns``. Intervals are Wilson's; that of a mean over k groups
-    takes the number of images that would give the same variance if all groups were equally hard:
-    k² / sum(1 / n_k). What was not scored is no image here; ``gaps`` counts it.
+    Intervals are Wilson's; that of a mean over k groups takes the number of images that would give the same variance
+    if all groups were equally hard: k² / sum(1 / n_k). Images without a score are left out; ``gaps`` counts them.
     """
     if not records:
         raise ValueError("there are no records to summarize")
-    if columns is None:
-        there = {tag for record in records for tag in record.tags}
-        columns = tag_columns([tag for tag in (*TAGS, *sorted(there - set(TAGS))) if tag in there])
     summary: dict[str, Any] = {"accuracy": {}, "n": {}, "interval": {}, "gaps": gaps(records, [CORRECT])}
     for name, column in columns.items():
         groups = grouped(records, column, CORRECT)

@@ -17,7 +17,7 @@ from scipy.stats import t as student
 
 from semantic_routing.evaluation.records import CORRECT, RECORDS, Record, read_records
 from semantic_routing.evaluation.resampling import PromptSums, bootstrap, permutation_test, prompt_sums
-from semantic_routing.evaluation.summary import tag_columns
+from semantic_routing.evaluation.shapes import shapes_columns
 from semantic_routing.study.plan import Job, StudyArguments, evaluation_folder, jobs
 
 RESAMPLES = 10_000
@@ -105,7 +105,7 @@ def _numbers(mine: Sequence[Sequence[Record]], base: Sequence[Sequence[Record]] 
     ids = [record.id for record in mine[0]]
     if any([record.id for record in records] != ids for side in (mine, base or mine) for records in side):
         raise ValueError("the runs of this study were scored on different prompts: score them all with the same --n")
-    columns = tag_columns(dict.fromkeys(tag for record in mine[0] for tag in record.tags))
+    columns = shapes_columns(tag for record in mine[0] for tag in record.tags)
     found = {}
     for name, column in columns.items():
         left = [prompt_sums(records, ids, CORRECT, column) for records in mine]

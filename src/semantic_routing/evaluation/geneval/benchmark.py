@@ -1,6 +1,6 @@
 """GenEval's prompts and folders (Ghosh et al., 2023); ``verdict.py`` gives the verdicts.
 
-Images lie as ``<digits>/samples/<digits>.png`` with the prompt in ``<digits>/metadata.jsonl``; the official
+Images are in ``<digits>/samples/<digits>.png`` with the prompt in ``<digits>/metadata.jsonl``; the official
 generator writes five digits, its documentation four, and any number of them is read here.
 """
 

@@ -21,7 +21,7 @@ from semantic_routing.evaluation.geneval.verdict import COLORS, Detection
 
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 BACKGROUND = "#999"
-"""What lies outside an object's mask."""
+"""The value of pixels outside an object's mask."""
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 

@@ -209,7 +209,7 @@ def positive_blocks(
     """Yield the enlarged logits in blocks of rows with their upper left corners, if they may be positive.
 
     An average of numbers none of which is positive is not positive, so the rest is left out. A block may be
-    overwritten by who takes it.
+    overwritten by the caller.
     """
     positive = logits > 0
     at_rows, at_columns = positive.any(dim=1).nonzero(), positive.any(dim=0).nonzero()
@@ -217,7 +217,7 @@ def positive_blocks(
         return
     top, bottom = rows.touched(int(at_rows[0]), int(at_rows[-1]) + 1)
     left, right = columns.touched(int(at_columns[0]), int(at_columns[-1]) + 1)
-    if top >= bottom or left >= right:  # all that is positive lies in the padding
+    if top >= bottom or left >= right:  # all positive logits are in the padding
         return
     reach = rows.inputs(top, bottom)
     wide = torch.empty(reach.stop - reach.start, right - left)

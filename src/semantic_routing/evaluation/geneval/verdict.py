@@ -17,8 +17,7 @@ import numpy as np
 from jaxtyping import Bool
 from PIL import Image, ImageOps
 
-from semantic_routing.toy.captions import GENEVAL_TAGS
-
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 # The 80 classes of COCO in their order, three of them by GenEval's own names.
 CLASSES = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
@@ -221,8 +220,8 @@ def _color(found: Mapping[str, Any], name: str) -> str:
 
 def check_metadata(metadata: object) -> None:
     """Raise ValueError if an entry is not a GenEval prompt."""
-    if not isinstance(metadata, dict) or metadata.get("tag") not in GENEVAL_TAGS:
-        raise ValueError(f"it has no 'tag' of GenEval's ({', '.join(GENEVAL_TAGS)})")
+    if not isinstance(metadata, dict) or metadata.get("tag") not in TAGS:
+        raise ValueError(f"it has no 'tag' of GenEval's ({', '.join(TAGS)})")
     include, exclude = metadata.get("include"), metadata.get("exclude", [])
     if not isinstance(metadata.get("prompt"), str) or not isinstance(include, list) or not isinstance(exclude, list):
         raise ValueError("it lacks 'prompt' or the list 'include'")
@@ -233,7 +232,7 @@ def check_metadata(metadata: object) -> None:
         if not isinstance(clause.get("count"), int) or clause["count"] < 1:
             raise ValueError(f"the count of {clause['class']} is no positive number")
         if clause.get("color", COLORS[0]) not in COLORS:
-            raise ValueError(f"{clause['color']!r} is none of the colours {', '.join(COLORS)}")
+            raise ValueError(f"{clause['color']!r} is not one of the colours {', '.join(COLORS)}")
         match clause.get("position"):
             case None:
                 pass

@@ -23,7 +23,7 @@ from semantic_routing.text.quiet import quiet_transformers
 
 YES = "Yes"
 SPELLINGS = (YES, "yes", "YES", " Yes", " yes", "No", "no", "NO", " No", " no")
-"""What an answer may begin with."""
+"""Spellings of the first token of an answer."""
 LEAST_MASS = 0.01
 """Probability that these must have together. Less than of a server's judge: over the whole vocabulary it is exact."""
 ADVICE = {"": "VQAScore needs a judge whose first word is yes or no: one tuned for instructions that does not think"}
@@ -32,12 +32,14 @@ ADVICE = {"": "VQAScore needs a judge whose first word is yes or no: one tuned f
 class LocalVQAJudge:
     """The probability, over the whole vocabulary, that the first token of an answer is that of Yes."""
 
+    usage = None
+
     def __init__(
         self, model: Any, processor: Any, *, name: str, weights: str = "", template: str = VQA_TEMPLATES["3.1"]
     ) -> None:
         """
         Args:
-            model: An image-text-to-text model of transformers; used where and as it lies.
+            model: An image-text-to-text model of transformers; it stays on its device, in its dtype.
             processor: Its processor, with a chat template.
             name: What manifests call it.
             weights: What tells its weights from others of that name, such as their hash.
@@ -82,8 +84,6 @@ class LocalVQAJudge:
         # Of a model on the hub, the commit; a folder's files are read once more.
         weights = getattr(model.config, "_commit_hash", None) or hash_files(Path(name_or_path).glob("*.safetensors"))
         return cls(model.to(device), processor, name=name_or_path, weights=weights, template=template)
-
-    usage = None
 
     @property
     def identity(self) -> dict[str, Any]:

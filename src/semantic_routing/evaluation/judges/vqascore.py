@@ -31,7 +31,7 @@ VQA_PARAMETERS = {"max_tokens": 1, "logprobs": True, "top_logprobs": 20}
 ENOUGH_BLIND = 5
 """Answers without logprobs, and none with them, after which the server counts as having none."""
 TOLERANCE = 1e-3
-"""How far rounding may bring a probability above 1."""
+"""Excess over 1 of a probability that rounding may cause."""
 LEAST_MASS = 0.1
 """Probability that yes and no must have together; an answer with less begins otherwise, as those of thinkers do."""
 VQA_ADVICE = {"": f"VQAScore needs a judge whose first word is yes or no: {NO_THINKING}"}

@@ -1,0 +1,128 @@
+"""Questions about captions that a linear probe answers from one token's state: colours, shapes, counts, relations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from semantic_routing.toy.captions import NUMBERS, Sample, sample
+from semantic_routing.toy.claims import PLACES, Count, Exists, Kind, Relation
+
+COLOR_WORDS = Path(__file__).with_name("color_words.txt")
+"""Words of things and shades with the colour that people see in them; a line for each colour."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One question, asked of many prompts at the same few places."""
+
+    name: str
+    """What is asked, such as "count"."""
+    prompts: list[str]
+    answers: list[str]
+    """The right answer for each prompt."""
+    ends: dict[str, list[int]]
+    """Where a probe reads: a place's name, and for each prompt the end of the characters that its token holds."""
+    choices: list[tuple[str, ...]] = field(default_factory=list)
+    """The answers that each prompt leaves open; empty if all are."""
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of a guess."""
+        return 1 / (len(self.choices[0]) if self.choices else len(set(self.answers)))
+
+
+def toy_tasks(per_task: int, seed: int) -> Iterator[Task]:
+    """Yield the questions about captions of the toy world, each with ``per_task`` captions."""
+    colors = _captions(seed, "colors", per_task)
+    kinds = [_exists(one)[0] for one in colors]
+    yield _task("color", colors, [str(k.color) for k in kinds], {"noun": _nouns(kinds), "last token": _last})
+    yield _task("shape", colors, [str(k.shape) for k in kinds], {"noun": _nouns(kinds), "last token": _last})
+    counts = _captions(seed, "counting", per_task)
+    found = [claim for one in counts for claim in one.claims if isinstance(claim, Count)]
+    words = [NUMBERS[claim.count] for claim in found]
+    yield _task("count", counts, words, {"number": _words(words), "last token": _last})
+    places = _captions(seed, "position", per_task)
+    relations = [claim for one in places for claim in one.claims if isinstance(claim, Relation)]
+    where = [claim.where for claim in relations]
+    yield _task("relation", places, where, {"relation": _relation(relations), "last token": _last})
+    yield from _binding(_captions(seed, "color_attr", per_task))
+
+
+def _binding(samples: list[Sample]) -> Iterator[Task]:
+    """Yield which of a caption's two colours belongs to its first object, and which to its second."""
+    pairs = [_exists(one) for one in samples]
+    both = [(str(first.color), str(second.color)) for first, second in pairs]
+    nouns = [_nouns([pair[i] for pair in pairs]) for i in (0, 1)]
+    for which, name in enumerate(("first", "second")):
+        places = {"first noun": nouns[0]} if which == 0 else {}
+        yield _task(
+            f"color of the {name} object", samples, [pair[which] for pair in both],
+            places | {"second noun": nouns[1]}, both,
+        )  # fmt: skip
+
+
+def color_word_task(template: str = "the color of {}") -> Task:
+    """Return the question which colour a word means that no probe was fitted on, such as scarlet or otter."""
+    words, answers = [], []
+    for line in COLOR_WORDS.read_text(encoding="utf-8").splitlines():
+        color, _, rest = line.partition(":")
+        for word in rest.split(","):
+            words.append(word.strip())
+            answers.append(color)
+    prompts = [template.format(word) for word in words]
+    ends = {"last token of the word": [prompt.rindex(w) + len(w) for prompt, w in zip(prompts, words, strict=True)]}
+    return Task(name="color of unseen words", prompts=prompts, answers=answers, ends=ends)
+
+
+Place = Callable[[int, str], int]
+"""Finds the end of a place in a caption: of (index, caption)."""
+
+
+def _task(
+    name: str, samples: Sequence[Sample], answers: list[str], places: dict[str, Place],
+    choices: Sequence[tuple[str, ...]] = (),
+) -> Task:  # fmt: skip
+    captions = [one.caption for one in samples]
+    ends = {place: [find(i, caption) for i, caption in enumerate(captions)] for place, find in places.items()}
+    return Task(name=name, prompts=captions, answers=answers, ends=ends, choices=list(choices))
+
+
+def _captions(seed: int, tag: str, count: int) -> list[Sample]:
+    """Return different captions of a tag."""
+    found: dict[str, Sample] = {}
+    index = 0
+    while len(found) < count and index < 50 * count:
+        one = sample(seed, index, tag=tag)
+        found.setdefault(one.caption, one)
+        index += 1
+    return list(found.values())
+
+
+def _exists(one: Sample) -> list[Kind]:
+    return [claim.kind for claim in one.claims if isinstance(claim, Exists)]
+
+
+def _last(index: int, caption: str) -> int:
+    return len(caption)
+
+
+def _words(words: Sequence[str]) -> Place:
+    """Find the word of each caption."""
+    return lambda index, caption: caption.rindex(words[index]) + len(words[index])
+
+
+def _nouns(kinds: Sequence[Kind]) -> Place:
+    return _words([str(kind.shape) for kind in kinds])
+
+
+def _relation(relations: Sequence[Relation]) -> Place:
+    """Find the words that say where, the longest that the caption holds."""
+
+    def find(index: int, caption: str) -> int:
+        said = [words for words in PLACES[relations[index].where] if f" {words} " in caption]
+        words = max(said, key=len)
+        return caption.rindex(words) + len(words)
+
+    return find

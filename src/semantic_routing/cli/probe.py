@@ -1,0 +1,96 @@
+"""``semroute probe``: what each layer of a language model knows, and what an average loses, into one folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from semantic_routing.analysis.probing.report import figures, verdict, write_page
+from semantic_routing.analysis.probing.run import probe_encoder
+from semantic_routing.analysis.probing.states import check_memory
+from semantic_routing.analysis.probing.tasks import Task, color_word_task, toy_tasks
+from semantic_routing.common.device import keep_freed_memory, pick_device
+from semantic_routing.common.files import check_writable, write_text
+from semantic_routing.common.manifest import manifest
+from semantic_routing.data.dataset import DataConfig, open_data
+from semantic_routing.data.sources.discover import SHAPES
+from semantic_routing.sampling.prompts import read_prompts
+from semantic_routing.text.config import TextEncoderConfig
+from semantic_routing.text.encoder import TextEncoder
+
+ENCODER = "text_encoder"
+"""Folder inside a run or an exported pipeline that holds its language model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeArguments:
+    """Measure what each layer of a language model knows, and what an average of its layers loses."""
+
+    encoder: Annotated[str, tyro.conf.Positional]
+    """A language model as text.name_or_path takes it: a folder, a name on the hub; or a run that holds one."""
+    out: Path
+    """Folder for the figures (.png, .pdf), their numbers (.csv, .npz), probe.json and index.html."""
+    prompts: str = SHAPES
+    """A file of prompts as of semroute sample, or "shapes" for captions of the toy world."""
+    tokens: int = 20_000
+    """Tokens measured, at most."""
+    tasks: bool = True
+    """Also fit linear probes of colours, shapes, counts and relations."""
+    captions: int = 400
+    """Captions of each task."""
+    layers: str = "all"
+    """Layers measured: "all", a range "6..29" or a list "9,18,27"."""
+    prefix: str = ""
+    """Instruction put before every prompt."""
+    chat_template: bool = False
+    """Wrap each prompt as a user's message in the model's own chat template."""
+    seed: int = 0
+    """Decides captions and folds."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or another that torch knows."""
+
+    def __post_init__(self) -> None:
+        if self.tokens < 100 or self.captions < 50:
+            raise ValueError("a probe needs at least 100 tokens and 50 captions a task")
+
+
+def run_probe(args: ProbeArguments) -> list[Path]:
+    """Run the command; returns the page and the pictures that it wrote."""
+    check_writable(args.out)
+    keep_freed_memory()
+    encoder = TextEncoder.from_pretrained(_config(args), pick_device(args.device))
+    check_memory(args.tokens, encoder.num_layers, encoder.width)
+    tasks: list[Task] = [*toy_tasks(args.captions, args.seed), color_word_task()] if args.tasks else []
+    found = probe_encoder(
+        encoder, _prompts(args), source=_name(args.prompts), tokens=args.tokens, tasks=tasks, seed=args.seed
+    )
+    drawn = list(figures(found))
+    written = [figure.save(args.out) for figure in drawn]
+    write_text(args.out / "probe.json", json.dumps(found.summary(), indent=2) + "\n")
+    settings = json.loads(json.dumps(asdict(args), default=str))
+    write_text(args.out / "manifest.json", json.dumps(manifest(**settings), indent=2) + "\n")
+    sys.stderr.write(f"{verdict(found)}\n")
+    return [*written, write_page(args.out / "index.html", found, drawn)]
+
+
+def _config(args: ProbeArguments) -> TextEncoderConfig:
+    inside = Path(args.encoder) / ENCODER
+    name = str(inside) if inside.is_dir() else args.encoder
+    return TextEncoderConfig(
+        name_or_path=name, layers=args.layers, prefix=args.prefix, chat_template=args.chat_template
+    )
+
+
+def _prompts(args: ProbeArguments) -> list[str]:
+    if args.prompts != SHAPES:
+        return read_prompts(Path(args.prompts))
+    return open_data(DataConfig(), image_size=32, seed=args.seed).captions(args.tokens // 5)
+
+
+def _name(prompts: str) -> str:
+    return "captions of the toy world" if prompts == SHAPES else Path(prompts).name
