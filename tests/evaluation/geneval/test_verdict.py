@@ -313,7 +313,7 @@ GOOD = {"tag": "position", "prompt": "", "include": [{"class": "cat", "count": 1
         ({"prompt": 1}, "lacks 'prompt'"),
         ({"include": [{"class": "unicorn", "count": 1}]}, "no class"),
         ({"include": [{"class": "cat", "count": 0}]}, "count of cat"),
-        ({"include": [{"class": "cat", "count": 1, "color": "mauve"}]}, "'mauve' is none"),
+        ({"include": [{"class": "cat", "count": 1, "color": "mauve"}]}, "'mauve' is not one of the colours"),
         ({"include": [{"class": "cat", "count": 1, "position": ["left of", 0]}]}, "no object before it"),
         ({"include": [{"class": "cat", "count": 1, "position": 3}]}, "position 3 of cat"),
         ({"exclude": [{"class": "cat"}]}, "count of cat"),
