@@ -139,7 +139,11 @@ def test_prepare_data(
 
 
 def test_analysis(
-    tiny_run: Path, tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_run: Path,
+    tiny_encoder: Path,
+    tiny_config: Callable[..., TrainConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
@@ -147,7 +151,9 @@ def test_analysis(
         shutil.copytree(tiny_run, Path("runs", name))
     start(tiny_config("joint"), Path("runs/joint"))
     for command in commands("analysis.md"):
-        main([{"64": "2"}.get(word, word) for word in command])
+        command = [{"64": "2", "smollm2": str(tiny_encoder)}.get(word, word) for word in command]
+        main(smaller(command, "--tokens", "600", "--captions", "50") if command[0] == "probe" else command)
+    assert Path("probes/smollm2/index.html").is_file()
     page = (DOCS / "analysis.md").read_text(encoding="utf-8")
     patterns = re.findall(r"`([a-z*-]+)`", "".join(re.findall(r"^\| `.*", page, re.MULTILINE)))
     patterns += re.findall(r"`([a-z-]+-\*)`", page)

@@ -19,12 +19,10 @@ from semantic_routing.common.files import check_writable, write_text
 from semantic_routing.common.manifest import manifest
 from semantic_routing.data.dataset import DataConfig, open_data
 from semantic_routing.data.sources.discover import SHAPES
+from semantic_routing.sampling.load import TEXT_ENCODER
 from semantic_routing.sampling.prompts import read_prompts
 from semantic_routing.text.config import TextEncoderConfig
 from semantic_routing.text.encoder import TextEncoder
-
-ENCODER = "text_encoder"
-"""Folder inside a run or an exported pipeline that holds its language model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +77,7 @@ def run_probe(args: ProbeArguments) -> list[Path]:
 
 
 def _config(args: ProbeArguments) -> TextEncoderConfig:
-    inside = Path(args.encoder) / ENCODER
+    inside = Path(args.encoder) / TEXT_ENCODER
     name = str(inside) if inside.is_dir() else args.encoder
     return TextEncoderConfig(
         name_or_path=name, layers=args.layers, prefix=args.prefix, chat_template=args.chat_template

@@ -204,6 +204,13 @@ class TextEncoder:
                         found[row] = states
         return self._batch([found[row] for row in rows])
 
+    def position(self, prompt: str, end: int) -> int:
+        """Return the position of the token that holds the character before ``end`` of a prompt.
+
+        ValueError if the tokenizer does not say which characters its tokens hold.
+        """
+        return self._tokens.position(prompt, end)
+
     def state_bytes(self, prompts: Sequence[str], *, with_kv: bool = False) -> float:
         """Return the mean bytes of a prompt's states, without encoding the prompts."""
         rows = self._tokens(prompts, strict=False)

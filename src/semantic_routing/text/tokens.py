@@ -73,10 +73,7 @@ class PromptTokenizer:
         A prompt that does not reach the model is a ValueError, or a warning if not ``strict``.
         """
         with _BUSY:
-            texts, special = [self.config.prefix + prompt for prompt in prompts], True
-            if self.config.chat_template:
-                special = False  # the template writes them
-                texts = in_chat(self.tokenizer, texts, self.config.name_or_path, strict=strict)
+            texts, special = self._texts(prompts, strict=strict)
             rows = self.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
             self._check_known(prompts, rows, strict, stacklevel + 1)
             self._cut(prompts, texts, rows, special, stacklevel + 1)
@@ -86,6 +83,30 @@ class PromptTokenizer:
                 f"the tokenizer of {self.config.name_or_path!r} gives {largest}, but its model embeds {self.rows}"
             )
         return found
+
+    def position(self, prompt: str, end: int) -> int:
+        """Return the position of the token that holds the character before ``end`` of a prompt.
+
+        ValueError if the tokenizer does not say which characters its tokens hold.
+        """
+        (text,), special = self._texts([prompt], strict=True)
+        at = text.rfind(prompt) + end - 1
+        spans: list[tuple[int, int]] = []
+        if self.tokenizer.is_fast:
+            with _BUSY:
+                found = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+            spans = found["offset_mapping"]
+        holding = [token for token, (first, last) in enumerate(spans) if first <= at < last]
+        if not holding:
+            raise ValueError(f"the tokenizer of {self.config.name_or_path!r} names no token of {prompt[:end]!r}")
+        return holding[-1]
+
+    def _texts(self, prompts: Sequence[str], *, strict: bool) -> tuple[list[str], bool]:
+        """Return the prompts in their prefix and chat template, and True if special tokens are still to be added."""
+        texts = [self.config.prefix + prompt for prompt in prompts]
+        if not self.config.chat_template:
+            return texts, True
+        return in_chat(self.tokenizer, texts, self.config.name_or_path, strict=strict), False
 
     def _cut(
         self, prompts: Sequence[str], texts: Sequence[str], rows: list[list[int]], special: bool, stacklevel: int

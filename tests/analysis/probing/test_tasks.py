@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from semantic_routing.analysis.probing.classify import cross_validate
-from semantic_routing.analysis.probing.states import token_of
 from semantic_routing.analysis.probing.tasks import color_word_task, toy_tasks
 from semantic_routing.cli.main import main
 from semantic_routing.text.encoder import TextEncoder
@@ -52,7 +51,7 @@ def test_a_token_is_found_by_its_characters(tiny_encoder: Path) -> None:
     prompt = "a red circle above a blue star"
     ids = encoder.tokenizer(prompt)["input_ids"]
     for word in ("red", "circle", "star"):
-        token = token_of(encoder, prompt, prompt.index(word) + len(word))
+        token = encoder.position(prompt, prompt.index(word) + len(word))
         assert word.endswith(encoder.tokenizer.decode([ids[token]]).strip())
 
 

@@ -59,9 +59,8 @@ def _scores(
     mean = own.mean(0)
     cross = cross - cross.mean(1, keepdim=True) - mean + mean.mean()
     own = own - mean - mean[:, None] + mean.mean()
-    values, basis = torch.linalg.eigh(own)
-    values.clamp_(min=0)
     y = targets[rows]
-    ridges = values.mean() * torch.tensor(RIDGES, dtype=torch.float64, device=values.device)
-    fitted = (basis.T @ (y - y.mean(0))) / (values + ridges[:, None])[..., None]
-    return (cross @ basis @ fitted + y.mean(0)).numpy(force=True)
+    ridges = own.diagonal().mean() * torch.tensor(RIDGES, dtype=torch.float64, device=own.device)
+    penalised = own + ridges[:, None, None] * torch.eye(len(own), dtype=torch.float64, device=own.device)
+    fitted = torch.cholesky_solve((y - y.mean(0)).expand(len(ridges), *y.shape), torch.linalg.cholesky(penalised))
+    return (cross @ fitted + y.mean(0)).numpy(force=True)

@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from semantic_routing.analysis.figures import INK, Drawn, label_axes, new_axes, to_svg
 from semantic_routing.analysis.probing.linear import Linear
+from semantic_routing.analysis.table import Table
 from semantic_routing.common.files import write_text
 from semantic_routing.common.webpage import document
 
@@ -221,14 +222,10 @@ def _table(probe: Probe) -> str:
     """Return the tasks' accuracies as an HTML table."""
     if not probe.readings:
         return ""
-    head = "".join(f"<th>{name}</th>" for name in ("task", "chance", "best layer", "average", "penultimate", "last"))
     rows = []
     for r in probe.readings:
         best = int(r.accuracy[:-1].argmax())
         cells = [f"{r.chance:.2f}", f"{r.accuracy[best]:.2f} (layer {probe.layers[best]})"]
-        cells += [f"{r.accuracy[i]:.2f} ± {r.error[i]:.2f}" for i in (-1, -3, -2)]
-        rows.append(f"<tr><td>{escape(r.name)}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return (
-        "<h2>Linear probes on held-out prompts</h2>\n"
-        f'<div class="card"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-    )
+        rows.append([r.name, *cells, *(f"{r.accuracy[i]:.2f} ± {r.error[i]:.2f}" for i in (-1, -3, -2))])
+    table = Table(("task", "chance", "best layer", "average", "penultimate", "last"), rows)
+    return f"<h2>Linear probes on held-out prompts</h2>\n{table.html()}"

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from semantic_routing.analysis.probing.classify import cross_validate
 from semantic_routing.analysis.probing.linear import fold_prompts, predict_layers
 from semantic_routing.analysis.probing.report import Norms, Probe, Reading
-from semantic_routing.analysis.probing.states import TokenStates, states_at, token_of, token_states
+from semantic_routing.analysis.probing.states import TokenStates, states_at, token_states
 from semantic_routing.analysis.probing.tasks import Task
 from semantic_routing.text.encoder import TextEncoder
 
@@ -55,7 +55,7 @@ def _norms(states: TokenStates) -> Norms:
 def _read(encoder: TextEncoder, task: Task, seed: int) -> list[Reading]:
     """Fit the probes of a task at each of its places, for every layer and the average."""
     tokens = np.array(
-        [[token_of(encoder, prompt, ends[i]) for ends in task.ends.values()] for i, prompt in enumerate(task.prompts)]
+        [[encoder.position(prompt, ends[i]) for ends in task.ends.values()] for i, prompt in enumerate(task.prompts)]
     )
     classes = sorted(set(task.answers))
     answers = np.array([classes.index(answer) for answer in task.answers])

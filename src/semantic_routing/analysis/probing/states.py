@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,6 @@ from jaxtyping import Bool, Float, Float16, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from semantic_routing.text.chat_template import in_chat
 from semantic_routing.text.encoder import TextEncoder
 
 BATCH = 64
@@ -93,29 +93,8 @@ def encoded(encoder: TextEncoder, prompts: Sequence[str]) -> Iterator[tuple[int,
         yield start, features.hidden, features.mask
 
 
-def token_of(encoder: TextEncoder, prompt: str, end: int) -> int:
-    """Return the position of the token that holds the character before ``end`` of a prompt.
-
-    Raises ValueError if the tokenizer does not say which characters its tokens hold.
-    """
-    config, tokenizer = encoder.config, encoder.tokenizer
-    text = config.prefix + prompt
-    if config.chat_template:
-        text = in_chat(tokenizer, [text], config.name_or_path)[0]
-    if not tokenizer.is_fast:
-        raise ValueError(f"the tokenizer of {config.name_or_path!r} does not tell where its tokens are: use --no-tasks")
-    at = text.rfind(prompt) + end - 1
-    spans = tokenizer(text, add_special_tokens=not config.chat_template, return_offsets_mapping=True)["offset_mapping"]
-    holding = [token for token, (first, last) in enumerate(spans) if first <= at < last]
-    if not holding:
-        raise ValueError(f"no token of {config.name_or_path!r} holds character {at} of {text!r}: use --no-tasks")
-    return holding[-1]
-
-
 def check_memory(tokens: int, layers: int, width: int) -> None:
     """Raise ValueError if the states of ``tokens`` tokens would fill more than half of the free memory."""
-    import os
-
     need = 2 * tokens * layers * width
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
     if need > free / 2:
