@@ -23,7 +23,7 @@ FIRST_FAILURES = 8
 
 @dataclass
 class Usage:
-    """What a client has sent and got so far."""
+    """Counts of a client's requests and answers so far."""
 
     requests: int = 0
     """Sent, retries among them."""

@@ -80,7 +80,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a model answered."""
+    """A model's answer."""
 
     text: str
     logprobs: tuple[tuple[str, float], ...] | None
@@ -107,7 +107,7 @@ class Failure:
     reason: str
     """A few fixed words, so that failures can be counted: HTTP 500, timeout, malformed answer ..."""
     detail: str = ""
-    """What exactly happened."""
+    """The exact reason."""
     final: bool = False
     """Whether asking again would bring the same: a picture that does not open, a question that was refused."""
 

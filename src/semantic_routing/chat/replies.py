@@ -19,7 +19,7 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking", "reasoning_details", "
 THINKING = ("thinking", "reasoning", "thought", "redacted_thinking", "reasoning.text", "reasoning.summary")
 """Types of parts of a content that are thoughts."""
 PIECES = str.maketrans({"\u2581": " ", "\u0120": " ", "\u010a": "\n", "\u0109": "\t", "\ufeff": " ", "\u200b": " "})
-"""How tokenizers write white space in the names of their tokens: U+2581 SentencePiece, the others byte-level BPE."""
+"""White space in the names of tokens: U+2581 of SentencePiece, the others of byte-level BPE."""
 QUOTES = "\"'`\u201c\u201d\u2018\u2019"
 NUMBERED = re.compile(r"token(_id)?:\d+|bytes:", re.IGNORECASE)
 """Names that tell a token's number or bytes and not its text."""

@@ -20,7 +20,7 @@ from semantic_routing.common.connection import way_to
 from semantic_routing.common.extras import require
 
 USUAL_KEY = "OPENAI_API_KEY"
-"""Where the key is if no variable is named; it need not be there."""
+"""Environment variable of the key if none is named; it may be unset."""
 KEYLESS = "EMPTY"
 """Sent where the environment holds no key: servers of one's own mostly want none."""
 

@@ -1,4 +1,4 @@
-"""What an answer says once its model has thought; and, where the first answers say nothing, what to set."""
+"""Answers without their thoughts, and advice if a model's first answers are useless."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CLOSE = (
 OPEN, CLOSE = re.compile(_OPEN, re.IGNORECASE), re.compile(_CLOSE, re.IGNORECASE)
 """The marks around thoughts of Qwen, DeepSeek and most others, Magistral, Kimi, MedGemma, gpt-oss and Gemma."""
 FRAME = re.compile(r"</?answer>|<\|(?:begin|end)_of_(?:box|solution)\|>|<\|(?:return|end)\|>\s*$", re.IGNORECASE)
-"""What some models put around the answer after their thoughts."""
+"""Marks that some models put around the answer after their thoughts."""
 ENOUGH = 3
 """Useless answers, more than useful ones, after which a line advises."""
 

@@ -48,10 +48,10 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What a scorer says about an image."""
+    """A scorer's result for an image."""
 
     scores: dict[str, float | None]
-    """By metric; None where no score could be had."""
+    """By metric; None without a score."""
     reason: str
     """Why, in a few words."""
     answer: str = ""

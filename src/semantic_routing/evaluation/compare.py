@@ -20,9 +20,9 @@ from semantic_routing.evaluation.summary import Column
 SHARES = (CORRECT, "vqascore")
 """Metrics from 0 to 1, shown in percent."""
 SAME = {"benchmark": "benchmark", "prompt_set": "set of prompts", "scorer": "scorer"}
-"""What compared evaluations must share."""
+"""Facts that compared evaluations must share."""
 TOLD = ("sampler", "resolution")
-"""What they may differ in, but not in silence."""
+"""Facts that may differ, which is reported."""
 METHOD = (
     "Brackets: 95 % percentile bootstrap over prompts ({resamples} resamples, images of a prompt together; the same "
     "prompts on both sides of a difference; none where prompts are too few). p: two-sided paired permutation test that "

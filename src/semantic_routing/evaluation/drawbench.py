@@ -16,7 +16,7 @@ from semantic_routing.evaluation.records import Record
 from semantic_routing.evaluation.summary import Columns, gaps, grouped, scores_table, spread
 
 ASPECTS = ("alignment", "coherence", "style")
-"""What UnifiedReward scores, each from 1 to 5; the paper reports style."""
+"""The aspects that UnifiedReward scores, each from 1 to 5; the paper reports style."""
 OVERALL = "overall"
 
 
@@ -48,7 +48,7 @@ class DrawBench(Benchmark):
 def read_drawbench(path: Path, images_per_prompt: int = 1) -> DrawBench:
     """Read a CSV file with the columns Prompts and Category, or JSON or JSON lines with such keys.
 
-    Ids count from 0 in the file's order. Raises ValueError where a row lacks either.
+    Ids count from 0 in the file's order. Raises ValueError if a row lacks either.
     """
     what, suffix = "the prompts of DrawBench", path.suffix.lower()
     if suffix == ".csv":

@@ -56,7 +56,7 @@ class FeaturesArguments:
     out: Path | None = None
     """Folder for summary.json, table.md and manifest.json."""
     subset_size: int = 1000
-    """Images in each of KID's subsets; fewer where there are fewer images."""
+    """Images in each of KID's subsets; fewer if there are fewer images."""
     subsets: int = 100
     """Subsets of KID."""
     batch: int = 32

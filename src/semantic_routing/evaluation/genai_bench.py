@@ -40,7 +40,7 @@ def aggregate(
 
     ``scores`` maps prompts' ids, such as "00012" or "12", to scores; a score of nan or None, or an id that is not
     there, is a gap: n counts what was scored. ``all`` is over the union of the skills' ids. The mean of no score
-    and the deviation of fewer than two are nan. Raises ValueError where the ids are not those of the skills: some
+    and the deviation of fewer than two are nan. Raises ValueError if the ids are not those of the skills: some
     of the skills' ids have no score while other ids have one, as when one side counts from 0 and the other from 1.
     """
     known = _by_number(scores)
@@ -120,7 +120,7 @@ class GenAIBench(Benchmark):
 def read_genai_bench(prompts: Path, skills: Path, images_per_prompt: int = 1) -> GenAIBench:
     """Read the official files ``genai_image.json`` and ``genai_skills.json`` of one set.
 
-    Raises ValueError where a file is not of this form, or where the two are not of one set.
+    Raises ValueError if a file is not of this form, or if the two are not of one set.
     """
     content = read_json(prompts, "the prompts of GenAI-Bench")
     if isinstance(content, dict):

@@ -17,7 +17,7 @@ APPLE, HIDDEN, BROKEN_LINK = "AppleDouble (._ files of macOS)", "hidden", "links
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """What a folder holds."""
+    """The pictures of a folder and its skipped files."""
 
     folder: Path
     pictures: tuple[Path, ...]

@@ -19,7 +19,7 @@ HERE = Path(__file__)
 STYLE = HERE.with_suffix(".css")
 SCRIPT = HERE.with_suffix(".js")
 RIGHT, WRONG, SCORED, NONE = "right", "wrong", "scored", "no score"
-"""What the page calls a record by its outcome."""
+"""The page's names of outcomes."""
 
 
 def page(title: str, table: str, records: Sequence[Record], facts: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ MISSING, UNREADABLE, UNSCORED = "missing", "unreadable", "unscored"
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What was found about one image."""
+    """The result for one image."""
 
     prompt: int
     """Index of the prompt: with ``image`` it decided the noise."""
@@ -39,7 +39,7 @@ class Record:
     file: str
     """The image, seen from the evaluation's folder; where it should be if it is missing."""
     scores: dict[str, float | None]
-    """By metric; None where it could not be judged. The metric of a verdict is ``correct``."""
+    """By metric; None if it could not be judged. The metric of a verdict is ``correct``."""
     reason: str
     """Why, in a few words."""
     answer: str = ""

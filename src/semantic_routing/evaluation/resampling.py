@@ -1,4 +1,4 @@
-"""How sure a benchmark's numbers are: bootstrap intervals and paired permutation tests over prompts.
+"""Bootstrap intervals and paired permutation tests over prompts: the uncertainty of a benchmark's numbers.
 
 The unit is the prompt: images of one prompt are correlated, so they are drawn, or exchanged, together.
 """

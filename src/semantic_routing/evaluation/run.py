@@ -29,7 +29,7 @@ ORIGIN = (
     "prompts",
     "prompt_seed",
 )
-"""What a manifest says about how images were made."""
+"""Keys of a manifest that say how images were made."""
 
 
 def evaluate_model(

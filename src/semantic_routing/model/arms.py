@@ -17,7 +17,7 @@ class Arm:
     label: str
     """Label in the paper; the name itself for arms beyond the paper."""
     reads: str
-    """What a block reads, as a sentence for reports."""
+    """A sentence for reports that says what a block reads."""
     paper: bool = True
     """Whether it is in the paper."""
     learned: bool = True

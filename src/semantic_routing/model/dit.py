@@ -60,7 +60,7 @@ class DiTConfig:
     text_layers: int = 36
     """Number of the language model's states, L."""
     conditioning: Literal["none", "adaln-zero", "adaln-single", "addition"] = "none"
-    """How the blocks see the time; in the paper they do not."""
+    """The way in which blocks see the time; in the paper they do not."""
     prediction: Literal["velocity", "image"] = "velocity"
     """Output of the last layer. Callers always get the velocity, which is derived from an image prediction."""
     rope_theta: float = 1e4

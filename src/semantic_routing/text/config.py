@@ -1,4 +1,4 @@
-"""How prompts are read: the settings of a text encoder, and the sizes of its features."""
+"""The settings of a text encoder, and the sizes of its features."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ CHECKSUM = "crc32"
 
 
 class States(NamedTuple):
-    """What a language model puts out for one prompt of n tokens, without padding."""
+    """A language model's outputs for one prompt of n tokens, without padding."""
 
     hidden: Float[Tensor, "L n C"]
     keys: Float[Tensor, "L Hkv n hd"] | None = None

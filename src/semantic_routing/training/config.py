@@ -37,7 +37,7 @@ class TrainConfig:
     time: TimeConfig = field(default_factory=TimeConfig)
     """The distribution of training times and their weights in the loss."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """How the run is distributed over the processes of torchrun."""
+    """The distribution of the run over the processes of torchrun."""
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     """When the run counts as hung."""
     steps: int = 500_000

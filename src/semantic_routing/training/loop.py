@@ -163,7 +163,7 @@ def train(trainer: Trainer, data: Dataset, on_step: OnStep | None = None) -> Pat
 
 @dataclass(frozen=True)
 class Loop:
-    """What happens around each training step; the methods are in the order in which ``train`` calls them."""
+    """The work around each training step; the methods are in the order in which ``train`` calls them."""
 
     trainer: Trainer
     data: Dataset

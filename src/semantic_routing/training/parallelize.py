@@ -37,7 +37,7 @@ from semantic_routing.text.encoder import TextEncoder
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How a run is distributed over the processes of torchrun, and where it trades time for memory."""
+    """The distribution of a run over the processes of torchrun, and its trade of time for memory."""
 
     strategy: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"
     """fsdp shards weights, gradients and optimiser states over all processes, ddp replicates them, hsdp shards within
@@ -47,7 +47,7 @@ class ParallelConfig:
     reshard_after_forward: bool = True
     """fsdp, hsdp: free a block's gathered weights after its forward pass and gather them again for its backward."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What a block's backward pass recomputes: nothing, all except matrix products and attention, or everything."""
+    """Recomputed in a block's backward pass: nothing, all except matrix products and attention, or everything."""
     text_encoder: Literal["replicated", "sharded", "cpu"] = "replicated"
     """Place of the frozen language model: on every device, sharded over all of them, or in host memory."""
 

@@ -1,1 +1,1 @@
-"""``semroute probe``: what each layer of a language model knows, and what an average of its layers loses."""
+"""``semroute probe``: the knowledge of each layer of a language model, and the loss of an average of its layers."""

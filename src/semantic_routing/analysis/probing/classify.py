@@ -16,7 +16,7 @@ RIDGES = tuple(10.0**k for k in range(-4, 5))
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How often a probe is right about prompts that it was not fitted on."""
+    """The share of prompts, outside of its fitting folds, that a probe answers correctly."""
 
     mean: float
     error: float

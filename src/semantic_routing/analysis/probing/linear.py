@@ -1,4 +1,4 @@
-"""How well one layer predicts another linearly, and how alike layers are, from second moments alone.
+"""Linear prediction of one layer from another, and similarity of layers, from second moments alone.
 
 A source X [T, C] predicts a target Y [T, C] by ridge regression W = (G + r I)^-1 X'Y with G = X'X. Prompts, not tokens,
 are split: half fit, a quarter choose the ridge r, a quarter give the reported R². With G = Q diag(e) Q' factored once

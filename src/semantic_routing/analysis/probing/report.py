@@ -1,4 +1,4 @@
-"""What a probe found, as figures, tables, two sentences, and one page that needs no network."""
+"""A probe's results as figures, tables, two sentences, and one page that needs no network."""
 
 from __future__ import annotations
 

@@ -18,12 +18,12 @@ class Task:
     """One question, asked of many prompts at the same few places."""
 
     name: str
-    """What is asked, such as "count"."""
+    """The question, such as "count"."""
     prompts: list[str]
     answers: list[str]
     """The right answer for each prompt."""
     ends: dict[str, list[int]]
-    """Where a probe reads: a place's name, and for each prompt the end of the characters that its token holds."""
+    """The places that a probe reads: by name, the end of the token's characters in each prompt."""
     choices: list[tuple[str, ...]] = field(default_factory=list)
     """The answers that each prompt leaves open; empty if all are."""
 

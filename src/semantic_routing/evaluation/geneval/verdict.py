@@ -36,7 +36,7 @@ THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9
 MAX_OBJECTS = 16
 """Objects that count of each class."""
 POSITION_MARGIN = 0.1
-"""How far, in units of both objects' summed sizes, centres may be apart and still be level."""
+"""Largest offset of level centres, in units of both objects' summed sizes."""
 
 Box = Sequence[float | int] | np.ndarray
 
@@ -164,7 +164,7 @@ def evaluate_detections(
 
     ``detections`` has for each class the objects that count, the most confident first, as ``{"box": [x1, y1, x2,
     y2, score], "color": name}``; a colour is needed only where the prompt names one. ``metadata`` is a line of
-    GenEval's file of prompts. Raises ValueError where a colour that is needed is missing, or a position is
+    GenEval's file of prompts. Raises ValueError if a colour that is needed is missing, or a position is
     relative to an object that is not named before.
     """
     faults = []

@@ -33,7 +33,7 @@ REWARD_ADVICE = {
     THOUGHTS: NO_THINKING,
     "": "judge with a UnifiedReward model, and give the request that it was trained with by --template",
 }
-"""What to set where the first answers of a judge are of no use, by reason."""
+"""Settings to try if a judge's first answers are useless, by reason."""
 SCORE = re.compile(
     rf"\b({'|'.join(ASPECTS)})[\s*_]*score\b[^:\n]*:[\s*_`]*"
     r"([-+]?\d+(?:\.\d+)?|nan)(?![\w%]|\.\d)(?:[\s*_`]*/\s*(\d+))?",

@@ -87,7 +87,7 @@ class VQAJudge:
 def p_yes(logprobs: Sequence[tuple[str, float]]) -> tuple[float | None, str]:
     """Return P(Yes) from the first token's likeliest choices, or None and the reason.
 
-    The sum over all spellings of yes; where there are none, 1 minus that of no. Neither is a judgement where yes and
+    The sum over all spellings of yes; without any, 1 minus that of no. Neither is a judgement where yes and
     no together are hardly likely.
     """
     if any(not logprob <= TOLERANCE for _, logprob in logprobs):
