@@ -57,7 +57,7 @@ def test_folds_share_no_prompt_and_few_prompts_are_refused() -> None:
     prompt = torch.arange(400) // 4
     fit, choose, report = fold_prompts(prompt, seed=1)
     parts = [set(prompt[fold].tolist()) for fold in (fit, choose, report)]
-    assert [len(part) for part in parts] == [50, 25, 25]
+    assert [len(part) for part in parts] == [70, 15, 15]
     assert len(set.union(*parts)) == 100
     with pytest.raises(ValueError, match="7 prompts are too few"):
         fold_prompts(torch.arange(7), seed=0)

@@ -206,8 +206,8 @@ def write_page(path: Path, probe: Probe, drawn: Sequence[Drawn]) -> Path:
         for one in drawn
     )
     about = (
-        f"{len(probe.layers)} layers of width {probe.width}; {probe.tokens:,} tokens of {probe.prompts}, half of the "
-        "prompts to fit, a quarter to choose the ridge, a quarter to report."
+        f"{len(probe.layers)} layers of width {probe.width}; {probe.tokens:,} tokens of {probe.prompts}, 70 % of "
+        "the prompts to fit, 15 % to choose the ridge, 15 % to report."
     )
     body = (
         f'<h1>What the layers of {escape(probe.encoder)} know</h1>\n<p class="soft">{escape(about)}</p>\n'
