@@ -33,6 +33,7 @@ from semantic_routing.training.loop import start
 from tests.helpers.chat_server import KEY, MODEL, ChatServer
 from tests.helpers.damaged import write_shards
 from tests.helpers.tiny_models import SIDE, save_llava, small_clip, small_model, tokenizer
+from tests.model.test_codec import tiny_vae
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -121,14 +122,16 @@ def test_prepare_data(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     write_shards(Path("shards"))
+    tiny_vae().save_pretrained("vae")
     small = ["--steps", "1", "--batch", "4", "--preview-every", "0", "--no-compile"]
     small += ["--text.name-or-path", str(tiny_encoder), "--data.max-damaged", "0.5"]
     with ChatServer() as server:
         for command in commands("prepare-data.md"):
-            command = [word.replace("http://127.0.0.1:8000/v1", server.url) for word in command]
+            command = [
+                "32" if word == "256" else word.replace("http://127.0.0.1:8000/v1", server.url) for word in command
+            ]
             if command[0] == "train":
-                steps = command.index("--steps")
-                command = command[:steps] + command[steps + 2 :] + small
+                command = smaller(command, *small)
             if command[1] == "recaption":
                 command[command.index("--model") + 1] = MODEL
             main(command)
@@ -136,6 +139,8 @@ def test_prepare_data(
     assert Path("shards/.semroute-index").is_dir()
     assert "not an image" in capsys.readouterr().out
     assert find_checkpoint(Path("runs/recaptioned")).name == "step-0000001"
+    assert list(Path("latents").glob("*.safetensors"))
+    assert find_checkpoint(Path("runs/kept")).name == "step-0000001"
 
 
 def test_analysis(

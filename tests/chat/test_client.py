@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from semantic_routing.chat.cache import AnswerCache
 from semantic_routing.chat.client import ChatClient
 from semantic_routing.chat.messages import Answer, Failure, Picture, Question, digest
 from semantic_routing.chat.replies import read_answer
-from semantic_routing.chat.server import ChatConfig, retry_after
+from semantic_routing.chat.server import ChatConfig, Clock, retry_after
 from tests.helpers.chat_server import FAULTS, KEY, MODEL, ChatServer, p_yes
 
 VQA = {"max_tokens": 1, "logprobs": True, "top_logprobs": 20}
@@ -122,18 +122,50 @@ def test_same_question_at_once_is_asked_once(server: ChatServer, tmp_path: Path)
         assert client.usage.prompt_tokens == 100
 
 
+class Standing(Clock):
+    """A clock that stands still, and notes every wait instead of waiting."""
+
+    def __init__(self) -> None:
+        self.waits: list[float] = []
+
+    def now(self) -> float:
+        return 100.0
+
+    async def sleep(self, seconds: float) -> None:
+        self.waits.append(seconds)
+
+
 def test_requests_are_spread_over_the_minute(server: ChatServer) -> None:
-    client = ChatClient(config(server, requests_per_minute=1200.0))
-    begin = time.monotonic()
-    all_answers(client, [f"slowly {i}" for i in range(9)])
-    assert time.monotonic() - begin >= 8 * 0.05
+    clock = Standing()
+    all_answers(ChatClient(config(server, requests_per_minute=1200.0), clock), [f"slowly {i}" for i in range(9)])
+    assert sorted(clock.waits) == pytest.approx([i * 60 / 1200 for i in range(9)])
+    clock = Standing()
+    all_answers(ChatClient(config(server), clock), [f"quickly {i}" for i in range(9)])
+    assert clock.waits == [0.0] * 9
 
 
-def test_retry_after_holds_all_requests(server: ChatServer) -> None:
-    client = ChatClient(config(server, concurrency=1, longest_wait=2.0))
-    begin = time.monotonic()
-    all_answers(client, ["held [[429-slow*1]]"])
-    assert time.monotonic() - begin >= 0.3
+def test_retry_after_holds_all_requests(server: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random, "uniform", lambda least, most: most)
+    clock = Standing()
+    client = ChatClient(config(server, concurrency=1, longest_wait=2.0, first_wait=0.125), clock)
+    all_answers(client, ["held [[429-slow*1]]", "after it"])
+    # Sent, told to wait 0.3 seconds, sent again and the next one, which the same 0.3 seconds hold.
+    assert clock.waits == pytest.approx([0, 0.3 + 0.125, 0.3, 0.3])
+
+
+def test_waits_before_retries_double_up_to_the_longest(server: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def most(low: float, high: float) -> float:
+        asked.append(low)
+        return high
+
+    monkeypatch.setattr(random, "uniform", most)
+    clock = Standing()
+    client = ChatClient(config(server, retries=4, first_wait=1.0, longest_wait=5.0), clock)
+    assert isinstance(one(client, "[[500]] every time"), Failure)
+    assert clock.waits == [0, 1, 0, 2, 0, 4, 0, 5, 0]
+    assert asked == [0] * 4
 
 
 def test_not_more_at_once_than_allowed() -> None:

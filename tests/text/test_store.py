@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from semantic_routing.text.config import parse_bytes
+from semantic_routing.common.sizes import parse_bytes
 from semantic_routing.text.encoder import TextEncoder
 from semantic_routing.text.features import TextFeatures
 from semantic_routing.text.store import DiskStates, States, StateStore

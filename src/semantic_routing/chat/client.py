@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from semantic_routing.chat.cache import AnswerCache
 from semantic_routing.chat.messages import Answer, Failure, Question, digest
-from semantic_routing.chat.server import ChatConfig, Server, import_openai, read_key
+from semantic_routing.chat.server import ChatConfig, Clock, Server, import_openai, read_key
 from semantic_routing.common.connection import way_to
 from semantic_routing.common.files import check_writable
 
@@ -46,7 +46,8 @@ class ChatClient:
     would fail every question: a refused key, an unknown model, a server that answers nothing.
     """
 
-    def __init__(self, cfg: ChatConfig) -> None:
+    def __init__(self, cfg: ChatConfig, clock: Clock | None = None) -> None:
+        """Ask as ``cfg`` says; all waits are those of ``clock``, by default the system's."""
         if not cfg.model:
             raise ValueError("which model should be asked? give the name under which the server knows it")
         if not cfg.replay:  # report what is missing before any work is done
@@ -56,6 +57,7 @@ class ChatClient:
             if cfg.cache is not None:
                 check_writable(cfg.cache)
         self.cfg = cfg
+        self._clock = clock or Clock()
         self.usage = Usage()
         self.cache = None if cfg.cache is None else AnswerCache(cfg.cache)
         self._extra = cfg.extra_parameters()
@@ -92,7 +94,7 @@ class ChatClient:
             items: Anything; taken as there is room for more requests.
             make: The question of an item, or why there can be none. Runs in threads, so it may read and encode.
         """
-        server = None if self.cfg.replay else Server(self.cfg)
+        server = None if self.cfg.replay else Server(self.cfg, self._clock)
         waiting = iter(items)
         underway: dict[asyncio.Task[Answer | Failure], T] = {}
         try:
@@ -183,7 +185,7 @@ class ChatClient:
             if wait is not None:
                 server.pace.pause(wait)
             jitter = random.uniform(0, min(cfg.longest_wait, cfg.first_wait * 2**attempt))
-            await asyncio.sleep((wait or 0.0) + jitter)
+            await self._clock.sleep((wait or 0.0) + jitter)
         # A refusal is about the one question where others were answered, and else about all of them.
         self._failures_in_a_row += not (failure.final and self._worked)
         if self._failures_in_a_row >= (cfg.give_up if self._worked else min(cfg.give_up, FIRST_FAILURES)):

@@ -100,21 +100,34 @@ def _check_url(url: str) -> None:
         raise ValueError(f"base_url is {url!r}; leave out the end, from /chat on")
 
 
+class Clock:
+    """Time in seconds, and waiting."""
+
+    def now(self) -> float:
+        """Return the time, from an arbitrary beginning."""
+        return time.monotonic()
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait."""
+        await asyncio.sleep(seconds)
+
+
 class Pace:
     """When the next request may leave: evenly spread, and not while the server wants a rest."""
 
-    def __init__(self, per_minute: float | None) -> None:
+    def __init__(self, per_minute: float | None, clock: Clock) -> None:
         self._gap = 60 / per_minute if per_minute else 0.0
-        self._free = 0.0
+        self._free = clock.now()
+        self._clock = clock
 
     async def turn(self) -> None:
-        now = time.monotonic()
+        now = self._clock.now()
         start = max(now, self._free)
         self._free = start + self._gap
-        await asyncio.sleep(start - now)
+        await self._clock.sleep(start - now)
 
     def pause(self, seconds: float) -> None:
-        self._free = max(self._free, time.monotonic() + seconds)
+        self._free = max(self._free, self._clock.now() + seconds)
 
 
 def import_openai() -> Any:
@@ -141,9 +154,9 @@ def read_key(cfg: ChatConfig) -> str:
 class Server:
     """Connections to a server, and in words what goes wrong on them."""
 
-    def __init__(self, cfg: ChatConfig) -> None:
+    def __init__(self, cfg: ChatConfig, clock: Clock) -> None:
         self.cfg = cfg
-        self.pace = Pace(cfg.requests_per_minute)
+        self.pace = Pace(cfg.requests_per_minute, clock)
         self._openai, self._key = import_openai(), read_key(cfg)
         self._way = way_to(cfg.base_url)
         # What the environment says about the way is in it already, so the client's library need not look there.

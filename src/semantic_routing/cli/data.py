@@ -76,12 +76,12 @@ def stats(args: StatsArguments) -> str:
 
 
 def encode(args: EncodeArguments) -> str:
-    """Fill the folder of states and answer with a summary."""
-    from semantic_routing.training.encode_text import (
-        encode_text,  # torch and transformers, which the others do not need
-    )
+    """Fill the folder of states or latents and return a summary."""
+    # Late, because these import torch and transformers, which the others do not need.
+    from semantic_routing.training.encode_latents import encode_latents
+    from semantic_routing.training.encode_text import encode_text
 
-    return encode_text(args)
+    return encode_latents(args) if args.latents else encode_text(args)
 
 
 SUBCOMMANDS: dict[str, tuple[type, Callable[[Any], str]]] = {

@@ -69,7 +69,7 @@ def data(args: list[str]) -> None:
     stats      print statistics of captions, picture sizes and damaged records
     recaption  have a model on a server describe every picture
     preview    draw a contact sheet of pictures and captions
-    encode     keep the hidden states of all captions on disk before training
+    encode     keep the hidden states of all captions, or the latents of all pictures, on disk before training
     """
     if _shows_help(data, args or ["--help"]):
         return

@@ -8,7 +8,7 @@ from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, Shaped, UInt8
 
 from semantic_routing.data.damage import Skipped
 from semantic_routing.data.draws import draw, posterior_noise
@@ -34,6 +34,10 @@ class Batch(Generic[A]):
     """(stream, epoch, sample) of each row."""
     skipped: list[tuple[Skipped, ...]]
     """Records that were skipped for each row; ``DamageLog.add`` counts them."""
+    posteriors: Shaped[A, "B 2 *latent"] | None = None
+    """Kept posteriors of the images, bfloat16 as int16; None if no row has one."""
+    kept: Bool[A, " B"] | None = None
+    """Whether a row has a kept posterior, in place of its image, which is black then."""
 
     def tensors(self, convert: Callable[[Any], B]) -> Batch[B]:
         """Convert the arrays with ``convert``, such as ``torch.from_numpy``."""
@@ -60,6 +64,7 @@ def collate(rows: Sequence[Row], latent: tuple[int, ...], *, posterior: bool) ->
     """
     draws = [draw(row.seed, row.sample, row.epoch, latent) for row in rows]
     extra = [posterior_noise(row.seed, row.sample, row.epoch, latent) for row in rows] if posterior else None
+    posteriors, kept = _kept([row.posterior for row in rows])
     return Batch(
         images=np.stack([row.image for row in rows]),
         captions=[row.caption for row in rows],
@@ -69,4 +74,15 @@ def collate(rows: Sequence[Row], latent: tuple[int, ...], *, posterior: bool) ->
         drop_uniform=np.array([d.drop_uniform for d in draws], np.float32),
         samples=[(row.stream, row.epoch, row.sample) for row in rows],
         skipped=[row.skipped for row in rows],
+        posteriors=posteriors,
+        kept=kept,
     )
+
+
+def _kept(found: Sequence[np.ndarray | None]) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Stack kept posteriors, with zeros for rows that have none; return them and which rows have one."""
+    some = next((posterior for posterior in found if posterior is not None), None)
+    if some is None:
+        return None, None
+    filled = [np.zeros_like(some) if posterior is None else posterior for posterior in found]
+    return np.stack(filled), np.array([posterior is not None for posterior in found])

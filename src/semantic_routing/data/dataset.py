@@ -12,6 +12,7 @@ from pathlib import Path
 from semantic_routing.common.images.decode import Limits
 from semantic_routing.data.captions import CaptionChoice
 from semantic_routing.data.draws import stream_seed
+from semantic_routing.data.latents import KeptLatents
 from semantic_routing.data.order import Mixture
 from semantic_routing.data.sidecar import RECAPTION, Sidecar
 from semantic_routing.data.sources.discover import SHAPES, WORLDS
@@ -123,13 +124,14 @@ class Dataset:
         return list(islice((caption for caption in mixed if caption is not None), count))
 
 
-def open_data(cfg: DataConfig, *, image_size: int, seed: int) -> Dataset:
+def open_data(cfg: DataConfig, *, image_size: int, seed: int, latents: KeptLatents | None = None) -> Dataset:
     """Open the sources of a run; raise ValueError if data is missing, not indexed or without captions.
 
     Args:
         cfg: The data.
         image_size: Side of the square images in pixels.
         seed: Seed of the run, for the order and the random numbers of samples.
+        latents: Kept latents; pictures that have some are not decoded.
     """
     if image_size < 1:
         raise ValueError(f"the image size is {image_size} pixels; use at least 1")
@@ -141,6 +143,7 @@ def open_data(cfg: DataConfig, *, image_size: int, seed: int) -> Dataset:
         limits=cfg.limits(),
         flip=cfg.flip,
         multiple=cfg.bucket_multiple if cfg.buckets else 0,
+        latents=latents,
     )
     for world in WORLDS:
         if world in cfg.paths and os.path.exists(world):
@@ -151,7 +154,7 @@ def open_data(cfg: DataConfig, *, image_size: int, seed: int) -> Dataset:
     for number, paths in enumerate(groups):
         own = stream_seed(seed, number)
         if paths == [SHAPES]:
-            streams.append(ShapesStream(own, image_size))
+            streams.append(ShapesStream(own, image_size, latents))
         else:
             stream = RecordStream([open_records(path, index) for path in paths], own, how)
             stream.check_captions()

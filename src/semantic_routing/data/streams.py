@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Integer, UInt8
+from jaxtyping import Integer, Shaped, UInt8
 
 from semantic_routing.common.errors import BadData, TrainingFailed
 from semantic_routing.common.images.decode import Limits, decode
@@ -18,6 +18,7 @@ from semantic_routing.data.buckets import assign, bucket_shapes, turns
 from semantic_routing.data.captions import CaptionChoice
 from semantic_routing.data.damage import Skipped
 from semantic_routing.data.draws import another, sample_rng
+from semantic_routing.data.latents import KeptLatents, pixels_key, record_key
 from semantic_routing.data.order import Mixture, ShardOrder, locate
 from semantic_routing.data.sidecar import RECAPTION, Sidecar
 from semantic_routing.data.sources.records import Record, RecordSource
@@ -26,13 +27,16 @@ from semantic_routing.toy.captions import sample as draw_sample
 
 ATTEMPTS = 32
 """Records that are tried for one row: the first half from its own shard, then from all shards."""
+Image = UInt8[np.ndarray, "H W 3"]
+Posterior = Shaped[np.ndarray, "2 C h w"]
 
 
 @dataclass(frozen=True)
 class Row:
     """One row of a batch."""
 
-    image: UInt8[np.ndarray, "H W 3"]
+    image: Image
+    """Pixels; black if they were not decoded, because ``posterior`` is kept."""
     caption: str
     seed: int
     """Seed of its stream; (seed, sample, epoch) is the key of the row's random numbers."""
@@ -44,6 +48,10 @@ class Row:
     skipped: tuple[Skipped, ...] = ()
     stream: int = 0
     """Number of its stream in the mixture."""
+    picture: bytes = b""
+    """Key of its picture among kept latents; empty for data without any."""
+    posterior: Posterior | None = None
+    """Kept posterior of its picture, if there is one."""
 
 
 @runtime_checkable
@@ -71,8 +79,8 @@ class ShapesStream:
 
     LENGTH = 2**40
 
-    def __init__(self, seed: int, size: int) -> None:
-        self.seed, self.size = seed, size
+    def __init__(self, seed: int, size: int, latents: KeptLatents | None = None) -> None:
+        self.seed, self.size, self.latents = seed, size, latents
         self.turns = Mixture((1.0,))
 
     def __len__(self) -> int:
@@ -82,11 +90,27 @@ class ShapesStream:
         """Draw the row at a position; it is a function of the sample's number."""
         epoch, sample = locate(self.seed, position, self.LENGTH)
         drawn = draw_sample(self.seed, sample, split="train", size=self.size)
-        return Row(drawn.image, drawn.caption, self.seed, epoch, sample)
+        return with_kept(Row(drawn.image, drawn.caption, self.seed, epoch, sample), self.latents)
 
     def captions(self, count: int) -> list[str]:
         """Return captions of the evaluation split, which is never trained on."""
         return [drawn.caption for drawn in prompts(self.seed, count)]
+
+
+def with_kept(row: Row, latents: KeptLatents | None) -> Row:
+    """Return a row whose picture was drawn, with its posterior if that is kept."""
+    if latents is None:
+        return row
+    key = pixels_key(row.image)
+    return replace(row, picture=key, posterior=latents.get(key))
+
+
+class Picture(NamedTuple):
+    """Picture of a record, with the fields of ``Row``."""
+
+    image: Image
+    key: bytes
+    posterior: Posterior | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +128,8 @@ class Reading:
     """Mirror a random half of the images."""
     multiple: int
     """Sides of buckets are multiples of this number of pixels; 0 for squares only."""
+    latents: KeptLatents | None = None
+    """Posteriors that were kept; their pictures are not decoded."""
 
 
 class RecordStream:
@@ -156,8 +182,11 @@ class RecordStream:
             where = self._stand_in(bucket, shard, sample, epoch, attempt) if attempt else (shard, within)
             found = self._try(*where, bucket, uniforms, attempt > 0)
             if not isinstance(found, Skipped):
-                image, caption, key = found
-                return Row(image, caption, self.seed, epoch, sample, key, tuple(skipped))
+                picture, caption, key = found
+                return Row(
+                    picture.image, caption, self.seed, epoch, sample, key, tuple(skipped),
+                    picture=picture.key, posterior=picture.posterior,
+                )  # fmt: skip
             skipped.append(found)
         source, number = self._shards[shard]
         raise TrainingFailed(
@@ -170,13 +199,13 @@ class RecordStream:
         return list(islice(self._captions(), count))
 
     def _captions(self) -> Iterator[str]:
-        for place in self._places():
+        for place in self.places():
             try:
                 yield self._caption(self._record(*place), 0.0, 0.0)
             except BadData:
                 continue
 
-    def _places(self) -> Iterator[tuple[int, int, int]]:
+    def places(self) -> Iterator[tuple[int, int, int]]:
         """Yield (shard, number in it, bucket) of all records, bucket by bucket in the order of training."""
         for bucket, order in enumerate(self._orders):
             for position in range(len(order)):
@@ -187,7 +216,7 @@ class RecordStream:
         """Raise ValueError if ``ATTEMPTS`` records have no caption; the message names the keys that they have."""
         there: Counter[str] = Counter()  # characters by key: captions are longer than names
         read = False
-        for place in islice(self._places(), ATTEMPTS):
+        for place in islice(self.places(), ATTEMPTS):
             try:
                 record = self._record(*place)
             except BadData:
@@ -212,8 +241,8 @@ class RecordStream:
 
     def _try(
         self, shard: int, within: int, bucket: int, uniforms: Sequence[float], stand_in: bool
-    ) -> tuple[UInt8[np.ndarray, "H W 3"], str, str] | Skipped:
-        """Read image, caption and key of one record, or return why it cannot be used."""
+    ) -> tuple[Picture, str, str] | Skipped:
+        """Read picture, caption and key of one record, or return why it cannot be used."""
         by_key, by_text, by_flip = uniforms
         source, number = self._shards[shard]
         key = ""
@@ -221,11 +250,39 @@ class RecordStream:
             record = self._record(shard, within, bucket)
             key = record.key
             caption = self._caption(record, by_key, by_text)
-            image = decode(record.image, *self.shapes[bucket], self.how.limits)
+            picture = self._picture(record, bucket, mirrored=self.how.flip and by_flip < 0.5)
         except BadData as error:
             shard_name = error.shard or source.shard_name(number)
             return Skipped(source.name, shard_name, error.key or key, error.reason, error.detail, stand_in)
-        return image[:, ::-1] if self.how.flip and by_flip < 0.5 else image, caption, key
+        return picture, caption, key
+
+    def _picture(self, record: Record, bucket: int, *, mirrored: bool) -> Picture:
+        """Decode a record's picture, unless its posterior is kept."""
+        height, width = self.shapes[bucket]
+        key, posterior = b"", None
+        if (latents := self.how.latents) is not None:
+            key = record_key(record.image, height, width, self.how.limits, mirrored=mirrored)
+            posterior = latents.get(key)
+        if posterior is not None:
+            return Picture(np.zeros((height, width, 3), np.uint8), key, posterior)
+        image = decode(record.image, height, width, self.how.limits)
+        return Picture(image[:, ::-1] if mirrored else image, key)
+
+    def pictures(self, shard: int, within: int, bucket: int) -> list[Picture]:
+        """Return the picture of the record at a place as training may read it: as it is, and mirrored if rows are.
+
+        Raises BadData for a record that training skips.
+        """
+        record = self._record(shard, within, bucket)
+        self._caption(record, 0.0, 0.0)
+        return [
+            self._picture(record, bucket, mirrored=mirrored)
+            for mirrored in ((False, True) if self.how.flip else (False,))
+        ]
+
+    def shape_counts(self) -> dict[tuple[int, int], int]:
+        """Return the number of records by the height and width to which they are cropped."""
+        return {shape: len(order) for shape, order in zip(self.shapes, self._orders, strict=True)}
 
     def _caption(self, record: Record, by_key: float, by_text: float) -> str:
         captions = record.captions

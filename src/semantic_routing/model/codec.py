@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
 from semantic_routing.common.extras import require
+from semantic_routing.common.sizes import parse_bytes
 
+ON_CPU, ELSEWHERE = 1, 8
+"""Pictures of one forward pass of the VAE's encoder on a CPU, and on other devices."""
 HUB_NAME = r"[\w-][\w.-]*/[\w.-]+"
 """Pattern of names on the Hugging Face hub (owner/name)."""
 
@@ -46,10 +49,17 @@ class CodecConfig:
     """Process pictures larger than the VAE's own size in overlapping tiles: less memory, slightly other pixels."""
     slicing: bool = False
     """Process the pictures of a batch one by one: less memory, same pixels."""
+    keep_on_disk: str = ""
+    """Folder of latents that `semroute data encode --latents` has made beforehand, for training and validation."""
+    keep_on_disk_bytes: str = "500GiB"
+    """Largest size of that folder."""
 
     def __post_init__(self) -> None:
         if self.kind == "vae" and not self.name_or_path:
             raise ValueError('a codec of kind "vae" needs name_or_path, the folder or hub name of the VAE')
+        if self.kind == "pixels" and self.keep_on_disk:
+            raise ValueError("codec.keep_on_disk holds latents of a VAE: leave it out for pixels")
+        parse_bytes(self.keep_on_disk_bytes)
 
 
 class Codec(ABC):
@@ -151,15 +161,37 @@ class VAECodec(Codec):
         self.vae.to(device)
         return self
 
-    @torch.no_grad()
     def encode(
         self, images: UInt8[Tensor, "B H W 3"], noise: Float[Tensor, "B C h w"] | None = None
     ) -> Float[Tensor, "B C h w"]:
+        return self.sample(self.posterior(images), noise)
+
+    @torch.no_grad()
+    def posterior(self, images: UInt8[Tensor, "B H W 3"]) -> Float[Tensor, "B 2 C h w"]:
+        """Return the mean and the standard deviation of each image's posterior, in the VAE's floating-point type.
+
+        They do not depend, to the bit, on the rest of the batch: all forward passes of a size have equally many images
+        (the last image fills up the last pass), because the order of a product's sums follows from its shape.
+        """
         self.latent_shape(*images.shape[1:3])  # the VAE would silently crop odd edges
-        posterior = self.vae.encode(_to_signed(images).to(self.vae.dtype)).latent_dist
-        z = posterior.mean.float()
-        if noise is not None:
-            z = z + posterior.std.float() * noise
+        size = ON_CPU if images.device.type == "cpu" else ELSEWHERE
+        found = []
+        for part in images.split(size):
+            whole = torch.cat([part, part[-1:].expand(size - len(part), -1, -1, -1)])
+            made = self.vae.encode(_to_signed(whole).to(self.vae.dtype)).latent_dist
+            found.append(torch.stack([made.mean, made.std], dim=1)[: len(part)])
+        return torch.cat(found)
+
+    def stored(self, posterior: Shaped[Tensor, "B 2 C h w"]) -> Float[Tensor, "B 2 C h w"]:
+        """Return posteriors that were read from a file; numpy holds bfloat16 as integers."""
+        return posterior.view(self.vae.dtype)
+
+    def sample(
+        self, posterior: Float[Tensor, "B 2 C h w"], noise: Float[Tensor, "B C h w"] | None = None
+    ) -> Float[Tensor, "B C h w"]:
+        """Return the latents of posteriors: their means, or samples with standard normal ``noise``."""
+        mean, std = posterior.float().unbind(1)
+        z = mean if noise is None else mean + std * noise
         return (z - self.shift) * self.scale
 
     @torch.no_grad()

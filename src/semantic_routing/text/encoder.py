@@ -22,6 +22,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from semantic_routing.common.sizes import parse_bytes
 from semantic_routing.text.architecture import (
     find_layers,
     has_experts,
@@ -30,7 +31,7 @@ from semantic_routing.text.architecture import (
     shape_of,
     stack_config,
 )
-from semantic_routing.text.config import TextEncoderConfig, TextShape, parse_bytes
+from semantic_routing.text.config import TextEncoderConfig, TextShape
 from semantic_routing.text.features import TextFeatures
 from semantic_routing.text.identity import encoder_identity, machine
 from semantic_routing.text.source import find_source

@@ -12,22 +12,27 @@ from semantic_routing.model.arms import DEFAULT_ARM
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeArguments:
-    """Encode a run's captions beforehand, into the folder that its text.keep_on_disk names."""
+    """Encode a run's captions beforehand, or with --latents its pictures, into the folder that the run reads.
+
+    Captions are kept in the folder text.keep_on_disk of the run, pictures in its codec.keep_on_disk.
+    """
 
     run: Annotated[str, tyro.conf.Positional]
     """A run's folder, a configuration (config.json), or a recipe."""
     arm: str = DEFAULT_ARM
     """Arm of a recipe."""
+    latents: bool = False
+    """Encode the pictures with the run's VAE, and not the captions."""
     text: str = ""
     """Text encoder instead of the run's: text.name_or_path."""
     keep_on_disk: str = ""
-    """Folder of the states, if the run does not name one."""
+    """Folder, if the run does not name one."""
     keep_on_disk_bytes: str = ""
     """Most bytes in it, if not the run's."""
     steps: int = 0
-    """Steps whose captions are read, where the toy world has no end; by default the run's."""
+    """Steps whose samples are read, where the toy world has no end; by default the run's."""
     batch: int = 256
-    """Captions encoded together."""
+    """Captions or pictures read together."""
     device: str = ""
     """auto, cpu, cuda, ...; by default the run's."""
     size_only: bool = False
@@ -36,3 +41,5 @@ class EncodeArguments:
     def __post_init__(self) -> None:
         if self.batch < 1 or self.steps < 0:
             raise ValueError(f"batch is {self.batch} and steps {self.steps}; expected at least 1, and at least 0")
+        if self.latents and self.text:
+            raise ValueError("--text is the encoder of captions: leave it out with --latents")

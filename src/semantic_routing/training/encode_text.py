@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -39,7 +40,7 @@ MEASURED = 1000
 
 def encode_text(args: EncodeArguments) -> str:
     """Encode the captions that are not in the folder yet; returns a summary."""
-    cfg = _configuration(args)
+    cfg = configuration(args)
     if not cfg.text.keep_on_disk:
         raise ValueError("the run keeps no states on disk: give --keep-on-disk, and train with --text.keep-on-disk")
     if cfg.parallel.text_encoder == "sharded":
@@ -70,8 +71,8 @@ def _encoder(cfg: TrainConfig, data: Dataset) -> TextEncoder:
     return place_encoder(encoder, cfg.parallel, World(device=pick_device(cfg.device)), compiled=cfg.compile)
 
 
-def _configuration(args: EncodeArguments) -> TrainConfig:
-    """Return the run's configuration, with its text encoder where it is now."""
+def configuration(args: EncodeArguments) -> TrainConfig:
+    """Return the run's configuration, with its models where they are now and the folder of the arguments."""
     if args.run in RECIPES:
         cfg = RECIPES[args.run](parse_arm(args.arm))
     elif (path := Path(args.run)).is_file():
@@ -82,13 +83,12 @@ def _configuration(args: EncodeArguments) -> TrainConfig:
         begun = read_state(folder).get(KEY, {}).get(FOLDER)
         cfg = located_run(from_dict(TrainConfig, read_run_config(folder)), begun)
         cfg = replace(cfg, text=locate_encoder(cfg.text, run))
-    text = replace(
-        cfg.text,
-        name_or_path=args.text or cfg.text.name_or_path,
-        keep_on_disk=args.keep_on_disk or cfg.text.keep_on_disk,
-        keep_on_disk_bytes=args.keep_on_disk_bytes or cfg.text.keep_on_disk_bytes,
-    )
-    return replace(cfg, text=text, steps=args.steps or cfg.steps, device=args.device or cfg.device)
+    cfg = replace(cfg, steps=args.steps or cfg.steps, device=args.device or cfg.device)
+    given = {"keep_on_disk": args.keep_on_disk, "keep_on_disk_bytes": args.keep_on_disk_bytes}
+    named: dict[str, Any] = {name: value for name, value in given.items() if value}
+    if args.latents:
+        return cfg if cfg.codec.kind == "pixels" else replace(cfg, codec=replace(cfg.codec, **named))
+    return replace(cfg, text=replace(cfg.text, name_or_path=args.text or cfg.text.name_or_path, **named))
 
 
 def distinct_captions(data: Dataset, cfg: TrainConfig) -> list[str]:

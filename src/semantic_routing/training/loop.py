@@ -40,6 +40,7 @@ from semantic_routing.sampling.located import FOLDER, KEY, here
 from semantic_routing.text.architecture import text_shape
 from semantic_routing.text.config import TextEncoderConfig, tiny_sizes
 from semantic_routing.training.config import TrainConfig
+from semantic_routing.training.latents import kept_latents
 from semantic_routing.training.metrics import Meter, flops_per_image, peak_flops, peak_memory, routing_entropy
 from semantic_routing.training.origins import accept, changes, data_origins
 from semantic_routing.training.parallelize import arrange
@@ -134,7 +135,8 @@ def train(trainer: Trainer, data: Dataset, on_step: OnStep | None = None) -> Pat
     world.on_first(lambda: _write_json(out / MANIFEST, facts))
     pictures = None
     if cfg.validation.every:
-        pictures = world.everywhere(lambda: held_out(cfg.validation, cfg.data, cfg.image_size))
+        kept = kept_latents(cfg.codec)
+        pictures = world.everywhere(lambda: held_out(cfg.validation, cfg.data, cfg.image_size, kept))
     tracker = world.everywhere(lambda: Tracker(out, first, cfg.track, to_dict(cfg)) if world.first else None)
     with (
         tracker or nullcontext(),
@@ -274,7 +276,7 @@ def batches(
 
 
 def _open_data(cfg: TrainConfig) -> Dataset:
-    return open_data(cfg.data, image_size=cfg.image_size, seed=cfg.seed)
+    return open_data(cfg.data, image_size=cfg.image_size, seed=cfg.seed, latents=kept_latents(cfg.codec))
 
 
 def _with_text_sizes(cfg: TrainConfig, text: TextEncoderConfig) -> TrainConfig:

@@ -27,6 +27,7 @@ from semantic_routing.common.distributed import World
 from semantic_routing.common.errors import TrainingFailed
 from semantic_routing.common.images.save import grid
 from semantic_routing.common.manifest import versions
+from semantic_routing.common.troubles import say
 from semantic_routing.data.batch import Batch
 from semantic_routing.data.damage import FILE as DAMAGED
 from semantic_routing.data.damage import DamageLog, Skipped
@@ -42,6 +43,7 @@ from semantic_routing.text.config import TextEncoderConfig
 from semantic_routing.text.encoder import TextEncoder
 from semantic_routing.text.features import TextFeatures
 from semantic_routing.training.config import TrainConfig
+from semantic_routing.training.latents import batch_latents, check_kept
 from semantic_routing.training.optim import make_optimizers, set_rates
 from semantic_routing.training.origins import model_origins
 from semantic_routing.training.parallelize import local, parallelize, place_encoder, reshard, synchronise, whole
@@ -66,10 +68,9 @@ def prepare(bundle: TextToImage, batch: Batch[Tensor], cfg: TrainConfig) -> Inpu
     device, (height, width) = bundle.device, batch.images.shape[1:3]
     dropped = (batch.drop_uniform < cfg.prompt_dropout).tolist()
     captions = [cfg.null_prompt if drop else c for c, drop in zip(batch.captions, dropped, strict=True)]
-    extra = None if batch.posterior_noise is None else batch.posterior_noise.to(device)
     return Inputs(
         features=bundle.encode(captions, strict=False),
-        latents=bundle.codec.encode(batch.images.to(device), extra),
+        latents=batch_latents(bundle.codec, batch, device),
         noise=batch.noise.to(device),
         t=training_times(batch.time_uniform, cfg.time, height * width).to(device),
         skipped=batch.skipped,
@@ -114,6 +115,9 @@ class Trainer:
         bf16 = use_bfloat16(cfg.precision, device)
         encoder = TextEncoder.from_pretrained(text or locate_encoder(cfg.text, out))
         codec = make_codec(cfg.codec, device)
+        for words in check_kept(cfg.codec, codec):
+            if world.first:
+                say(words)
         self.record: dict[str, Any] = {"config": to_dict(cfg), KEY: model_origins(encoder, codec)}
         """Facts of the run that every checkpoint records."""
         self.bundle = TextToImage(

@@ -21,13 +21,15 @@ from semantic_routing.common.errors import TrainingFailed
 from semantic_routing.common.troubles import Troubles
 from semantic_routing.data.batch import collate
 from semantic_routing.data.dataset import DataConfig, open_data
+from semantic_routing.data.latents import KeptLatents
 from semantic_routing.data.sources.discover import SHAPES
-from semantic_routing.data.streams import Row
+from semantic_routing.data.streams import Row, with_kept
 from semantic_routing.flow import FIXED_TIMES, path, velocity
 from semantic_routing.model.runtime import autocast
 from semantic_routing.sampling.text_plan import TextPlan
 from semantic_routing.sampling.text_to_image import TextToImage
 from semantic_routing.toy.captions import prompts
+from semantic_routing.training.latents import batch_latents
 
 HeldOut = Callable[[int], Row]
 """Function from a number from 0 to a held-out row."""
@@ -60,7 +62,7 @@ class ValidationConfig:
             raise ValueError(f"times {self.times} of the validation must be at least one number from 0 to 1")
 
 
-def held_out(cfg: ValidationConfig, data: DataConfig, image_size: int) -> HeldOut:
+def held_out(cfg: ValidationConfig, data: DataConfig, image_size: int, latents: KeptLatents | None = None) -> HeldOut:
     """Open the held-out images of a run on ``data``: those of ``cfg.paths``, or the toy world's evaluation split.
 
     They are square and never mirrored. Raises ValueError if there are none: only the user knows which of their images
@@ -70,9 +72,11 @@ def held_out(cfg: ValidationConfig, data: DataConfig, image_size: int) -> HeldOu
         if SHAPES not in data.paths:
             raise ValueError("validation needs images that are not trained on: give validation.paths")
         drawn = prompts(cfg.seed, cfg.samples)
-        return lambda i: Row(replace(drawn[i], size=image_size).image, drawn[i].caption, cfg.seed, 0, i)
+        return lambda i: with_kept(
+            Row(replace(drawn[i], size=image_size).image, drawn[i].caption, cfg.seed, 0, i), latents
+        )
     own = replace(data, paths=cfg.paths, weights=(), buckets=False, flip=False)
-    opened = open_data(own, image_size=image_size, seed=cfg.seed)
+    opened = open_data(own, image_size=image_size, seed=cfg.seed, latents=latents)
     return lambda i: opened.load(0, cfg.samples, range(i, i + 1))[0]
 
 
@@ -134,7 +138,7 @@ def batch_errors(bundle: TextToImage, rows: Sequence[Row], times: Sequence[float
     device, codec = bundle.device, bundle.codec
     arrays = collate(rows, codec.latent_shape(*rows[0].image.shape[:2]), posterior=codec.has_posterior)
     batch = arrays.tensors(lambda values: torch.from_numpy(values).to(device))
-    latents = codec.encode(batch.images, batch.posterior_noise)
+    latents = batch_latents(codec, batch)
     target = velocity(latents, batch.noise)
     plan, errors = TextPlan(bundle.model, bundle.encode(batch.captions, strict=False)), []
     for time in times:
