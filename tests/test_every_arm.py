@@ -11,6 +11,7 @@ import pytest
 from semantic_routing.analysis.report import write_report
 from semantic_routing.cli.main import main
 from semantic_routing.model.arms import ARMS, PAPER_ARMS
+from semantic_routing.model.change_arm import changeable
 from semantic_routing.study.plan import StudyArguments, jobs
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.loop import start
@@ -92,6 +93,18 @@ def test_convert(arm: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     else:
         assert f"no arm '{arm}'" in refused(capsys, *command)
         assert not out.exists()
+
+
+def test_convert_arm(arm: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run of an arm with constant logits becomes one with all parts apart, which samples; others are refused."""
+    command = ("convert", "arm", run, "--arm", "depth-heads-kv", "--out", tmp_path / "finer")
+    if changeable(ARMS[arm]):
+        call(*command)
+        call("sample", tmp_path / "finer", "--prompt", "a star", "--steps", 2, "--out", tmp_path / "images")
+        assert (tmp_path / "images" / "00000_00.png").is_file()
+    else:
+        assert f"arm '{arm}' has no constant logits" in refused(capsys, *command)
+        assert not (tmp_path / "finer" / "checkpoints").exists()
 
 
 def test_study(arm: str, tmp_path: Path) -> None:
