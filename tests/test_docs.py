@@ -17,14 +17,16 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil
 
-from semantic_routing.checkpoint.load import find_checkpoint
+from semantic_routing.analysis.overhead import measure
+from semantic_routing.checkpoint.load import EMA, find_checkpoint
 from semantic_routing.cli.main import main
 from semantic_routing.evaluation.geneval import detector as geneval_detector
 from semantic_routing.evaluation.judges.vqascore import VQA_TEMPLATES
 from semantic_routing.interop.upstream import SIZES, from_upstream, to_upstream, upstream_config
+from semantic_routing.model.arms import ARMS
 from semantic_routing.model.build import make_model
 from semantic_routing.model.dit import DiTConfig
 from semantic_routing.study import plan, results, runner
@@ -114,6 +116,39 @@ def test_sampling(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     once, shared = (sorted(Path("images", name).glob("*.png")) for name in "bc")
     assert [path.read_bytes() for path in shared] == [path.read_bytes() for path in once]
     assert len(once) == 8
+
+
+def test_strategies(tiny_run: Path, tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/depth").symlink_to(tiny_run)
+    small = ["--steps", "3", "--batch", "4", "--preview-every", "0", "--no-compile"]
+    small += ["--text.name-or-path", str(tiny_encoder)]
+    for command in commands("strategies.md"):
+        main(command + (small if command[0] == "train" else []))
+    assert Path("figures/finer/divergence-parts.png").is_file()
+    one, other = (load_file(find_checkpoint(Path("runs", name)) / EMA) for name in ("depth", "depth-again"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    page = (DOCS / "strategies.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([a-z-]+)`", "".join(re.findall(r"^\| (`[^|]*) \|", page, re.MULTILINE)))
+    assert set(named) == set(ARMS)
+
+
+@pytest.mark.parametrize("arm", ["depth", *(name for name, kind in ARMS.items() if kind.finer)])
+def test_the_costs_of_finer_strategies(arm: str) -> None:
+    page = (DOCS / "strategies.md").read_text(encoding="utf-8")
+    (row,) = re.findall(rf"^\| `{arm}`[^|]*\| ([\d,]+ \|.*) \|$", page, re.MULTILINE)
+    found = measure(arm)
+    with torch.device("meta"):
+        model = make_model(DiTConfig(arm=arm))
+    assert row.split(" | ") == [
+        f"{sum(p.numel() for p in model.router.parameters()):,}",
+        f"{found.flops_text / 1e12:.3g}",
+        f"{found.flops_step / 1e12:.3g}",
+        f"{found.flops_ours_all / 1e12:.1f}",
+        f"{found.mix_bytes_ours / 1e6:.0f} MB",
+    ]
 
 
 def test_prepare_data(

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from semantic_routing.analysis.report import write_report
+from semantic_routing.analysis.routers import open_router
 from semantic_routing.cli.main import main
 from semantic_routing.model.arms import ARMS, PAPER_ARMS
+from semantic_routing.model.change_arm import changeable
 from semantic_routing.study.plan import StudyArguments, jobs
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.loop import start
@@ -45,6 +47,23 @@ def call(*command: object) -> None:
 def test_sample(run: Path, tmp_path: Path) -> None:
     call("sample", run, "--prompt", "a red circle", "--steps", 2, "--out", tmp_path / "images", "--device", "cpu")
     assert (tmp_path / "images" / "00000_00.png").is_file()
+
+
+def test_sample_with_routing_of_a_file(run: Path, arm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every row reads the second layer; a folder holds images of one routing only."""
+    rows = list(open_router(run).cfg.rows)
+    file, out = tmp_path / "routing.json", tmp_path / "images"
+    file.write_text(json.dumps({"rows": rows, "weights": [[0, 1]] * len(rows)}))
+    command = ("sample", run, "--prompt", "a red circle", "--steps", 2, "--out", out, "--device", "cpu")
+    if ARMS[arm].reads_keys:
+        assert "has no routing weights to override" in refused(capsys, *command, "--routing", file)
+        return
+    call(*command, "--routing", file)
+    capsys.readouterr()  # the progress bar
+    assert json.loads((out / "manifest.json").read_text())["routing"]["rows"] == rows
+    assert "holds other images (routing" in refused(capsys, *command)
+    file.write_text(json.dumps({"rows": ["block 9"], "weights": [[0, 1]]}))
+    assert f"{file}: arm '{arm}' has no row 'block 9'" in refused(capsys, *command, "--routing", file)
 
 
 def test_evaluate_and_report(run: Path, arm: str, tmp_path: Path) -> None:
@@ -92,6 +111,18 @@ def test_convert(arm: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     else:
         assert f"no arm '{arm}'" in refused(capsys, *command)
         assert not out.exists()
+
+
+def test_convert_arm(arm: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run of an arm with constant logits becomes one with all parts apart, which samples; others are refused."""
+    command = ("convert", "arm", run, "--arm", "depth-heads-kv", "--out", tmp_path / "finer")
+    if changeable(ARMS[arm]):
+        call(*command)
+        call("sample", tmp_path / "finer", "--prompt", "a star", "--steps", 2, "--out", tmp_path / "images")
+        assert (tmp_path / "images" / "00000_00.png").is_file()
+    else:
+        assert f"arm '{arm}' has no constant logits" in refused(capsys, *command)
+        assert not (tmp_path / "finer" / "checkpoints").exists()
 
 
 def test_study(arm: str, tmp_path: Path) -> None:

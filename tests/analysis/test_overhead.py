@@ -82,6 +82,23 @@ def test_weight_products_are_the_closed_form(arm: str) -> None:
     assert row.flops_ours == ours["encoder"] + prepared * ours["text"] + 7 * ours["image"]
 
 
+@pytest.mark.parametrize("arm", ["depth-kv", "depth-heads", "depth-heads-kv", "depth-low-rank"])
+def test_finer_arms_cost_a_little_once_a_prompt_and_nothing_a_step(arm: str) -> None:
+    finer, s2 = (measure(name, text_tokens=32) for name in (arm, "S2"))
+    assert finer.flops_step == s2.flops_step
+    assert finer.flops_ours_all - s2.flops_ours_all == pytest.approx(finer.flops_text - s2.flops_text)
+    assert finer.flops_ours_all <= 1.01 * s2.flops_ours_all
+    assert finer.mix_bytes_ours < 0.2e9
+
+
+def test_all_products_are_the_text_once_or_every_step_and_the_steps() -> None:
+    encoder = measure("fusedit", text_tokens=6, scale=TINY)
+    language_model = encoder.flops_ours_all - 7 * encoder.flops_step
+    for arm, prepared in (("depth", 1), ("joint", 7), ("depth-heads-kv", 1)):
+        row = measure(arm, text_tokens=6, scale=TINY)
+        assert row.flops_ours_all == language_model + prepared * row.flops_text + 7 * row.flops_step
+
+
 def test_all_products_add_attention_and_mixing() -> None:
     row = measure("depth", text_tokens=6, scale=TINY)
     prompts, image, query = 2, 16, 32
@@ -139,6 +156,8 @@ def test_json_and_table() -> None:
         flops_paper=469.4e12,
         flops_ours=433.5e12,
         flops_ours_all=476.0e12,
+        flops_text=0.0366e12,
+        flops_step=9.51e12,
         mix_bytes_paper=59.8e9,
         mix_bytes_ours=19.66e6,
         text_tokens=32,
@@ -146,7 +165,7 @@ def test_json_and_table() -> None:
         peak_memory=3 * 2**30,
     )
     last = table([row]).splitlines()[-1]
-    assert last == "| S2 depth | 2,246.7 | 469.4 | 433.5 | 476.0 | 59.8 | 0.020 | 32 | 1.250 | 3.00 |"
+    assert last == "| S2 depth | 2,246.7 | 469.4 | 433.5 | 476.0 | 0.0366 | 9.51 | 59.8 | 0.020 | 32 | 1.250 | 3.00 |"
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

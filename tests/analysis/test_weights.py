@@ -103,6 +103,10 @@ BLOCKS = [f"{form}-block{block}" for form in ("heatmap", "lines") for block in (
         ("depth", {"heatmap", "lines"}),
         ("time", {"heatmap-times", "lines"}),
         ("joint", {*MAPS, *BLOCKS}),
+        ("depth-kv", {"heatmap", *BLOCKS[3:]}),
+        ("depth-heads", {"heatmap", *BLOCKS[3:]}),
+        ("depth-heads-kv", {"heatmap", *BLOCKS[3:]}),
+        ("depth-low-rank", {"heatmap", *BLOCKS[3:]}),
     ],
 )
 def test_every_figure_has_its_numbers_beside_it(tmp_path, arm, names):
@@ -137,6 +141,24 @@ def test_figures_hold_the_weights_of_their_times_and_blocks(tmp_path):
     expected = routing_weights(model, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])[:, 3]
     assert lines["values"] == pytest.approx(expected, abs=1e-6)
     assert list(lines["rows"]) == ["t = 0", "t = 0.2", "t = 0.4", "t = 0.6", "t = 0.8", "t = 1"]
+
+
+def test_rows_of_finer_arms_are_named_by_block_head_and_side():
+    model = tiny_network("depth-heads-kv", std=1.0, depth=DEPTH, kv_heads=2, text_layers=LAYERS)
+    drawn = {figure.name: figure for figure in weight_figures(model, blocks=[2])}
+    assert list(drawn) == ["heatmap", "lines-block2"]
+    assert drawn["heatmap"].rows[8:12] == [
+        "block 2, head 0, keys",
+        "block 2, head 1, keys",
+        "block 2, head 0, values",
+        "block 2, head 1, values",
+    ]
+    assert np.array_equal(drawn["heatmap"].values, model.router.weights()[0].numpy())
+    assert drawn["lines-block2"].rows == ["head 0, keys", "head 1, keys", "head 0, values", "head 1, values"]
+    assert np.array_equal(drawn["lines-block2"].values, drawn["heatmap"].values[8:12])
+    axes = drawn["heatmap"].figure.axes[0]
+    assert axes.get_ylabel() == "block, head, keys or values"
+    assert [label.get_text() for label in axes.get_yticklabels()][:2] == ["0, head 0, keys", "0, head 0, values"]
 
 
 def test_times_and_blocks_are_chosen():

@@ -22,6 +22,8 @@ from semantic_routing.model.dit import Backbone, DiTConfig
 from semantic_routing.sampling.load import load_bundle
 from semantic_routing.sampling.text_to_image import SampleConfig
 from semantic_routing.text.config import TextEncoderConfig
+from semantic_routing.training.config import TrainConfig
+from semantic_routing.training.loop import start
 
 CPU = torch.device("cpu")
 
@@ -54,6 +56,38 @@ def command(folder: Path, encoder: Path, arm: str, *more: str) -> list[str]:
     paths = [str(folder / "weights.safetensors"), "--config", str(folder / "config.json"), "--out", str(folder / "run")]
     local = ["--text.name-or-path", str(encoder), "--codec.kind", "pixels", "--image-size", "16"]
     return ["convert", "upstream", *paths, "--arm", arm, *local, *more]
+
+
+def test_a_run_of_s2_becomes_a_finer_one_and_comes_back(tiny_run: Path, tmp_path: Path) -> None:
+    prompts, cfg = ["a star", "a red circle"], SampleConfig(steps=2, guidance=2.0)
+    main(["convert", "arm", str(tiny_run), "--arm", "depth-heads-kv", "--out", str(tmp_path / "finer")])
+    main(["convert", "arm", str(tmp_path / "finer"), "--arm", "S2", "--out", str(tmp_path / "back")])
+    finer, own = load_bundle(tmp_path / "finer", CPU), load_bundle(tiny_run, CPU)
+    assert finer.model.cfg.arm == "depth-heads-kv"
+    assert (finer.sample(prompts, cfg=cfg).int() - own.sample(prompts, cfg=cfg).int()).abs().max() <= 1
+    back = find_checkpoint(tmp_path / "back")
+    for name in (EMA, MODEL):
+        one, other = load_file(back / name), load_file(find_checkpoint(tiny_run) / name)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    facts = json.loads((tmp_path / "finer" / "manifest.json").read_text())
+    assert facts["arms"] == ["depth", "depth-heads-kv"]
+
+
+def test_a_finer_run_whose_parts_differ_stays_what_it_is(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(tiny_config("depth-kv"), tmp_path / "run")
+    with pytest.raises(SystemExit) as end:
+        main(["convert", "arm", str(tmp_path / "run"), "--arm", "depth", "--out", str(tmp_path / "other")])
+    assert end.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "not a case of arm 'depth': the weights of keys and values of a block differ by up to" in line
+    assert not (tmp_path / "other" / "checkpoints").exists()
+    main(["convert", "arm", str(tmp_path / "run"), "--arm", "depth-heads-kv", "--out", str(tmp_path / "other")])
+    with pytest.raises(SystemExit):
+        main(["convert", "arm", str(tmp_path / "run"), "--arm", "depth-heads-kv", "--out", str(tmp_path / "other")])
+    assert "already holds a run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arm", ["uniform", "depth", "joint", "fusedit"])

@@ -83,11 +83,17 @@ def _text(model: Backbone, w: Weights, t: Tensor, features: TextFeatures, b: int
         return keys.double().transpose(0, 1), values.double().transpose(0, 1)
     states = features.hidden[:, b, :length].double()
     mean, variance = states.mean(-1, keepdim=True), states.var(-1, correction=0, keepdim=True)
-    weights = model.router.weights(t.float()).double().expand(len(t), cfg.depth, -1)[b, d]
-    mixed = (weights[:, None, None] * (states - mean) / (variance + 1e-5).sqrt()).sum(0)
-    text, cross = w.linear("text_proj", w.norm("text_norm", mixed)), w.at(f"blocks.{d}.cross")
-    keys, values = cross.linear("kv", text).reshape(length, 2, cfg.kv_heads, cfg.head_dim).unbind(1)
-    return cross.norm("k_norm", keys), values
+    rows = model.router.weights(t.float()).double().expand(len(t), len(cfg.rows), -1)[b]
+    sides, heads = cfg.strategy.split(cfg.kv_heads)
+    cross = w.at(f"blocks.{d}.cross")
+    read = torch.empty(2, length, cfg.kv_heads, cfg.head_dim, dtype=torch.float64)
+    for side in range(2):  # each head's keys and each head's values from their own row, whole and then cut
+        for head in range(cfg.kv_heads):
+            weights = rows.reshape(cfg.depth, sides, heads, -1)[d, side % sides, head % heads]
+            mixed = (weights[:, None, None] * (states - mean) / (variance + 1e-5).sqrt()).sum(0)
+            text = w.linear("text_proj", w.norm("text_norm", mixed))
+            read[side, :, head] = cross.linear("kv", text).reshape(length, 2, cfg.kv_heads, cfg.head_dim)[:, side, head]
+    return cross.norm("k_norm", read[0]), read[1]
 
 
 def _block(

@@ -52,6 +52,21 @@ def test_a_lora_is_trained_saved_and_loaded(make_bundle: MakeBundle, tmp_path: P
     torch.testing.assert_close(draw(fresh), before, atol=1e-3, rtol=1e-3)
 
 
+def test_a_lora_of_the_text_takes_part_in_finer_arms(make_bundle: MakeBundle) -> None:
+    """Their projections are composed from what the layers put out, adapters included."""
+    from peft import LoraConfig
+
+    pipe = exact(quiet(make_pipeline(make_bundle("depth-heads-kv"))))
+    plain = draw(pipe)
+    torch.manual_seed(3)
+    targets = ["kv", "text_proj"]
+    pipe.transformer.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=targets, init_lora_weights=False))
+    drawn = draw(pipe)
+    assert not near(drawn, plain)
+    pipe.fuse_lora()
+    assert near(draw(pipe), drawn)
+
+
 def test_a_lora_of_modules_that_match_a_pattern_is_saved_and_loaded(
     pipe: SemanticRoutingPipeline, tmp_path: Path
 ) -> None:

@@ -23,7 +23,7 @@ from tests.helpers.pipelines import GUIDANCE, PROMPTS, SIZES, STEPS, MakeBundle,
 
 
 @pytest.mark.parametrize("guidance", [1.0, GUIDANCE])
-@pytest.mark.parametrize("arm", PAPER_ARMS)
+@pytest.mark.parametrize("arm", [*PAPER_ARMS, "depth-heads-kv"])
 def test_pixels_equal_those_of_sample(make_bundle: MakeBundle, arm: str, guidance: float) -> None:
     bundle = make_bundle(arm)
     names = [(0, 0), (1, 0)]

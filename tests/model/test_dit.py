@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from semantic_routing.flow import path, velocity_from_image
-from semantic_routing.model.arms import PAPER_ARMS
+from semantic_routing.model.arms import ARMS, PAPER_ARMS
 from semantic_routing.model.build import make_model
 from semantic_routing.model.context import TextContext
 from semantic_routing.model.dit import Backbone, Block, DiT, DiTConfig, patchify, unpatchify
@@ -23,6 +23,7 @@ from tests.helpers.reference_network import reference_velocity
 
 CFG = tiny_config(**DISTINCT)
 ROUTED = [arm for arm in PAPER_ARMS if arm != "fusedit"]
+FINER = [arm.name for arm in ARMS.values() if arm.finer]
 TIMED = ["time", "joint"]
 CONDITIONINGS = ["none", "adaln-zero", "adaln-single", "addition"]
 IMAGE = (3, 4, 6)
@@ -82,7 +83,7 @@ def test_patch_embedding_is_a_strided_convolution() -> None:
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-@pytest.mark.parametrize("arm", PAPER_ARMS)
+@pytest.mark.parametrize("arm", [*PAPER_ARMS, *FINER])
 def test_every_arm_and_conditioning_runs_starts_at_zero_and_learns(arm: str, conditioning: str) -> None:
     model = make_model(replace(CFG, arm=arm, conditioning=conditioning))
     x, t = some_image()
@@ -121,7 +122,7 @@ def test_text_projection_starts_normal_with_the_given_deviation() -> None:
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-@pytest.mark.parametrize("arm", PAPER_ARMS)
+@pytest.mark.parametrize("arm", [*PAPER_ARMS, *FINER])
 def test_the_network_is_the_papers(arm: str, conditioning: str) -> None:
     """Every arm and conditioning against float64 attention, RoPE, RMSNorm and SwiGLU of other code."""
     model = randomize(make_model(replace(CFG, arm=arm, conditioning=conditioning))).requires_grad_(False)
@@ -198,7 +199,7 @@ def test_untrained_image_prediction_is_the_velocity_to_zero() -> None:
 # --- text ---
 
 
-@pytest.mark.parametrize("arm", PAPER_ARMS)
+@pytest.mark.parametrize("arm", [*PAPER_ARMS, *FINER])
 def test_padding_never_changes_an_image(arm: str) -> None:
     model, features = trained(replace(CFG, arm=arm)), some_text()
     x, t = some_image()
@@ -219,7 +220,7 @@ def test_padding_never_changes_an_image(arm: str) -> None:
     torch.testing.assert_close(run(model, x[1:], t[1:], alone), expected[1:], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("arm", PAPER_ARMS)
+@pytest.mark.parametrize("arm", [*PAPER_ARMS, *FINER])
 def test_text_changes_its_own_sample_only(arm: str) -> None:
     model, features = trained(replace(CFG, arm=arm)), some_text()
     x, t = some_image()
@@ -272,7 +273,7 @@ def test_paper_scale_has_the_references_parameter_count(arm: str) -> None:
     assert sum(p.numel() for p in model.parameters()) == PAPER_PARAMETERS[arm]
 
 
-@pytest.mark.parametrize("arm", PAPER_ARMS)
+@pytest.mark.parametrize("arm", [*PAPER_ARMS, *FINER])
 def test_shapes_can_be_worked_out_without_memory(arm: str) -> None:
     with torch.device("meta"):
         model, features = (
@@ -337,7 +338,7 @@ def test_time_routed_text_needs_the_time() -> None:
 
 def test_with_one_seed_all_arms_begin_with_the_same_backbone() -> None:
     found = []
-    for arm in ("penultimate", "static", "depth", "time", "joint", "joint-state", "attention"):
+    for arm in ("penultimate", "static", "depth", "time", "joint", "joint-state", "attention", *FINER):
         torch.manual_seed(3)
         model = DiT(replace(CFG, arm=arm))
         found.append({k: v for k, v in model.state_dict().items() if not k.startswith(("router.", "noise_level."))})

@@ -68,7 +68,9 @@ def text(*lengths: int, longest: int = 16) -> TextFeatures:
     return TextFeatures(torch.randn(5, len(lengths), longest, 32), mask)
 
 
-@pytest.mark.parametrize("arm", ["penultimate", "uniform", "depth", "time", "joint", "attention", "joint-state"])
+@pytest.mark.parametrize(
+    "arm", ["penultimate", "uniform", "depth", "time", "joint", "attention", "joint-state", "depth-heads-kv"]
+)
 def test_packed_text_gives_the_velocity_of_padded_text(arm: str, packed: pytest.MonkeyPatch) -> None:
     model, features, x, t = network(arm), text(3, 16, 9), torch.randn(3, 3, 8, 8), torch.rand(3)
     context = model.prepare_text(features, t)
@@ -79,7 +81,7 @@ def test_packed_text_gives_the_velocity_of_padded_text(arm: str, packed: pytest.
     torch.testing.assert_close(found, model(x, t, model.prepare_text(features, t)), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("arm", ["depth", "joint", "time-state"])
+@pytest.mark.parametrize("arm", ["depth", "joint", "time-state", "depth-heads"])
 @pytest.mark.parametrize("prompts", [(3, 16, 9), (16, 16, 16)])
 @pytest.mark.parametrize("null", [1, 16])
 def test_guidance_of_packed_text_is_guidance_of_padded_text(

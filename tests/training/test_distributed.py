@@ -181,8 +181,9 @@ def often(make: Make, **changes: object) -> TrainConfig:
             {"parallel": ParallelConfig(strategy="hsdp", shard_size=2, reshard_after_forward=False), "optim": MUON},
             4,
         ),
+        ("depth-heads-kv", {"optim": MUON}, 2),
     ],
-    ids=["fsdp", "ddp", "encoder", "fusedit", "hsdp"],
+    ids=["fsdp", "ddp", "encoder", "fusedit", "hsdp", "finer"],
 )
 def test_several_processes_train_as_one_does(
     tiny_config: Make, tmp_path: Path, train: Callable[..., Ended], arm: str, changes: dict, processes: int

@@ -149,7 +149,9 @@ def test_entropy_of_rows() -> None:
     torch.testing.assert_close(entropies(weights), torch.tensor([math.log(4), 0.0, math.log(2)]))
 
 
-@pytest.mark.parametrize(("arm", "layers"), [("penultimate", 1), ("uniform", 5), ("depth", 5), ("joint", 5)])
+@pytest.mark.parametrize(
+    ("arm", "layers"), [("penultimate", 1), ("uniform", 5), ("depth", 5), ("joint", 5), ("depth-low-rank", 5)]
+)
 def test_routers_begin_at_one_layer_or_all(arm: str, layers: int) -> None:
     found = routing_entropy(make_model(sized(arm)))
     assert found == pytest.approx({"router_entropy": math.log(layers), "router_layers": layers}, rel=1e-5)

@@ -15,17 +15,18 @@ from semantic_routing.model.dit import Backbone
 
 
 def compare_routers(names: Sequence[str], models: Sequence[Backbone]) -> Iterator[Drawn]:
-    """Draw the similarity of every pair of models: 1 - distance, averaged over blocks and 21 times.
+    """Draw the similarity of every pair of models: 1 - distance, averaged over blocks (or their parts) and 21 times.
 
     The distances are the Jensen-Shannon divergence (base 2) and the total variation. ValueError if the models differ
-    in their numbers of layers or blocks.
+    in their numbers of layers, blocks or parts.
     """
     weights = [routing_weights(model, TIMES) for model in models]
-    for name, found in zip(names, weights, strict=True):
-        if found.shape != weights[0].shape:
+    for name, model, found in zip(names, models, weights, strict=True):
+        if found.shape != weights[0].shape or model.cfg.rows != models[0].cfg.rows:
             raise ValueError(
-                f"{name} has {found.shape[1]} blocks reading {found.shape[2]} layers, {names[0]} has "
-                f"{weights[0].shape[1]} reading {weights[0].shape[2]}: only models of equal numbers can be compared"
+                f"{name} has {model.cfg.depth} blocks{_parts(model)} reading {found.shape[2]} layers, {names[0]} has "
+                f"{models[0].cfg.depth}{_parts(models[0])} reading {weights[0].shape[2]}: only models of equal numbers "
+                "can be compared"
             )
     stack = np.stack(weights)
     kinds = (
@@ -43,6 +44,11 @@ def compare_routers(names: Sequence[str], models: Sequence[Backbone]) -> Iterato
             columns=names,
             values=values,
         )
+
+
+def _parts(model: Backbone) -> str:
+    parts = len(model.cfg.rows) // model.cfg.depth
+    return f" of {parts} parts" if parts > 1 else ""
 
 
 def mean_similarity(values: Float[np.ndarray, "K K"]) -> float:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
@@ -20,6 +21,8 @@ from matplotlib.figure import Figure
 
 from semantic_routing.common.files import written_whole
 
+Curve = tuple[str, Float[np.ndarray, " S"], str]
+"""Name, values and line style."""
 INK = "#20242c"
 """Colour of text and axes only: ``to_svg`` replaces it by the page's text colour."""
 
@@ -86,3 +89,30 @@ def to_svg(figure: Figure, description: str) -> str:
     drawing = buffer.getvalue()
     drawing = drawing[drawing.index("<svg") :].replace(INK, "currentColor")
     return drawing.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1)
+
+
+def ticks(first: int, last: int, most: int = 12) -> range:
+    """Return at most ``most`` evenly spaced integers from first to last, so that labels do not overlap."""
+    return range(first, last + 1, -(-(last - first + 1) // most))
+
+
+def plot_curves(
+    x: Float[np.ndarray, " S"],
+    curves: Sequence[Curve],
+    x_label: str,
+    y_label: str,
+    *,
+    bottom: float | None = None,
+) -> Figure:
+    """Draw curves over ``x``; each solid line has its own colour."""
+    figure, axes = new_axes(5.6, 3.4)
+    solid = [style for _, _, style in curves].count("-")
+    colors = iter(matplotlib.colormaps["viridis"](np.linspace(0, 0.8, max(solid, 1))))
+    for name, values, style in curves:
+        color = next(colors) if style == "-" else INK
+        axes.plot(x, values, style, color=color, linewidth=1.5 if style == "-" else 1, label=name)
+    if bottom is not None:
+        axes.set_ylim(bottom=bottom)
+    label_axes(axes, x_label, y_label)
+    axes.legend(fontsize=9, frameon=False, labelcolor=INK)
+    return figure

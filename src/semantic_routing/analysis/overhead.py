@@ -89,6 +89,10 @@ class Overhead:
     """FLOPs of this program at ``text_tokens``, counted as in the paper: products with weights."""
     flops_ours_all: float
     """FLOPs of all matrix products of this program at ``text_tokens``."""
+    flops_text: float
+    """FLOPs of all matrix products of one preparation of the text: once a prompt, or every step by a time gate."""
+    flops_step: float
+    """FLOPs of all matrix products of one sampling step after that."""
     mix_bytes_paper: float
     """Memory traffic of mixing in the reference, in bytes: see ``mix_bytes``."""
     mix_bytes_ours: float
@@ -121,7 +125,8 @@ def measure(
     with META:
         model = make_model(cfg)
     padded, _ = count_text(model, GUIDED, scale.padded_tokens)
-    text, context = count_text(model, GUIDED, text_tokens)
+    context = count_text(model, GUIDED, text_tokens)[1]
+    text = count_text(model, 1, text_tokens)[0] * GUIDED  # the sampler prepares prompts and null prompts apart
     # The image's products with weights do not depend on the length of the text.
     image = count_image(model, GUIDED, scale.latent_size, scale.latent_size, context)
     reference = _count_encoder(scale, scale.padded_tokens) + (padded + image) * scale.steps
@@ -134,6 +139,8 @@ def measure(
         flops_paper=float(reference.weights),
         flops_ours=float(ours.weights),
         flops_ours_all=float(ours.total),
+        flops_text=float(text.total),
+        flops_step=float(image.total),
         mix_bytes_paper=mix_bytes(cfg, scale.padded_tokens, scale.steps, reference=True),
         mix_bytes_ours=mix_bytes(cfg, text_tokens, prepared, reference=False),
         text_tokens=text_tokens,
@@ -152,10 +159,9 @@ def mix_bytes(cfg: DiTConfig, tokens: int, passes: int, *, reference: bool) -> f
     if cfg.strategy.reads_keys:
         return 0.0
     with META:
-        router = make_router(cfg.arm, cfg.text_layers, cfg.depth, cfg.text_width)
+        router = make_router(cfg.arm, cfg.text_layers, cfg.depth, cfg.text_width, cfg.kv_heads)
     layers = len(router.used) if isinstance(router, FixedRouter) else cfg.text_layers
-    mixes = cfg.depth if cfg.strategy.by_block else 1
-    moved = passes * (layers * (2 + 4 + 4) + mixes * 4) if reference else 2 * layers + passes * mixes * 2
+    moved = passes * (layers * (2 + 4 + 4) + cfg.mixes * 4) if reference else 2 * layers + passes * cfg.mixes * 2
     return float(GUIDED * tokens * cfg.text_width * moved)
 
 
@@ -167,14 +173,15 @@ def to_json(rows: Sequence[Overhead]) -> dict[str, Any]:
 def table(rows: Sequence[Overhead]) -> str:
     """Return the rows as a Markdown table: parameters in millions, FLOPs in T, bytes in GB."""
     head = (
-        "arm", "params (M)", "FLOPs, paper (T)", "ours, so counted (T)", "ours, all (T)", "mix, paper (GB)",
-        "ours (GB)", "tokens", "latency (s)", "peak (GiB)",
+        "arm", "params (M)", "FLOPs, paper (T)", "ours, so counted (T)", "ours, all (T)", "text (T)", "step (T)",
+        "mix, paper (GB)", "ours (GB)", "tokens", "latency (s)", "peak (GiB)",
     )  # fmt: skip
     cells = [
         [
             ARMS[row.arm].title,
             f"{row.params / 1e6:,.1f}",
             *(f"{x / 1e12:,.1f}" for x in (row.flops_paper, row.flops_ours, row.flops_ours_all)),
+            *(f"{x / 1e12:.3g}" for x in (row.flops_text, row.flops_step)),
             f"{row.mix_bytes_paper / 1e9:,.1f}",
             f"{row.mix_bytes_ours / 1e9:,.3f}",
             str(row.text_tokens),

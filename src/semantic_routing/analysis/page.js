@@ -5,7 +5,8 @@ const slider = document.getElementById("time");
 const reading = document.getElementById("reading");
 const depth = data.weights[0].length, layers = data.weights[0][0].length;
 const cell = { w: Math.max(14, Math.min(60, 960 / layers)), h: Math.max(14, Math.min(34, 620 / depth)) };
-const margin = { left: 46, top: 6, bottom: 40 };
+const longest = Math.max(...data.names.map(name => name.length));
+const margin = { left: Math.max(46, 14 + 7 * longest), top: 6, bottom: 40 };
 const top_ = Math.max(2 / layers, ...data.weights.flat(2));
 const ratio = window.devicePixelRatio || 1;
 const width = margin.left + layers * cell.w + 6, height = margin.top + depth * cell.h + margin.bottom;
@@ -39,7 +40,7 @@ function draw() {
   pen.fillText("language-model layer", margin.left + layers * cell.w / 2, height - 6);
   pen.textAlign = "right";
   for (let d = 0; d < depth; d += every(depth))
-    pen.fillText(d, margin.left - 6, margin.top + (d + 0.5) * cell.h + 4);
+    pen.fillText(data.names[d], margin.left - 6, margin.top + (d + 0.5) * cell.h + 4);
 }
 
 canvas.addEventListener("mousemove", event => {
@@ -48,7 +49,7 @@ canvas.addEventListener("mousemove", event => {
   const d = Math.floor(((event.clientY - box.top) * scale - margin.top) / cell.h);
   if (l < 0 || d < 0 || l >= layers || d >= depth) return;
   const at = slider ? Number(slider.value) : 0;
-  reading.textContent = `block ${d}, layer ${l + 1}: ${(100 * data.weights[at][d][l]).toFixed(2)} %; ` +
+  reading.textContent = `${data.rows[d]}, layer ${l + 1}: ${(100 * data.weights[at][d][l]).toFixed(2)} %; ` +
     `centre ${data.centers[at][d].toFixed(3)}, ${data.effective[at][d].toFixed(1)} effective layers`;
 });
 if (slider) slider.addEventListener("input", draw);

@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from semantic_routing.analysis.figures import Drawn, to_svg
-from semantic_routing.analysis.routers import TIMES, routes, routing_weights
+from semantic_routing.analysis.routers import TIMES, routes, routing_weights, row_names
 from semantic_routing.analysis.statistics import center, effective_layers
 from semantic_routing.analysis.table import Table
 from semantic_routing.common.files import write_text
@@ -67,6 +67,8 @@ def _weights(model: Backbone) -> str:
     weights = routing_weights(model, TIMES if model.depends_on_time else TIMES[:1])
     data = {
         "times": [float(t) for t in TIMES[: len(weights)]],
+        "rows": list(model.cfg.rows),
+        "names": row_names(model.cfg),
         "weights": np.round(weights.astype(float), 5).tolist(),
         "centers": np.round(center(weights), 4).tolist(),
         "effective": np.round(effective_layers(weights), 3).tolist(),

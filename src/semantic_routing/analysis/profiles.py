@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import matplotlib
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from semantic_routing.analysis.figures import INK, Drawn, label_axes, new_axes
-from semantic_routing.analysis.routers import TIME, TIMES, routing_weights
+from semantic_routing.analysis.figures import INK, Curve, Drawn, label_axes, new_axes, plot_curves, ticks
+from semantic_routing.analysis.parts import part_figures
+from semantic_routing.analysis.routers import TIME, TIMES, routing_weights, row_label, row_names
 from semantic_routing.analysis.statistics import (
     center,
     dispersion,
@@ -23,8 +23,6 @@ from semantic_routing.analysis.statistics import (
 )
 from semantic_routing.model.dit import Backbone
 
-Curve = tuple[str, Float[np.ndarray, " S"], str]
-"""Name, values and line style."""
 SIMILARITY = "similarity: 1 - JS divergence (base 2)"
 ALIKE = 0.99
 """The colour scale of similarities starts here or lower: smaller differences do not show."""
@@ -32,14 +30,14 @@ ALIKE = 0.99
 
 @dataclass(frozen=True)
 class Profiles:
-    """Weights of a model by time and by block; None for an axis on which they do not depend.
+    """Weights of a model by time and by block, or part of a block; None for an axis on which they do not depend.
 
     If they depend on both, these are the marginals: means over the other axis.
     """
 
     by_time: Float[np.ndarray, "T L"] | None
-    by_block: Float[np.ndarray, "D L"] | None
-    effective: Float[np.ndarray, "T D"]
+    by_block: Float[np.ndarray, "K L"] | None
+    effective: Float[np.ndarray, "T K"]
     """Effective number of layers of each block at each time."""
 
 
@@ -59,9 +57,11 @@ def routing_figures(model: Backbone) -> Iterator[Drawn]:
     """Draw Figures 3, 8 and 9 and the effective number of layers, for each axis on which the routing depends."""
     found = profiles(model)
     if found.by_block is not None:
-        names = [str(block) for block in range(len(found.by_block))]
-        places = np.arange(len(names), dtype=float)
-        yield from _axis_figures("blocks", "block", names, places, found.by_block, found.effective.mean(0))
+        names, label = row_names(model.cfg), row_label(model.cfg)
+        axis, places = "parts" if model.cfg.strategy.finer else "blocks", np.arange(len(names), dtype=float)
+        yield from _axis_figures(axis, label, names, places, found.by_block, found.effective.mean(0))
+        if model.cfg.strategy.finer:
+            yield from part_figures(found.by_block, model.cfg)
     if found.by_time is not None:
         names = [f"{t:g}" for t in TIMES]
         yield from _axis_figures("times", TIME, names, np.array(TIMES), found.by_time, found.effective.mean(1))
@@ -81,7 +81,7 @@ def _axis_figures(
     yield Drawn(
         name=f"similarity-{axis}",
         title=f"Jensen-Shannon similarity of {axis} (1 - divergence to base 2)",
-        figure=plot_similarity(similarity, places, label),
+        figure=plot_similarity(similarity, places, label, names=names if axis == "parts" else None),
         rows=names,
         columns=names,
         values=similarity,
@@ -153,8 +153,9 @@ def plot_similarity(
     axes.spines[:].set_visible(False)
     label_axes(axes, label, label)
     if names is not None:
-        axes.set_xticks(places, names, rotation=45, ha="right", rotation_mode="anchor")
-        axes.set_yticks(places, names)
+        shown = ticks(0, len(names) - 1)
+        axes.set_xticks(places[shown], [names[i] for i in shown], rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(places[shown], [names[i] for i in shown])
     bar = figure.colorbar(mesh, ax=axes, pad=0.02, fraction=0.05)
     bar.set_label(measure, fontsize=10, color=INK)
     bar.ax.tick_params(labelsize=9, color=INK, labelcolor=INK)
@@ -176,26 +177,4 @@ def plot_trend(
     axes.axhline(0.5, color=INK, linewidth=0.8, linestyle=":")
     axes.set_ylim(0, 1)
     label_axes(axes, label, "centre and deviation\n(0 first layer, 1 last)")
-    return figure
-
-
-def plot_curves(
-    x: Float[np.ndarray, " S"],
-    curves: Sequence[Curve],
-    x_label: str,
-    y_label: str,
-    *,
-    bottom: float | None = None,
-) -> Figure:
-    """Draw curves over ``x``; each solid line has its own colour."""
-    figure, axes = new_axes(5.6, 3.4)
-    solid = [style for _, _, style in curves].count("-")
-    colors = iter(matplotlib.colormaps["viridis"](np.linspace(0, 0.8, max(solid, 1))))
-    for name, values, style in curves:
-        color = next(colors) if style == "-" else INK
-        axes.plot(x, values, style, color=color, linewidth=1.5 if style == "-" else 1, label=name)
-    if bottom is not None:
-        axes.set_ylim(bottom=bottom)
-    label_axes(axes, x_label, y_label)
-    axes.legend(fontsize=9, frameon=False, labelcolor=INK)
     return figure

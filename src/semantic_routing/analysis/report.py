@@ -19,6 +19,7 @@ from PIL import Image
 
 from semantic_routing.analysis.figures import INK, label_axes, new_axes, to_svg
 from semantic_routing.analysis.report_data import Results, numbers, read_results, smoothed
+from semantic_routing.analysis.routers import row_label, row_names
 from semantic_routing.analysis.weights import heatmaps, plot_heatmap
 from semantic_routing.common.files import write_text, written_whole
 from semantic_routing.common.webpage import document
@@ -210,19 +211,26 @@ def _routing(model: Backbone) -> str:
     maps = []
     for time, weights in drawn:
         when = "" if time is None else f"t = {time:g}"
-        figure = plot_heatmap(weights, when, top)
+        figure = plot_heatmap(weights, when, top, row_names(model.cfg), row_label(model.cfg))
         # No wider than it was drawn: its text keeps its size.
         width = 96 * figure.get_figwidth()
         svg = to_svg(figure, f"weight of every language-model layer in every block {when}".rstrip())
         maps.append(f'<div style="max-width:{width:.0f}px">{svg}</div>')
     grid = "maps" if len(maps) > 1 else ""
     return (
-        "<p>Each row is a block of the transformer and each column a layer of the language model, both from "
+        f"<p>Each row is {_row(model)} of the transformer and each column a layer of the language model, both from "
         "first to last; the darker a cell, the more of that layer the block reads. A row adds up to 100 %, and "
         f"{100 / model.cfg.text_layers:.3g} % everywhere would be the plain average"
         + ("; t goes from 0 (noise) to 1 (image)" if model.depends_on_time else "")
         + f'.</p>\n<div class="card plot {grid}">{"".join(maps)}</div>'
     )
+
+
+def _row(model: Backbone) -> str:
+    """Return in words what a row of routing weights belongs to."""
+    arm = model.cfg.strategy
+    reader = "the keys or the values" if arm.by_side else "the keys and values"
+    return f"{reader} of {'a head in ' if arm.by_head else ''}a block" if arm.finer else "a block"
 
 
 def _timings(r: Results) -> str:

@@ -79,10 +79,11 @@ def routes(model: Backbone) -> bool:
 
 
 @torch.no_grad()
-def routing_weights(model: Backbone, times: Sequence[float]) -> Float[np.ndarray, "T D L"]:
-    """Return the weight of each of L layers in each of D blocks at the times (0 noise, 1 data); each row sums to 1.
+def routing_weights(model: Backbone, times: Sequence[float]) -> Float[np.ndarray, "T K L"]:
+    """Return the weight of each of L layers in each of K rows at the times (0 noise, 1 data); each row sums to 1.
 
-    Weights are repeated along an axis on which they do not depend. ValueError for FuseDiT, which has no router.
+    The rows are the blocks, or the parts of all blocks if a block reads several mixes (``DiTConfig.rows``). Weights are
+    repeated along an axis on which they do not depend. ValueError for FuseDiT, which has no router.
     """
     if not isinstance(model, DiT):
         raise ValueError(
@@ -91,4 +92,14 @@ def routing_weights(model: Backbone, times: Sequence[float]) -> Float[np.ndarray
         )
     device = next((p.device for p in model.router.parameters()), None)
     t = torch.tensor(times, dtype=torch.float32, device=device)
-    return model.router.weights(t).expand(len(times), model.cfg.depth, -1).numpy(force=True)
+    return model.router.weights(t).expand(len(times), len(model.cfg.rows), -1).numpy(force=True)
+
+
+def row_names(cfg: DiTConfig) -> list[str]:
+    """Return the names of the rows for an axis called ``row_label``: a block's number, or "3, head 1, values"."""
+    return [row.removeprefix("block ") for row in cfg.rows]
+
+
+def row_label(cfg: DiTConfig) -> str:
+    """Return the name of the axis of rows."""
+    return ", ".join(["block", *["head"] * cfg.strategy.by_head, *["keys or values"] * cfg.strategy.by_side])

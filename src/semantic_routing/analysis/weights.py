@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from semantic_routing.analysis.figures import INK, Drawn, label_axes, new_axes
-from semantic_routing.analysis.routers import CHOSEN_TIMES, TIME, TIMES, routing_weights
+from semantic_routing.analysis.figures import INK, Drawn, label_axes, new_axes, ticks
+from semantic_routing.analysis.routers import CHOSEN_TIMES, TIME, TIMES, routing_weights, row_label, row_names
 from semantic_routing.model.dit import Backbone
 
 MOST_NUMBERS = 120
@@ -27,7 +27,7 @@ def plot_heatmap(
     rows: Sequence[str] | None = None,
     label: str = "block",
 ) -> Figure:
-    """Draw a row of weights for each of K blocks or times, the first on top; darker is more.
+    """Draw a row of weights for each of K blocks, parts of blocks or times, the first on top; darker is more.
 
     ``top`` is the least weight of the darkest colour, for a common scale of several maps. ``rows`` are the names of
     the rows, by default their numbers.
@@ -41,9 +41,9 @@ def plot_heatmap(
         edges_x, edges_y, weights * 100, cmap="Blues", vmin=0, vmax=top, edgecolors="face", linewidth=0.2
     )
     axes.invert_yaxis()
-    axes.set_xticks(_ticks(1, layers))
-    ticks = _ticks(0, count - 1)
-    axes.set_yticks(ticks, [str(tick) if rows is None else rows[tick] for tick in ticks])
+    axes.set_xticks(ticks(1, layers))
+    shown = ticks(0, count - 1)
+    axes.set_yticks(shown, [str(tick) if rows is None else rows[tick] for tick in shown])
     axes.spines[:].set_visible(False)
     label_axes(axes, "language-model layer", label)
     if weights.size <= MOST_NUMBERS:
@@ -65,7 +65,7 @@ def plot_lines(weights: Float[np.ndarray, "K L"], labels: Sequence[str], title: 
     for row, label, color in zip(weights, labels, colors, strict=True):
         axes.plot(np.arange(1, layers + 1), row, "o-", color=color, markersize=3, linewidth=1.5, label=label)
     axes.axhline(1 / layers, color=INK, linewidth=0.8, linestyle=":", label="uniform")
-    axes.set_xticks(_ticks(1, layers))
+    axes.set_xticks(ticks(1, layers))
     axes.set_ylim(bottom=0)
     label_axes(axes, "language-model layer", "weight")
     axes.legend(fontsize=9, frameon=False, labelcolor=INK, loc="upper left", bbox_to_anchor=(1, 1))
@@ -74,8 +74,8 @@ def plot_lines(weights: Float[np.ndarray, "K L"], labels: Sequence[str], title: 
 
 def heatmaps(
     model: Backbone, times: Sequence[float] = CHOSEN_TIMES
-) -> Iterator[tuple[float | None, Float[np.ndarray, "D L"]]]:
-    """Yield each time and the weights of all blocks; if routing ignores time, only one pair, with None as the time."""
+) -> Iterator[tuple[float | None, Float[np.ndarray, "K L"]]]:
+    """Yield each time and the weights of all rows; if routing ignores time, only one pair, with None as the time."""
     times = times if model.depends_on_time else times[:1]
     for time, weights in zip(times, routing_weights(model, times), strict=True):
         yield (time if model.depends_on_time else None), weights
@@ -108,11 +108,11 @@ Part = tuple[str, str, Figure, list[str], Float[np.ndarray, "K L"]]
 def _maps(model: Backbone, times: Sequence[float], blocks: Sequence[int]) -> Iterator[Part]:
     every = routing_weights(model, TIMES)
     top = float(every.max())
-    rows = [f"block {block}" for block in range(model.cfg.depth)]
+    rows, names, label = list(model.cfg.rows), row_names(model.cfg), row_label(model.cfg)
     for time, weights in heatmaps(model, times) if blocks or not model.depends_on_time else ():
         name, at = ("heatmap", "") if time is None else (f"heatmap-t{time:g}", f"t = {time:g}")
         title = f"Weight of each layer in each block{at and f', {at}'}"
-        yield name, title, plot_heatmap(weights, at, top), rows, weights
+        yield name, title, plot_heatmap(weights, at, top, names, label), rows, weights
     for block in (blocks or [0]) if model.depends_on_time else ():
         name, where = (f"heatmap-block{block}", f"block {block}") if blocks else ("heatmap-times", "")
         names, weights = [f"{t:g}" for t in TIMES], every[:, block]
@@ -123,6 +123,9 @@ def _maps(model: Backbone, times: Sequence[float], blocks: Sequence[int]) -> Ite
 
 def _lines(model: Backbone, times: Sequence[float], blocks: Sequence[int]) -> Iterator[Part]:
     weights = routing_weights(model, times)
+    if model.cfg.strategy.finer and blocks:
+        yield from _part_lines(model, weights[0], blocks)
+        return
     if not model.depends_on_time:
         rows = [f"block {block}" for block in blocks] or ["all blocks"]
         values = weights[0, list(blocks) or [0]]
@@ -135,6 +138,10 @@ def _lines(model: Backbone, times: Sequence[float], blocks: Sequence[int]) -> It
         yield name, title, plot_lines(weights[:, block], rows, where), rows, weights[:, block]
 
 
-def _ticks(first: int, last: int, most: int = 12) -> range:
-    """Return at most ``most`` evenly spaced integers from first to last, so that labels do not overlap."""
-    return range(first, last + 1, -(-(last - first + 1) // most))
+def _part_lines(model: Backbone, weights: Float[np.ndarray, "K L"], blocks: Sequence[int]) -> Iterator[Part]:
+    """Draw the lines of each chosen block that reads several mixes: one for each of them."""
+    parts = list(model.cfg.strategy.parts(model.cfg.kv_heads))
+    for block in blocks:
+        values = weights[block * len(parts) : (block + 1) * len(parts)]
+        title = f"Weight of each layer, block {block}"
+        yield f"lines-block{block}", title, plot_lines(values, parts, f"block {block}"), parts, values

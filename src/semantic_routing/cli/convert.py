@@ -1,10 +1,11 @@
-"""``semroute convert``: turns reference checkpoints into runs of this program, and runs into reference checkpoints."""
+"""``semroute convert``: turns reference checkpoints into runs, runs into reference checkpoints, arms into others."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,16 +14,18 @@ from typing import Annotated, Any
 import tyro
 from safetensors.torch import save_file
 
-from semantic_routing.checkpoint.load import EMA, MODEL, STATE, find_checkpoint
+from semantic_routing.checkpoint.load import EMA, MODEL, STATE, find_checkpoint, open_checkpoint
 from semantic_routing.common.config import to_dict
 from semantic_routing.common.files import check_writable, read_json, write_text, written_whole
 from semantic_routing.common.locks import LOCK, claimed
 from semantic_routing.common.manifest import manifest
 from semantic_routing.interop.upstream import load_upstream, to_upstream, upstream_config
 from semantic_routing.model.arms import DEFAULT_ARM, parse_arm
+from semantic_routing.model.change_arm import change_arm
 from semantic_routing.model.codec import HUB_NAME, CodecConfig, PixelCodec
 from semantic_routing.model.dit import Backbone
-from semantic_routing.sampling.load import load_model
+from semantic_routing.sampling.load import TEXT_ENCODER, load_model, read_run_config
+from semantic_routing.sampling.located import KEY
 from semantic_routing.sampling.text_to_image import check_channels, check_encoder, latent_shape
 from semantic_routing.text.architecture import text_shape
 from semantic_routing.text.config import TextEncoderConfig
@@ -59,6 +62,18 @@ class OursArguments:
     """Safetensors file to write; its sizes are written to the same name with the ending .json."""
     averaged: bool = True
     """Write the moving average of the weights, which samples best, or the trained weights with --no-averaged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmArguments:
+    """Write a run as the same network under another arm: depth as depth-heads-kv, or back if nothing differs."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """Run's folder, or one of its checkpoints."""
+    arm: str
+    """The other arm: uniform, static, depth, depth-kv, depth-heads, depth-heads-kv or depth-low-rank."""
+    out: Path
+    """Folder of the run to write."""
 
 
 def convert_upstream(args: UpstreamArguments) -> Path:
@@ -105,9 +120,46 @@ def convert_ours(args: OursArguments) -> Path:
     return args.out
 
 
+def convert_arm(args: ArmArguments) -> Path:
+    """Write a run whose only checkpoint is the same network under another arm; return that checkpoint.
+
+    Raises ValueError if the run to write exists or ``change_arm`` does. Nothing of the optimiser is kept.
+    """
+    check_writable(args.out)
+    with claimed(args.out / LOCK, args.out):
+        return _convert_arm(args)
+
+
+def _convert_arm(args: ArmArguments) -> Path:
+    if (args.out / "checkpoints").exists():
+        raise ValueError(f"{args.out} already holds a run; choose another --out")
+    source, state = open_checkpoint(args.model)
+    arm, config = parse_arm(args.arm), read_run_config(source, state)
+    changed = {
+        name: change_arm(load_model(source, averaged=name == EMA, state=state), arm).state_dict()
+        for name in (EMA, MODEL)
+    }
+    encoder = source.parent.parent / TEXT_ENCODER
+    if encoder.is_dir() and not (args.out / TEXT_ENCODER).exists():
+        with written_whole(args.out / TEXT_ENCODER) as scratch:
+            shutil.copytree(encoder, scratch)
+    folder = args.out / "checkpoints" / "step-0000000"
+    with written_whole(folder) as scratch:
+        scratch.mkdir()
+        for name, tensors in changed.items():
+            save_file({key: x.detach().contiguous() for key, x in tensors.items()}, scratch / name)
+        own = {"step": 0, "config": config | {"model": config["model"] | {"arm": arm}}}
+        own |= {key: state[key] for key in (KEY,) if key in state}
+        (scratch / STATE).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
+    facts = manifest(converted_from=str(args.model), arms=[config["model"]["arm"], arm])
+    write_text(args.out / "manifest.json", json.dumps(facts, indent=2) + "\n")
+    return folder
+
+
 DIRECTIONS: dict[str, tuple[type, Callable[[Any], Path]]] = {
     "upstream": (UpstreamArguments, convert_upstream),
     "ours": (OursArguments, convert_ours),
+    "arm": (ArmArguments, convert_arm),
 }
 """By direction: the arguments and the function that converts."""
 

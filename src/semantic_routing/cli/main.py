@@ -120,6 +120,7 @@ def convert(args: list[str]) -> None:
 
     semroute convert upstream SRC --config FILE --arm ARM --out DIR   turn a reference checkpoint into a run
     semroute convert ours RUN --out FILE                              write a run under the reference's names
+    semroute convert arm RUN --arm ARM --out DIR                      write a run as the same network of another arm
     """
     if _shows_help(convert, args or ["--help"]):
         return

@@ -17,6 +17,7 @@ from semantic_routing.common.files import write_text
 from semantic_routing.sampling.folder import PROMPTS, claim_folder, claimed_by_first, request, sample_missing
 from semantic_routing.sampling.load import load_bundle
 from semantic_routing.sampling.prompts import read_prompts
+from semantic_routing.sampling.routing_file import overridden, read_override
 from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage, latent_shape
 
 
@@ -40,6 +41,8 @@ class SampleArguments:
     """Height of the images in pixels; by default the model's."""
     width: int | None = None
     """Width of the images in pixels; by default the model's."""
+    routing: Path | None = None
+    """JSON file of weights that replace the model's own: {"rows": ["block 0", ...], "weights": [[...], ...]}."""
     device: str = "auto"
     """Device: auto, cpu, cuda, cuda:1 or another of torch's names."""
     sampling: Annotated[SampleConfig, FLAT] = field(default_factory=SampleConfig)
@@ -74,10 +77,13 @@ def sample_to_folder(args: SampleArguments, open_model: Callable[..., TextToImag
     bundle = args.arranged(open_model(args.model, pick_device(args.device), compiled=args.sampling.compile))
     names = [(p, i) for p in range(len(prompts)) for i in range(args.images_per_prompt)]
     paths = {name: args.out / f"{name[0]:05d}_{name[1]:02d}.png" for name in names}
+    routing = None if args.routing is None else read_override(args.routing, bundle.model.cfg)
     with processes() as job, claimed_by_first(args.out, job):
         identity = request(bundle, prompts, args.sampling) if job.first else {}  # large weights take a while to hash
+        identity["routing"] = None if routing is None else routing.to_json()
         claim_folder(args.out, identity, job, checkpoint=str(bundle.checkpoint))
-        sample_missing(bundle, prompts, paths, args.sampling, job)
+        with overridden(bundle.model, routing):
+            sample_missing(bundle, prompts, paths, args.sampling, job)
         if job.first:
             rows = [{"file": paths[name].name, "prompt": prompts[name[0]], "image": name[1]} for name in names]
             write_text(args.out / PROMPTS, "".join(json.dumps(row) + "\n" for row in rows))

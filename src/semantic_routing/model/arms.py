@@ -26,6 +26,12 @@ class Arm:
     """Whether weights depend on the time."""
     by_block: bool = False
     """Whether every block has its own weights."""
+    by_side: bool = False
+    """Whether a block's keys and its values have weights apart."""
+    by_head: bool = False
+    """Whether every key/value head of a block has its own weights."""
+    low_rank: bool = False
+    """Whether the heads of a block share its weights up to a few contrasts between layers."""
     by_token: bool = False
     """Whether every token has its own weights, which then depend on the text."""
     time_from: Literal["nominal", "latent"] = "nominal"
@@ -47,6 +53,21 @@ class Arm:
     def has_weights(self) -> bool:
         """Whether its weights over layers can be shown without a text."""
         return not (self.reads_keys or self.by_token)
+
+    @property
+    def finer(self) -> bool:
+        """Whether a block reads several mixes of layers: routing finer than a block."""
+        return self.by_side or self.by_head
+
+    def split(self, kv_heads: int) -> tuple[int, int]:
+        """Return into how many sides (keys, values) and heads a block's mixes divide; (1, 1) is one mix for all."""
+        return 2 if self.by_side else 1, kv_heads if self.by_head else 1
+
+    def parts(self, kv_heads: int) -> tuple[str, ...]:
+        """Return the names of a block's mixes in order, such as "head 1, values"; one empty name for a single mix."""
+        sides = ("keys", "values") if self.by_side else ("",)
+        heads = [f"head {head}" for head in range(kv_heads)] if self.by_head else [""]
+        return tuple(", ".join(filter(None, (head, side))) for side in sides for head in heads)
 
 
 ARMS: dict[str, Arm] = {
@@ -108,6 +129,42 @@ ARMS: dict[str, Arm] = {
             by_block=True,
             time_from="latent",
             reads="every block learns its own mixture, which changes with the time, estimated from the noisy latent",
+        ),
+        Arm(
+            name="depth-kv",
+            label="depth-kv",
+            paper=False,
+            by_block=True,
+            by_side=True,
+            reads="every block learns two mixtures of all layers, one for its keys and one for its values",
+        ),
+        Arm(
+            name="depth-heads",
+            label="depth-heads",
+            paper=False,
+            by_block=True,
+            by_head=True,
+            reads="every key/value head of every block learns its own mixture of all layers",
+        ),
+        Arm(
+            name="depth-heads-kv",
+            label="depth-heads-kv",
+            paper=False,
+            by_block=True,
+            by_side=True,
+            by_head=True,
+            reads="every key/value head of every block learns two mixtures of all layers, for its keys and its values",
+        ),
+        Arm(
+            name="depth-low-rank",
+            label="depth-low-rank",
+            paper=False,
+            by_block=True,
+            by_side=True,
+            by_head=True,
+            low_rank=True,
+            reads="every block learns a mixture of all layers, from which the keys and the values of its heads depart "
+            "along a few contrasts between layers that all blocks share",
         ),
     )
 }

@@ -27,6 +27,7 @@ from semantic_routing.model.layers import (
 )
 from semantic_routing.model.noise_level import NoiseLevel
 from semantic_routing.model.packing import Layout
+from semantic_routing.model.parts import basis
 from semantic_routing.model.routing import make_router
 from semantic_routing.text.features import TextFeatures
 
@@ -81,6 +82,17 @@ class DiTConfig:
     def strategy(self) -> Arm:
         """The arm's entry in the table."""
         return ARMS[self.arm]
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Names of the rows of routing weights: "block 3", or "block 3, head 1, values" if a block reads several."""
+        parts = self.strategy.parts(self.kv_heads)
+        return tuple(", ".join(filter(None, (f"block {d}", part))) for d in range(self.depth) for part in parts)
+
+    @property
+    def mixes(self) -> int:
+        """Number of different mixes of layers that the blocks read."""
+        return len(self.rows) if self.strategy.by_block else 1
 
 
 class Block(nn.Module):
@@ -217,7 +229,7 @@ class DiT(Backbone):
         nn.init.normal_(self.text_proj.weight, std=cfg.text_init_std)
         nn.init.zeros_(self.text_proj.bias)
         # Last, so that with one seed all arms begin with the same backbone.
-        self.router = make_router(cfg.arm, cfg.text_layers, cfg.depth, cfg.text_width)
+        self.router = make_router(cfg.arm, cfg.text_layers, cfg.depth, cfg.text_width, cfg.kv_heads)
         self.noise_level = NoiseLevel() if cfg.strategy.time_from == "latent" else None
 
     @property
@@ -238,8 +250,7 @@ class DiT(Backbone):
             mixed = layout.pack(self.router(features.hidden, t))
         else:
             mixed = self.router(layout.pack(features.hidden), t)
-        text = self.text_proj(self.text_norm(mixed))
-        return self._keys_and_values(text, layout)
+        return self._keys_and_values(mixed, layout)
 
     def prepare_steps(self, features: TextFeatures, times: Float[Tensor, " T"]) -> list[TextContext]:
         if not self.depends_on_time:
@@ -247,13 +258,19 @@ class DiT(Backbone):
         check_text(features, self.cfg)
         layout = Layout.of(features.hidden, features.mask)
         steps = self.router.mix_steps(layout.pack(features.hidden), times)
-        return [self._keys_and_values(self.text_proj(self.text_norm(mixed)), layout) for mixed in steps]
+        return [self._keys_and_values(mixed, layout) for mixed in steps]
 
-    def _keys_and_values(self, text: Float[Tensor, "D_or_1 B N C"], layout: Layout) -> TextContext:
-        """Return the context in which block d attends to ``text[d]`` (Section 3.3)."""
-        blocks = cast(Iterable[Block], self.blocks)
-        texts = text.expand(len(self.blocks), -1, -1, -1)
-        pairs = [block.cross.prepare(own) for block, own in zip(blocks, texts, strict=True)]
+    def _keys_and_values(self, mixed: Float[Tensor, "K B N C"], layout: Layout) -> TextContext:
+        """Return the context in which every block attends to its own mix, or to its own mixes (Section 3.3)."""
+        blocks, depth = cast(Iterable[Block], self.blocks), len(self.blocks)
+        normed = self.text_norm(mixed)
+        if self.cfg.strategy.finer:
+            split, probed = self.cfg.strategy.split(self.cfg.kv_heads), self.text_proj(basis(normed))
+            parts = normed.unflatten(0, (depth, -1))
+            pairs = [block.cross.prepare_parts(own, probed, split) for block, own in zip(blocks, parts, strict=True)]
+        else:
+            texts = self.text_proj(normed).expand(depth, -1, -1, -1)
+            pairs = [block.cross.prepare(own) for block, own in zip(blocks, texts, strict=True)]
         keys, values = zip(*pairs, strict=True)
         if layout.packing is None:
             return TextContext(keys, values, layout.mask)

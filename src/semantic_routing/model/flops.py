@@ -14,8 +14,9 @@ from semantic_routing.model.dit import Backbone, DiTConfig
 from semantic_routing.text.features import TextFeatures
 
 META = torch.device("meta")
-WEIGHT_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm)
-"""Products with a weight matrix; all others (attention, the mix of layers) are batched."""
+WEIGHT_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.baddbmm)
+"""Products with a weight matrix, the last with one for each part of a block's text (``parts.py``); all others
+(attention, the mix of layers) are batched."""
 
 
 @dataclass(frozen=True)

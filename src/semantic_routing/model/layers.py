@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from semantic_routing.model.packing import Packing
+from semantic_routing.model.parts import read_parts
 
 ACTIVATIONS = {"gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
 
@@ -154,7 +155,8 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Grouped-query attention of image tokens to the block's text with QK-norm, without positions.
 
-    ``prepare`` makes keys and values, which depend on the text alone; ``forward`` reads them.
+    ``prepare`` makes keys and values, which depend on the text alone; ``forward`` reads them. ``prepare_parts`` makes
+    them of several texts, each for its own heads, or for keys or values alone.
     """
 
     def __init__(self, width: int, text_width: int, heads: int, kv_heads: int, head_dim: int) -> None:
@@ -170,6 +172,16 @@ class CrossAttention(nn.Module):
         """Return keys and values of the text, each [B, Hkv, N, hd]."""
         k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.kv(text).chunk(2, dim=-1))
         return self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
+
+    def prepare_parts(
+        self, parts: Float[Tensor, "P B N C"], probed: Float[Tensor, "C_plus_1 C"], split: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Return keys and values, each [B, Hkv, N, hd], of a block whose P normalised mixes have their own readers.
+
+        ``probed`` is the text projection of ``basis``; ``split`` is that of the arm (``parts.py``).
+        """
+        k, v = read_parts(parts, self.kv(probed), split, self.head_dim)
+        return self.k_norm(k), v
 
     def forward(self, x: Float[Tensor, "B S W"], text: BlockText) -> Float[Tensor, "B S W"]:
         k, v, mask, packing = text

@@ -2,7 +2,8 @@
 
 Every strategy of the paper is a softmax over L layers whose logits depend on nothing, the time, the block, or both. All
 have ``weights(t) -> [B|1, D|1, L]``, which training, sampling and analysis share. An axis of size 1 is one that the
-weights do not depend on.
+weights do not depend on. If a block reads several mixes, the second axis has a row for each of them, block by block:
+D P rows, named by ``DiTConfig.rows``.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class FixedRouter(Router):
 
 
 class LogitRouter(Router):
-    """Learned logits: one vector for all blocks (B3, Eq. 6) or one for each (S2, Eq. 9)."""
+    """Learned logits: one vector for all blocks (B3, Eq. 6), one for each (S2, Eq. 9), or several for each."""
 
     def __init__(self, layers: int, rows: int) -> None:
         super().__init__()
@@ -71,6 +72,46 @@ class LogitRouter(Router):
 
     def weights(self, t: Float[Tensor, " T"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
         return self.logits.float().softmax(-1)[None]
+
+
+class LowRankRouter(Router):
+    """Logits of a block's keys and values by head: the block's own, and departures along contrasts that all share.
+
+    logits[block, part] = base[block] + loadings[block, part] @ contrasts, with ``RANK`` contrasts between layers. A
+    part (the keys or the values of one head) gets 1 / (2 Hkv) of its block's gradient, and an optimiser such as AdamW
+    moves every parameter at the same rate however small its gradient is: L free logits a part drift along L noisy
+    directions. Here the evidence of all blocks and heads decides which contrasts matter, and a part learns ``RANK``
+    numbers. S2 is the case without loadings. At the paper's size these are 2,544 parameters instead of the 13,824 of
+    ``depth-heads-kv``.
+
+    The contrasts start as the first cosines over the layers (shallow against deep, middle against both ends, ...), of
+    mean 0, orthogonal, and of a size at which logits move as fast as if they were parameters. The rest starts at zero,
+    so routing starts as the uniform average.
+    """
+
+    RANK = 4
+
+    def __init__(self, layers: int, depth: int, parts: int) -> None:
+        super().__init__()
+        rank = max(1, min(self.RANK, layers - 1))  # a softmax ignores the constant, which leaves L - 1 directions
+        self.parts = parts
+        self.base = nn.Parameter(torch.zeros(depth, layers))
+        self.loadings = nn.Parameter(torch.zeros(depth * parts, rank))
+        self.contrasts = nn.Parameter(cosines(rank, layers))
+
+    def logits(self) -> Float[Tensor, "D_P L"]:
+        """Return the logits of all parts, block by block, in float32."""
+        with no_autocast(self.base.device):
+            return self.base.float().repeat_interleave(self.parts, 0) + self.loadings.float() @ self.contrasts.float()
+
+    def weights(self, t: Float[Tensor, " T"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
+        return self.logits().softmax(-1)[None]
+
+
+def cosines(count: int, layers: int) -> Float[Tensor, "count L"]:
+    """Return cos(pi k (l + 1/2) / L) for k = 1 .. count, scaled to a mean square of 1 / count."""
+    k, place = torch.arange(1, count + 1), torch.arange(layers) + 0.5
+    return torch.cos(math.pi * k[:, None] * place / layers) * math.sqrt(2 / count)
 
 
 class GateRouter(Router):
@@ -134,8 +175,8 @@ class AttentionRouter(Router):
         return logits.softmax(-1)
 
 
-def make_router(arm: str, layers: int, depth: int, width: int) -> Router:
-    """Return a router of an arm for ``layers`` language-model layers of ``width`` and ``depth`` blocks."""
+def make_router(arm: str, layers: int, depth: int, width: int, kv_heads: int = 1) -> Router:
+    """Return a router of an arm for ``layers`` language-model layers of ``width``, ``depth`` blocks and their heads."""
     if arm == "penultimate":
         if layers < 2:
             raise ValueError(f"the penultimate arm needs at least 2 language-model layers, not {layers}")
@@ -150,7 +191,10 @@ def make_router(arm: str, layers: int, depth: int, width: int) -> Router:
         raise ValueError(f"arm {arm!r} has no router")
     if kind.by_token:
         return AttentionRouter(layers, width)
-    rows = depth if kind.by_block else 1
+    parts = len(kind.parts(kv_heads))
+    if kind.low_rank:
+        return LowRankRouter(layers, depth, parts)
+    rows = depth * parts if kind.by_block else 1
     return GateRouter(layers, rows) if kind.by_time else LogitRouter(layers, rows)
 
 

@@ -71,6 +71,5 @@ class TextPlan:
     def _steps_at_once(self) -> int:
         """Return the number of steps whose mixed states, keys and values fit ``budget`` bytes."""
         cfg = self.model.cfg
-        mixes = cfg.depth if cfg.strategy.by_block else 1
-        channels = mixes * cfg.text_width + 2 * cfg.depth * cfg.kv_heads * cfg.head_dim
+        channels = cfg.mixes * cfg.text_width + 2 * cfg.depth * cfg.kv_heads * cfg.head_dim
         return self.budget // (self.features.mask.numel() * channels * self.features.hidden.itemsize)

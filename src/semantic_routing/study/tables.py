@@ -13,7 +13,7 @@ import numpy as np
 from semantic_routing.analysis.distances import mean_similarity
 from semantic_routing.analysis.figures import INK, Drawn, label_axes, new_axes, to_svg
 from semantic_routing.analysis.report import MEANS, words
-from semantic_routing.analysis.routers import TIME, TIMES, open_router, routing_weights
+from semantic_routing.analysis.routers import TIME, TIMES, open_router, routing_weights, row_label, row_names
 from semantic_routing.analysis.statistics import js_divergence
 from semantic_routing.analysis.table import Table
 from semantic_routing.analysis.weights import plot_heatmap
@@ -144,15 +144,15 @@ def accuracy_figure(rows: Sequence[Row]) -> Drawn:
 
 
 def _routing_figures(args: StudyArguments, every: Sequence[Job]) -> list[Drawn]:
-    """Draw the final weights of each learned arm's first seed: the mean over times by block, or of S1 by time."""
+    """Draw the final weights of each learned arm's first seed: the mean over times by row, or of S1 by time."""
     found = []
     for job in (job for job in every if job.seed == 0):
         weights = _weights(args, job)
         if weights is not None and np.ptp(weights) > 0 and ARMS[job.arm].learned:
             over_time = not ARMS[job.arm].by_block and ARMS[job.arm].by_time
             values = weights[:, 0] if over_time else weights.mean(0)
-            names = [f"{t:g}" for t in TIMES] if over_time else [str(d) for d in range(len(values))]
-            axis = TIME if over_time else "block"
+            names = [f"{t:g}" for t in TIMES] if over_time else row_names(job.config.model)
+            axis = TIME if over_time else row_label(job.config.model)
             found.append(
                 Drawn(
                     name=f"weights-{job.variant}", title=f"Weights of {job.variant}, seed 0",
@@ -179,7 +179,7 @@ def seed_stability(args: StudyArguments, every: Sequence[Job]) -> dict[str, floa
 
 
 def _weights(args: StudyArguments, job: Job) -> Any:
-    """Return the routing weights [T, D, L] of a finished run; None if its arm has no weights."""
+    """Return the routing weights [T, K, L] of a finished run; None if its arm has no weights."""
     model = open_router(args.out / "runs" / job.name)
     if not isinstance(model, DiT) or not ARMS[job.arm].has_weights:
         return None

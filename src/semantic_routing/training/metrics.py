@@ -71,11 +71,15 @@ def known_peak(name: str) -> float | None:
 
 @lru_cache(maxsize=1024)
 def flops_per_image(cfg: DiTConfig, height: int, width: int, tokens: int) -> int:
-    """Return the training FLOPs of one ``height`` x ``width`` latent with one prompt of ``tokens`` (with padding)."""
+    """Return the training FLOPs of one ``height`` x ``width`` latent with one prompt of ``tokens`` (with padding).
+
+    Products that serve a whole batch, such as the composed projections of finer arms, are not counted.
+    """
     with META:
         model = make_model(cfg)
     text, context = count_text(model, 1, tokens)
-    return (1 + BACKWARD) * (text + count_image(model, 1, height, width, context)).total
+    another = count_text(model, 2, tokens)[0].total - text.total
+    return (1 + BACKWARD) * (another + count_image(model, 1, height, width, context).total)
 
 
 class Meter:

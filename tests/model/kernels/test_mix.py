@@ -23,6 +23,7 @@ SIZES = [  # L B N C D, samples with weights of their own
     (36, 1, 18, 64, 40, 1),
     (70, 1, 3, 32, 33, 1),
     (50, 1, 2, 224, 9, 1),
+    (6, 1, 3, 64, 384, 1),  # the rows of heads apart: more than matrix units take
 ]
 
 
