@@ -21,6 +21,8 @@ from tests.helpers.networks import DISTINCT, tiny_config, tiny_network
 FINER = [arm.name for arm in ARMS.values() if arm.finer]
 SPLITS = {"depth-kv": (2, 1), "depth-heads": (1, 2), "depth-heads-kv": (2, 2), "depth-low-rank": (2, 2)}
 CFG = tiny_config(**DISTINCT)
+WIDE = 4 * CFG.kv_heads * CFG.head_dim + 16
+"""Width of text from which on blocks with one mix compose their products, too."""
 
 
 def network(arm: str, **changes: object) -> DiT:
@@ -103,10 +105,11 @@ def context(model: DiT, features: TextFeatures) -> Tensor:
     return torch.stack([torch.stack(pair) for pair in zip(made.keys, made.values, strict=True)])
 
 
-@pytest.mark.parametrize("arm", FINER)
-def test_values_and_gradients_are_those_of_the_naive_way(arm: str) -> None:
-    model, features = network(arm).requires_grad_(), some_text()
-    shape = (CFG.depth, *SPLITS[arm], CFG.text_layers)
+@pytest.mark.parametrize(("arm", "width"), [*((arm, CFG.text_width) for arm in FINER), ("depth", WIDE)])
+def test_values_and_gradients_are_those_of_the_naive_way(arm: str, width: int) -> None:
+    model = network(arm, text_width=width).requires_grad_()
+    features = some_text(model.cfg)
+    shape = (CFG.depth, *SPLITS.get(arm, (1, 1)), CFG.text_layers)
     names = ["router", "text_proj", "text_norm", *(f"blocks.{d}.cross.{part}" for d in (0, 2) for part in ("kv",))]
     leaves = [p for name in names for p in model.get_submodule(name).parameters()]
 
@@ -118,6 +121,17 @@ def test_values_and_gradients_are_those_of_the_naive_way(arm: str) -> None:
     theirs = torch.autograd.grad(naive, leaves, upstream.double())
     for own, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("arm", "width", "composed"),
+    [
+        ("depth", WIDE, True), ("depth", WIDE - 16, False), ("depth-kv", WIDE - 16, True), ("uniform", WIDE, False),
+        ("static", WIDE, False), ("joint", WIDE, False),
+    ],
+)  # fmt: skip
+def test_products_are_composed_where_that_makes_them_fewer(arm: str, width: int, composed: bool) -> None:
+    assert replace(CFG, arm=arm, text_width=width).composed == composed
 
 
 @pytest.mark.parametrize("arm", FINER)

@@ -94,6 +94,16 @@ class DiTConfig:
         """Number of different mixes of layers that the blocks read."""
         return len(self.rows) if self.strategy.by_block else 1
 
+    @property
+    def composed(self) -> bool:
+        """Whether a block applies the text projection and its own as one product (``parts.py``).
+
+        Blocks with several mixes do, and so do blocks with one mix each of states that are much wider than a block's
+        keys and values: then the products are fewer in training, and take no time beside a step in sampling.
+        """
+        kind, channels = self.strategy, 2 * self.kv_heads * self.head_dim
+        return kind.finer or (kind.by_block and not kind.by_time and self.text_width > 2 * channels)
+
 
 class Block(nn.Module):
     """Self-attention, cross-attention to the block's text and gated MLP, each with a residual connection."""
@@ -264,7 +274,7 @@ class DiT(Backbone):
         """Return the context in which every block attends to its own mix, or to its own mixes (Section 3.3)."""
         blocks, depth = cast(Iterable[Block], self.blocks), len(self.blocks)
         normed = self.text_norm(mixed)
-        if self.cfg.strategy.finer:
+        if self.cfg.composed:
             split, probed = self.cfg.strategy.split(self.cfg.kv_heads), self.text_proj(basis(normed))
             parts = normed.unflatten(0, (depth, -1))
             pairs = [block.cross.prepare_parts(own, probed, split) for block, own in zip(blocks, parts, strict=True)]

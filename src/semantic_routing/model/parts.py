@@ -1,11 +1,12 @@
-"""Keys and values of blocks that read several mixes: each mix is projected only to the channels that read it.
+"""Keys and values of texts through one composed product: each mix is projected only to the channels that read it.
 
 Between a mix m and its block's keys and values stand a norm, the text projection P x + b that all blocks share, and the
 block's own matrix W of 2 Hkv hd rows: W (P n + b) with n = RMSNorm(m). If a block has one mix, P n + b costs C^2 a
 token. With R mixes that would be R C^2, and W would compute R times the keys and values that are read. Instead A = W P
 is composed once for a batch of prompts, at 2 Hkv hd C^2 a block, and each mix takes its own rows of A: 2 Hkv hd C a
-token for all mixes of a block together, less than with a single mix. How this is computed does not depend on the number
-of prompts, so that a prompt's keys and values do not either.
+token for all mixes of a block together, less than with a single mix. For wide texts this is less with a single mix, too
+(``DiTConfig.composed``). How it is computed does not depend on the number of prompts, so that a prompt's keys and
+values do not either.
 """
 
 from __future__ import annotations
