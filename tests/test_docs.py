@@ -106,8 +106,11 @@ def test_sampling(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     Path("runs").mkdir()
     Path("runs/depth").symlink_to(tiny_run)
     Path("prompts.txt").write_text("a star\na red circle\n")
+    Path("routing.json").write_text(*fenced("sampling.md", "json"))
     for command in commands("sampling.md"):
         main(command)
+    routed = json.loads(Path("images/routed/manifest.json").read_text())["routing"]
+    assert routed == json.loads(Path("routing.json").read_text())
     page = (DOCS / "sampling.md").read_text(encoding="utf-8")
     (line,) = re.findall(r"^ {4}torchrun (.*)$", page, re.MULTILINE)
     # `torchrun` with this interpreter.
@@ -199,6 +202,9 @@ def test_analysis(
     patterns += re.findall(r"`([a-z-]+-\*)`", page)
     assert len(patterns) == 9 + 5
     assert [pattern for pattern in patterns if not list(Path("figures").rglob(f"{pattern}.png"))] == []
+    for name in ("without", "alone", "swap"):
+        assert Path(f"figures/ablation-loss/ablation-{name}.png").is_file()
+    assert Path("figures/ablation/disagreement.json").is_file()
     chosen = {path.stem for path in Path("figures/chosen").glob("heatmap*.png")}
     assert chosen == {"heatmap-t0", "heatmap-t0.5", "heatmap-t1", "heatmap-block0", "heatmap-block1"}
     scored = json.loads(Path("evaluations/shifted/manifest.json").read_text())

@@ -43,10 +43,13 @@ def write_page(
     drawn: Sequence[Drawn],
     leads: Sequence[dict[str, Any]],
     strips: Sequence[Strip],
+    disagreement: dict[str, Any] | None = None,
 ) -> Path:
     """Write the self-contained page; returns its path."""
     sections = [_weights(model)] if routes(model) else []
     sections.append(_figures(drawn))
+    if disagreement is not None:
+        sections.append(_disagreement(disagreement))
     if leads:
         sections.append(_leads(leads))
     if strips:
@@ -109,6 +112,23 @@ def _leads(leads: Sequence[dict[str, Any]]) -> str:
         "<h2>Lead of the effective time over the nominal one</h2>\n"
         '<p class="soft">The effective time of a step is the time at which the training forward process, built from '
         f"the final image, is as far from it as the true trajectory is.</p>\n{Table(head, rows).html()}"
+    )
+
+
+def _disagreement(found: dict[str, Any]) -> str:
+    rows = [
+        (
+            f"{one['row']}, layer {one['layer']}", one["reading"], f"{100 * one['weight']:.1f} %",
+            f"{one['need']:+.4g}", "{:+.4g} to {:+.4g}".format(*one["interval"]), f"{one['ranks_apart']:+.2f}",
+        )
+        for one in found["largest"]
+    ]  # fmt: skip
+    head = ("", "", "weight", "need", "95 % interval", "ranks apart")
+    correlation = "none" if found["rank_correlation"] is None else f"{found['rank_correlation']:+.2f}"
+    return (
+        "<h2>Where weight and need disagree</h2>\n"
+        '<p class="soft">Need is what the model loses without the layer in that block. Rank correlation of weight and '
+        f"need over all blocks and layers: {correlation}.</p>\n{Table(head, rows).html()}"
     )
 
 

@@ -1,4 +1,4 @@
-"""``semroute analyze``: draws the figures of trained models and of their sampling trajectories."""
+"""``semroute analyze``: draws the figures of trained models, of their ablations and of their sampling trajectories."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from semantic_routing.analysis.ablation.figures import ablation_figures, disagreement
+from semantic_routing.analysis.ablation.run import AblationConfig, run_ablation
 from semantic_routing.analysis.distances import compare_routers
+from semantic_routing.analysis.figures import Drawn
 from semantic_routing.analysis.page import Strip, write_page
 from semantic_routing.analysis.profiles import routing_figures
-from semantic_routing.analysis.routers import CHOSEN_TIMES, open_router, routes
+from semantic_routing.analysis.routers import CHOSEN_TIMES, TIMES, open_router, routes, routing_weights
 from semantic_routing.analysis.trajectory import Trajectory, sample_trajectory
 from semantic_routing.analysis.trajectory_figures import lead_table, trajectory_figures, write_calibration
 from semantic_routing.analysis.weights import weight_figures
@@ -61,6 +64,10 @@ class AnalyzeArguments:
     """Numbers of sampling steps; each is measured."""
     sampling: Annotated[TrajectorySampling, FLAT, tyro.conf.SuppressFixed] = field(default_factory=TrajectorySampling)
     """How the trajectories are sampled."""
+    ablate: bool = False
+    """Measure what is lost without each layer in each block, with one layer alone, and with blocks swapped."""
+    ablation: AblationConfig = field(default_factory=AblationConfig)
+    """What is taken out, and what it is measured by."""
     html: bool = False
     """Also write index.html: one page with everything, and the weights under a slider of time."""
     device: str = "auto"
@@ -115,9 +122,14 @@ def _analyze(path: Path, model: Backbone, out: Path, args: AnalyzeArguments) -> 
         drawn = [*weight_figures(model, args.times, args.blocks), *routing_figures(model)]
     strips: list[Strip] = []
     leads: list[dict[str, Any]] = []
-    if args.trajectory:
+    found: dict[str, Any] | None = None
+    if args.trajectory or args.ablate:
         keep_freed_memory()
         bundle = open_model(path, pick_device(args.device))
+    if args.ablate:
+        ablated, found = _ablate(bundle, args, out)
+        drawn += ablated
+    if args.trajectory:
         runs = _trajectories(bundle, args, out)
         drawn += trajectory_figures(runs)
         leads = lead_table(runs)
@@ -130,8 +142,18 @@ def _analyze(path: Path, model: Backbone, out: Path, args: AnalyzeArguments) -> 
     write_text(out / "manifest.json", json.dumps(manifest(model=str(path), **settings), indent=2, default=str) + "\n")
     written = [figure.save(out) for figure in drawn]
     if args.html:
-        written.append(write_page(out / "index.html", str(path), model, drawn, leads, strips))
+        written.append(write_page(out / "index.html", str(path), model, drawn, leads, strips, found))
     return written
+
+
+def _ablate(bundle: TextToImage, args: AnalyzeArguments, out: Path) -> tuple[list[Drawn], dict[str, Any] | None]:
+    """Measure the ablations; return their figures and where weight and need disagree."""
+    score, measured = run_ablation(bundle, args.ablation, out)
+    cfg, weights = bundle.model.cfg, routing_weights(bundle.model, TIMES).mean(0)
+    found = disagreement(cfg, weights, measured)
+    if found is not None:
+        write_text(out / "disagreement.json", json.dumps(found, indent=2) + "\n")
+    return list(ablation_figures(cfg, weights, measured, score.name)), found
 
 
 def _captions(args: AnalyzeArguments) -> list[str]:

@@ -145,8 +145,12 @@ class TextToImage:
         images: Sequence[tuple[int, int]],
         cfg: SampleConfig,
         callback: Callback | None = None,
+        features: TextFeatures | None = None,
     ) -> Float[Tensor, " B *latent"]:
-        """Sample the latents of ``sample``'s images; ``callback`` is called at every step."""
+        """Sample the latents of ``sample``'s images; ``callback`` is called at every step.
+
+        ``features`` are the encoded prompts, if they are at hand.
+        """
         shape = latent_shape(self.codec, self.model.cfg, *self.pixels)
         x = noise_for(cfg.seed, images, shape).to(self.device)
         clock = parse_clock(cfg.clock)
@@ -158,7 +162,8 @@ class TextToImage:
 
         with torch.no_grad(), autocast(self.device, self.bf16), rounded_once(self.model, self.bf16):
             times = schedule(cfg.steps, cfg.shift)
-            velocity = guided(self.model, self.encode(prompts), self.null_features(), cfg.guidance, clock, times)
+            features = self.encode(prompts) if features is None else features
+            velocity = guided(self.model, features, self.null_features(), cfg.guidance, clock, times)
             return SAMPLERS[cfg.sampler](velocity, x, times, noise=fresh, callback=callback)
 
 
