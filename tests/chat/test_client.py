@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import io
 import json
 import random
 import signal
@@ -13,13 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from semantic_routing.chat.cache import AnswerCache
 from semantic_routing.chat.client import ChatClient
 from semantic_routing.chat.messages import Answer, Failure, Picture, Question, digest
 from semantic_routing.chat.replies import read_answer
-from semantic_routing.chat.server import ChatConfig, Clock, retry_after
+from semantic_routing.chat.server import ChatConfig, Clock, Pace, retry_after
 from tests.helpers.chat_server import FAULTS, KEY, MODEL, ChatServer, p_yes
 
 VQA = {"max_tokens": 1, "logprobs": True, "top_logprobs": 20}
@@ -190,15 +194,62 @@ def test_questions_are_taken_as_there_is_room(server: ChatServer) -> None:
     assert 10 <= len(taken) <= 18
 
 
-def test_extra_parameters(server: ChatServer) -> None:
-    client = ChatClient(config(server, extra='{"seed": 1, "logprobs": null}'))
+def test_extra_parameters(server: ChatServer, tmp_path: Path) -> None:
+    client = ChatClient(config(server, extra='{"seed": 1, "logprobs": null}', cache=tmp_path))
     answer = one(client, "without logprobs")
     assert isinstance(answer, Answer)
     assert answer.logprobs is None
     assert "Alignment" in answer.text
+    (entry,) = tmp_path.rglob("*.json")
+    asked = json.loads(entry.read_text())["question"]["parameters"]
+    assert asked == {"max_tokens": 1, "top_logprobs": 20, "seed": 1}
+
+
+def test_a_pause_does_not_bring_the_next_request_forward() -> None:
+    clock = Standing()
+
+    async def two_turns(seconds: float) -> None:
+        pace = Pace(6.0, clock)
+        await pace.turn()
+        pace.pause(seconds)
+        await pace.turn()
+
+    asyncio.run(two_turns(3.0))
+    asyncio.run(two_turns(25.0))
+    assert clock.waits == [0, 10, 0, 25]
 
 
 # what goes wrong
+
+
+@pytest.mark.parametrize("status", [408, 409])
+def test_conflicts_and_timeouts_of_the_server_are_asked_again(server: ChatServer, status: int) -> None:
+    assert isinstance(one(ChatClient(config(server, retries=1)), f"once [[{status}*1]]"), Answer)
+
+
+def test_failures_in_a_row_end_the_run_and_an_answer_between_them_does_not(server: ChatServer) -> None:
+    cfg = config(server, concurrency=1, retries=0, give_up=3)
+    failing = [f"down {i} [[500]]" for i in range(6)]
+    answers = all_answers(ChatClient(cfg), ["up 0", *failing[:2], "up 1", *failing[2:4], "up 2", *failing[4:]])
+    assert [type(answer) for answer in answers] == [Answer, Failure, Failure] * 3
+    client = ChatClient(cfg)
+    with pytest.raises(ValueError, match="gave no answer to 3 requests in a row, the last: HTTP 500"):
+        all_answers(client, ["up 3", *failing])
+    assert client.usage.requests == 4
+
+
+def test_an_answer_of_the_cache_tells_that_the_requests_are_right(server: ChatServer, tmp_path: Path) -> None:
+    cfg = config(server, concurrency=1, cache=tmp_path)
+    one(ChatClient(cfg), "known")
+    answers = all_answers(ChatClient(cfg), ["known", *(f"refused at last {i} [[400]]" for i in range(10))])
+    assert [type(answer) for answer in answers] == [Answer, *[Failure] * 10]
+
+
+def test_long_words_of_a_server_are_cut(server: ChatServer) -> None:
+    failure = one(ChatClient(config(server, retries=0)), "tell me [[wordy]]")
+    assert isinstance(failure, Failure)
+    assert failure.detail.endswith("too much too much too")
+    assert len(failure.detail) == 300
 
 
 def test_failure_tells_why(server: ChatServer) -> None:
@@ -234,12 +285,20 @@ def test_long_waits_are_not_waited(server: ChatServer) -> None:
     answer = one(ChatClient(config(server)), "later [[429-day]]")
     assert isinstance(answer, Failure)
     assert (answer.reason, "86400 seconds" in answer.detail) == ("HTTP 429", True)
+    for longest, asked in ((0.29, 1), (0.31, 2)):
+        client = ChatClient(config(server, longest_wait=longest, first_wait=0.0, retries=1), Standing())
+        assert isinstance(one(client, f"at most {longest} [[429-slow]]"), Failure)
+        assert client.usage.requests == asked
 
 
 def test_empty_account_stops_at_once(server: ChatServer) -> None:
     client = ChatClient(config(server))
     with pytest.raises(ValueError, match="no credit"):
         one(client, "poor [[quota]]")
+    assert client.usage.requests == 1
+    client = ChatClient(config(server))
+    with pytest.raises(ValueError, match="no credit"):
+        one(client, "poor in other words [[402]]")
     assert client.usage.requests == 1
 
 
@@ -341,6 +400,33 @@ def test_cache_entries(tmp_path: Path) -> None:
     cache.remove(name)
     cache.remove(name)
     assert cache.get(name) is None
+
+
+def test_clearing_a_cache_deletes_answers_alone(tmp_path: Path) -> None:
+    cache = AnswerCache(tmp_path / "cache")
+    answer = Answer(text="Yes", logprobs=None, model="m", finish="stop", prompt_tokens=3, completion_tokens=1)
+    names = [digest(ask(text).facts(MODEL)) for text in ("one", "two")]
+    for name in names:
+        cache.put(name, {}, answer)
+    notes = cache.path(names[0]).with_name("notes.json")
+    notes.write_text("mine")
+    cache.clear()
+    assert [path for path in cache.folder.rglob("*") if path.is_file()] == [notes]
+    assert [cache.get(name) for name in names] == [None, None]
+    assert [path.name for path in cache.folder.iterdir()] == [names[0][:2]]
+    notes.unlink()
+    cache.clear()
+    assert not cache.folder.exists()
+
+
+def test_pictures_are_sent_in_the_quality_asked_for() -> None:
+    image = Image.effect_noise((32, 32), 60).convert("RGB")
+    coarse, fine, exact = (Picture.encode(image, quality) for quality in (10, 95, None))
+    assert (coarse.media_type, fine.media_type, exact.media_type) == ("image/jpeg", "image/jpeg", "image/png")
+    assert len(coarse.data) < len(fine.data)
+    off = [np.abs(np.asarray(Image.open(io.BytesIO(one.data)), int) - np.asarray(image, int)).mean()
+           for one in (coarse, fine, exact)]  # fmt: skip
+    assert off[0] > 4 * off[1] > off[2] == 0
 
 
 @pytest.mark.parametrize("content", [b"", b'{"answer": {"te', b"[]", b'{"answer": {"text": 1}}', b"\xff\xfe"])

@@ -37,6 +37,7 @@ def rows(*likely: tuple[Any, Any], **more: Any) -> dict[str, Any]:
         ({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
                       {"type": "text", "text": "four"}]}, "four", True),
         ({"content": [{"type": "reasoning", "text": "hm"}, {"type": "output_text", "text": "four"}]}, "four", True),
+        ({"content": [{"text": "hm", "thought": True}, {"text": "four", "thought": False}]}, "four", True),
         ({"content": ["four"]}, "four", False),
         ({"content": {"type": "text", "text": {"value": "four"}}}, "four", False),
         ({"content": [{"type": "thinking", "thinking": "hm"}]}, "", True),
@@ -91,6 +92,11 @@ def test_first_tokens(logprobs: Any) -> None:
     assert answer.logprobs is not None
     assert p_yes(answer.logprobs) == (pytest.approx(math.exp(-0.7)), "")
     assert p_yes([row for row in answer.logprobs if word(row[0]) != "yes"])[0] == pytest.approx(1 - math.exp(-0.75))
+
+
+def test_a_log_probability_that_is_null_is_none_at_all() -> None:
+    found = read_answer(reply(logprobs=rows(("Yes", -0.7), ("So", None)))).logprobs
+    assert found == (("Yes", -0.7), ("So", -math.inf))
 
 
 @pytest.mark.parametrize(

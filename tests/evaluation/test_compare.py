@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from semantic_routing.evaluation.compare import CompareArguments, compare
+from semantic_routing.evaluation.compare_tables import Cell, latex, markdown
 from semantic_routing.evaluation.records import Record, write_records
 
 TAGS = ("attribute", "counting")
@@ -89,6 +90,28 @@ def test_latex_is_for_booktabs(runs, tmp_path):
     assert body[6].startswith(r" & {\scriptsize $+12.50^{*}$} & ")
     assert body[-1] == r"\end{tabular}"
     assert [path.name for path in tmp_path.glob("*.*")] == ["table.tex"]
+
+
+def cell(value: float, **changes) -> Cell:
+    facts = {"label": "A", "benchmark": "b", "metric": "correct", "column": "x", "low": 0.0, "high": 1.0, "n": 9}
+    return Cell(**facts | {"value": value} | changes)
+
+
+@pytest.mark.parametrize(("p", "star"), [(0.049, True), (0.05, False), (0.2, False)])
+def test_stars_are_for_p_below_a_twentieth(p, star):
+    row = latex([cell(40.0), cell(41.0, label="B", difference=1.0, p=p)], "A", []).splitlines()[-3]
+    assert row == rf" & {{\scriptsize $+1.00{'^{*}' if star else ''}$}} \\"
+
+
+def test_numbers_that_look_alike_have_one_rank():
+    cells = [cell(value, label=label) for label, value in (("A", 50.001), ("B", 50.004), ("C", 49.0))]
+    text = markdown(cells, "A", [])
+    assert [text.count(shown) for shown in ("**50.00**", "<u>49.00</u>")] == [2, 1]
+
+
+def test_latex_of_any_label():
+    text = latex([cell(40.0, label=r"a_{b}\c & 5% #1 ~x^2 $")], "a", [])
+    assert r"a\_\{b\}\textbackslash{}c \& 5\% \#1 \textasciitilde{}x\textasciicircum{}2 \$ & 40.00" in text
 
 
 def test_the_baseline_can_be_any_folder(runs, tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.JpegImagePlugin import get_sampling
 
 from semantic_routing.evaluation.genai_bench import aggregate, read_genai_bench
 from semantic_routing.evaluation.records import Record
@@ -136,6 +137,7 @@ def test_images_lie_as_the_official_tools_read_them(places, tmp_path):
     with Image.open(found[0, 0]) as image:
         assert image.format == "JPEG"
         assert np.abs(np.asarray(image).astype(int) - (200, 30, 30)).max() <= 2
+        assert get_sampling(image) == 0  # colours at the full resolution
 
 
 @pytest.mark.parametrize(

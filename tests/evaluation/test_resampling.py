@@ -79,6 +79,12 @@ def test_no_difference_is_no_evidence_and_a_constant_one_the_most():
     assert isnan(permutation_test(sums([None])[0], sums([1.0])[0], resamples=9, seed=0))
 
 
+def test_the_observed_arrangement_is_one_of_the_permutations():
+    one, other = sums([1.0] * 40)[0], sums([0.0] * 40)[0]
+    for resamples in (1, 99, 600):
+        assert permutation_test(one, other, resamples=resamples, seed=0) == 1 / (resamples + 1)
+
+
 def test_p_values_are_even_where_nothing_differs():
     rng = np.random.default_rng(0)
     found = [

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from PIL import Image
@@ -214,6 +214,43 @@ def test_verdicts_on_what_was_asked_otherwise_are_refused_unless_told(tmp_path):
     again = Redness()
     evaluate_images(asking(2), images, out, again, rescore=True)
     assert len(again.seen) == N
+
+
+def test_an_image_of_a_prompt_that_was_reworded_is_scored_again(tmp_path):
+    images, out = paint(tmp_path / "images"), tmp_path / "out"
+    evaluate_images(benchmark(), images, out, Redness())
+    first, *others = benchmark().prompts
+    again = Redness()
+    evaluate_images(Benchmark(prompts=(replace(first, text="other words"), *others)), images, out, again)
+    assert again.seen == [(0, 0)]
+
+
+def test_a_finding_is_on_disk_before_the_next_image_is_judged(tmp_path):
+    images, out, seen = paint(tmp_path / "images"), tmp_path / "out", []
+
+    class Looking(Redness):
+        def score(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Finding]]:
+            for finding in super().score(tasks):
+                yield finding
+                seen.append(len((out / "records.part-00.jsonl").read_text().splitlines()))
+
+    evaluate_images(benchmark(), images, out, Looking())
+    assert seen == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_image_that_lacks_one_of_its_scores_is_unscored(tmp_path):
+    @dataclass(frozen=True)
+    class Two(Benchmark):
+        metrics: ClassVar[tuple[str, ...]] = ("correct", "beauty")
+
+    class Partial(Redness):
+        def score(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Finding]]:
+            for task in tasks:
+                beauty = None if task.index == 1 else 0.5
+                yield task, Finding(scores={"correct": 1.0, "beauty": beauty}, reason="beauty unparsed")
+
+    evaluate_images(Two(prompts=benchmark(3).prompts), paint(tmp_path / "images", 3), tmp_path / "out", Partial())
+    assert [record.gap for record in read_records(tmp_path / "out" / "records.jsonl")] == ["", "unscored", ""]
 
 
 def test_scores_stay_where_images_moved_or_skills_changed(tmp_path):

@@ -49,6 +49,20 @@ def test_geneval_interval_with_equal_tags_is_that_of_all_their_images():
     assert summary["interval"]["geneval"] == pytest.approx(wilson(15, 60))
 
 
+def test_an_interval_of_a_mean_over_unequal_groups_is_wider():
+    """Its variance is that of k² / sum(1 / n_k) images: 2² / (1/10 + 1/1000)."""
+    records = [record("a", i % 2 == 0) for i in range(10)] + [record("b", i % 2 == 0) for i in range(1000)]
+    summary = summarize(records, {"mean": (("a",), ("b",))})
+    effective = 4 / (1 / 10 + 1 / 1000)
+    assert summary["interval"]["mean"] == pytest.approx(wilson(effective / 2, effective))
+    assert summary["n"]["mean"] == 1010
+
+
+def test_only_a_whole_score_is_correct():
+    scored = [record("a", True, scores={"correct": score}).correct for score in (1.0, 0.5, 0.0, None)]
+    assert scored == [True, False, False, None]
+
+
 def test_geneval_needs_all_six_tags():
     assert "geneval" not in by_tag([record(tag, True) for tag in GENEVAL_TAGS[:5]])["accuracy"]
     with pytest.raises(ValueError, match="no records"):

@@ -140,6 +140,8 @@ class Handler(BaseHTTPRequestHandler):
             self.error(429, "slow down", {"Retry-After": "0.3"})
         elif wrong == "429-day":
             self.error(429, "come back tomorrow", {"Retry-After": "86400"})
+        elif wrong == "wordy":
+            self.error(500, "too much " * 200)
         elif wrong == "quota":
             self.error(429, "you have no credit", code="insufficient_quota")
         elif wrong.isdecimal():

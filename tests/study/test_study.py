@@ -14,6 +14,7 @@ import pytest
 import torch
 from scipy.stats import ttest_1samp
 
+from semantic_routing.cli.evaluate import ShapesArguments
 from semantic_routing.common.errors import TrainingFailed
 from semantic_routing.evaluation.records import CORRECT, RECORDS, Record, write_records
 from semantic_routing.model.arms import PAPER_ARMS
@@ -82,6 +83,15 @@ def test_gates_get_the_requested_clocks(tmp_path: Path) -> None:
     assert clocked[1][-2:] == ("--clock", "shifted:0.05")
     assert len(plain) == 1
     assert evaluation_folder(args, jobs(args)[0], "shifted:0.05").name == "time-seed0-shifted-0.05"
+
+
+def test_clocks_are_calibrated_on_other_prompts_than_those_that_are_scored(tmp_path: Path) -> None:
+    args = StudyArguments(scale="toy", out=tmp_path, arms=("time",), clocks=("calibrated",))
+    (job,) = jobs(args)
+    commands = {stage.what: stage.command for stage in stages(job, args)}
+    calibrated = commands["calibrating"][commands["calibrating"].index("--seed") + 1]
+    assert "--prompt-seed" not in commands["scoring"]
+    assert int(calibrated) != ShapesArguments(model=tmp_path, out=tmp_path).prompt_seed
 
 
 def test_runs_share_a_gpu_up_to_the_number_of_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,9 @@ def test_specks_are_nothing_and_foreign_colors_have_no_name():
     assert find_objects(image).objects == ()
     black = paint(lambda d: d.ellipse((32, 32, 87, 87), fill=(10, 10, 10)))
     assert [thing.color for thing in find_objects(black).objects] == ["strange"]
+    for darker, name in ((60, "red"), (100, "strange")):
+        off = paint(lambda d, fill=(RED[0] - darker, *RED[1:]): d.ellipse((32, 32, 87, 87), fill=fill))
+        assert [thing.color for thing in find_objects(off).objects] == [name]
     between = paint(lambda d: d.ellipse((32, 32, 75, 75), fill=RED))
     assert [thing.size for thing in find_objects(between).objects] == ["medium"]
     assert find_objects(np.full((32, 32, 3), (250, 130, 20), dtype=np.uint8)).background == "strange"

@@ -35,6 +35,7 @@ CIRCLE, CROSS, SQUARE = Kind("circle"), Kind("cross"), Kind("square")
         (Absent(Kind("cross", "blue")), None),
         (Absent(CROSS), "found a cross, wanted none"),
         (Count(CIRCLE, 2), None),
+        (Count(CIRCLE, 1), "found 2 circles, wanted 1"),
         (Count(CIRCLE, 3), "found 2 circles, wanted 3"),
         (Count(Kind("cross", "red"), 2), "found 1 red cross, wanted 2"),
         (Count(SQUARE, 2), "found 0 squares, wanted 2"),
@@ -56,6 +57,15 @@ CIRCLE, CROSS, SQUARE = Kind("circle"), Kind("cross"), Kind("square")
 )
 def test_faults(claim, fault):
     assert claim.fault(THINGS, "gray") == fault
+
+
+def test_larger_is_more_than_a_fifth_longer():
+    ten, twelve, thirteen = (
+        Object("circle", c, "", 8.0, 8.0, n) for c, n in (("red", 10), ("blue", 12), ("green", 13))
+    )
+    larger = [LargerThan(Kind(color=one), Kind(color="red")) for one in ("blue", "green")]
+    faults = [claim.fault((ten, twelve, thirteen), "gray") for claim in larger]
+    assert faults == ["the blue shape is not larger than the red shape", None]
 
 
 def test_every_needs_objects():
