@@ -31,7 +31,7 @@ VQA = {"max_tokens": 1, "logprobs": True, "top_logprobs": 20}
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ChatServer]:
-    with ChatServer(stall=0.4) as running:
+    with ChatServer(stall=2.0) as running:
         yield running
 
 
@@ -253,7 +253,7 @@ def test_long_words_of_a_server_are_cut(server: ChatServer) -> None:
 
 
 def test_failure_tells_why(server: ChatServer) -> None:
-    client = ChatClient(config(server, retries=1, timeout=0.2))
+    client = ChatClient(config(server, retries=1, timeout=1.0))
     reasons = {
         "[[500]]": "HTTP 500",
         "[[stall]]": "timeout",

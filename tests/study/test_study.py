@@ -151,6 +151,7 @@ def test_a_run_sees_only_its_own_device(
         ({"clocks": ("nominal",)}, "scores with the nominal clock"),
         ({"clocks": ("shfited",)}, "unknown clock 'shfited'"),
         ({"router_rates": (0.0,)}, "above 0"),
+        ({"router_rates": (float("inf"),)}, "finite numbers"),
     ],
 )
 def test_impossible_studies(tmp_path: Path, wrong: dict, message: str) -> None:
@@ -202,6 +203,14 @@ def test_differences_are_paired_by_prompt_and_seed(tmp_path: Path) -> None:
     assert found.p < 0.001
     same = equal.difference["overall"]
     assert (same.mean, same.over_prompts, same.over_seeds, same.p) == (0, (0, 0), (0, 0), 1)
+
+
+def test_another_clock_is_compared_with_the_nominal_one_of_its_own_arm(tmp_path: Path) -> None:
+    args = StudyArguments(scale="toy", out=tmp_path, arms=("uniform", "time"), clocks=("shifted",))
+    write_scores(args, {"uniform": [[0, 0, 0, 0]], "time": [[1, 1, 0, 0]]})
+    write_records(evaluation_folder(args, jobs(args)[1], "shifted") / RECORDS, records([1, 1, 1, 0]))
+    found = {row.name: row.difference["overall"].mean for row in read_rows(args) if row.difference}
+    assert found == {"time": 0.5, "time, shifted clock": 0.25}
 
 
 def test_scores_of_different_prompts_are_refused(tmp_path: Path) -> None:
