@@ -34,8 +34,8 @@ class ProbeArguments:
     out: Path
     """Folder for the figures (.png, .pdf), their numbers (.csv, .npz), probe.json and index.html."""
     prompts: str = SHAPES
-    """A file of prompts as of semroute sample, or a world's captions: "shapes" of the toy world, "words" of the world of
-    words, which has tasks of its own."""
+    """A file of prompts as of semroute sample, or a world's captions: "shapes" of the toy world, "words" of the world
+    of words, which has tasks of its own."""
     tokens: int = 20_000
     """Tokens measured, at most."""
     tasks: bool = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from semantic_routing.toy import captions
 from semantic_routing.toy.captions import Sample
@@ -13,6 +13,7 @@ from semantic_routing.toy.words import captions as word_captions
 SHAPES, WORDS = "shapes", "words"
 
 
+@runtime_checkable
 class Draw(Protocol):
     """A world's function from (seed, index) to a sample."""
 
@@ -21,6 +22,7 @@ class Draw(Protocol):
     ) -> Sample: ...
 
 
+@runtime_checkable
 class Ask(Protocol):
     """A world's function from a seed to prompts of its evaluation split."""
 

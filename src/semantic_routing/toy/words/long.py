@@ -20,7 +20,7 @@ from semantic_routing.toy.words.draft import WHOLE, Draft
 from semantic_routing.toy.words.layouts import TRIPLES, relate
 from semantic_routing.toy.words.speaker import ALL_COLORS, Speaker, a, sentence
 
-MOST_CHARACTERS = 188
+MOST_CHARACTERS = 180
 """Longest caption: 60 tokens of SmolLM2 hold it."""
 
 
