@@ -23,28 +23,31 @@ def _difference(say: Speaker) -> Draft:
     first, second = (Kind(shape) for shape in say.two_shapes())
     fewer = say.facts.between(1, 2)
     more = say.facts.between(0, 3) if fewer == 1 else say.facts.between(0, 2)
-    x, y = say.shape(first.shape, 2), say.shape(second.shape, 2)
-    if more == 0:
-        templates = (
-            "as many {x} as {y}",
-            "an equal number of {x} and {y}",
-            "there are just as many {x} as {y}",
-            "for every {one} there is one {other}",
-        )
-    else:
-        templates = (
-            "{n} more {x} than {y}",
-            "{n} fewer {y} than {x}",
-            "there are {n} more {x} than {y}",
-            "the {x} outnumber the {y} by {n}",
-        )
-    if more == 0:
-        text = say.pick(templates, x=x, y=y, one=say.shape(first.shape), other=say.shape(second.shape))
-    else:
-        text = say.pick(templates, x=x, y=y, n=NUMBERS[more])
+    words = {"x": say.shape(first.shape, 2), "y": say.shape(second.shape, 2), "n": NUMBERS[max(more, 1)]}
+    templates = (_EQUAL, _ONE_MORE, _MORE, _MORE)[more]
+    text = say.pick(templates, **words, one=say.shape(first.shape), other=say.shape(second.shape))
     form = SENTENCE if text.startswith(("there", "the ", "for every")) else FRAGMENT
     kinds = (first,) * (fewer + more) + (second,) * fewer
     return Draft(text, (Balance(first, second, 1, more),), populate(kinds, say.facts), form)
+
+
+_EQUAL = (
+    "as many {x} as {y}",
+    "an equal number of {x} and {y}",
+    "there are just as many {x} as {y}",
+    "for every {one} there is one {other}",
+)
+_ONE_MORE = (
+    "one more {one} than there are {y}",
+    "one {other} fewer than there are {x}",
+    "the {x} outnumber the {y} by one",
+)
+_MORE = (
+    "{n} more {x} than {y}",
+    "{n} fewer {y} than {x}",
+    "there are {n} more {x} than {y}",
+    "the {x} outnumber the {y} by {n}",
+)
 
 
 def _multiple(say: Speaker) -> Draft:

@@ -76,7 +76,7 @@ def held_out() -> frozenset[tuple[str, str]]:
     found: set[tuple[str, str]] = set()
     for family in sorted(_families(everything), key=_digest):
         more = Counter((name, word.reading) for name, word in family)
-        if any(word in plain for _, word in family):
+        if any(word in plain or _inside_another(word.text, everything) for _, word in family):
             continue
         if all(taken[reading] + count <= round(size[reading] / 3) for reading, count in more.items()):
             taken += more
@@ -97,6 +97,11 @@ def _families(everything: Iterable[tuple[str, Word]]) -> list[list[tuple[str, Wo
                 apart.append((other, rest))
         families = [*apart, (own, members)]
     return [members for _, members in families]
+
+
+def _inside_another(text: str, everything: Iterable[tuple[str, Word]]) -> bool:
+    """Return whether a word of common parts alone, such as "right of", is said within another: "to the right of"."""
+    return not parts(text) and any(f" {text} " in f" {word.text} " and word.text != text for _, word in everything)
 
 
 def _digest(family: list[tuple[str, Word]]) -> bytes:
