@@ -107,7 +107,7 @@ def negation(say: Speaker) -> Draft:
     if say.facts.chance(0.35):
         i, j = say.two_shapes()
         there = Kind(say.facts.pick([shape for shape in SHAPES if shape not in (i, j)]))
-        neither = "neither {x} nor {y}, but {z}", "instead of {x} or {y}, {z}", "{z}, and neither {x} nor {y}"
+        neither = "neither {x} nor {y}, but {z}", "{z} instead of {x} or {y}", "{z}, and neither {x} nor {y}"
         text = say.pick(neither, x=say.a(Kind(i)), y=say.a(Kind(j)), z=say.a(there))
         return Draft(text, (Absent(Kind(i)), Absent(Kind(j)), Exists(there)), populate((there,), say.facts))
     shape = say.facts.pick(SHAPES)
