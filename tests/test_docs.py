@@ -69,6 +69,27 @@ def test_diffusers(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert names["pipe"].get_active_adapters() == ["style"]
 
 
+def test_world_of_words(
+    tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = {
+        "data": ["--count", "4"],
+        "train": ["--steps", "2"],
+        "evaluate": ["--n", "19", "--steps", "2"],
+        "probe": ["--tokens", "600", "--captions", "50", "--no-tasks"],
+    }
+    for command in commands("world-of-words.md"):
+        words = [{"toy": "debug", "smollm2": str(tiny_encoder)}.get(word, word) for word in command]
+        main([*words, *small[words[0]]])
+    assert Path("words.png").is_file()
+    scores = json.loads(Path("evaluations/words/summary.json").read_text())
+    assert len(scores["n"]) == 19 + 3
+    assert scores["n"]["unseen"] == 5
+    assert Path("probes/words/index.html").is_file()
+    assert "unseen_place" in capsys.readouterr().out
+
+
 def test_paper_checkpoints(
     tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,11 +26,17 @@ from semantic_routing.common.webpage import document
 from semantic_routing.evaluation.records import Record
 from semantic_routing.model.arms import DEFAULT_ARM, PAPER_ARMS
 from semantic_routing.model.dit import Backbone
-from semantic_routing.toy.captions import GENEVAL_TAGS, TAGS
+from semantic_routing.toy.captions import GENEVAL_TAGS
+from semantic_routing.toy.words.captions import TAGS, UNSEEN_TAGS
+from semantic_routing.toy.worlds import SHAPES, WORDS
 
 SHOWN = 3
 """Images of each tag in the sample grid."""
-MEANS = {"overall": "all images", "geneval": "mean of the six GenEval tags"}
+MEANS = {
+    "overall": "all images",
+    "geneval": "mean of the six GenEval tags",
+    "unseen": "mean of the tags with held-out words",
+}
 """Labels of the columns that are not tags."""
 
 
@@ -78,7 +84,8 @@ def _header(r: Results, title: str) -> str:
         tiles["single object"] = _percent(accuracy["single_object"])
     tiles |= {"training": duration(r.timings["train"]), "in all": duration(r.total_seconds)}
     paths = r.config["data"]["paths"]
-    data = "the endless toy world of shapes" if paths == ["shapes"] else f"the pictures of {', '.join(paths)}"
+    worlds = {SHAPES: "the endless toy world of shapes", WORDS: "the endless world of words"}
+    data = worlds.get(" ".join(paths), f"the pictures of {', '.join(paths)}")
     name = r.config["text"]["name_or_path"]
     encoder = "a tiny language model, made for this run," if name == "tiny" else name
     return (
@@ -111,8 +118,12 @@ def plot_loss(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def plot_samples(r: Results, tags: Sequence[str] = TAGS, columns: int = 3) -> Figure:
-    """Draw a row of images for every tag, each under its caption and the checker's verdict."""
+def plot_samples(r: Results, tags: Sequence[str] = (), columns: int = 3) -> Figure:
+    """Draw a row of images for every tag, each under its caption and the checker's verdict.
+
+    By default they are the tags that the evaluation has.
+    """
+    tags = tags or [tag for tag in TAGS if any(record.tag == tag for record in r.records)]
     figure = Figure(figsize=(2.1 * columns * 2, 1.9 * -(-len(tags) // 2)), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(-(-len(tags) // 2), 2 * columns, squeeze=False)
@@ -166,7 +177,8 @@ def _accuracy(summary: dict[str, Any]) -> str:
     groups = {
         "": [name for name in MEANS if name in summary["n"]],
         "GenEval's tags": [tag for tag in tags if tag in GENEVAL_TAGS],
-        "Harder skills": [tag for tag in tags if tag not in GENEVAL_TAGS],
+        "Harder skills": [tag for tag in tags if tag not in (*GENEVAL_TAGS, *UNSEEN_TAGS)],
+        "Held-out words": [tag for tag in tags if tag in UNSEEN_TAGS],
     }
     rows = []
     for group, names in groups.items():

@@ -28,7 +28,7 @@ from semantic_routing.interop.open import open_model
 from semantic_routing.model.dit import Backbone
 from semantic_routing.sampling.prompts import read_prompts
 from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage, check_guidance
-from semantic_routing.toy.captions import prompts as toy_prompts
+from semantic_routing.toy.worlds import SHAPES, WORLDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,8 @@ class AnalyzeArguments:
     trajectory: bool = False
     """Sample images and measure how far the trajectory runs ahead of the training forward process (Figure 4)."""
     prompts: Path | None = None
-    """File of prompts for the trajectories, as for semroute sample; by default unseen captions of the toy world."""
+    """File of prompts for the trajectories, as for semroute sample; by default unseen captions of the toy world.
+    "words" means those of the world of words."""
     n: int = 64
     """Number of prompts sampled."""
     guidance: tuple[float, ...] = (1.0, 3.0, 6.0)
@@ -157,9 +158,10 @@ def _ablate(bundle: TextToImage, args: AnalyzeArguments, out: Path) -> tuple[lis
 
 
 def _captions(args: AnalyzeArguments) -> list[str]:
-    if args.prompts is None:
-        return [sample.caption for sample in toy_prompts(args.sampling.seed, args.n)]
-    return read_prompts(args.prompts)[: args.n]
+    source = args.prompts or Path(SHAPES)
+    if str(source) in WORLDS:
+        return [sample.caption for sample in WORLDS[str(source)].prompts(args.sampling.seed, args.n)]
+    return read_prompts(source)[: args.n]
 
 
 def _trajectories(bundle: TextToImage, args: AnalyzeArguments, out: Path) -> list[tuple[SampleConfig, Trajectory]]:

@@ -31,6 +31,7 @@ from semantic_routing.evaluation.run import evaluate_images, evaluate_model
 from semantic_routing.evaluation.shapes import shapes_benchmark
 from semantic_routing.interop.open import open_model
 from semantic_routing.sampling.text_to_image import SampleConfig
+from semantic_routing.toy.worlds import SHAPES, WORDS
 from semantic_routing.training.recipes import TOY_SAMPLING
 
 USAGE = "usage.jsonl"
@@ -84,6 +85,20 @@ class ShapesArguments(EvaluateArguments):
 def shapes(args: ShapesArguments) -> str:
     """Evaluate on the toy world and return the table."""
     benchmark, checker = shapes_benchmark(args.prompt_seed, args.n)
+    return evaluate(benchmark, lambda: checker, args, prompt_seed=args.prompt_seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordsArguments(ShapesArguments):
+    """Score a model on unseen captions of the world of words, and on held-out words, with the exact checker."""
+
+    n: int = 760
+    """Number of prompts, spread evenly over the nineteen tags."""
+
+
+def words(args: WordsArguments) -> str:
+    """Evaluate on the world of words and return the table."""
+    benchmark, checker = shapes_benchmark(args.prompt_seed, args.n, WORDS)
     return evaluate(benchmark, lambda: checker, args, prompt_seed=args.prompt_seed)
 
 
@@ -215,7 +230,8 @@ def note_usage(path: Path, usage: Usage) -> None:
 
 
 BENCHMARKS: dict[str, tuple[type, Callable[[Any], str]]] = {
-    "shapes": (ShapesArguments, shapes),
+    SHAPES: (ShapesArguments, shapes),
+    WORDS: (WordsArguments, words),
     "geneval": (GenEvalArguments, geneval),
     "genai-bench": (GenAIBenchArguments, genai_bench),
     "drawbench": (DrawBenchArguments, drawbench),

@@ -49,6 +49,7 @@ def evaluate(args: list[str]) -> None:
     """Score a model: semroute evaluate shapes --model runs/x --out evaluations/x
 
     shapes       captions of the toy world, checked exactly
+    words        captions of the world of words, checked exactly
     geneval      objects, numbers, colours and positions, checked by a detector and CLIP
     genai-bench  VQAScore by a judge on a server, or by a model on this machine
     drawbench    alignment, coherence and style, judged by UnifiedReward on a server

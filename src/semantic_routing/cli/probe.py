@@ -14,16 +14,16 @@ import tyro
 from semantic_routing.analysis.probing.report import figures, verdict, write_page
 from semantic_routing.analysis.probing.run import probe_encoder
 from semantic_routing.analysis.probing.states import check_memory
-from semantic_routing.analysis.probing.tasks import Task, color_word_task, toy_tasks
+from semantic_routing.analysis.probing.tasks import world_tasks
 from semantic_routing.common.device import has_bfloat16, keep_freed_memory, pick_device
 from semantic_routing.common.files import check_writable, write_text
 from semantic_routing.common.manifest import manifest
 from semantic_routing.data.dataset import DataConfig, open_data
-from semantic_routing.data.sources.discover import SHAPES
 from semantic_routing.sampling.load import TEXT_ENCODER
 from semantic_routing.sampling.prompts import read_prompts
 from semantic_routing.text.config import TextEncoderConfig
 from semantic_routing.text.encoder import TextEncoder
+from semantic_routing.toy.worlds import SHAPES, WORLDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,8 @@ class ProbeArguments:
     out: Path
     """Folder for the figures (.png, .pdf), their numbers (.csv, .npz), probe.json and index.html."""
     prompts: str = SHAPES
-    """A file of prompts as of semroute sample, or "shapes" for captions of the toy world."""
+    """A file of prompts as of semroute sample, or a world's captions: "shapes" of the toy world, "words" of the world
+    of words, which has tasks of its own."""
     tokens: int = 20_000
     """Tokens measured, at most."""
     tasks: bool = True
@@ -67,7 +68,8 @@ def run_probe(args: ProbeArguments) -> list[Path]:
     device = pick_device(args.device)
     encoder = TextEncoder.from_pretrained(_config(args, device), device)
     check_memory(args.tokens, encoder.num_layers, encoder.width)
-    tasks: list[Task] = [*toy_tasks(args.captions, args.seed), color_word_task()] if args.tasks else []
+    world = args.prompts if args.prompts in WORLDS else SHAPES
+    tasks = world_tasks(world, args.captions, args.seed) if args.tasks else []
     found = probe_encoder(
         encoder, _prompts(args), source=_name(args.prompts), tokens=args.tokens, tasks=tasks, seed=args.seed
     )
@@ -92,10 +94,11 @@ def _config(args: ProbeArguments, device: torch.device) -> TextEncoderConfig:
 
 
 def _prompts(args: ProbeArguments) -> list[str]:
-    if args.prompts != SHAPES:
+    if args.prompts not in WORLDS:
         return read_prompts(Path(args.prompts))
-    return open_data(DataConfig(), image_size=32, seed=args.seed).captions(args.tokens // 5)
+    data = open_data(DataConfig(paths=(args.prompts,)), image_size=32, seed=args.seed)
+    return data.captions(args.tokens // 5)
 
 
 def _name(prompts: str) -> str:
-    return "captions of the toy world" if prompts == SHAPES else Path(prompts).name
+    return f"captions of {WORLDS[prompts].title}" if prompts in WORLDS else Path(prompts).name

@@ -15,9 +15,9 @@ from semantic_routing.data.draws import stream_seed
 from semantic_routing.data.latents import KeptLatents
 from semantic_routing.data.order import Mixture
 from semantic_routing.data.sidecar import RECAPTION, Sidecar
-from semantic_routing.data.sources.discover import SHAPES, WORLDS
 from semantic_routing.data.sources.index import open_records
-from semantic_routing.data.streams import Reading, RecordStream, Row, ShapesStream, Stream
+from semantic_routing.data.streams import Reading, RecordStream, Row, Stream, WorldStream
+from semantic_routing.toy.worlds import SHAPES, WORLDS
 
 _LOG = logging.getLogger(__name__)
 
@@ -27,8 +27,8 @@ class DataConfig:
     """Training data, and how it is read."""
 
     paths: tuple[str, ...] = (SHAPES,)
-    """The toy world "shapes", or WebDataset shards, Parquet files, manifests or folders: paths, patterns or URLs.
-    For your own folder of that name write "./shapes"."""
+    """The toy world "shapes", the world of words "words", or WebDataset shards, Parquet files, manifests or folders:
+    paths, patterns or URLs. For your own folder of such a name write "./shapes"."""
     weights: tuple[float, ...] = ()
     """Relative frequency of each path, such as 70 20 10; by default each record of all paths once an epoch."""
     index: str = ""
@@ -65,10 +65,11 @@ class DataConfig:
             raise ValueError('data.paths is empty; give "shapes" or the path of your data')
         if self.weights and len(self.weights) != len(self.paths):
             raise ValueError(f"{len(self.weights)} weights for {len(self.paths)} paths; give one for each path")
-        if SHAPES in self.paths and len(self.paths) > 1 and not self.weights:
-            raise ValueError("the toy world is endless, so it has no share by size: give data.weights")
-        if SHAPES in self.paths and self.buckets:
-            raise ValueError("the toy world is square; leave out data.buckets")
+        for world in WORLDS.keys() & set(self.paths):
+            if len(self.paths) > 1 and not self.weights:
+                raise ValueError(f"{WORLDS[world].title} is endless, so it has no share by size: give data.weights")
+            if self.buckets:
+                raise ValueError(f"{WORLDS[world].title} is square; leave out data.buckets")
         if not 0 <= self.max_damaged <= 1:
             raise ValueError(f"max_damaged is {self.max_damaged}; it must be from 0 to 1")
         for name, least in (("window", 1), ("workers", 0), ("ahead", 1), ("bucket_multiple", 1)):
@@ -147,14 +148,15 @@ def open_data(cfg: DataConfig, *, image_size: int, seed: int, latents: KeptLaten
     )
     for world in WORLDS:
         if world in cfg.paths and os.path.exists(world):
-            _LOG.warning("%s means the toy world; for the folder of that name write ./%s", world, world)
+            title = WORLDS[world].title
+            _LOG.warning("%s means %s; for the folder of that name write ./%s", world, title, world)
     index = Path(cfg.index) if cfg.index else None
     groups = [[path] for path in cfg.paths] if cfg.weights else [list(cfg.paths)]
     streams: list[Stream] = []
     for number, paths in enumerate(groups):
         own = stream_seed(seed, number)
-        if paths == [SHAPES]:
-            streams.append(ShapesStream(own, image_size, latents))
+        if paths[0] in WORLDS:  # then alone: a world is never without weights beside other paths
+            streams.append(WorldStream(paths[0], own, image_size, latents))
         else:
             stream = RecordStream([open_records(path, index) for path in paths], own, how)
             stream.check_captions()

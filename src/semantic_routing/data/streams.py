@@ -1,4 +1,4 @@
-"""Endless streams of images with captions at random access: of records in shards, and of the toy world."""
+"""Endless streams of images with captions at random access: of records in shards, and of worlds that are drawn."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from semantic_routing.data.latents import KeptLatents, pixels_key, record_key
 from semantic_routing.data.order import Mixture, ShardOrder, locate
 from semantic_routing.data.sidecar import RECAPTION, Sidecar
 from semantic_routing.data.sources.records import Record, RecordSource
-from semantic_routing.toy.captions import prompts
-from semantic_routing.toy.captions import sample as draw_sample
+from semantic_routing.toy.captions import Sample
+from semantic_routing.toy.worlds import WORLDS
 
 ATTEMPTS = 32
 """Records that are tried for one row: the first half from its own shard, then from all shards."""
@@ -74,13 +74,13 @@ class Stream(Protocol):
         ...
 
 
-class ShapesStream:
-    """The training split of the toy world; its first epoch is longer than any run."""
+class WorldStream:
+    """The training split of a world of ``WORLDS``; its first epoch is longer than any run."""
 
     LENGTH = 2**40
 
-    def __init__(self, seed: int, size: int, latents: KeptLatents | None = None) -> None:
-        self.seed, self.size, self.latents = seed, size, latents
+    def __init__(self, world: str, seed: int, size: int, latents: KeptLatents | None = None) -> None:
+        self.world, self.seed, self.size, self.latents = WORLDS[world], seed, size, latents
         self.turns = Mixture((1.0,))
 
     def __len__(self) -> int:
@@ -89,12 +89,16 @@ class ShapesStream:
     def load(self, position: int, bucket: int = 0) -> Row:
         """Draw the row at a position; it is a function of the sample's number."""
         epoch, sample = locate(self.seed, position, self.LENGTH)
-        drawn = draw_sample(self.seed, sample, split="train", size=self.size)
+        drawn = self.draw(sample)
         return with_kept(Row(drawn.image, drawn.caption, self.seed, epoch, sample), self.latents)
+
+    def draw(self, sample: int) -> Sample:
+        """Draw the sample of a number, whose picture is rendered where it is used."""
+        return self.world.sample(self.seed, sample, split="train", size=self.size)
 
     def captions(self, count: int) -> list[str]:
         """Return captions of the evaluation split, which is never trained on."""
-        return [drawn.caption for drawn in prompts(self.seed, count)]
+        return [drawn.caption for drawn in self.world.prompts(self.seed, count)]
 
 
 def with_kept(row: Row, latents: KeptLatents | None) -> Row:

@@ -1,4 +1,4 @@
-"""The benchmark of the toy world: unseen captions with eleven tags, images checked exactly."""
+"""The benchmarks of the worlds that are drawn: unseen captions of every tag, images checked exactly."""
 
 from __future__ import annotations
 
@@ -17,29 +17,43 @@ from semantic_routing.evaluation.records import CORRECT
 from semantic_routing.evaluation.run import evaluate_model
 from semantic_routing.evaluation.summary import Columns, tag_columns
 from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
-from semantic_routing.toy.captions import GENEVAL_TAGS, TAGS, prompts
+from semantic_routing.toy.captions import GENEVAL_TAGS
 from semantic_routing.toy.checker import check
 from semantic_routing.toy.claims import Claim
+from semantic_routing.toy.words.captions import TAGS, UNSEEN_TAGS
+from semantic_routing.toy.worlds import SHAPES, WORDS, WORLDS
+
+MEANS = {"geneval": GENEVAL_TAGS, "unseen": UNSEEN_TAGS}
+"""Groups of tags whose mean is a column, if all of them are there."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes(Benchmark):
     """Captions of the toy world; one image a prompt, ``<five digits>.png``."""
 
-    name: ClassVar[str] = "shapes"
+    name: ClassVar[str] = SHAPES
 
     @property
     def columns(self) -> Columns:
         return shapes_columns(tag for prompt in self.prompts for tag in prompt.tags)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Words(Shapes):
+    """Captions of the world of words."""
+
+    name: ClassVar[str] = WORDS
+
+
 def shapes_columns(tags: Iterable[str]) -> Columns:
-    """Return ``overall``; ``geneval``, the mean of GenEval's six tags, if all are there; every tag in TAGS' order."""
+    """Return ``overall``; the means ``geneval`` and ``unseen``, if all their tags are there; every tag in TAGS' order.
+
+    The tags of the world of words begin with those of the toy world.
+    """
     there = set(tags)
     columns = tag_columns(tag for tag in (*TAGS, *sorted(there - set(TAGS))) if tag in there)
-    if not there.issuperset(GENEVAL_TAGS):
-        return columns
-    return {"overall": columns["overall"], "geneval": tuple((tag,) for tag in GENEVAL_TAGS)} | columns
+    means = {name: tuple((tag,) for tag in group) for name, group in MEANS.items() if there.issuperset(group)}
+    return {"overall": columns["overall"]} | means | columns
 
 
 @dataclass(frozen=True)
@@ -67,10 +81,10 @@ class ShapesChecker:
             yield task, Finding(scores={CORRECT: float(verdict.correct)}, reason=verdict.reason)
 
 
-def shapes_benchmark(seed: int, n: int) -> tuple[Shapes, ShapesChecker]:
-    """Return ``n`` unseen captions, spread evenly over the tags, and their checker; the seed alone decides."""
-    samples = prompts(seed, n)
-    benchmark = Shapes(
+def shapes_benchmark(seed: int, n: int, world: str = SHAPES) -> tuple[Shapes, ShapesChecker]:
+    """Return ``n`` unseen captions of a world, spread evenly over its tags, and their checker, by the seed alone."""
+    samples = WORLDS[world].prompts(seed, n)
+    benchmark = {SHAPES: Shapes, WORDS: Words}[world](
         prompts=tuple(
             Prompt(id=f"{index:05d}", text=sample.caption, tags=(sample.tag,), metadata={"claims": repr(sample.claims)})
             for index, sample in enumerate(samples)
@@ -88,11 +102,12 @@ def evaluate_shapes(
     cfg: SampleConfig,
     job: Processes = ALONE,
     rescore: bool = False,
+    world: str = SHAPES,
 ) -> dict[str, Any]:
-    """Sample an image for each of ``n`` unseen toy captions, check them exactly, and return the summary.
+    """Sample an image for each of ``n`` unseen captions of a world, check them exactly, and return the summary.
 
     ``seed`` decides the prompts, ``cfg.seed`` the noise. Images that are already in ``out`` are kept, so that a
     stopped evaluation goes on; ValueError if they belong to another model, sampler or set of prompts.
     """
-    benchmark, checker = shapes_benchmark(seed, n)
+    benchmark, checker = shapes_benchmark(seed, n, world)
     return evaluate_model(benchmark, bundle, out, cfg, checker, job, rescore=rescore, prompt_seed=seed)

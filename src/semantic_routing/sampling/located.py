@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from semantic_routing.data.sources.discover import SHAPES
 from semantic_routing.data.sources.storage import expand, is_url
 from semantic_routing.model.codec import CodecConfig
 from semantic_routing.text.config import TextEncoderConfig
+from semantic_routing.toy.worlds import WORLDS
 
 KEY, FOLDER = "origins", "folder"
 """Keys of ``state.json``: the origins of a run's data and models, and in it the folder in which the run started."""
@@ -22,7 +22,7 @@ def located(name: str, folder: str | None) -> str:
 
     A path that does not exist there is returned unchanged, too: the run may have been moved together with its data.
     """
-    if not name or not folder or name == SHAPES or is_url(name) or os.path.isabs(name) or folder == os.getcwd():
+    if not name or not folder or name in WORLDS or is_url(name) or os.path.isabs(name) or folder == os.getcwd():
         return name
     there = os.path.join(folder, name)
     return there if any(map(os.path.exists, expand(there)[:1])) else name

@@ -16,6 +16,7 @@ from semantic_routing.common.config import to_dict
 from semantic_routing.model.arms import ARMS, PAPER_ARMS, parse_arm
 from semantic_routing.sampling.clock import parse_clock
 from semantic_routing.sampling.text_to_image import SampleConfig
+from semantic_routing.toy.worlds import SHAPES, WORLDS
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.recipes import RECIPES, SMALL_SAMPLING, TOY_SAMPLING
 
@@ -180,7 +181,8 @@ def _calibration(job: Job, args: StudyArguments) -> Path:
 def _evaluation(job: Job, args: StudyArguments, clock: str) -> Stage:
     folder = evaluation_folder(args, job, clock)
     value = str(_calibration(job, args)) if clock == CALIBRATED else clock
-    command = ["evaluate", "shapes", "--model", str(args.out / "runs" / job.name), "--out", str(folder)]
+    world = next((path for path in job.config.data.paths if path in WORLDS), SHAPES)
+    command = ["evaluate", world, "--model", str(args.out / "runs" / job.name), "--out", str(folder)]
     command += ["--n", str(args.n), *_options(SCALES[args.scale].sampling), "--compile"]
     command += ["--clock", value] if clock else []
     return Stage(f"scoring, {clock} clock" if clock else "scoring", tuple(command), folder / "summary.json")

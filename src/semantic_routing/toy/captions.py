@@ -7,7 +7,7 @@ other five follow the harder skills of GenAI-Bench (Li et al., 2024). ``toy/chec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
@@ -287,6 +287,11 @@ def sample(seed: int, index: int, *, split: str = "train", tag: str | None = Non
 
 def prompts(seed: int, n: int, tags: Sequence[str] = TAGS) -> list[Sample]:
     """Draw ``n`` samples of the evaluation split, tag after tag; captions repeat only if a tag has no more."""
+    return distinct(sample, seed, n, tags)
+
+
+def distinct(draw: Callable[..., Sample], seed: int, n: int, tags: Sequence[str]) -> list[Sample]:
+    """Draw ``n`` samples of a world's evaluation split by its function ``draw``, tag after tag, as ``prompts`` does."""
     if n < 1 or not tags:
         raise ValueError(f"asked for {n} prompts of {len(tags)} tags; ask for at least one of each")
     chosen: list[Sample] = []
@@ -296,7 +301,7 @@ def prompts(seed: int, n: int, tags: Sequence[str] = TAGS) -> list[Sample]:
     for turn in range(n):
         tag = tags[turn % len(tags)]
         for _ in range(1 if tag in spent else 200):
-            candidate = sample(seed, index, split="eval", tag=tag)
+            candidate = draw(seed, index, split="eval", tag=tag)
             index += 1
             if candidate.caption not in seen:
                 break

@@ -60,6 +60,24 @@ def relations(first: Box, second: Box) -> set[str]:
     return found
 
 
+MIDDLE = 15.5
+"""Middle of the grid on which objects are placed, along both axes."""
+CLEAR, CORNER = 2.0, 6.0
+"""Offsets from the middle beyond which an object is in a half, and in a corner: halfway between places of the grid."""
+SPOTS = ("left", "right", "top", "bottom", "top left", "top right", "bottom left", "bottom right", "middle")
+"""Places in the picture."""
+
+
+def spots(box: Box) -> set[str]:
+    """Return the keys of ``SPOTS`` that a box is at: halves and a corner, or the middle."""
+    x, y = ((box[i] + box[i + 2]) / 2 - MIDDLE for i in (0, 1))
+    across, along = "left" if x < 0 else "right", "top" if y < 0 else "bottom"
+    found = {name for name, offset in ((across, x), (along, y)) if abs(offset) > CLEAR}
+    if min(abs(x), abs(y)) > CORNER:
+        found.add(f"{along} {across}")
+    return found | ({"middle"} if max(abs(x), abs(y)) < CORNER else set())
+
+
 @dataclass(frozen=True)
 class Kind:
     """Objects with some common attributes; None matches any value."""
@@ -193,6 +211,68 @@ class LargerThan:
             return None
         relation = f"is not larger than the {self.second.words()}"
         return _missing(self.first, self.second, things) or f"the {self.first.words()} {relation}"
+
+
+@dataclass(frozen=True)
+class At:
+    """Some object of the kind is at ``spot`` (one of ``SPOTS``)."""
+
+    kind: Kind
+    spot: str
+
+    def fault(self, things: Sequence[Thing], background: str) -> str | None:
+        found = self.kind.among(things)
+        if any(self.spot in spots(thing.box) for thing in found):
+            return None
+        return f"the {self.kind.words()} is not at the {self.spot}" if found else f"found no {self.kind.words()}"
+
+
+@dataclass(frozen=True)
+class AllOf:
+    """There are objects of the kind ``every``, and all of them are of the kind ``kind``."""
+
+    every: Kind
+    kind: Kind
+
+    def fault(self, things: Sequence[Thing], background: str) -> str | None:
+        found = self.every.among(things)
+        if not found:
+            return f"found no {self.every.words()}"
+        wrong = len(found) - len(self.kind.among(found))
+        return f"{wrong} of {len(found)} {self.every.words(2)} are not {self.kind.words(2)}" if wrong else None
+
+
+@dataclass(frozen=True)
+class Balance:
+    """There are both kinds, and of ``first`` there are ``times`` as many as of ``second``, plus ``more``."""
+
+    first: Kind
+    second: Kind
+    times: int = 1
+    more: int = 0
+
+    def fault(self, things: Sequence[Thing], background: str) -> str | None:
+        first, second = len(self.first.among(things)), len(self.second.among(things))
+        wanted = self.times * second + self.more
+        if first == wanted and second:
+            return None
+        found = f"found {first} {self.first.words(first)} and {second} {self.second.words(second)}"
+        return _missing(self.first, self.second, things) or f"{found}, wanted {wanted} {self.first.words(wanted)}"
+
+
+@dataclass(frozen=True)
+class Together:
+    """There are both kinds, and exactly ``count`` objects of the two in all."""
+
+    first: Kind
+    second: Kind
+    count: int
+
+    def fault(self, things: Sequence[Thing], background: str) -> str | None:
+        found = len(self.first.among(things)) + len(self.second.among(things))
+        kinds = f"{self.first.words(2)} and {self.second.words(2)}"
+        wrong = f"found {found} {kinds} together, wanted {self.count}" if found != self.count else None
+        return _missing(self.first, self.second, things) or wrong
 
 
 def _missing(first: Kind, second: Kind, things: Sequence[Thing]) -> str | None:

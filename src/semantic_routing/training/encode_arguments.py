@@ -30,7 +30,7 @@ class EncodeArguments:
     keep_on_disk_bytes: str = ""
     """Most bytes in it, if not the run's."""
     steps: int = 0
-    """Steps whose samples are read, where the toy world has no end; by default the run's."""
+    """Steps whose samples are read, where a world that is drawn has no end; by default the run's."""
     batch: int = 256
     """Captions or pictures read together."""
     device: str = ""

@@ -23,7 +23,7 @@ from semantic_routing.common.sizes import parse_bytes
 from semantic_routing.data.dataset import Dataset, open_data
 from semantic_routing.data.latents import FACTS, KeptLatents, facts_file
 from semantic_routing.data.latents_writer import LatentWriter
-from semantic_routing.data.streams import Picture, RecordStream, Row, ShapesStream
+from semantic_routing.data.streams import Picture, RecordStream, Row, WorldStream
 from semantic_routing.model.codec import VAECodec, make_codec
 from semantic_routing.model.codec_identity import rounding_facts, vae_facts
 from semantic_routing.training.config import TrainConfig
@@ -109,7 +109,7 @@ def jobs(data: Dataset, cfg: TrainConfig, kept: KeptLatents) -> Iterator[Job]:
         if isinstance(stream, RecordStream):
             yield from (partial(stream.pictures, *place) for place in stream.places())
         else:
-            assert isinstance(stream, ShapesStream)
+            assert isinstance(stream, WorldStream)
             yield from (partial(_drawn, stream.load, position) for position in range(cfg.steps * cfg.batch))
     if cfg.validation.every:
         pictures = held_out(cfg.validation, cfg.data, cfg.image_size, kept)

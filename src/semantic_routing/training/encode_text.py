@@ -19,13 +19,12 @@ from semantic_routing.data.captions import CaptionChoice
 from semantic_routing.data.dataset import Dataset, open_data
 from semantic_routing.data.order import locate
 from semantic_routing.data.sidecar import RECAPTION
-from semantic_routing.data.streams import RecordStream, ShapesStream
+from semantic_routing.data.streams import RecordStream, WorldStream
 from semantic_routing.model.arms import parse_arm
 from semantic_routing.sampling.load import locate_encoder, read_run_config
 from semantic_routing.sampling.located import FOLDER, KEY
 from semantic_routing.text.config import tiny_sizes
 from semantic_routing.text.encoder import TextEncoder
-from semantic_routing.toy.captions import sample as draw_sample
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.encode_arguments import EncodeArguments
 from semantic_routing.training.parallelize import place_encoder
@@ -94,7 +93,7 @@ def configuration(args: EncodeArguments) -> TrainConfig:
 def distinct_captions(data: Dataset, cfg: TrainConfig) -> list[str]:
     """Return every caption that a run may read, each once: of training, validation and previews, and the null prompt.
 
-    Of the toy world, which has no end, those of the run's steps.
+    Of a world that is drawn, which has no end, those of the run's steps.
     """
     found = dict.fromkeys([cfg.null_prompt])
     if cfg.preview_every:
@@ -105,8 +104,8 @@ def distinct_captions(data: Dataset, cfg: TrainConfig) -> list[str]:
     with tqdm(desc="Listing captions", unit="sample") as bar:
         for stream in data.streams:
             texts: Iterator[str]
-            if isinstance(stream, ShapesStream):
-                texts = islice(_toy_captions(stream), cfg.steps * cfg.batch)
+            if isinstance(stream, WorldStream):
+                texts = islice(_drawn_captions(stream), cfg.steps * cfg.batch)
             else:
                 assert isinstance(stream, RecordStream)
                 texts = _record_captions(stream)
@@ -116,11 +115,11 @@ def distinct_captions(data: Dataset, cfg: TrainConfig) -> list[str]:
     return list(found)
 
 
-def _toy_captions(stream: ShapesStream) -> Iterator[str]:
+def _drawn_captions(stream: WorldStream) -> Iterator[str]:
     position = 0
     while True:
         _, number = locate(stream.seed, position, stream.LENGTH)
-        yield draw_sample(stream.seed, number, split="train").caption
+        yield stream.draw(number).caption
         position += 1
 
 

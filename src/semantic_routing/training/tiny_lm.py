@@ -23,9 +23,9 @@ from tqdm import tqdm
 from semantic_routing.common.device import cache_folder, has_bfloat16
 from semantic_routing.common.files import as_umask_says
 from semantic_routing.data.dataset import Dataset
-from semantic_routing.data.sources.discover import SHAPES
 from semantic_routing.text.quiet import quiet_transformers
 from semantic_routing.toy.stories import story
+from semantic_routing.toy.worlds import SHAPES, WORDS, WORLDS
 from semantic_routing.training.optim import OptimConfig, make_optimizers, set_rates
 
 RECIPE = 1  # part of the cache key: raise it when anything below changes the trained weights
@@ -95,9 +95,16 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 
 def training_corpus(data: Dataset, size: int = 20_000) -> list[str]:
-    """Return the texts that a run's language model learns from: stories of the toy world, and the user's captions."""
+    """Return the texts that a run's language model learns from: stories of the toy world, and the run's captions.
+
+    Of the world of words they are captions of training, without held-out words.
+    """
     toy = [story(CORPUS_SEED, index) for index in range(size)]
-    return toy if data.cfg.paths == (SHAPES,) else toy + data.captions(size)
+    if data.cfg.paths == (SHAPES,):
+        return toy
+    if data.cfg.paths == (WORDS,):
+        return toy + [WORLDS[WORDS].sample(CORPUS_SEED, index).caption for index in range(size)]
+    return toy + data.captions(size)
 
 
 def _train_tokenizer(corpus: list[str]) -> Any:

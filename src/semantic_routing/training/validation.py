@@ -22,13 +22,12 @@ from semantic_routing.common.troubles import Troubles
 from semantic_routing.data.batch import collate
 from semantic_routing.data.dataset import DataConfig, open_data
 from semantic_routing.data.latents import KeptLatents
-from semantic_routing.data.sources.discover import SHAPES
 from semantic_routing.data.streams import Row, with_kept
 from semantic_routing.flow import FIXED_TIMES, path, velocity
 from semantic_routing.model.runtime import autocast
 from semantic_routing.sampling.text_plan import TextPlan
 from semantic_routing.sampling.text_to_image import TextToImage
-from semantic_routing.toy.captions import prompts
+from semantic_routing.toy.worlds import WORLDS
 from semantic_routing.training.latents import batch_latents
 
 HeldOut = Callable[[int], Row]
@@ -42,7 +41,7 @@ class ValidationConfig:
     every: int = 0
     """Steps between validations; 0 is none."""
     paths: tuple[str, ...] = ()
-    """Held-out data, in the form of data.paths; the toy world has its own."""
+    """Held-out data, in the form of data.paths; the toy world and the world of words have their own."""
     samples: int = 512
     """Number of images."""
     batch: int = 64
@@ -63,15 +62,17 @@ class ValidationConfig:
 
 
 def held_out(cfg: ValidationConfig, data: DataConfig, image_size: int, latents: KeptLatents | None = None) -> HeldOut:
-    """Open the held-out images of a run on ``data``: those of ``cfg.paths``, or the toy world's evaluation split.
+    """Open the held-out images of a run on ``data``: those of ``cfg.paths``, or a world's evaluation split.
 
     They are square and never mirrored. Raises ValueError if there are none: only the user knows which of their images
     are not trained on.
     """
-    if cfg.paths in ((), (SHAPES,)):
-        if SHAPES not in data.paths:
+    if not cfg.paths or cfg.paths[0] in WORLDS:
+        found = [name for name in data.paths if name in WORLDS and cfg.paths in ((), (name,))]
+        if not found:
             raise ValueError("validation needs images that are not trained on: give validation.paths")
-        drawn = prompts(cfg.seed, cfg.samples)
+        world = WORLDS[found[0]]
+        drawn = world.prompts(cfg.seed, cfg.samples, world.trained_tags)
         return lambda i: with_kept(
             Row(replace(drawn[i], size=image_size).image, drawn[i].caption, cfg.seed, 0, i), latents
         )

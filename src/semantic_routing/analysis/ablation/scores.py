@@ -5,7 +5,7 @@ Prompts, images, noise and times are the same for every routing, and the text en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,19 +15,16 @@ from torch import Tensor
 
 from semantic_routing.data.batch import collate
 from semantic_routing.data.dataset import DataConfig
-from semantic_routing.data.sources.discover import SHAPES
 from semantic_routing.data.streams import Row
 from semantic_routing.flow import path, velocity
 from semantic_routing.model.runtime import autocast, rounded_once
 from semantic_routing.sampling.text_plan import TextPlan
 from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
 from semantic_routing.text.features import TextFeatures
-from semantic_routing.toy.captions import Sample, prompts
+from semantic_routing.toy.captions import Sample
 from semantic_routing.toy.checker import check
+from semantic_routing.toy.worlds import WORLDS
 from semantic_routing.training.validation import ValidationConfig, held_out
-
-WORLDS: dict[str, Callable[[int, int], list[Sample]]] = {SHAPES: prompts}
-"""Worlds whose captions are checked exactly, by their name in ``data.paths``: a function from a seed and a number."""
 
 
 @dataclass
@@ -111,7 +108,7 @@ def world_of(bundle: TextToImage, paths: Sequence[str]) -> str | None:
 
 def accuracy(bundle: TextToImage, world: str, n: int, seed: int, cfg: SampleConfig) -> Accuracy:
     """Return the checker's accuracy on ``n`` unseen captions of a world."""
-    return Accuracy(bundle, WORLDS[world](seed, n), cfg)
+    return Accuracy(bundle, WORLDS[world].prompts(seed, n), cfg)
 
 
 def loss(bundle: TextToImage, paths: Sequence[str], n: int, seed: int, times: Sequence[float], batch: int) -> Loss:
@@ -121,7 +118,7 @@ def loss(bundle: TextToImage, paths: Sequence[str], n: int, seed: int, times: Se
     """
     world = world_of(bundle, paths)
     if world is not None:
-        samples = WORLDS[world](seed, n)
+        samples = WORLDS[world].prompts(seed, n)
         rows = [
             Row(replace(s, size=bundle.image_size).image, s.caption, seed, 0, place) for place, s in enumerate(samples)
         ]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from semantic_routing.toy.captions import NUMBERS, Sample, sample
+from semantic_routing.toy.captions import NUMBERS, Sample
 from semantic_routing.toy.claims import PLACES, Count, Exists, Kind, Relation
+from semantic_routing.toy.words.lexicon import words
+from semantic_routing.toy.words.speaker import a
+from semantic_routing.toy.worlds import SHAPES, WORDS, WORLDS, World
 
 COLOR_WORDS = Path(__file__).with_name("color_words.txt")
 """Words of things and shades with the colour that people see in them; a line for each colour."""
@@ -31,6 +35,50 @@ class Task:
     def chance(self) -> float:
         """Accuracy of a guess."""
         return 1 / (len(self.choices[0]) if self.choices else len(set(self.answers)))
+
+
+def world_tasks(world: str, per_task: int, seed: int) -> list[Task]:
+    """Return the questions about captions of a world, each with ``per_task`` captions, and those about single words."""
+    if world == WORDS:
+        return [*word_tasks(per_task, seed), *list_tasks()]
+    return [*toy_tasks(per_task, seed), color_word_task()]
+
+
+def word_tasks(per_task: int, seed: int) -> Iterator[Task]:
+    """Yield the questions about captions of the world of words."""
+    world = WORLDS[WORDS]
+    colors = _captions(seed, "colors", per_task, world)
+    kinds = [_exists(one)[0] for one in colors]
+    names = _said([_names("shapes", str(kind.shape)) for kind in kinds])
+    yield _task("color", colors, [str(kind.color) for kind in kinds], {"noun": names, "last token": _last})
+    yield _task("shape", colors, [str(kind.shape) for kind in kinds], {"noun": names, "last token": _last})
+    counts = _captions(seed, "counting", per_task, world)
+    found = [str(claim.count) for one in counts for claim in one.claims if isinstance(claim, Count)]
+    yield _task("count", counts, found, {"last token": _last})
+    places = [one for one in _captions(seed, "position", 2 * per_task, world) if isinstance(one.claims[0], Relation)][
+        :per_task
+    ]
+    relations = [claim.where for one in places for claim in one.claims if isinstance(claim, Relation)]
+    yield _task("relation", places, relations, {"last token": _last})
+    both = _captions(seed, "color_attr", per_task, world)
+    for which, name in enumerate(("first", "second")):
+        pairs = [tuple(str(kind.color) for kind in _exists(one)) for one in both]
+        nouns = _said([_names("shapes", str(_exists(one)[which].shape)) for one in both])
+        places_read = {f"{name} noun": nouns, "last token": _last}
+        yield _task(f"color of the {name} object", both, [pair[which] for pair in pairs], places_read, pairs)
+
+
+def list_tasks() -> Iterator[Task]:
+    """Yield what colour a thing has and what shape a name means, each word once: a probe is judged on unseen ones."""
+    for name, question, template in (
+        ("things", "color of unseen things", "the color of {}"),
+        ("shapes", "shape of unseen names", "a drawing of {}"),
+    ):
+        known = words(name)
+        texts = [word.text if name == "things" else a(word.text) for word in known]
+        prompts = [template.format(text) for text in texts]
+        ends = {"last token": [len(prompt) for prompt in prompts]}
+        yield Task(name=question, prompts=prompts, answers=[word.reading for word in known], ends=ends)
 
 
 def toy_tasks(per_task: int, seed: int) -> Iterator[Task]:
@@ -89,12 +137,12 @@ def _task(
     return Task(name=name, prompts=captions, answers=answers, ends=ends, choices=list(choices))
 
 
-def _captions(seed: int, tag: str, count: int) -> list[Sample]:
+def _captions(seed: int, tag: str, count: int, world: World = WORLDS[SHAPES]) -> list[Sample]:
     """Return different captions of a tag."""
     found: dict[str, Sample] = {}
     index = 0
     while len(found) < count and index < 50 * count:
-        one = sample(seed, index, tag=tag)
+        one = world.sample(seed, index, tag=tag)
         found.setdefault(one.caption, one)
         index += 1
     return list(found.values())
@@ -111,6 +159,21 @@ def _last(index: int, caption: str) -> int:
 def _words(words: Sequence[str]) -> Place:
     """Find the word of each caption."""
     return lambda index, caption: caption.rindex(words[index]) + len(words[index])
+
+
+def _names(name: str, reading: str) -> list[str]:
+    """Return the words of a list for a reading, the longest first."""
+    return sorted((word.text for word in words(name) if word.reading == reading), key=len, reverse=True)
+
+
+def _said(names: Sequence[Sequence[str]]) -> Place:
+    """Find the longest of each caption's possible names that it has as whole words."""
+
+    def find(index: int, caption: str) -> int:
+        found = (re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", caption) for name in names[index])
+        return next(match.end() for match in found if match is not None)
+
+    return find
 
 
 def _nouns(kinds: Sequence[Kind]) -> Place:

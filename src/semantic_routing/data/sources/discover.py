@@ -24,10 +24,8 @@ from semantic_routing.data.sources.folder import BESIDE, is_hidden, list_picture
 from semantic_routing.data.sources.manifest_rows import MANIFESTS, NAMES, TABLES, find_manifest, manifests_in
 from semantic_routing.data.sources.splits import without_other_splits
 from semantic_routing.data.sources.storage import absolute, everything_below, expand, is_file, is_folder
+from semantic_routing.toy.worlds import WORLDS
 
-SHAPES = "shapes"
-WORLDS = (SHAPES,)
-"""Names of toy worlds; a folder with such a name is ``./shapes``."""
 TAR, PARQUET, MANIFEST, FOLDER = "tar", "parquet", "manifest", "folder"
 ENDINGS = {
     ".tar": TAR,
@@ -65,7 +63,7 @@ def refuse_world(path: str) -> None:
     """Raise ValueError if a path of data is the name of a toy world."""
     if path in WORLDS:
         raise ValueError(
-            f"{path!r} is the toy world, which is drawn and has no files; a folder of that name is ./{path}"
+            f"{path!r} is {WORLDS[path].title}, which is drawn and has no files; a folder of that name is ./{path}"
         )
 
 
