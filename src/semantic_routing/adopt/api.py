@@ -54,7 +54,7 @@ def load_routing(
     pipe: Any = None,
     source: str | Path = "",
     *,
-    scale: float = 1.0,
+    scale: int | float = 1.0,
     text_encoder: nn.Module | None = None,
     transformer: nn.Module | None = None,
 ) -> Routing:

@@ -68,13 +68,12 @@ class Routing(nn.Module):
         super().__init__()
         self.facts = facts
         self.router = make_weights(facts.arm, facts.weights, facts.layers, facts.rows, facts.width)
-        self.gain: Tensor | None = None
         if facts.arm == REINJECT:
-            self.register_buffer("gain", torch.full((facts.blocks,), REINJECTED))
-            assert self.gain is not None
-            self.gain[0] = 0
-        elif facts.injection == REINJECT:
-            self.gain = nn.Parameter(torch.zeros(facts.blocks))
+            gain = torch.full((facts.blocks,), REINJECTED)
+            gain[0] = 0  # its stream is the text itself
+            self.register_buffer("gain", gain)
+        else:
+            self.gain = nn.Parameter(torch.zeros(facts.blocks)) if facts.injection == REINJECT else None
         self._scale, self._enabled = 1.0, True
         self._active: tuple[Any, Tensor, list[int]] | None = None
         self._undo: Callable[[], None] | None = None
@@ -99,7 +98,7 @@ class Routing(nn.Module):
         return self._scale
 
     @scale.setter
-    def scale(self, scale: float) -> None:
+    def scale(self, scale: int | float) -> None:
         self._scale = float(scale)
 
     def enable(self) -> None:

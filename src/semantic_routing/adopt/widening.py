@@ -23,9 +23,10 @@ class Widening:
     """Widens what a text encoder returns, with the states that ``wanted`` names at that time."""
 
     def __init__(self, encoder: nn.Module, reads: tuple[int, ...], wanted: Callable[[], tuple[int, ...]]) -> None:
-        """Prepare hooks for a text encoder of which a pipeline reads the entries ``reads`` of ``hidden_states``, or the last.
+        """Prepare hooks for a text encoder.
 
-        ``wanted`` returns the numbers of the layers to record, 1 to L.
+        A pipeline reads the entries ``reads`` of its ``hidden_states``, or its last state if there are none. ``wanted``
+        returns the numbers of the layers to record, 1 to L.
         """
         self.encoder, self.reads, self.wanted = encoder, reads, wanted
         self.layers = find_layers(encoder)[0]

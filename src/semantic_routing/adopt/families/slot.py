@@ -1,4 +1,4 @@
-"""Families that read several layers already: each place that reads a layer, a slot, gets a row of weights of its own."""
+"""Families that read several layers already: each place that reads a layer, a slot, gets its own row of weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Families whose blocks update the text: each block reads the stream with an addition, which is then taken off again."""
+"""Families whose blocks update the text: a block reads the stream with an addition, which is then taken off again."""
 
 from __future__ import annotations
 
