@@ -7,15 +7,17 @@ from typing import Any
 
 from torch import nn
 
+from semantic_routing.adopt.facts import Facts
 from semantic_routing.adopt.families import Family, find_family
 from semantic_routing.adopt.families.family import check_signature, module_at
-from semantic_routing.adopt.file import check_fits, read_routing
+from semantic_routing.adopt.file import check_fits, check_shapes, read_routing
 from semantic_routing.adopt.mechanism import Mechanism, check_parallel, readers
 from semantic_routing.adopt.own import OwnMechanism
-from semantic_routing.adopt.routing import ATTRIBUTE, INJECTIONS, Facts, Routing
+from semantic_routing.adopt.routing import ATTRIBUTE, INJECTIONS, Routing
 from semantic_routing.adopt.weights import REINJECT, check_arm
 from semantic_routing.adopt.widening import Widening
 from semantic_routing.common.config import nearest
+from semantic_routing.common.extras import require_diffusers
 from semantic_routing.model.arms import ARMS, DEFAULT_ARM
 from semantic_routing.text.architecture import find_layers, stack_config
 
@@ -64,11 +66,13 @@ def load_routing(
     0 is the original model. Raises ValueError if there is no such file or it is for another model, and then changes
     nothing.
     """
-    routing = read_routing(source)
-    saved = routing.facts
+    saved, numbers = read_routing(source)
     target, encoder, family = find_parts(pipe, saved.component, text_encoder, transformer)
     facts = facts_of(target, encoder, family, saved.component, saved.arm, saved.weights, saved.injection, pipe)
     check_fits(saved, facts, source)
+    routing = Routing(saved)
+    check_shapes(routing.state_dict(), numbers, source)
+    routing.load_state_dict(numbers)
     routing.scale = scale
     return attach(routing.eval().requires_grad_(False), pipe, target, encoder, family)
 
@@ -77,6 +81,7 @@ def find_parts(
     pipe: Any, component: str, text_encoder: nn.Module | None, transformer: nn.Module | None
 ) -> tuple[Any, Any, Family]:
     """Return transformer, text encoder and family; raise ValueError if they cannot be adopted."""
+    require_diffusers("adopt")
     if pipe is None and (text_encoder is None or transformer is None):
         raise ValueError("adopt needs a pipeline, or both text_encoder and transformer")
     if pipe is not None and (text_encoder is not None or transformer is not None):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from semantic_routing import __version__
-from semantic_routing.adopt.routing import Routing
+from semantic_routing.adopt.facts import Facts
 
 CARD = """---
 {front}library_name: diffusers
@@ -29,9 +29,8 @@ The numbers change nothing but the text that blocks read. The licence of the bas
 """
 
 
-def card(routing: Routing) -> str:
-    """Return the model card of a routing."""
-    facts = routing.facts
+def card(facts: Facts, numbers: int) -> str:
+    """Return the model card of a routing with this number of parameters."""
     hub = facts.base_model.count("/") == 1 and not facts.base_model.startswith((".", "/", "~"))
     base = facts.base_model if hub else facts.transformer
     return CARD.format(
@@ -41,7 +40,7 @@ def card(routing: Routing) -> str:
         encoder=facts.encoder,
         blocks=facts.blocks,
         transformer=facts.transformer,
-        numbers=sum(p.numel() for p in routing.state_dict().values()),
+        numbers=numbers,
         program=__version__,
         arm=facts.arm,
         weights=facts.weights,

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from semantic_routing.adopt.card import card
-from semantic_routing.adopt.routing import Facts, Routing, at_hand
+from semantic_routing.adopt.facts import Facts
 from semantic_routing.checkpoint.safetensors_storage import open_tensors
 from semantic_routing.common.config import from_dict
 from semantic_routing.common.files import written_whole
@@ -32,31 +32,36 @@ FREE = ("version", "component", "base_model", "arm", "weights", "injection")
 """Facts that need not agree with the model that a routing is loaded into: what was chosen, and names."""
 
 
-def save_routing(routing: Routing, folder: Path) -> Path:
-    """Write a routing and its card to a folder, and return the file; raise ValueError if it cannot be written."""
+def save_routing(facts: Facts, state: Mapping[str, Tensor], folder: Path) -> Path:
+    """Write a routing's numbers and its card to a folder, and return the file; ValueError if it cannot be written."""
     if folder.is_file():
         raise ValueError(f"{folder} is a file; expected a folder to write {FILE} to")
-    with at_hand(routing):
-        tensors = {f"{PREFIX}{name}": x.detach().float().cpu().clone() for name, x in routing.state_dict().items()}
-    header = json.dumps(asdict(routing.facts), sort_keys=True)
+    tensors = {f"{PREFIX}{name}": x.detach().float().cpu().clone() for name, x in state.items()}
+    header = json.dumps(asdict(facts), sort_keys=True)
     with written_whole(folder / FILE) as scratch:
         save_file(tensors, scratch, metadata={"format": "pt", HEADER: header})
     if not (folder / CARD).exists():  # of a LoRA, or the user's own
         with written_whole(folder / CARD) as scratch:
-            scratch.write_text(card(routing), encoding="utf-8")
+            scratch.write_text(card(facts, sum(x.numel() for x in state.values())), encoding="utf-8")
     return folder / FILE
 
 
-def read_routing(source: str | Path) -> Routing:
-    """Return the routing of a file, a folder or a name on the hub; raise ValueError if there is none."""
+def read_routing(source: str | Path) -> tuple[Facts, dict[str, Tensor]]:
+    """Return facts and numbers of a file, a folder or a name on the hub; raise ValueError if there is none."""
     path = find_file(source)
     with open_tensors(path) as content:
         metadata = content.metadata() or {}
-        tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-    facts = _facts(metadata, path)
-    routing = Routing(facts)
-    _fill(routing, tensors, path)
-    return routing
+        tensors = {name.removeprefix(PREFIX): content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    if not all(bool(x.isfinite().all()) for x in tensors.values()):
+        raise ValueError(f"{path} holds numbers that are not finite: train the routing again")
+    return _facts(metadata, path), tensors
+
+
+def check_shapes(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str | Path) -> None:
+    """Raise ValueError unless the numbers of a file have the names and shapes of a routing's."""
+    asked, held = ({name: tuple(x.shape) for name, x in tensors.items()} for tensors in (wanted, found))
+    if asked != held:
+        raise ValueError(f"the routing in {source} holds numbers {held}, but its header asks for {asked}")
 
 
 def find_file(source: str | Path) -> Path:
@@ -104,20 +109,3 @@ def _facts(metadata: dict[str, str], path: Path) -> Facts:
     if version != VERSION:
         raise ValueError(f"{path} has format version {version!r}, but this program reads {VERSION}: update it")
     return from_dict(Facts, values, "header.")
-
-
-def _fill(routing: Routing, tensors: dict[str, Tensor], path: Path) -> None:
-    """Load tensors whose names and shapes must be exactly those of the routing."""
-    state = routing.state_dict()
-    found = {name.removeprefix(PREFIX): x for name, x in tensors.items() if name.startswith(PREFIX)}
-    shapes = {name: tuple(x.shape) for name, x in found.items()}
-    wanted = {name: tuple(x.shape) for name, x in state.items()}
-    if len(found) != len(tensors) or shapes != wanted:
-        raise ValueError(f"{path} holds tensors {_named(tensors)}, but its header asks for {wanted}")
-    if not all(bool(torch.isfinite(x).all()) for x in found.values()):
-        raise ValueError(f"{path} holds numbers that are not finite: train the routing again")
-    routing.load_state_dict(found)
-
-
-def _named(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name.removeprefix(PREFIX): tuple(x.shape) for name, x in tensors.items()}

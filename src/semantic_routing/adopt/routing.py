@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from semantic_routing.adopt.facts import Facts
+from semantic_routing.adopt.file import save_routing
 from semantic_routing.adopt.prompts import versions
 from semantic_routing.adopt.weights import REINJECT, make_weights
 
@@ -21,40 +22,6 @@ REINJECTED = 0.025
 """Part of the text that the arm ``reinject`` adds to the stream of every block but the first, at a scale of 1."""
 ATTRIBUTE = "semantic_routing"
 """Name under which the transformer holds its routing."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Facts:
-    """All that a routing's numbers depend on; the header of its file."""
-
-    version: int = 1
-    family: str
-    transformer: str
-    """Class of the transformer."""
-    component: str = "transformer"
-    """Name of the transformer in the pipeline."""
-    blocks: int
-    """Number of blocks, D."""
-    slots: int = 1
-    """Rows of weights for each block: states that the entrance reads, joined by channels."""
-    encoder: str
-    """Class of the text encoder."""
-    width: int
-    """Width of a state, C."""
-    layers: int
-    """Number of the language model's layers, L; states are the original and layers 1 to L."""
-    origin: str
-    """State that the model read before, as the family names it."""
-    arm: str
-    weights: str
-    injection: str = "swap"
-    base_model: str = ""
-    """Name or folder of the model that was adopted."""
-
-    @property
-    def rows(self) -> int:
-        """Number of rows of weights."""
-        return self.blocks * self.slots
 
 
 class Routing(nn.Module):
@@ -117,9 +84,8 @@ class Routing(nn.Module):
 
     def save(self, folder: str | Path) -> Path:
         """Write ``routing.safetensors`` and a model card to a folder, beside what is there; return the file."""
-        from semantic_routing.adopt.file import save_routing
-
-        return save_routing(self, Path(folder))
+        with at_hand(self):
+            return save_routing(self.facts, self.state_dict(), Path(folder))
 
     def trains(self) -> bool:
         """Return whether a gradient of this forward pass is to reach the routing."""
