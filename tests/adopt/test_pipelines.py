@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,7 @@ def test_this_programs_own_pipeline(make_bundle: own.MakeBundle, tmp_path: Path)
         routing = adopt(pipe, arm="joint", weights="gate")  # which makes the text depend on the time
         assert torch.equal(own.draw(pipe), before)
         move(routing)
-        assert (own.draw(pipe) - before).abs().max() > 1e-4
+        assert not torch.equal(own.draw(pipe), before)
         routing.remove()
         assert torch.equal(own.draw(pipe), before)
 
@@ -129,14 +131,15 @@ def test_a_lora_of_the_entrance_is_not_forgotten_by_kept_texts() -> None:
     routing = adopt(pipe)
     move(routing)
     lora(pipe, ["linear_1"])
-    embeds = pipe.encode_prompt(["two stars"], complex_human_instruction=None)
+    with torch.no_grad():
+        embeds = pipe.encode_prompt(["two stars"], complex_human_instruction=None)
     given = dict(zip(("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds"), embeds, strict=False))
-    given["negative_prompt_attention_mask"] = embeds[3]
+    given |= {"negative_prompt_attention_mask": embeds[3], "negative_prompt": None}
     whole = draw(pipe, "sana", **given)
     layer = pipe.transformer.caption_projection.linear_1
-    layer.scaling["default"] = 0.0
+    strength, layer.scaling["default"] = layer.scaling["default"], 0.0
     none = draw(pipe, "sana", **given)
-    layer.scaling["default"] = 1.0
+    layer.scaling["default"] = strength
     assert torch.equal(draw(pipe, "sana", **given), whole)
     assert not torch.equal(none, whole)
 
@@ -159,7 +162,7 @@ def test_quantised_linear_layers(name: str) -> None:
     pipe = pipeline(name)
     for module in list(pipe.transformer.modules()):
         for key, child in list(module.named_children()):
-            if type(child) is nn.Linear and "embedder" not in key:
+            if type(child) is nn.Linear and not isinstance(module, nn.Sequential):
                 setattr(module, key, Quantised(child))
     before = draw(pipe, name)
     routing = adopt(pipe)
@@ -216,50 +219,11 @@ def test_numbers_keep_their_type(name: str) -> None:
     assert torch.equal(draw(pipe, name), plain)
 
 
-@pytest.mark.parametrize("name", ["sana", "qwen-image", "z-image"])
-def test_blocks_compile_to_one_graph(name: str) -> None:
-    """Ten blocks, and new prompts of the same length add none."""
-    torch._dynamo.reset()
-    case = make(name)
-    path = "layers" if name == "z-image" else "transformer_blocks"
-    blocks = getattr(case.transformer, path)
-    for i in range(10 - len(blocks)):
-        blocks.append(type(blocks[0])(**_like(name, i)).eval().requires_grad_(False))
-    routing = adopt(text_encoder=case.encoder, transformer=case.transformer)
-    assert routing.facts.blocks == 10
-    move(routing)
-    texts = [case.encode(ids) for ids in (torch.arange(12).view(2, 6) + 3, torch.arange(12).view(2, 6) + 9)]
-    with torch.no_grad():
-        eager = [case.draw(text) for text in texts]
-        graphs = []
-
-        def count(graph: Any, inputs: Any) -> Any:
-            graphs.append(graph)
-            return graph
-
-        for block in blocks:
-            block.compile(backend=count, fullgraph=True, dynamic=False)
-        compiled = [case.draw(text) for text in texts]
-    assert len(graphs) == 1
-    for a, b in zip(compiled, eager, strict=True):
-        torch.testing.assert_close(a, b)
-    routing.remove()
-    with torch.no_grad():
-        removed = case.draw(texts[0][..., :16] if isinstance(texts[0], Tensor) else [x[:, :16] for x in texts[0]])
-    assert not torch.equal(removed, compiled[0])
-    torch._dynamo.reset()
-
-
-def _like(name: str, i: int) -> dict[str, Any]:
-    """Return the arguments of one more block."""
-    if name == "z-image":
-        return {"layer_id": i, "dim": 32, "n_heads": 2, "n_kv_heads": 2, "norm_eps": 1e-5, "qk_norm": True}
-    if name == "qwen-image":
-        return {"dim": 32, "num_attention_heads": 2, "attention_head_dim": 16}
-    return {
-        "dim": 32, "num_attention_heads": 2, "attention_head_dim": 16, "num_cross_attention_heads": 2,
-        "cross_attention_head_dim": 16, "cross_attention_dim": 32,
-    }  # fmt: skip
+def test_blocks_compile_to_one_graph() -> None:
+    """Ten blocks, and new prompts of the same length add none; in a process without checks of annotations."""
+    script = Path(__file__).parents[1] / "helpers/compiled_blocks.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.split("\n")[:3] == [f"{name}: 10 blocks, 1 graph" for name in ("sana", "qwen-image", "z-image")]
 
 
 def test_scripts_that_cache_texts_train_with_them() -> None:
