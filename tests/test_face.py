@@ -23,8 +23,9 @@ def test_the_names_are_pinned() -> None:
     assert " ".join(names) == (
         "ARMS Arm Codec DataConfig DiT DiTConfig FuseDiT PixelCodec Router SampleConfig SemanticRoutingPipeline "
         "SemanticRoutingTransformer TextContext TextEncoder TextEncoderConfig TextFeatures TextToImage TrainConfig "
-        "VAECodec euler euler_ancestral evaluate_images evaluate_model from_upstream guided heun load make_model "
-        "make_router mix noise_for open_data paper renoise resume schedule small to_upstream toy train"
+        "VAECodec adopt euler euler_ancestral evaluate_images evaluate_model from_upstream guided heun load "
+        "load_routing make_model make_router mix noise_for open_data paper renoise resume schedule small "
+        "to_upstream toy train"
     )
     assert set(semantic_routing.__all__) <= set(dir(semantic_routing))
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
+    from semantic_routing.adopt.api import adopt, load_routing
     from semantic_routing.data.dataset import DataConfig, open_data
     from semantic_routing.evaluation.run import evaluate_images, evaluate_model
     from semantic_routing.interop.open import load
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from semantic_routing.training.recipes import paper, small, toy
 
 _MODULES = {
+    "adopt.api": ("adopt", "load_routing"),
     "data.dataset": ("DataConfig", "open_data"),
     "evaluation.run": ("evaluate_images", "evaluate_model"),
     "interop.open": ("load",),
@@ -87,6 +89,7 @@ __all__ = [
     "TrainConfig",
     "VAECodec",
     "__version__",
+    "adopt",
     "euler",
     "euler_ancestral",
     "evaluate_images",
@@ -95,6 +98,7 @@ __all__ = [
     "guided",
     "heun",
     "load",
+    "load_routing",
     "make_model",
     "make_router",
     "mix",

@@ -70,8 +70,12 @@ class LogitRouter(Router):
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(rows, layers))
 
+    def scores(self, t: Float[Tensor, " T"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
+        """Return the logits in float32."""
+        return self.logits.float()[None]
+
     def weights(self, t: Float[Tensor, " T"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
-        return self.logits.float().softmax(-1)[None]
+        return self.scores(t).softmax(-1)
 
 
 class LowRankRouter(Router):
@@ -134,14 +138,20 @@ class GateRouter(Router):
         bound = math.sqrt(6 / (time_width + hidden))  # Xavier, for each gate
         nn.init.uniform_(self.w1, -bound, bound)
 
+    def scores(self, t: Float[Tensor, " T"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
+        """Return the logits at the times ``t`` in float32."""
+        return self._logits(t).float().transpose(0, 1)
+
     def weights(self, t: Float[Tensor, " T"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
+        return self._logits(t).softmax(-1).float().transpose(0, 1)
+
+    def _logits(self, t: Float[Tensor, " T"] | None) -> Float[Tensor, "D_or_1 T L"]:
         if t is None:
             raise ValueError("this router's weights depend on time: pass t, one value in [0, 1] per sample")
         with no_autocast(t.device):  # in float64, so that weights do not depend on the batch
             phi = sinusoidal(t, self.time_width).double()
             h = F.silu(phi @ self.w1.double() + self.b1.double())
-            logits = h @ self.w2.double() + self.b2.double()
-        return logits.softmax(-1).float().transpose(0, 1)
+            return h @ self.w2.double() + self.b2.double()
 
 
 class AttentionRouter(Router):

@@ -1,0 +1,214 @@
+"""``adopt``: routing on a diffusers pipeline that is already loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from semantic_routing.adopt.facts import Facts
+from semantic_routing.adopt.families import Family, find_family
+from semantic_routing.adopt.families.family import check_signature, module_at
+from semantic_routing.adopt.file import check_fits, check_shapes, read_routing
+from semantic_routing.adopt.mechanism import Mechanism, check_parallel, readers
+from semantic_routing.adopt.own import OwnMechanism
+from semantic_routing.adopt.routing import ATTRIBUTE, INJECTIONS, Routing
+from semantic_routing.adopt.weights import REINJECT, check_arm
+from semantic_routing.adopt.widening import Widening
+from semantic_routing.common.config import nearest
+from semantic_routing.common.extras import require_diffusers
+from semantic_routing.model.arms import ARMS, DEFAULT_ARM
+from semantic_routing.text.architecture import find_layers, stack_config
+
+OTHERS = ("transformer", "transformer_2", "controlnet")
+"""Components of pipelines that may get the text besides the one that is adopted."""
+
+
+def adopt(
+    pipe: Any = None,
+    arm: str = DEFAULT_ARM,
+    *,
+    weights: str | None = None,
+    injection: str = "swap",
+    component: str = "transformer",
+    text_encoder: nn.Module | None = None,
+    transformer: nn.Module | None = None,
+) -> Routing:
+    """Put routing onto a diffusers pipeline, in place, and return it; until it is trained the pixels stay the same.
+
+    ``arm`` is one of this program's arms, such as "depth", or "reinject", which needs no training (Prompt Reinjection,
+    Yao et al., 2026, arXiv 2602.06886). ``weights`` is "simplex", "gate" or "affine" (``weights.py``). In families
+    whose blocks update the text, ``injection`` says what is added to a block's text while it runs: "swap" the
+    difference between its own text and the original one, "reinject" a learned part of its own text. ``component`` names
+    the transformer in pipelines with two. Training scripts may give ``text_encoder`` and ``transformer`` instead of a
+    pipeline. Raises ValueError for what is not known to work, and then changes nothing.
+    """
+    target, encoder, family = find_parts(pipe, component, text_encoder, transformer)
+    arm = check_arm(arm)
+    if weights is None:
+        weights = "simplex" if arm == REINJECT or ARMS[arm].learned else "gate"
+    facts = facts_of(target, encoder, family, component, arm, weights, injection, pipe)
+    return attach(Routing(facts), pipe, target, encoder, family)
+
+
+def load_routing(
+    pipe: Any = None,
+    source: str | Path = "",
+    *,
+    scale: int | float = 1.0,
+    text_encoder: nn.Module | None = None,
+    transformer: nn.Module | None = None,
+) -> Routing:
+    """Put a saved routing onto a pipeline, in place, and return it, in evaluation mode and frozen.
+
+    ``source`` is a folder that ``save`` wrote, its file, or a name on the Hugging Face hub. ``scale`` is its strength:
+    0 is the original model. Raises ValueError if there is no such file or it is for another model, and then changes
+    nothing.
+    """
+    saved, numbers = read_routing(source)
+    target, encoder, family = find_parts(pipe, saved.component, text_encoder, transformer)
+    facts = facts_of(target, encoder, family, saved.component, saved.arm, saved.weights, saved.injection, pipe)
+    check_fits(saved, facts, source)
+    routing = Routing(saved)
+    check_shapes(routing.state_dict(), numbers, source)
+    routing.load_state_dict(numbers)
+    routing.scale = scale
+    return attach(routing.eval().requires_grad_(False), pipe, target, encoder, family)
+
+
+def find_parts(
+    pipe: Any, component: str, text_encoder: nn.Module | None, transformer: nn.Module | None
+) -> tuple[Any, Any, Family]:
+    """Return transformer, text encoder and family; raise ValueError if they cannot be adopted."""
+    require_diffusers("adopt")
+    if pipe is None and (text_encoder is None or transformer is None):
+        raise ValueError("adopt needs a pipeline, or both text_encoder and transformer")
+    if pipe is not None and (text_encoder is not None or transformer is not None):
+        raise ValueError("give adopt a pipeline, or text_encoder and transformer, but not both")
+    target = transformer if pipe is None else getattr(pipe, component, None)
+    if target is None:
+        raise ValueError(f"{type(pipe).__name__} has no component {component!r} to adopt")
+    if hasattr(target, "_orig_mod") or any(m._compiled_call_impl is not None for m in target.modules()):
+        raise ValueError(f"{type(target).__name__} is compiled already: call adopt before torch.compile")
+    family = find_family(target)
+    if ATTRIBUTE in target._modules:
+        raise ValueError(f"{type(target).__name__} is adopted already: call remove() of its routing first")
+    encoder = text_encoder if pipe is None else getattr(pipe, family.encoder, None)
+    if encoder is None:
+        raise ValueError(
+            f"{type(pipe).__name__} has no {family.encoder}, whose layers routing reads: load the pipeline with it"
+        )
+    if family.encoders and type(encoder).__name__ not in family.encoders:
+        raise ValueError(
+            f"{family.transformer} is adopted with the text encoder {' or '.join(family.encoders)}, but this one is "
+            f"{type(encoder).__name__}"
+        )
+    return target, encoder, family
+
+
+def facts_of(
+    target: Any, encoder: Any, family: Family, component: str, arm: str, weights: str, injection: str, pipe: Any = None
+) -> Facts:
+    """Return the sizes of a routing for these parts; raise ValueError for options and sizes that do not fit."""
+    layers, width, blocks = sizes(target, encoder, family)
+    if option := family.refuses(target, layers):
+        raise ValueError(f"this {family.transformer} has {option}, for which adopt does not hold")
+    check_parallel(target)
+    for listed in family.blocks:
+        check_signature(target, listed)
+    if injection not in INJECTIONS:
+        raise ValueError(f"unknown injection {injection!r}; {nearest(injection, list(INJECTIONS))}")
+    adds = bool(family.entrance) and family.kind != "read"
+    if REINJECT in (arm, injection) and not adds:
+        raise ValueError(
+            f"nothing can be reinjected into {family.transformer}: its blocks do not update the text, so none is lost"
+        )
+    _check_reads(family, layers, encoder)
+    _check_width(target, family, width)
+    return Facts(
+        family=family.name,
+        transformer=type(target).__name__,
+        component=component,
+        blocks=blocks,
+        slots=family.slots,
+        encoder=type(encoder).__name__,
+        width=width,
+        layers=layers,
+        origin=_origin(family),
+        arm=arm,
+        weights=weights,
+        injection=REINJECT if arm == REINJECT else injection,
+        base_model=str(getattr(pipe, "name_or_path", "") or target.config.get("_name_or_path", "") or ""),
+    )
+
+
+def sizes(target: Any, encoder: Any, family: Family) -> tuple[int, int, int]:
+    """Return the number of layers, the width of a state and the number of blocks."""
+    if family.kind == "own":
+        config = target.config
+        return config.text_layers, config.text_width, config.depth
+    stack = getattr(encoder.config, "encoder", stack_config(encoder.config))  # T5Gemma keeps two
+    return len(find_layers(encoder)[0]), stack.hidden_size, len(readers(family, target))
+
+
+def attach(routing: Routing, pipe: Any, target: Any, encoder: Any, family: Family) -> Routing:
+    """Register all hooks of a routing and hang it into the transformer."""
+    handles: list[Any] = []
+    mechanism: Mechanism | OwnMechanism
+    if family.kind == "own":
+        mechanism = OwnMechanism(target, routing)
+    else:
+        held: list[tuple[int, ...]] = [()]
+
+        def wanted() -> tuple[int, ...]:
+            held[0] = routing.wanted()
+            return held[0]
+
+        mechanism = Mechanism(family, target, routing, lambda: held[0])
+        if not family.native:
+            handles += Widening(encoder, family.reads, wanted).install()
+            others = [getattr(pipe, name, None) for name in OTHERS]
+            handles += [h for other in others if other not in (None, target) for h in mechanism.narrow(other)]
+    handles += mechanism.install()
+    routing.to(next(target.parameters()).device)
+    target.add_module(ATTRIBUTE, routing)
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+        mechanism.forget()
+        del target._modules[ATTRIBUTE]
+
+    routing._undo = undo
+    return routing
+
+
+def _origin(family: Family) -> str:
+    if family.kind == "own":
+        return "what the pipeline's own router gives"
+    if family.native:
+        return "the layer of each block"
+    return "hidden_states " + " ".join(map(str, family.reads)) if family.reads else "last_hidden_state"
+
+
+def _check_reads(family: Family, layers: int, encoder: Any) -> None:
+    """Raise ValueError if the language model lacks a state that the pipeline reads."""
+    if any(not -layers - 1 <= number <= layers for number in family.reads):
+        raise ValueError(
+            f"pipelines of {family.transformer} read {_origin(family)}, but {type(encoder).__name__} has "
+            f"{layers} layers"
+        )
+
+
+def _check_width(target: Any, family: Family, width: int) -> None:
+    """Raise ValueError if the entrance does not read states of this width."""
+    paths = family.entrance or tuple(blocks.path for blocks in family.blocks)
+    modules = [part for path in paths for part in module_at(target, path).modules()]
+    found = next((part.in_features for part in modules if hasattr(part, "in_features")), None)
+    if found is not None and found != family.slots * width:
+        states = "states" if family.slots == 1 else f"{family.slots} states"
+        raise ValueError(
+            f"{family.transformer} reads {states} of width {found // family.slots}, but the text encoder gives width "
+            f"{width}: use the text encoder of its pipeline"
+        )

@@ -1,0 +1,14 @@
+"""Pipelines of this program: their router is asked first, and what it gives is the original state of each block."""
+
+from __future__ import annotations
+
+from semantic_routing.adopt.families.family import Family, named_if
+
+OWN = Family(
+    name="semantic-routing",
+    kind="own",
+    transformer="SemanticRoutingTransformer",
+    refuses=lambda transformer, layers: named_if(
+        not hasattr(transformer.backbone, "router"), f"arm {transformer.config.arm!r}, which has no router"
+    ),
+)

@@ -1,0 +1,111 @@
+"""The file of a routing: ``routing.safetensors`` of a few kilobytes, whose header says what it was trained for.
+
+It is a file of its own beside a LoRA: ``load_lora_weights`` of diffusers refuses files with other keys.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from semantic_routing.adopt.card import card
+from semantic_routing.adopt.facts import Facts
+from semantic_routing.checkpoint.safetensors_storage import open_tensors
+from semantic_routing.common.config import from_dict
+from semantic_routing.common.files import written_whole
+from semantic_routing.text.quiet import first_line
+
+FILE, CARD = "routing.safetensors", "README.md"
+HEADER = "semantic_routing"
+"""Key of the header in the file's metadata."""
+PREFIX = "routing."
+VERSION = 1
+HUB_NAME = r"[\w.-]+/[\w.-]+"
+FREE = ("version", "component", "base_model", "arm", "weights", "injection")
+"""Facts that need not agree with the model that a routing is loaded into: what was chosen, and names."""
+
+
+def save_routing(facts: Facts, state: Mapping[str, Tensor], folder: Path) -> Path:
+    """Write a routing's numbers and its card to a folder, and return the file; ValueError if it cannot be written."""
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; expected a folder to write {FILE} to")
+    tensors = {f"{PREFIX}{name}": x.detach().float().cpu().clone() for name, x in state.items()}
+    header = json.dumps(asdict(facts), sort_keys=True)
+    with written_whole(folder / FILE) as scratch:
+        save_file(tensors, scratch, metadata={"format": "pt", HEADER: header})
+    if not (folder / CARD).exists():  # of a LoRA, or the user's own
+        with written_whole(folder / CARD) as scratch:
+            scratch.write_text(card(facts, sum(x.numel() for x in state.values())), encoding="utf-8")
+    return folder / FILE
+
+
+def read_routing(source: str | Path) -> tuple[Facts, dict[str, Tensor]]:
+    """Return facts and numbers of a file, a folder or a name on the hub; raise ValueError if there is none."""
+    path = find_file(source)
+    with open_tensors(path) as content:
+        metadata = content.metadata() or {}
+        tensors = {name.removeprefix(PREFIX): content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    if not all(bool(x.isfinite().all()) for x in tensors.values()):
+        raise ValueError(f"{path} holds numbers that are not finite: train the routing again")
+    return _facts(metadata, path), tensors
+
+
+def check_shapes(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str | Path) -> None:
+    """Raise ValueError unless the numbers of a file have the names and shapes of a routing's."""
+    asked, held = ({name: tuple(x.shape) for name, x in tensors.items()} for tensors in (wanted, found))
+    if asked != held:
+        raise ValueError(f"the routing in {source} holds numbers {held}, but its header asks for {asked}")
+
+
+def find_file(source: str | Path) -> Path:
+    """Return the path of a routing's file; one on the hub is fetched."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if not (path / FILE).is_file():
+            raise ValueError(f"{path} holds no {FILE}: give the folder that routing.save() wrote")
+        return path / FILE
+    if not re.fullmatch(HUB_NAME, str(source)):
+        raise ValueError(f"there is no routing at {str(source)!r}: give a folder, a file or owner/name on the hub")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(str(source), FILE))
+    except (OSError, ValueError) as error:  # offline, no such repository, no such file
+        raise ValueError(
+            f"there is no folder {str(source)!r}, and {FILE} of {str(source)!r} cannot be had from the Hugging Face "
+            f"hub: {first_line(error)}"
+        ) from error
+
+
+def check_fits(facts: Facts, model: Facts, source: str | Path) -> None:
+    """Raise ValueError unless a routing's facts agree with those of the model it is loaded into."""
+    for field in fields(Facts):
+        wanted, found = getattr(facts, field.name), getattr(model, field.name)
+        if field.name not in FREE and wanted != found:
+            raise ValueError(
+                f"the routing in {source} is for {field.name} {wanted!r}, but this model has {found!r}: load it into "
+                f"a pipeline like {facts.base_model or facts.transformer}, or adopt this one and train it"
+            )
+
+
+def _facts(metadata: dict[str, str], path: Path) -> Facts:
+    """Return the header of a file."""
+    if HEADER not in metadata:
+        raise ValueError(f"{path} is not a routing of semantic-routing: its header lacks {HEADER!r}")
+    try:
+        values: Any = json.loads(metadata[HEADER])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the header of {path} is damaged: {error}") from error
+    version = values.get("version") if isinstance(values, dict) else None
+    if version != VERSION:
+        raise ValueError(f"{path} has format version {version!r}, but this program reads {VERSION}: update it")
+    return from_dict(Facts, values, "header.")

@@ -1,0 +1,247 @@
+"""Whole pipelines: guidance, several images, other pipelines of the same parts, offloading, LoRA, types, compile."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+from semantic_routing.adopt import Routing, adopt, load_routing
+from semantic_routing.interop.export import make_pipeline
+from tests.adopt.test_families import move
+from tests.helpers import pipelines as own
+from tests.helpers.adoptable import make
+from tests.helpers.adoptable_pipelines import CALLS, draw, pipeline
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # diffusers' and peft's own
+BOTH = pytest.mark.parametrize("name", ["sana", "z-image"])
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_pipeline_draws_its_own_pixels_until_it_is_trained(name: str, tmp_path: Path) -> None:
+    pipe = pipeline(name)
+    before = draw(pipe, name)
+    routing = adopt(pipe)
+    assert torch.equal(draw(pipe, name), before)
+    move(routing)
+    routing.eval()
+    routed = draw(pipe, name)
+    assert (routed - before).abs().max() > 1e-4
+    routing.save(tmp_path)
+    routing.remove()
+    assert torch.equal(draw(pipe, name), before)
+    load_routing(pipe, tmp_path)
+    assert torch.equal(draw(pipe, name), routed)
+
+
+@pytest.mark.parametrize(("name", "guidance"), [("sana", 1.0), ("z-image", 0.0), ("flux2-klein", 1.0)])
+def test_guidance_and_several_images(name: str, guidance: float) -> None:
+    """Both halves of guidance and all images of a prompt carry the layers along."""
+    pipe = pipeline(name)
+    options: list[dict[str, Any]] = [{"guidance_scale": guidance}, {"guidance_scale": 4.0, "num_images_per_prompt": 2}]
+    before = [draw(pipe, name, **each) for each in options]
+    routing = adopt(pipe)
+    assert all(torch.equal(draw(pipe, name, **each), x) for each, x in zip(options, before, strict=True))
+    move(routing)
+    for each, x in zip(options, before, strict=True):
+        changed = (draw(pipe, name, **each) - x).flatten(1).abs().amax(1)
+        assert (changed > 1e-5).all()
+
+
+def test_a_pipeline_of_the_same_parts_is_adopted_too() -> None:
+    pipe = pipeline("z-image")
+    routing = adopt(pipe)
+    other = diffusers.ZImageImg2ImgPipeline(**pipe.components)
+    same = diffusers.ZImagePipeline.from_pipe(pipe)
+    picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    before = draw(other, "z-image", ["two stars"], image=picture, strength=1.0)
+    move(routing)
+    routed = draw(other, "z-image", ["two stars"], image=picture, strength=1.0)
+    assert not torch.equal(routed, before)
+    assert torch.equal(draw(same, "z-image"), draw(pipe, "z-image"))
+    routing.scale = 0
+    assert torch.equal(draw(other, "z-image", ["two stars"], image=picture, strength=1.0), before)
+
+
+def test_this_programs_own_pipeline(make_bundle: own.MakeBundle, tmp_path: Path) -> None:
+    for arm in ("penultimate", "depth", "time"):
+        pipe = own.exact(own.quiet(make_pipeline(make_bundle(arm))))
+        before = own.draw(pipe)
+        routing = adopt(pipe, arm="joint", weights="gate")  # which makes the text depend on the time
+        assert torch.equal(own.draw(pipe), before)
+        move(routing)
+        assert not torch.equal(own.draw(pipe), before)
+        routing.remove()
+        assert torch.equal(own.draw(pipe), before)
+
+
+@BOTH
+def test_prompts_are_prepared_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All steps of a call share the texts of a prompt, unless routing depends on the time."""
+    from semantic_routing.adopt import mechanism
+
+    counts = []
+    restyled = mechanism.restyled
+    monkeypatch.setattr(mechanism, "restyled", lambda *args: counts.append(1) or restyled(*args))
+    pipe = pipeline(name)
+    for arm, expected in (("depth", 1), ("joint", 4)):
+        routing = adopt(pipe, arm=arm)
+        move(routing)
+        counts.clear()
+        draw(pipe, name, num_inference_steps=4)
+        assert len(counts) == expected
+        routing.remove()
+
+
+def lora(pipe: Any, targets: list[str]) -> None:
+    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    peft.inject_adapter_in_model(config, pipe.transformer)
+
+
+@BOTH
+def test_lora_before_and_after_adoption(name: str) -> None:
+    drawn = []
+    for first in (True, False):
+        torch.manual_seed(3)
+        pipe = pipeline(name)
+        if first:
+            lora(pipe, ["to_k", "to_v"])
+        plain = draw(pipe, name)
+        routing = adopt(pipe)
+        if not first:
+            lora(pipe, ["to_k", "to_v"])
+        else:
+            assert torch.equal(draw(pipe, name), plain)
+        move(routing)
+        drawn.append(draw(pipe, name).shape)
+        assert (draw(pipe, name) - plain).abs().max() > 1e-4
+    assert drawn[0] == drawn[1]
+
+
+def test_a_lora_of_the_entrance_is_not_forgotten_by_kept_texts() -> None:
+    """The same embeddings with another strength of an adapter in the entrance give other texts."""
+    pipe = pipeline("sana")
+    routing = adopt(pipe)
+    move(routing)
+    lora(pipe, ["linear_1"])
+    with torch.no_grad():
+        embeds = pipe.encode_prompt(["two stars"], complex_human_instruction=None)
+    given = dict(zip(("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds"), embeds, strict=False))
+    given |= {"negative_prompt_attention_mask": embeds[3], "negative_prompt": None}
+    whole = draw(pipe, "sana", **given)
+    layer = pipe.transformer.caption_projection.linear_1
+    strength, layer.scaling["default"] = layer.scaling["default"], 0.0
+    none = draw(pipe, "sana", **given)
+    layer.scaling["default"] = strength
+    assert torch.equal(draw(pipe, "sana", **given), whole)
+    assert not torch.equal(none, whole)
+
+
+class Quantised(nn.Module):
+    """A linear layer whose weights are kept in eight bits."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.bias = layer.in_features, layer.bias
+        self.step = layer.weight.abs().max() / 127
+        self.register_buffer("rounded", (layer.weight / self.step).round().to(torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.rounded.to(x.dtype) * self.step, self.bias)
+
+
+@BOTH
+def test_quantised_linear_layers(name: str) -> None:
+    pipe = pipeline(name)
+    for module in list(pipe.transformer.modules()):
+        for key, child in list(module.named_children()):
+            if type(child) is nn.Linear and not isinstance(module, nn.Sequential):
+                setattr(module, key, Quantised(child))
+    before = draw(pipe, name)
+    routing = adopt(pipe)
+    assert torch.equal(draw(pipe, name), before)
+    move(routing)
+    assert (draw(pipe, name) - before).abs().max() > 1e-4
+
+
+@BOTH
+@pytest.mark.parametrize("arm", ["depth", "joint"])
+def test_offloading_one_module_at_a_time(name: str, arm: str) -> None:
+    """As ``enable_sequential_cpu_offload`` does: between their calls, modules have no weights at all."""
+    from accelerate import cpu_offload
+
+    pipe = pipeline(name)
+    routing = adopt(pipe, arm=arm, weights="gate")
+    move(routing, 0.2)
+    routed = draw(pipe, name)
+    cpu_offload(pipe.transformer, torch.device("cpu"), offload_buffers=True)
+    assert all(p.is_meta for p in routing.parameters())
+    assert torch.equal(draw(pipe, name), routed)
+    assert routing.weights(torch.tensor([0.5])).isfinite().all()
+
+
+@BOTH
+def test_group_offloading(name: str) -> None:
+    pipe = pipeline(name)
+    routing = adopt(pipe)
+    move(routing)
+    routed = draw(pipe, name)
+    pipe.transformer.enable_group_offload(
+        onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
+    )
+    assert torch.equal(draw(pipe, name), routed)
+
+
+@BOTH
+def test_numbers_keep_their_type(name: str) -> None:
+    pipe = pipeline(name)
+    routing = adopt(pipe)
+    move(routing)
+    numbers = [p.clone() for p in routing.parameters()]
+    pipe.to(torch.bfloat16)
+    assert pipe.transformer.dtype == torch.bfloat16
+    assert all(
+        torch.equal(p, x) and p.dtype == torch.float32 for p, x in zip(routing.parameters(), numbers, strict=True)
+    )
+    routed = draw(pipe, name)
+    assert routed.isfinite().all()
+    routing.scale = 0
+    plain = draw(pipe, name)
+    assert not torch.equal(plain, routed)
+    routing.remove()
+    assert torch.equal(draw(pipe, name), plain)
+
+
+def test_ten_blocks_compile_to_one_graph() -> None:
+    """As many as without adoption; in streams the two additions make one more each, for all blocks together.
+
+    New prompts of the same length add none. In a process without checks of annotations, which torch would trace.
+    """
+    script = Path(__file__).parents[1] / "helpers/compiled_blocks.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.splitlines() == ["sana 2 2", "qwen-image 1 3", "z-image 1 3"]
+
+
+def test_scripts_that_cache_texts_train_with_them() -> None:
+    """Two lines in a training script; the texts are cached before the encoder is dropped."""
+    case = make("sana")
+    routing: Routing = adopt(text_encoder=case.encoder, transformer=case.transformer)
+    text = case.encode()
+    del case.encoder
+    target = torch.randn(2, 4, 8, 8)
+    optimizer = torch.optim.AdamW(routing.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = (case.draw(text) - target).square().mean()
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
