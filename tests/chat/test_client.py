@@ -410,6 +410,7 @@ def test_clearing_a_cache_deletes_answers_alone(tmp_path: Path) -> None:
         cache.put(name, {}, answer)
     notes = cache.path(names[0]).with_name("notes.json")
     notes.write_text("mine")
+    cache.path(names[1]).with_name(f".{names[1]}.json.partial-0a1b").write_text('{"quest')  # of a killed process
     cache.clear()
     assert [path for path in cache.folder.rglob("*") if path.is_file()] == [notes]
     assert [cache.get(name) for name in names] == [None, None]

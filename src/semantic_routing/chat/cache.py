@@ -11,7 +11,7 @@ from typing import Any
 
 from semantic_routing.chat.messages import ENTRY, Answer
 from semantic_routing.common.config import from_dict, to_dict
-from semantic_routing.common.files import write_text
+from semantic_routing.common.files import PARTIAL, write_text
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +47,9 @@ class AnswerCache:
         self.path(name).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Delete all answers and no other file of the folder."""
-        for path in self.folder.glob("??/*.json"):
-            if ENTRY.fullmatch(path.name):
+        """Delete all answers, those that a killed process left half-written too, and no other file of the folder."""
+        for path in self.folder.glob("??/*"):
+            if ENTRY.fullmatch(path.name.removeprefix(".").partition(PARTIAL)[0]):
                 path.unlink(missing_ok=True)
         for folder in (*self.folder.glob("??"), self.folder):
             with suppress(OSError):  # not empty
