@@ -9,8 +9,9 @@ STAMP := $(VENV)/.installed
 quickstart: $(STAMP)
 	$(BIN)/semroute quickstart --out runs/quickstart
 
+# A process for each core, of one thread: more threads than cores would wait for each other.
 test: $(STAMP)
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8
 
 check: $(STAMP)
 	$(BIN)/ruff check .
