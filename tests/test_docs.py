@@ -22,7 +22,9 @@ from transformers import CLIPImageProcessorPil
 
 from semantic_routing.analysis.overhead import measure
 from semantic_routing.checkpoint.load import EMA, find_checkpoint
+from semantic_routing.cli.arguments import parse
 from semantic_routing.cli.main import main
+from semantic_routing.cli.quickstart import QuickstartArguments
 from semantic_routing.evaluation.geneval import detector as geneval_detector
 from semantic_routing.evaluation.judges.vqascore import VQA_TEMPLATES
 from semantic_routing.interop.upstream import SIZES, from_upstream, to_upstream, upstream_config
@@ -112,6 +114,9 @@ def test_text_encoders(tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     small = ["--steps", "1", "--batch", "4", "--preview-every", "0", "--no-compile"]
     for command in commands("text-encoders.md"):
+        if command[0] == "quickstart":  # minutes; tests/cli/test_quickstart.py runs it
+            assert parse(QuickstartArguments, command[1:], prog="semroute quickstart").text == "smollm2"
+            continue
         command = [str(tiny_encoder) if "/Qwen3" in word or word == "smollm2" else word for word in command]
         main(command + (small if command[0] == "train" else ["--steps", "1"]))
     assert Path("images/qwen/00000_00.png").is_file()

@@ -227,7 +227,8 @@ def test_without_a_home_folder_the_cache_must_be_named(monkeypatch: pytest.Monke
     def none() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.delenv("SEMROUTE_CACHE", raising=False)
+    for variable in ("SEMROUTE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(Path, "home", none)
     with pytest.raises(ValueError, match="set SEMROUTE_CACHE"):
         cache_folder()
