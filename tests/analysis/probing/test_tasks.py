@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from semantic_routing.analysis.probing.classify import cross_validate
-from semantic_routing.analysis.probing.tasks import color_word_task, toy_tasks
+from semantic_routing.analysis.probing.tasks import color_word_task, toy_tasks, world_tasks
 from semantic_routing.cli.main import main
 from semantic_routing.text.encoder import TextEncoder
+from semantic_routing.toy.words.lexicon import words
 
 
 def test_a_probe_finds_linear_classes_and_guesses_on_noise() -> None:
@@ -41,9 +42,29 @@ def test_tasks_read_the_words_that_they_name() -> None:
         assert answer == choice[1]
         assert all(color in prompt for color in choice)
     assert (task.chance, tasks["relation"].chance) == (0.5, 0.25)
-    words = color_word_task()
-    assert len(set(words.prompts)) == len(words.prompts) == 160
-    assert words.chance == 0.125
+    unseen = color_word_task()
+    assert len(set(unseen.prompts)) == len(unseen.prompts) == 160
+    assert unseen.chance == 0.125
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_tasks_of_the_world_of_words_read_names_of_their_answers(seed: int) -> None:
+    tasks = {task.name: task for task in world_tasks("words", 150, seed)}
+    assert list(tasks) == [
+        "color", "shape", "count", "relation", "color of the first object", "color of the second object",
+        "color of unseen things", "shape of unseen names",
+    ]  # fmt: skip
+    for task in tasks.values():
+        assert len(set(task.prompts)) == len(task.prompts) >= 150
+        assert len(task.answers) == len(task.prompts)
+        assert len(set(task.answers)) >= 3
+        assert all(len(ends) == len(task.prompts) for ends in task.ends.values())
+    task, names = tasks["shape"], [(word.text, word.reading) for word in words("shapes")]
+    for prompt, answer, end in zip(task.prompts, task.answers, task.ends["noun"], strict=True):
+        assert any(prompt[:end].endswith(name) for name, reading in names if reading == answer)
+    binding = [tasks[f"color of the {which} object"] for which in ("first", "second")]
+    for first, second, choice in zip(binding[0].answers, binding[1].answers, binding[0].choices, strict=True):
+        assert (first, second) == choice
 
 
 def test_a_token_is_found_by_its_characters(tiny_encoder: Path) -> None:
