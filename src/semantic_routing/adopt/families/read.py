@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from semantic_routing.adopt.families.family import Blocks, Family, named_if
+
+
+def latest_time(timestep: Tensor) -> Tensor:
+    """Return the time of each sample [B] from its timestep, or from the largest of its tokens' [B, ...]."""
+    return 1 - (timestep.flatten(1).amax(1) if timestep.ndim > 1 else timestep) / 1000
+
 
 PRX = Family(
     name="prx",
@@ -65,7 +73,7 @@ WAN = Family(
         ),
     ),
     # With first frames that stay as they are (Wan 2.2 TI2V) each token has its own timestep, 0 in those frames.
-    time=lambda timestep: 1 - (timestep.flatten(1).amax(1) if timestep.ndim > 1 else timestep) / 1000,
+    time=latest_time,
     refuses=lambda transformer, layers: named_if(
         transformer.config.image_dim is not None or transformer.config.added_kv_proj_dim is not None,
         "image tokens beside the text (image_dim, added_kv_proj_dim), as of Wan 2.1 image-to-video",
@@ -85,7 +93,7 @@ LTX = Family(
         ),
     ),
     # Video to video gives each token a timestep.
-    time=lambda timestep: 1 - (timestep.flatten(1).amax(1) if timestep.ndim > 1 else timestep) / 1000,
+    time=latest_time,
 )
 
 FAMILIES = (PRX, SANA, PIXART, WAN, LTX)

@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +20,7 @@ from semantic_routing.analysis.ablation.scores import Score, accuracy, loss, wor
 from semantic_routing.analysis.routers import TIMES, routes, routing_weights
 from semantic_routing.common.files import read_json, write_text
 from semantic_routing.common.locks import LOCK, claimed
+from semantic_routing.evaluation.resampling import PromptSums, bootstrap
 from semantic_routing.flow import FIXED_TIMES
 from semantic_routing.model.dit import DiT
 from semantic_routing.model.override import EditedRouter, rerouted
@@ -142,17 +143,10 @@ def _compared(
         yield Measured(ablation.kind, *names, tag, int(chosen.sum()), was, now, need, low, high)
 
 
-def interval(differences: Float[np.ndarray, " N"], level: float = 0.95) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of a mean of paired differences."""
-    means = _shares(len(differences)) @ differences
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-@lru_cache(maxsize=64)
-def _shares(n: int) -> Float[np.ndarray, "R N"]:
-    """Draw how often each of n prompts is in each resample, as shares; the same for all ablations."""
-    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n
+def interval(differences: Float[np.ndarray, " N"]) -> tuple[float, float]:
+    """Return the 95 % percentile bootstrap interval of a mean of paired differences."""
+    sums = PromptSums(differences[None], np.ones((1, len(differences))))
+    return bootstrap(sums, resamples=RESAMPLES, seed=0)
 
 
 def read_table(path: Path, tags: int) -> list[Measured]:
