@@ -31,6 +31,9 @@ class DataConfig:
     paths, patterns or URLs. For your own folder of such a name write "./shapes"."""
     weights: tuple[float, ...] = ()
     """Relative frequency of each path, such as 70 20 10; by default each record of all paths once an epoch."""
+    captions: int = 0
+    """Number of different captions of a world that is drawn, the same for every seed, each with endless pictures; 0
+    draws new captions all the time. A real language model then reads each caption once (text.keep_on_disk)."""
     index: str = ""
     """Folder of the index written by `semroute data index`; by default that command's default."""
     caption_keys: tuple[str, ...] = ()
@@ -70,9 +73,11 @@ class DataConfig:
                 raise ValueError(f"{WORLDS[world].title} is endless, so it has no share by size: give data.weights")
             if self.buckets:
                 raise ValueError(f"{WORLDS[world].title} is square; leave out data.buckets")
+        if self.captions and not WORLDS.keys() & set(self.paths):
+            raise ValueError("data.captions limits the captions of a world that is drawn; leave it out for your own data")
         if not 0 <= self.max_damaged <= 1:
             raise ValueError(f"max_damaged is {self.max_damaged}; it must be from 0 to 1")
-        for name, least in (("window", 1), ("workers", 0), ("ahead", 1), ("bucket_multiple", 1)):
+        for name, least in (("captions", 0), ("window", 1), ("workers", 0), ("ahead", 1), ("bucket_multiple", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if RECAPTION in self.caption_keys and not self.sidecar:
@@ -156,7 +161,7 @@ def open_data(cfg: DataConfig, *, image_size: int, seed: int, latents: KeptLaten
     for number, paths in enumerate(groups):
         own = stream_seed(seed, number)
         if paths[0] in WORLDS:  # then alone: a world is never without weights beside other paths
-            streams.append(WorldStream(paths[0], own, image_size, latents))
+            streams.append(WorldStream(paths[0], own, image_size, latents, cfg.captions))
         else:
             stream = RecordStream([open_records(path, index) for path in paths], own, how)
             stream.check_captions()

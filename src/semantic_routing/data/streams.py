@@ -23,8 +23,12 @@ from semantic_routing.data.order import Mixture, ShardOrder, locate
 from semantic_routing.data.sidecar import RECAPTION, Sidecar
 from semantic_routing.data.sources.records import Record, RecordSource
 from semantic_routing.toy.captions import Sample
+from semantic_routing.toy.redraw import redrawn
+from semantic_routing.toy.scenes import Dice
 from semantic_routing.toy.worlds import WORLDS
 
+CAPTIONS_SEED = 0
+"""Seed of a world's captions where their number is limited."""
 ATTEMPTS = 32
 """Records that are tried for one row: the first half from its own shard, then from all shards."""
 Image = UInt8[np.ndarray, "H W 3"]
@@ -79,9 +83,17 @@ class WorldStream:
 
     LENGTH = 2**40
 
-    def __init__(self, world: str, seed: int, size: int, latents: KeptLatents | None = None) -> None:
-        self.world, self.seed, self.size, self.latents = WORLDS[world], seed, size, latents
+    def __init__(
+        self, world: str, seed: int, size: int, latents: KeptLatents | None = None, captions: int = 0
+    ) -> None:
+        """``captions`` is how many the world has, the same for every seed, each with endless pictures; 0 for all."""
+        self.name, self.seed, self.size, self.latents, self.limit = world, seed, size, latents, captions
+        self.world = WORLDS[world]
         self.turns = Mixture((1.0,))
+        self._captioned = lru_cache(maxsize=captions)(self._sample)
+
+    def __reduce__(self) -> tuple[type[WorldStream], tuple[str, int, int, KeptLatents | None, int]]:
+        return WorldStream, (self.name, self.seed, self.size, self.latents, self.limit)
 
     def __len__(self) -> int:
         return self.LENGTH
@@ -94,7 +106,20 @@ class WorldStream:
 
     def draw(self, sample: int) -> Sample:
         """Draw the sample of a number, whose picture is rendered where it is used."""
-        return self.world.sample(self.seed, sample, split="train", size=self.size)
+        if not self.limit:
+            return self._sample(self.seed, sample)
+        picture = Dice(sample_rng(self.seed, sample, 0))
+        return redrawn(self._captioned(CAPTIONS_SEED, sample % self.limit), picture)
+
+    def _sample(self, seed: int, sample: int) -> Sample:
+        return self.world.sample(seed, sample, split="train", size=self.size)
+
+    def texts(self, count: int) -> Iterator[str]:
+        """Yield the captions of the first ``count`` positions, or all that there are if those are fewer."""
+        if self.limit and self.limit < count:
+            yield from (self._captioned(CAPTIONS_SEED, number).caption for number in range(self.limit))
+        else:
+            yield from (self.draw(locate(self.seed, place, self.LENGTH)[1]).caption for place in range(count))
 
     def captions(self, count: int) -> list[str]:
         """Return captions of the evaluation split, which is never trained on."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from semantic_routing.common.distributed import World
 from semantic_routing.common.errors import BadData
 from semantic_routing.data.captions import CaptionChoice
 from semantic_routing.data.dataset import Dataset, open_data
-from semantic_routing.data.order import locate
 from semantic_routing.data.sidecar import RECAPTION
 from semantic_routing.data.streams import RecordStream, WorldStream
 from semantic_routing.model.arms import parse_arm
@@ -105,7 +103,7 @@ def distinct_captions(data: Dataset, cfg: TrainConfig) -> list[str]:
         for stream in data.streams:
             texts: Iterator[str]
             if isinstance(stream, WorldStream):
-                texts = islice(_drawn_captions(stream), cfg.steps * cfg.batch)
+                texts = stream.texts(cfg.steps * cfg.batch)
             else:
                 assert isinstance(stream, RecordStream)
                 texts = _record_captions(stream)
@@ -113,14 +111,6 @@ def distinct_captions(data: Dataset, cfg: TrainConfig) -> list[str]:
                 found[caption] = None
                 bar.update()
     return list(found)
-
-
-def _drawn_captions(stream: WorldStream) -> Iterator[str]:
-    position = 0
-    while True:
-        _, number = locate(stream.seed, position, stream.LENGTH)
-        yield stream.draw(number).caption
-        position += 1
 
 
 def _record_captions(stream: RecordStream) -> Iterator[str]:

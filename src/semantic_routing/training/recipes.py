@@ -12,6 +12,7 @@ from semantic_routing.model.codec import CodecConfig
 from semantic_routing.model.dit import DiTConfig
 from semantic_routing.sampling.text_to_image import SampleConfig
 from semantic_routing.text.config import TINY, TextEncoderConfig
+from semantic_routing.toy.worlds import WORDS
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.optim import OptimConfig
 from semantic_routing.training.parallelize import ParallelConfig
@@ -24,6 +25,9 @@ SMALL_SAMPLING = replace(TOY_SAMPLING, batch=506)
 GATE_RATE = 2e-5
 """Learning rate of gates. AdamW moves a gate's logits through all of its 512 hidden channels, a hundred times faster
 than logits that are parameters: at the network's rate gates collapse onto one layer (docs/log.md)."""
+
+KEPT_STATES = "~/.cache/semantic-routing/states"
+"""Folder of a real language model's states, which all runs of a study read."""
 
 
 def toy(arm: str) -> TrainConfig:
@@ -87,6 +91,23 @@ def debug(arm: str) -> TrainConfig:
     )
 
 
+def words(arm: str) -> TrainConfig:
+    """Train in minutes on two CPU cores: the world of words with SmolLM2, which reads each of 16,384 captions once.
+
+    Their states take 12 GB in the cache of the user, where the runs of all arms and seeds find them.
+    """
+    cfg = toy(arm)
+    model = replace(cfg.model, text_width=576, text_layers=30, text_init_std=576**-0.5)
+    if arm == "fusedit":  # its heads are the language model's
+        model = replace(model, heads=3, kv_heads=3, head_dim=64)
+    return replace(
+        cfg,
+        data=DataConfig(paths=(WORDS,), captions=16_384),
+        model=model,
+        text=TextEncoderConfig(name_or_path="smollm2", dtype="bfloat16", keep="0", keep_on_disk=KEPT_STATES),
+    )
+
+
 def small(arm: str) -> TrainConfig:
     """Train 41 million parameters on the toy world: seven arms and three seeds take half an hour on one GPU.
 
@@ -123,4 +144,10 @@ def paper(arm: str) -> TrainConfig:
     )
 
 
-RECIPES: dict[str, Callable[[str], TrainConfig]] = {"debug": debug, "toy": toy, "small": small, "paper": paper}
+RECIPES: dict[str, Callable[[str], TrainConfig]] = {
+    "debug": debug,
+    "toy": toy,
+    "words": words,
+    "small": small,
+    "paper": paper,
+}
