@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from semantic_routing.common.config import to_dict
+from semantic_routing.common.config import read_config
 from semantic_routing.common.errors import Interrupted, TrainingFailed
 from semantic_routing.common.files import check_writable, write_text
 from semantic_routing.common.locks import LOCK, claimed
@@ -24,6 +24,7 @@ from semantic_routing.common.stopping import stop_signals
 from semantic_routing.evaluation.records import MANIFEST
 from semantic_routing.evaluation.scoring import read_manifest
 from semantic_routing.study.plan import SCALES, Job, Stage, StudyArguments, config_text, evaluation_folder, jobs, stages
+from semantic_routing.training.config import TrainConfig
 
 POLL_SECONDS = 1.0
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
@@ -225,7 +226,8 @@ def _check_same(every: list[Progress], args: StudyArguments) -> None:
     """Write every run's configuration; ValueError if the folder has one with other settings, or other prompts."""
     for progress in every:
         path = args.out / "configs" / f"{progress.job.name}.json"
-        if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != to_dict(progress.job.config):
+        # Read as settings: a file of an earlier version lacks those that came later.
+        if path.is_file() and read_config(TrainConfig, path) != progress.job.config:
             raise ValueError(f"{path} has other settings than this study; choose another --out")
         write_text(path, config_text(progress.job))
         for clock in ("", *progress.job.clocks):

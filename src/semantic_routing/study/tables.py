@@ -1,4 +1,4 @@
-"""The results of a study as Markdown tables and as one page: its Tables 1, 2 and 3."""
+"""The results of a study as Markdown tables and as one page: its Tables 1 to 4."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from semantic_routing.common.webpage import document
 from semantic_routing.model.arms import ARMS
 from semantic_routing.model.dit import DiT
 from semantic_routing.study.plan import Job, StudyArguments, jobs
-from semantic_routing.study.results import Number, Row, read_rows, results_json
+from semantic_routing.study.results import Number, Pairs, Row, read_pairs, read_rows, results_json
 
 METHOD = (
     "Accuracies in percent, the mean over seeds; every run has the same budget, and for one seed the same backbone, "
@@ -35,7 +35,7 @@ METHOD = (
 
 def write_results(args: StudyArguments) -> Path:
     """Write ``results.json``, ``tables.md``, ``report.html`` and figures from finished runs; return the page's path."""
-    rows = read_rows(args)
+    rows, pairs = read_rows(args), read_pairs(args)
     every = jobs(args)
     facts = manifest(
         scale=args.scale, arms=list(args.all_arms), steps=every[0].config.steps, prompts=args.n,
@@ -46,8 +46,8 @@ def write_results(args: StudyArguments) -> Path:
         drawn.save(args.out / "figures")
     stability = seed_stability(args, every)
     write_text(args.out / "manifest.json", json.dumps(facts, indent=2) + "\n")
-    write_text(args.out / "results.json", results_json(rows, {"seed_similarity": stability}))
-    parts = sections(rows, stability)
+    write_text(args.out / "results.json", results_json(rows, pairs, {"seed_similarity": stability}))
+    parts = sections(rows, pairs, stability)
     write_text(args.out / "tables.md", to_markdown(parts))
     write_text(args.out / "report.html", page(args, parts, figures, facts))
     return args.out / "report.html"
@@ -57,12 +57,14 @@ Sections = Sequence[tuple[str, Table]]
 """Tables under their headings."""
 
 
-def sections(rows: Sequence[Row], stability: dict[str, float]) -> Sections:
+def sections(rows: Sequence[Row], pairs: Pairs, stability: dict[str, float]) -> Sections:
     """Return all tables of a study."""
     nominal, clocked = [r for r in rows if not r.clock], [r for r in rows if r.clock]
     found = [("Table 1: strategies", _strategies(nominal)), ("Table 2: by skill", _skills(nominal))]
     if clocked:
         found.append(("Table 3: gates told another time", _clocks(clocked)))
+    if len(pairs) > 1:
+        found.append(("Table 4: one strategy minus another", _pairs(pairs)))
     if stability:
         table = Table(("arm", "similarity"), [(name, f"{value:.4f}") for name, value in stability.items()])
         found.append(("Stability of routing across seeds (Jensen-Shannon similarity)", table))
@@ -81,12 +83,13 @@ def to_html(parts: Sections) -> str:
 
 
 def _strategies(rows: Sequence[Row]) -> Table:
+    means = [name for name in MEANS if name in rows[0].accuracy]
     cells = []
     for row in rows:
-        own = [_number(row.accuracy.get(name)) for name in ("overall", "geneval")]
+        own = [_number(row.accuracy.get(name)) for name in means]
         other = row.difference.get("overall")
         cells.append((_label(row), *own, _number(other, sign=True), _p(other)))
-    return Table(("", "overall", "GenEval's six tags", f"overall minus {rows[0].name}", "p"), cells)
+    return Table(("", *(MEANS[name] for name in means), f"overall minus {rows[0].name}", "p"), cells)
 
 
 def _skills(rows: Sequence[Row]) -> Table:
@@ -101,6 +104,15 @@ def _clocks(rows: Sequence[Row]) -> Table:
         other = row.difference["overall"]
         cells.append((_label(row), _number(row.accuracy["overall"]), _number(other, sign=True), _p(other)))
     return Table(("", "overall", "minus the nominal clock", "p"), cells)
+
+
+def _pairs(pairs: Pairs) -> Table:
+    columns = list(next(iter(pairs.values())))
+    cells = [
+        (f"{one} minus {other}", *(_number(numbers[name], sign=True) for name in columns))
+        for (one, other), numbers in pairs.items()
+    ]
+    return Table(("", *(MEANS[name] for name in columns)), cells)
 
 
 def _label(row: Row) -> str:
