@@ -17,10 +17,11 @@ import numpy as np
 from scipy.stats import t as student
 
 from semantic_routing.analysis.report import MEANS
-from semantic_routing.evaluation.records import CORRECT, RECORDS, Record, read_records
+from semantic_routing.evaluation.records import CORRECT, Record
 from semantic_routing.evaluation.resampling import PromptSums, bootstrap, permutation_test, prompt_sums
 from semantic_routing.evaluation.shapes import shapes_columns
-from semantic_routing.study.plan import Job, StudyArguments, evaluation_folder, jobs
+from semantic_routing.study.keep import kept_records
+from semantic_routing.study.plan import Job, StudyArguments, jobs
 
 RESAMPLES = 10_000
 Interval = tuple[float, float]
@@ -127,7 +128,7 @@ def _variants(args: StudyArguments) -> dict[str, list[Job]]:
 
 def _records(args: StudyArguments, runs: Sequence[Job], clock: str) -> list[list[Record]]:
     """Return the records of each run."""
-    return [read_records(evaluation_folder(args, job, clock) / RECORDS) for job in runs]
+    return [kept_records(args, job, clock) for job in runs]
 
 
 def _numbers(

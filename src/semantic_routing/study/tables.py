@@ -13,7 +13,7 @@ import numpy as np
 from semantic_routing.analysis.distances import mean_similarity
 from semantic_routing.analysis.figures import INK, Drawn, label_axes, new_axes, to_svg
 from semantic_routing.analysis.report import MEANS, words
-from semantic_routing.analysis.routers import TIME, TIMES, open_router, routing_weights, row_label, row_names
+from semantic_routing.analysis.routers import TIME, TIMES, row_label, row_names
 from semantic_routing.analysis.statistics import js_divergence
 from semantic_routing.analysis.table import Table
 from semantic_routing.analysis.weights import plot_heatmap
@@ -21,7 +21,7 @@ from semantic_routing.common.files import write_text
 from semantic_routing.common.manifest import manifest
 from semantic_routing.common.webpage import document
 from semantic_routing.model.arms import ARMS
-from semantic_routing.model.dit import DiT
+from semantic_routing.study.keep import kept_weights
 from semantic_routing.study.plan import Job, StudyArguments, jobs
 from semantic_routing.study.results import Number, Pairs, Row, read_pairs, read_rows, results_json
 
@@ -159,7 +159,7 @@ def _routing_figures(args: StudyArguments, every: Sequence[Job]) -> list[Drawn]:
     """Draw the final weights of each learned arm's first seed: the mean over times by row, or of S1 by time."""
     found = []
     for job in (job for job in every if job.seed == 0):
-        weights = _weights(args, job)
+        weights = kept_weights(args, job)
         if weights is not None and np.ptp(weights) > 0 and ARMS[job.arm].learned:
             over_time = not ARMS[job.arm].by_block and ARMS[job.arm].by_time
             values = weights[:, 0] if over_time else weights.mean(0)
@@ -179,7 +179,7 @@ def seed_stability(args: StudyArguments, every: Sequence[Job]) -> dict[str, floa
     """Return the mean Jensen-Shannon similarity between the seeds of each variant with learned weights."""
     by_variant: dict[str, list[Any]] = {}
     for job in every:
-        weights = _weights(args, job)
+        weights = kept_weights(args, job)
         if weights is not None and ARMS[job.arm].learned:
             by_variant.setdefault(job.variant, []).append(weights)
     found = {}
@@ -188,14 +188,6 @@ def seed_stability(args: StudyArguments, every: Sequence[Job]) -> dict[str, floa
             stack = np.stack(weights)[:, ::5].astype(float)  # seeds, times, blocks, layers
             found[variant] = mean_similarity(1 - js_divergence(stack[:, None], stack[None]).mean((2, 3)))
     return found
-
-
-def _weights(args: StudyArguments, job: Job) -> Any:
-    """Return the routing weights [T, K, L] of a finished run; None if its arm has no weights."""
-    model = open_router(args.out / "runs" / job.name)
-    if not isinstance(model, DiT) or not ARMS[job.arm].has_weights:
-        return None
-    return routing_weights(model, TIMES)
 
 
 def page(args: StudyArguments, parts: Sections, figures: Sequence[Drawn], facts: dict[str, Any]) -> str:
