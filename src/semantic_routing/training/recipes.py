@@ -19,7 +19,7 @@ from semantic_routing.training.parallelize import ParallelConfig
 
 TOY_SAMPLING = SampleConfig(sampler="renoise", steps=100, guidance=3.0, shift=4.0, batch=110)
 """Sampling of toy models: most steps are close to the noise, where the scene is decided."""
-WORDS_SAMPLING = replace(TOY_SAMPLING, steps=50, batch=133)
+WORDS_SAMPLING = replace(TOY_SAMPLING, steps=25, batch=133)
 """Sampling of models of the world of words, with a batch of seven pictures a tag."""
 SMALL_SAMPLING = replace(TOY_SAMPLING, batch=506)
 """The same for small models, with the batch size of a GPU."""
