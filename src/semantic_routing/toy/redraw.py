@@ -14,8 +14,8 @@ TRIES = 64
 def redrawn(sample: Sample, dice: Dice) -> Sample:
     """Draw another scene of a sample's caption.
 
-    The objects stay, with their shapes and sizes. Their places, their colours and the background are drawn anew
-    wherever the claims leave them open.
+    The objects stay, with their shapes and sizes. Places, colours and the background change at random where the
+    claims leave them open.
     """
     scene = replace(sample.scene, background=dice.pick(tuple(BACKGROUNDS)))
     scene = scene if _true(sample, scene) else sample.scene
