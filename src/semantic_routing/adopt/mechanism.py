@@ -40,12 +40,13 @@ class Mechanism:
 
     def install(self) -> list[Any]:
         """Register the hooks and return their handles."""
+        plain = torch.compiler.disable(reason=NOT_COMPILED)
         handles = [
-            self.transformer.register_forward_pre_hook(self._begin, with_kwargs=True),
-            self.transformer.register_forward_hook(self._end, always_call=True),
+            self.transformer.register_forward_pre_hook(plain(self._begin), with_kwargs=True),
+            self.transformer.register_forward_hook(plain(self._end), always_call=True),
         ]
         if self.entrance:
-            handles.append(self.entrance[-1].register_forward_hook(self._enter))
+            handles.append(self.entrance[-1].register_forward_hook(plain(self._enter)))
         for blocks in self.family.blocks:
             modules = [module for module, spec in self.blocks if spec is blocks]
             handles += injection.install(modules, blocks, adds=bool(self.family.entrance) and not self._reads)
@@ -251,6 +252,11 @@ class Mechanism:
 MISSING = (
     "the text was encoded before adoption, or with the routing disabled or in evaluation mode, and lacks layers that "
     "it needs: encode the prompt again with the adopted pipeline, or set routing.scale = 0"
+)
+
+
+NOT_COMPILED = (
+    "adopt prepares the text here, outside of graphs: compile the transformer without fullgraph=True, or its blocks alone"
 )
 
 
