@@ -59,7 +59,8 @@ def compiled(case: Case, modules: list[Any], fullgraph: bool) -> list[int]:
 
     for module in modules:
         module.compile(backend=backend, fullgraph=fullgraph)
-    for now, (text, expected) in enumerate(zip(texts, eager, strict=True)):
+    for number, (text, expected) in enumerate(zip(texts, eager, strict=True)):
+        now = number
         torch.testing.assert_close(case.draw(text), expected)
     return graphs
 

@@ -2,8 +2,10 @@
 
 The hooks read attributes of the block, and nothing that differs from block to block, so that ``torch.compile`` makes
 one graph for all blocks of a class. A compiled block runs its hooks outside of its graph: there they are not compiled,
-which would make a graph of each; in a transformer that is compiled as a whole they are part of its graph. Gradient checkpointing calls a block again in the backward pass, when its
-attributes may be those of another forward pass; ``bound`` binds them to the call.
+which would make a graph of each; in a transformer that is compiled as a whole they are part of its graph.
+
+Gradient checkpointing calls a block again in the backward pass, when its attributes may be those of another forward
+pass; ``bound`` binds them to the call.
 """
 
 from __future__ import annotations
