@@ -1,6 +1,6 @@
 """Time of one adopted step against the original's, on small random Sana and Z-Image transformers.
 
-    python benchmarks/adopt.py [--repeats 40] [--out FILE.json]
+    python benchmarks/adopt.py [--repeats 20] [--out FILE.json]
 
 A step is one call of the transformer with the text of two prompts, as in a pipeline: the same tensors at every step.
 Rounds of original and of adopted steps alternate in one process and change places each time; a round's ratio is that
@@ -128,7 +128,7 @@ def _times(step: Callable[[], object]) -> Times:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=20, help="rounds of each kind, at least 2")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)  # so that the thread's time is all of it

@@ -165,8 +165,9 @@ def test_nothing_is_computed_before_training(name: str, monkeypatch: pytest.Monk
     assert len(entered) == 4
     routing.eval()
     with torch.no_grad():
-        states = pipe.text_encoder(torch.tensor([[4, 5]]), output_hidden_states=True).hidden_states[-2]
-    assert states.shape[-1] == routing.facts.width  # no layer is recorded
+        output = pipe.text_encoder(torch.tensor([[4, 5]]), output_hidden_states=True)
+    states = [output.last_hidden_state, *output.hidden_states]
+    assert {x.shape[-1] for x in states} == {routing.facts.width}  # no layer is recorded
 
 
 def lora(pipe: Any, targets: list[str]) -> None:

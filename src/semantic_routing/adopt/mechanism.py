@@ -19,6 +19,7 @@ from semantic_routing.adopt.families.family import Blocks, Family, arguments_of,
 from semantic_routing.adopt.moments import restyled
 from semantic_routing.adopt.prompts import Layout, Prompt, Prompts, versions
 from semantic_routing.adopt.routing import ATTRIBUTE, Routing
+from semantic_routing.adopt.weights import REINJECT
 
 
 class Mechanism:
@@ -139,9 +140,11 @@ class Mechanism:
                 raise ValueError(MISSING)
             return False
         change, blocks = self.routing.change(None)
-        if bool((change != 0).any()):
+        if not blocks:  # as at every step of an untrained model: without waiting for the device
+            return False
+        if self.routing.facts.arm != REINJECT and bool((change != 0).any()):
             raise ValueError(MISSING)
-        return bool(blocks)
+        return True
 
     def _moves_at_some_time(self) -> bool:
         device = next(self.routing.parameters()).device

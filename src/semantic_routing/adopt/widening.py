@@ -19,7 +19,7 @@ from semantic_routing.text.architecture import find_layers
 from semantic_routing.text.taps import recorded
 
 Wanted = Callable[[], tuple[int, ...]]
-"""Returns the numbers of the layers to record, 1 to L."""
+"""Function that returns the numbers of the layers to record, 1 to L."""
 
 
 class Widening:
