@@ -96,17 +96,23 @@ def ratios(make: Callable[[], Any], repeats: int) -> dict[str, float]:
             routing.remove()
             return times
 
-        rounds: list[tuple[Times, Times]] = []
-        for number in range(repeats):
-            if number % 2:
-                second = adopted()
-                rounds.append((original(), second))
-            else:
-                rounds.append((original(), adopted()))
-        found["original, ms"] = 1e3 * statistics.median(first[0] for first, _ in rounds)
-        for clock, place in (("", 0), (", wall clock", 1)):
-            low, middle, high = statistics.quantiles([b[place] / a[place] for a, b in rounds], n=4, method="inclusive")
-            found |= {f"{name}{clock}": middle, f"{name}{clock}, from": low, f"{name}{clock}, to": high}
+        found |= _compared(name, original, adopted, repeats)
+    return found
+
+
+def _compared(name: str, original: Callable[[], Times], adopted: Callable[[], Times], repeats: int) -> dict[str, float]:
+    """Return the original's milliseconds and the quartiles of the rounds' ratios, by both clocks."""
+    rounds = []
+    for number in range(repeats):
+        if number % 2:
+            second = adopted()
+            rounds.append((original(), second))
+        else:
+            rounds.append((original(), adopted()))
+    found = {"original, ms": 1e3 * statistics.median(first[0] for first, _ in rounds)}
+    for clock, place in (("", 0), (", wall clock", 1)):
+        low, middle, high = statistics.quantiles([b[place] / a[place] for a, b in rounds], n=4, method="inclusive")
+        found |= {f"{name}{clock}": middle, f"{name}{clock}, from": low, f"{name}{clock}, to": high}
     return found
 
 
