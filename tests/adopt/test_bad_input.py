@@ -192,7 +192,6 @@ def test_texts_that_lack_layers_which_weigh_something_now(name: str) -> None:
     logits[:, 1], logits[:, 2] = 0.0, 0.5
     with pytest.raises(ValueError, match="lacks layers that it needs: encode the prompt again"):
         pixels(case, text)
-    assert not torch.equal(pixels(case), routed)
     logits[:, 1], logits[:, 2] = 0.5, 0.0
     assert torch.equal(pixels(case, text), routed)
     logits.requires_grad_()

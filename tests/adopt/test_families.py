@@ -76,7 +76,10 @@ def hooks_left(case: Case) -> list[str]:
     names = []
     for root in (case.transformer, case.encoder):
         for name, module in root.named_modules():
-            if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_routed_text"):
+            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+            if root is case.encoder:  # transformers has hooks of its own, and those of taps stay for good
+                hooks = [hook for hook in hooks if hook.__module__.startswith("semantic_routing.adopt")]
+            if hooks or hasattr(module, "_routed_text"):
                 names.append(f"{type(root).__name__}.{name}")
     function = getattr(case.transformer, "_gradient_checkpointing_func", None)
     wrapped = hasattr(function, "unbound") or hasattr(case.transformer, "semantic_routing")
