@@ -301,7 +301,7 @@ def test_an_error_of_the_text_encoder_leaves_nothing_behind() -> None:
 @pytest.mark.behaviour(
     "Adopting a model",
     when="a routing is saved into a folder that has a README.md",
-    then="a card as save wrote it is written anew; an edited one stays, with a warning, as does any other README.md",
+    then="a card as save wrote it is rewritten; an edited one stays, with a warning, as does any other README.md",
 )
 def test_a_second_save_renews_only_its_own_card(tmp_path: Path) -> None:
     card = tmp_path / "README.md"

@@ -1,7 +1,7 @@
 """The model card beside the file of a routing.
 
 Its last line has the digest of what stands before it. A card whose digest is right is as it was written, and is
-written anew with other weights; a README.md that is edited, or was never a card, is the user's own and stays.
+rewritten with other weights; a README.md that is edited, or was never a card, is the user's own and stays.
 """
 
 from __future__ import annotations
