@@ -1,14 +1,17 @@
 """Time of one adopted step against the original's, on small random Sana and Z-Image transformers.
 
-    python benchmarks/adopt.py [--repeats 40] [--out FILE.json]
+    python benchmarks/adopt.py [--repeats 20] [--out FILE.json]
 
 A step is one call of the transformer with the text of two prompts, as in a pipeline: the same tensors at every step.
-Original and adopted steps alternate in one process, and the ratio is that of their medians.
+Rounds of original and of adopted steps alternate in one process and change places each time; a round's ratio is that
+of its medians, and what is said is the median of the rounds' ratios with their quartiles. The clock is the processor
+time of this thread, which work of other processes does not lengthen as it does the wall clock's, said beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -76,46 +79,70 @@ def ratios(make: Callable[[], Any], repeats: int) -> dict[str, float]:
     plain = read(encoder(ids, output_hidden_states=True))
     found: dict[str, float] = {}
     for name, std in (("before training", 0.0), ("after training", 0.5)):
-        times: dict[str, list[float]] = {"original": [], "adopted": []}
         routing = adopt(text_encoder=encoder, transformer=transformer)
         for parameter in routing.parameters():
             torch.nn.init.normal_(parameter, std=std)
         packed = read(encoder(ids, output_hidden_states=True))
         routing.remove()
         numbers = routing.state_dict()
-        for _ in range(repeats):
-            times["original"] += _times(lambda: transformer(**inputs(plain)))
+
+        def original() -> Times:
+            return _times(lambda: transformer(**inputs(plain)))
+
+        def adopted(numbers: Any = numbers, packed: Any = packed) -> Times:
             routing = adopt(text_encoder=encoder, transformer=transformer)
             routing.load_state_dict(numbers)
-            times["adopted"] += _times(lambda text=packed: transformer(**inputs(text)))
+            times = _times(lambda: transformer(**inputs(packed)))
             routing.remove()
-        medians = {kind: statistics.median(values) for kind, values in times.items()}
-        found["original, ms"] = 1e3 * medians["original"]
-        found[name] = medians["adopted"] / medians["original"]
+            return times
+
+        found |= _compared(name, original, adopted, repeats)
     return found
 
 
-def _times(step: Callable[[], object]) -> list[float]:
-    """Return the seconds of four steps, after one that prepares the text."""
+def _compared(name: str, original: Callable[[], Times], adopted: Callable[[], Times], repeats: int) -> dict[str, float]:
+    """Return the original's milliseconds and the quartiles of the rounds' ratios, by both clocks."""
+    rounds = []
+    for number in range(repeats):
+        if number % 2:
+            second = adopted()
+            rounds.append((original(), second))
+        else:
+            rounds.append((original(), adopted()))
+    found = {"original, ms": 1e3 * statistics.median(first[0] for first, _ in rounds)}
+    for clock, place in (("", 0), (", wall clock", 1)):
+        low, middle, high = statistics.quantiles([b[place] / a[place] for a, b in rounds], n=4, method="inclusive")
+        found |= {f"{name}{clock}": middle, f"{name}{clock}, from": low, f"{name}{clock}, to": high}
+    return found
+
+
+Times = tuple[float, float]
+"""Processor time of a step in this thread, and its wall-clock time, in seconds."""
+
+
+def _times(step: Callable[[], object]) -> Times:
+    """Return the medians of four steps, after one that prepares the text."""
     step()
     seconds = []
     for _ in range(4):
-        began = time.perf_counter()
+        began = time.thread_time(), time.perf_counter()
         step()
-        seconds.append(time.perf_counter() - began)
-    return seconds
+        seconds.append((time.thread_time() - began[0], time.perf_counter() - began[1]))
+    processor, wall = zip(*seconds, strict=True)
+    return statistics.median(processor), statistics.median(wall)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=20, help="rounds of each kind, at least 2")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    sys.stdout.write(f"{hardware()}\n")
+    torch.set_num_threads(1)  # so that the thread's time is all of it
+    sys.stdout.write(f"{hardware()}, load {os.getloadavg()}\n")
     rows = {name: ratios(make, args.repeats) for name, make in (("Sana", sana), ("Z-Image", z_image))}
     for name, row in rows.items():
         sys.stdout.write(f"{name}: " + ", ".join(f"{what} {value:.3f}" for what, value in row.items()) + "\n")
-    save(args, {"rows": rows})
+    save(args, {"rows": rows, "load": os.getloadavg()})
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ CHAPTERS = (
     "Training",
     "Sampling",
     "diffusers",
+    "Adopting a model",
     "Judges and scores",
     "Surroundings",
 )

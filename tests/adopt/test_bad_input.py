@@ -27,6 +27,11 @@ def refused(case: Case, message: str, **options: Any) -> None:
     assert not hooks_left(case)
 
 
+@pytest.mark.behaviour(
+    "Adopting a model",
+    when="adopt does not know the transformer, the arm, the weights or the injection",
+    then="it is refused with those that are known",
+)
 def test_unknown_parts() -> None:
     case = make("sana")
     with pytest.raises(ValueError, match=r"does not know the transformer Linear; known: .*SanaTransformer2DModel"):
@@ -39,6 +44,11 @@ def test_unknown_parts() -> None:
     refused(case, "do not update the text", arm="reinject")
 
 
+@pytest.mark.behaviour(
+    "Adopting a model",
+    when="the text encoder has another width or class than the transformer reads",
+    then="adopt refuses the pair and names both",
+)
 def test_parts_that_do_not_fit() -> None:
     case, other = make("sana"), make("hidream")
     case.transformer.caption_projection.linear_1 = nn.Linear(24, 32)
@@ -48,12 +58,22 @@ def test_parts_that_do_not_fit() -> None:
     refused(klein, "with the text encoder Qwen3ForCausalLM, but this one is LlamaForCausalLM")
 
 
+@pytest.mark.behaviour(
+    "Adopting a model",
+    when="a known transformer has an option for which adopt does not hold (image tokens of Wan 2.1 image-to-video)",
+    then="it is refused, and the option is named",
+)
 def test_options_for_which_a_family_does_not_hold() -> None:
     case = make("wan")
     case.transformer.register_to_config(image_dim=8)
     refused(case, "image tokens beside the text")
 
 
+@pytest.mark.behaviour(
+    "Adopting a model",
+    when="another release of diffusers has given a transformer's blocks other arguments",
+    then="adopt refuses it, with the arguments found, those known, and a release that fits",
+)
 def test_blocks_of_another_release() -> None:
     class SanaTransformerBlock(nn.Module):
         def forward(self, hidden_states: Any, text: Any) -> Any: ...
@@ -63,28 +83,79 @@ def test_blocks_of_another_release() -> None:
     refused(case, "this release of diffusers differs")
 
 
-def test_models_that_are_not_as_loaded() -> None:
+@pytest.mark.behaviour(
+    "Adopting a model",
+    when="the transformer splits its sequences over processes (context parallelism), before or after adoption",
+    then="adopt, or the next call, refuses it and says which parallelism to use; the model is as it was",
+)
+def test_context_parallelism() -> None:
     case = make("sana")
+    before = pixels(case)
     case.transformer._parallel_config = SimpleNamespace(context_parallel_config=object())
-    refused(case, "context parallelism")
+    refused(case, r"SanaTransformer2DModel splits its sequences .*context parallelism.* use tensor or data parallelism")
+    case.transformer._parallel_config = None
+    routing = put(case)
+    case.transformer._parallel_config = SimpleNamespace(context_parallel_config=object())
+    with pytest.raises(ValueError, match=r"context parallelism.* or remove\(\) the routing"):
+        pixels(case)
+    routing.remove()
+    assert torch.equal(pixels(case), before)
+    assert not hooks_left(case)
+
+
+@pytest.mark.behaviour(
+    "Adopting a model",
+    when="the transformer or one of its blocks is compiled already",
+    then="adopt refuses it and says to call it before torch.compile",
+)
+def test_compiled_models() -> None:
     case = make("sana")
     case.transformer.transformer_blocks[0].compile(backend="eager")
-    refused(case, "call adopt before torch.compile")
+    refused(case, "SanaTransformer2DModel is compiled already: call adopt before torch.compile")
+
+
+@pytest.mark.behaviour(
+    "Adopting a model",
+    when="a transformer is adopted a second time",
+    then="that is refused, with the arm of the first routing, which stays as it is; after its remove() it can be",
+)
+def test_adopting_twice() -> None:
     case = make("sana")
     routing = put(case)
-    with pytest.raises(ValueError, match="adopted already: call remove"):
-        put(case)
+    move(routing)
+    before, hooks = pixels(case), hooks_left(case)
+    message = r"SanaTransformer2DModel is adopted already, with the arm 'depth': call remove\(\)"
+    with pytest.raises(ValueError, match=message):
+        put(case, arm="joint")
+    assert hooks_left(case) == hooks
+    assert torch.equal(pixels(case), before)
     routing.remove()
+    assert not hooks_left(case)
     put(case)
 
 
-def test_a_pipeline_without_its_text_encoder() -> None:
+@pytest.mark.behaviour(
+    "Adopting a model",
+    when="a pipeline has dropped its text encoder, or lacks the transformer that `component` names",
+    then="adopt refuses it, names what is missing and what is there, and hooks nothing",
+)
+def test_a_pipeline_without_its_parts() -> None:
     pipe = pipeline("sana")
+    case = Case(pipe.text_encoder, pipe.transformer, lambda *_: None, lambda *_: {})
     pipe.text_encoder = None
-    with pytest.raises(ValueError, match="SanaPipeline has no text_encoder, whose layers routing reads"):
+    with pytest.raises(ValueError, match=r"SanaPipeline has no text_encoder, .* load the pipeline with it"):
         adopt(pipe)
+    message = r"SanaPipeline has no component 'transformer_2' to adopt; its transformers are: transformer$"
+    with pytest.raises(ValueError, match=message):
+        adopt(pipe, component="transformer_2")
+    assert not hooks_left(case)
 
 
+@pytest.mark.behaviour(
+    "Adopting a model",
+    when="a prompt was encoded before adoption, or without layers that weigh something now",
+    then="it draws the original's pixels while nothing is routed; then it is refused: encode it again, or scale = 0",
+)
 @pytest.mark.parametrize("name", ["sana", "z-image", "flux2-klein"])
 def test_texts_encoded_before_adoption(name: str) -> None:
     case = make(name)
@@ -104,6 +175,28 @@ def test_texts_encoded_before_adoption(name: str) -> None:
     with pytest.raises(ValueError, match="but the routing expects"):
         pixels(case, wrong)
     assert pixels(case).isfinite().all()  # an error leaves nothing behind
+    routing.remove()
+    assert not hooks_left(case)
+    assert torch.equal(pixels(case, text), before)
+
+
+@pytest.mark.parametrize("name", ["sana", "z-image"])
+def test_texts_that_lack_layers_which_weigh_something_now(name: str) -> None:
+    case = make(name)
+    routing = put(case).eval()
+    logits = routing.router.base.logits.requires_grad_(False)
+    logits[:, 0], logits[:, 1] = -0.5, 0.5
+    assert routing.wanted() == (1,)
+    text = case.encode()
+    routed = pixels(case, text)
+    logits[:, 1], logits[:, 2] = 0.0, 0.5
+    with pytest.raises(ValueError, match="lacks layers that it needs: encode the prompt again"):
+        pixels(case, text)
+    logits[:, 1], logits[:, 2] = 0.5, 0.0
+    assert torch.equal(pixels(case, text), routed)
+    logits.requires_grad_()
+    with pytest.raises(ValueError, match="lacks layers that it needs"):
+        case.draw(text)
 
 
 def saved(name: str, folder: Path) -> Path:
@@ -122,9 +215,15 @@ def changed(file: Path, **facts: Any) -> None:
     save_file(load_file(file), file, metadata={HEADER: json.dumps(header | facts)})
 
 
+@pytest.mark.behaviour(
+    "Adopting a model",
+    when="a routing's file is for another family, transformer, text encoder, width, layers, blocks or original state",
+    then="load_routing refuses it with the file's value and the model's, and hooks nothing",
+)
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
+        ({"transformer": "Other"}, "for transformer 'Other', but this model has 'SanaTransformer2DModel'"),
         ({"layers": 5}, "for layers 5, but this model has 4"),
         ({"width": 32}, "for width 32, but this model has 16"),
         ({"blocks": 7}, "for blocks 7, but this model has 3"),
@@ -147,10 +246,18 @@ def test_files_of_other_models(tmp_path: Path, facts: dict[str, Any], message: s
 def test_files_of_another_family(tmp_path: Path) -> None:
     saved("pixart", tmp_path)
     case = make("sana")
-    with pytest.raises(ValueError, match="for family 'pixart', but this model has 'sana'"):
+    with pytest.raises(
+        ValueError, match="for family 'pixart', but this model has 'sana': load it into a pipeline like"
+    ):
         load_routing(source=tmp_path, text_encoder=case.encoder, transformer=case.transformer)
+    assert not hooks_left(case)
 
 
+@pytest.mark.behaviour(
+    "Adopting a model",
+    when="a routing's file is truncated, is no routing, or is neither in a folder nor on the hub",
+    then="load_routing says which, and what to give it; it hooks nothing",
+)
 def test_damaged_and_missing_files(tmp_path: Path) -> None:
     case = make("sana")
     parts = {"text_encoder": case.encoder, "transformer": case.transformer}
@@ -159,10 +266,10 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     save_file({"x": torch.zeros(1)}, tmp_path / "lora.safetensors")
     for source, message in {
-        tmp_path / "a": "damaged or not a safetensors file",
+        tmp_path / "a": "damaged or not a safetensors file.*: fetch or save the routing again",
         tmp_path / "empty": f"holds no {FILE}",
         tmp_path / "lora.safetensors": "is not a routing of semantic-routing",
-        "nobody/nothing": "there is no folder 'nobody/nothing', and .* Hugging Face hub",
+        "nobody/nothing": "there is no folder 'nobody/nothing', and the Hugging Face hub .*: check the name",
         "no such place": "there is no routing at 'no such place'",
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -176,8 +283,9 @@ def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
     next(routing.parameters()).data.fill_(float("nan"))
     routing.save(tmp_path)
     routing.remove()
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="not finite: train the routing again"):
         load_routing(source=tmp_path, text_encoder=case.encoder, transformer=case.transformer)
+    assert not hooks_left(case)
 
 
 def test_an_error_of_the_text_encoder_leaves_nothing_behind() -> None:
@@ -188,3 +296,29 @@ def test_an_error_of_the_text_encoder_leaves_nothing_behind() -> None:
         pipe.text_encoder(input_ids="three")
     assert torch.equal(draw(pipe, "sana"), before)
     routing.remove()
+
+
+@pytest.mark.behaviour(
+    "Adopting a model",
+    when="a routing is saved into a folder that has a README.md",
+    then="a card as save wrote it is rewritten; an edited one stays, with a warning, as does any other README.md",
+)
+def test_a_second_save_renews_only_its_own_card(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    for arm in ("depth", "joint"):
+        case = make("sana")
+        put(case, arm=arm).save(tmp_path)
+        assert f"arm `{arm}`" in card.read_text()
+    edited = card.read_text().replace("Routing for", "My routing for")
+    card.write_text(edited)
+    routing = put(make("sana"), arm="static")
+    with pytest.warns(UserWarning, match=r"README\.md was edited, and stays"):
+        routing.save(tmp_path)
+    assert card.read_text() == edited
+    for other in (b"# My LoRA\n", b"\xff\xfe", b""):
+        card.write_bytes(other)
+        routing.save(tmp_path)
+        assert card.read_bytes() == other
+    card.unlink()
+    routing.save(tmp_path)
+    assert "arm `static`" in card.read_text()

@@ -11,14 +11,16 @@ import diffusers
 import peft
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor, nn
 
 from semantic_routing.adopt import Routing, adopt, load_routing
+from semantic_routing.adopt.families import FAMILIES
 from semantic_routing.interop.export import make_pipeline
 from tests.adopt.test_families import move
 from tests.helpers import pipelines as own
-from tests.helpers.adoptable import make
-from tests.helpers.adoptable_pipelines import CALLS, draw, pipeline
+from tests.helpers.adoptable import Case, make
+from tests.helpers.adoptable_pipelines import CALLS, PROMPTS, draw, pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # diffusers' and peft's own
 BOTH = pytest.mark.parametrize("name", ["sana", "z-image"])
@@ -55,19 +57,71 @@ def test_guidance_and_several_images(name: str, guidance: float) -> None:
         assert (changed > 1e-5).all()
 
 
-def test_a_pipeline_of_the_same_parts_is_adopted_too() -> None:
+def test_images_of_a_prompt_read_that_prompt() -> None:
+    """Each of several images is what the prompt gives alone with the same noise."""
     pipe = pipeline("z-image")
     routing = adopt(pipe)
-    other = diffusers.ZImageImg2ImgPipeline(**pipe.components)
-    same = diffusers.ZImagePipeline.from_pipe(pipe)
-    picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    before = draw(other, "z-image", ["two stars"], image=picture, strength=1.0)
     move(routing)
-    routed = draw(other, "z-image", ["two stars"], image=picture, strength=1.0)
-    assert not torch.equal(routed, before)
-    assert torch.equal(draw(same, "z-image"), draw(pipe, "z-image"))
+    seeds = [3, 4, 5, 6]
+    alone = [
+        draw(pipe, "z-image", [prompt], generator=torch.Generator().manual_seed(seed))
+        for prompt, seed in zip([PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]], seeds, strict=True)
+    ]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    together = draw(pipe, "z-image", num_images_per_prompt=2, generator=generators)
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra"),
+    [("ZImageImg2ImgPipeline", {}), ("ZImageInpaintPipeline", {"mask_image": torch.ones(1, 1, 16, 16)})],
+)
+def test_a_pipeline_of_the_same_parts_is_adopted_too(kind: str, extra: dict[str, Tensor]) -> None:
+    pipe = pipeline("z-image")
+    picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    call: dict[str, Any] = {"prompts": ["two stars"], "image": picture, "strength": 1.0, **extra}
+    before = draw(getattr(diffusers, kind)(**pipe.components), "z-image", **call)
+    routing = adopt(pipe)
+    other = getattr(diffusers, kind).from_pipe(pipe)
+    assert torch.equal(draw(other, "z-image", **call), before)
+    move(routing)
+    routed = draw(other, "z-image", **call)
+    assert (routed - before).abs().max() > 1e-4
+    assert torch.equal(draw(diffusers.ZImagePipeline.from_pipe(other), "z-image"), draw(pipe, "z-image"))
     routing.scale = 0
-    assert torch.equal(draw(other, "z-image", ["two stars"], image=picture, strength=1.0), before)
+    assert torch.equal(draw(other, "z-image", **call), before)
+
+
+@pytest.mark.behaviour(
+    "Adopting a model",
+    when="a pipeline has two transformers, as Wan 2.2",
+    then="`component` names the one to adopt; each can have a routing, and files are loaded into the one they are of",
+)
+def test_each_of_two_transformers_may_be_adopted(tmp_path: Path) -> None:
+    pipe = pipeline("wan")
+
+    def drawn() -> Tensor:
+        return draw(pipe, "wan", num_inference_steps=4)  # the last of which moves nothing
+
+    before = drawn()
+    second = adopt(pipe, component="transformer_2").eval()
+    move(second)
+    routed = drawn()
+    assert (routed - before).abs().max() > 1e-4
+    first = adopt(pipe).eval()
+    assert torch.equal(drawn(), routed)
+    move(first, 0.3)
+    assert (drawn() - routed).abs().max() > 1e-4
+    second.save(tmp_path)
+    second.remove()
+    assert (drawn() - before).abs().max() > 1e-4
+    first.remove()
+    assert torch.equal(drawn(), before)
+    assert not pipe.text_encoder._forward_hooks
+    loaded = load_routing(pipe, tmp_path)
+    assert pipe.transformer_2.semantic_routing is loaded
+    assert not hasattr(pipe.transformer, "semantic_routing")
+    assert torch.equal(drawn(), routed)
 
 
 def test_this_programs_own_pipeline(make_bundle: own.MakeBundle, tmp_path: Path) -> None:
@@ -98,6 +152,26 @@ def test_prompts_are_prepared_once(name: str, monkeypatch: pytest.MonkeyPatch) -
         draw(pipe, name, num_inference_steps=4)
         assert len(counts) == expected
         routing.remove()
+
+
+@BOTH
+def test_nothing_is_computed_before_training(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No text is mixed, and the entrance reads each step's text once, as the model itself does."""
+    from semantic_routing.adopt import mechanism
+
+    pipe = pipeline(name)
+    routing = adopt(pipe)
+    monkeypatch.setattr(mechanism, "restyled", lambda *args: pytest.fail("mixed"))
+    entered: list[int] = []
+    entrance = pipe.transformer.get_submodule(FAMILIES[name].entrance[-1])
+    entrance.register_forward_hook(lambda *_: entered.append(1))
+    draw(pipe, name, num_inference_steps=4)
+    assert len(entered) == 4
+    routing.eval()
+    with torch.no_grad():
+        output = pipe.text_encoder(torch.tensor([[4, 5]]), output_hidden_states=True)
+    states = [output.last_hidden_state, *output.hidden_states]
+    assert {x.shape[-1] for x in states} == {routing.facts.width}  # no layer is recorded
 
 
 def lora(pipe: Any, targets: list[str]) -> None:
@@ -187,6 +261,54 @@ def test_offloading_one_module_at_a_time(name: str, arm: str) -> None:
     assert routing.weights(torch.tensor([0.5])).isfinite().all()
 
 
+def test_adoption_of_an_offloaded_transformer() -> None:
+    from accelerate import cpu_offload
+
+    case = make("sana")
+    move(adopted(case))
+    with torch.no_grad():
+        routed = case.draw()
+        case.transformer.semantic_routing.remove()
+        cpu_offload(case.transformer, torch.device("cpu"), offload_buffers=True)
+        move(adopted(case))
+        assert torch.equal(case.draw(), routed)
+
+
+def adopted(case: Case) -> Routing:
+    return adopt(text_encoder=case.encoder, transformer=case.transformer)
+
+
+class Away(ModelHook):
+    """Gives a module its weights only while its ``forward`` runs, as ``enable_model_cpu_offload`` does."""
+
+    def init_hook(self, module: nn.Module) -> nn.Module:
+        self.weights = {n: p.clone() for n, p in module.named_parameters() if "semantic_routing" not in n}
+        return self.post_forward(module, module)
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                module.get_parameter(name).copy_(weight)
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        with torch.no_grad():
+            for name in self.weights:
+                module.get_parameter(name).fill_(float("nan"))
+        return output
+
+
+@BOTH
+def test_offloading_the_whole_transformer(name: str) -> None:
+    """What needs the transformer's weights is computed where its own forward runs."""
+    pipe = pipeline(name)
+    routing = adopt(pipe)
+    move(routing)
+    routed = draw(pipe, name)
+    add_hook_to_module(pipe.transformer, Away())
+    assert torch.equal(draw(pipe, name), routed)
+
+
 @BOTH
 def test_group_offloading(name: str) -> None:
     pipe = pipeline(name)
@@ -220,19 +342,24 @@ def test_numbers_keep_their_type(name: str) -> None:
 
 
 def test_ten_blocks_compile_to_one_graph() -> None:
-    """As many as without adoption; in streams the two additions make one more each, for all blocks together.
+    """As many as without adoption, and none more for new prompts of the same length.
 
-    New prompts of the same length add none. In a process without checks of annotations, which torch would trace.
+    In a process without checks of annotations, which torch would trace.
     """
     script = Path(__file__).parents[1] / "helpers/compiled_blocks.py"
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, timeout=300)
-    assert done.stdout.splitlines() == ["sana 2 2", "qwen-image 1 3", "z-image 1 3"]
+    assert done.stdout.splitlines() == [
+        "sana 2 2",  # its first block gets another memory layout
+        "qwen-image 1 1",
+        "z-image 1 1",
+        "the whole of sana: a new prompt adds 0",
+    ]
 
 
 def test_scripts_that_cache_texts_train_with_them() -> None:
     """Two lines in a training script; the texts are cached before the encoder is dropped."""
     case = make("sana")
-    routing: Routing = adopt(text_encoder=case.encoder, transformer=case.transformer)
+    routing = adopted(case)
     text = case.encode()
     del case.encoder
     target = torch.randn(2, 4, 8, 8)

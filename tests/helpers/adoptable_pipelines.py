@@ -98,6 +98,19 @@ def hidream() -> Any:
     return pipe
 
 
+def wan() -> Any:
+    """Return a pipeline of two transformers, as Wan 2.2: one for the first step of two, one for the second."""
+    case = make("wan")
+    torch.manual_seed(1)
+    codec = diffusers.AutoencoderKLWan(
+        base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+    )
+    second = make("wan").transformer
+    return diffusers.WanPipeline(
+        tokenizer(), case.encoder, codec.eval(), flow(), case.transformer, second, boundary_ratio=0.5
+    )
+
+
 def quiet(pipe: Any) -> Any:
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -109,6 +122,7 @@ CALLS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "lumina2": (lumina2, {"height": 16, "width": 16, "system_prompt": "a"}),
     "prx": (prx, {"height": 16, "width": 16, "use_resolution_binning": False}),
     "flux2-klein": (flux2_klein, {"height": 16, "width": 16, "max_sequence_length": 16}),
+    "wan": (wan, {"height": 16, "width": 16, "num_frames": 1, "max_sequence_length": 16}),
     "hidream": (hidream, {"height": 16, "width": 16}),
 }
 
@@ -127,4 +141,4 @@ def draw(pipe: Any, name: str, prompts: Any = None, **options: Any) -> Tensor:
     call = CALLS[name][1] | LATENT | {"generator": torch.Generator().manual_seed(7)} | options
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)  # some pipelines change it
     prompts = list(prompts) if prompts else prompts  # Z-Image writes into the list
-    return torch.as_tensor(pipe(prompt=prompts, **call).images)
+    return torch.as_tensor(pipe(prompt=prompts, **call)[0])

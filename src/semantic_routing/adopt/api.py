@@ -15,13 +15,14 @@ from semantic_routing.adopt.mechanism import Mechanism, check_parallel, readers
 from semantic_routing.adopt.own import OwnMechanism
 from semantic_routing.adopt.routing import ATTRIBUTE, INJECTIONS, Routing
 from semantic_routing.adopt.weights import REINJECT, check_arm
-from semantic_routing.adopt.widening import Widening
+from semantic_routing.adopt.widening import widening_of
 from semantic_routing.common.config import nearest
 from semantic_routing.common.extras import require_diffusers
 from semantic_routing.model.arms import ARMS, DEFAULT_ARM
 from semantic_routing.text.architecture import find_layers, stack_config
 
-OTHERS = ("transformer", "transformer_2", "controlnet")
+TRANSFORMERS = ("transformer", "transformer_2")
+OTHERS = (*TRANSFORMERS, "controlnet")
 """Components of pipelines that may get the text besides the one that is adopted."""
 
 
@@ -88,12 +89,18 @@ def find_parts(
         raise ValueError("give adopt a pipeline, or text_encoder and transformer, but not both")
     target = transformer if pipe is None else getattr(pipe, component, None)
     if target is None:
-        raise ValueError(f"{type(pipe).__name__} has no component {component!r} to adopt")
+        known = ", ".join(name for name in TRANSFORMERS if getattr(pipe, name, None) is not None) or "none"
+        raise ValueError(
+            f"{type(pipe).__name__} has no component {component!r} to adopt; its transformers are: {known}"
+        )
     if hasattr(target, "_orig_mod") or any(m._compiled_call_impl is not None for m in target.modules()):
         raise ValueError(f"{type(target).__name__} is compiled already: call adopt before torch.compile")
     family = find_family(target)
     if ATTRIBUTE in target._modules:
-        raise ValueError(f"{type(target).__name__} is adopted already: call remove() of its routing first")
+        raise ValueError(
+            f"{type(target).__name__} is adopted already, with the arm {getattr(target, ATTRIBUTE).facts.arm!r}: call "
+            f"remove() of that routing first, or go on with it, {component}.{ATTRIBUTE}"
+        )
     encoder = text_encoder if pipe is None else getattr(pipe, family.encoder, None)
     if encoder is None:
         raise ValueError(
@@ -154,29 +161,28 @@ def sizes(target: Any, encoder: Any, family: Family) -> tuple[int, int, int]:
 
 def attach(routing: Routing, pipe: Any, target: Any, encoder: Any, family: Family) -> Routing:
     """Register all hooks of a routing and hang it into the transformer."""
+    device = next((p.device for p in target.parameters() if not p.is_meta), None)  # none has one while offloaded
+    if device is not None:
+        routing.to(device)
     handles: list[Any] = []
+    widening = None if family.kind == "own" or family.native else widening_of(encoder, family.reads)
     mechanism: Mechanism | OwnMechanism
     if family.kind == "own":
         mechanism = OwnMechanism(target, routing)
     else:
-        held: list[tuple[int, ...]] = [()]
-
-        def wanted() -> tuple[int, ...]:
-            held[0] = routing.wanted()
-            return held[0]
-
-        mechanism = Mechanism(family, target, routing, lambda: held[0])
-        if not family.native:
-            handles += Widening(encoder, family.reads, wanted).install()
+        mechanism = Mechanism(family, target, routing, lambda: () if widening is None else widening.held)
+        if widening is not None:
+            widening.join(routing.wanted)
             others = [getattr(pipe, name, None) for name in OTHERS]
             handles += [h for other in others if other not in (None, target) for h in mechanism.narrow(other)]
     handles += mechanism.install()
-    routing.to(next(target.parameters()).device)
     target.add_module(ATTRIBUTE, routing)
 
     def undo() -> None:
         for handle in handles:
             handle.remove()
+        if widening is not None:
+            widening.leave(routing.wanted)
         mechanism.forget()
         del target._modules[ATTRIBUTE]
 

@@ -1,9 +1,19 @@
-"""The model card beside the file of a routing."""
+"""The model card beside the file of a routing.
+
+Its last line has the digest of what stands before it. A card whose digest is right is as it was written, and is
+rewritten with other weights; a README.md that is edited, or was never a card, is the user's own and stays.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import re
+import warnings
+from pathlib import Path
+
 from semantic_routing import __version__
 from semantic_routing.adopt.facts import Facts
+from semantic_routing.common.files import written_whole
 
 CARD = """---
 {front}library_name: diffusers
@@ -27,6 +37,29 @@ routing.scale = 0.0  # the original model, to the last bit
 
 The numbers change nothing but the text that blocks read. The licence of the base model applies to its pictures.
 """
+
+SIGNED = re.compile(r"(.*)\n<!-- written by semantic-routing, sha256 (\w+) -->\n", re.DOTALL)
+
+
+def write_card(path: Path, facts: Facts, numbers: int) -> None:
+    """Write the card of a routing, unless a README that is not a card as it was written lies there."""
+    if path.exists() or path.is_symlink():
+        try:
+            found = SIGNED.fullmatch(path.read_text(encoding="utf-8", errors="replace"))
+        except OSError:  # a folder, or not to be read: not a card of this program
+            found = None
+        if found is None:
+            return
+        if found[2] != _digest(found[1]):
+            warnings.warn(f"{path} was edited, and stays: it may describe other weights", stacklevel=4)
+            return
+    text = card(facts, numbers)
+    with written_whole(path) as scratch:
+        scratch.write_text(f"{text}\n<!-- written by semantic-routing, sha256 {_digest(text)} -->\n", encoding="utf-8")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def card(facts: Facts, numbers: int) -> str:

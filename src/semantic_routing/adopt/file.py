@@ -15,7 +15,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from semantic_routing.adopt.card import card
+from semantic_routing.adopt.card import write_card
 from semantic_routing.adopt.facts import Facts
 from semantic_routing.checkpoint.safetensors_storage import open_tensors
 from semantic_routing.common.config import from_dict
@@ -40,18 +40,19 @@ def save_routing(facts: Facts, state: Mapping[str, Tensor], folder: Path) -> Pat
     header = json.dumps(asdict(facts), sort_keys=True)
     with written_whole(folder / FILE) as scratch:
         save_file(tensors, scratch, metadata={"format": "pt", HEADER: header})
-    if not (folder / CARD).exists():  # of a LoRA, or the user's own
-        with written_whole(folder / CARD) as scratch:
-            scratch.write_text(card(facts, sum(x.numel() for x in state.values())), encoding="utf-8")
+    write_card(folder / CARD, facts, sum(x.numel() for x in state.values()))
     return folder / FILE
 
 
 def read_routing(source: str | Path) -> tuple[Facts, dict[str, Tensor]]:
     """Return facts and numbers of a file, a folder or a name on the hub; raise ValueError if there is none."""
     path = find_file(source)
-    with open_tensors(path) as content:
-        metadata = content.metadata() or {}
-        tensors = {name.removeprefix(PREFIX): content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    try:
+        with open_tensors(path) as content:
+            metadata = content.metadata() or {}
+            tensors = {name.removeprefix(PREFIX): content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    except ValueError as error:
+        raise ValueError(f"{error}: fetch or save the routing again") from error
     if not all(bool(x.isfinite().all()) for x in tensors.values()):
         raise ValueError(f"{path} holds numbers that are not finite: train the routing again")
     return _facts(metadata, path), tensors
@@ -81,8 +82,8 @@ def find_file(source: str | Path) -> Path:
         return Path(hf_hub_download(str(source), FILE))
     except (OSError, ValueError) as error:  # offline, no such repository, no such file
         raise ValueError(
-            f"there is no folder {str(source)!r}, and {FILE} of {str(source)!r} cannot be had from the Hugging Face "
-            f"hub: {first_line(error)}"
+            f"there is no folder {str(source)!r}, and the Hugging Face hub gives no {FILE} of that name "
+            f"({first_line(error)}): check the name and the connection, or give a folder that routing.save() wrote"
         ) from error
 
 

@@ -1,8 +1,11 @@
 """The blocks' hooks: put a block's own text in, and after a block of a stream take the addition off again.
 
 The hooks read attributes of the block, and nothing that differs from block to block, so that ``torch.compile`` makes
-one graph for all blocks of a class. Gradient checkpointing calls a block again in the backward pass, when its
-attributes may be those of another forward pass; ``bound`` binds them to the call.
+one graph for all blocks of a class. A compiled block runs its hooks outside of its graph: there they are not compiled,
+which would make a graph of each; in a transformer that is compiled as a whole they are part of its graph.
+
+Gradient checkpointing calls a block again in the backward pass, when its attributes may be those of another forward
+pass; ``bound`` binds them to the call.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ def set_text(block: Any, text: Tensor | None, rows: Tensor | None = None) -> Non
 
 def install(modules: Iterable[nn.Module], blocks: Blocks, adds: bool) -> list[Any]:
     """Register the hooks on blocks and return their handles; ``adds`` if their text is an addition to a stream."""
+    _keep_out_of_graphs()
     names = blocks.arguments.split()
     place = names.index(blocks.text)
     before, after = partial(_add if adds else _read, blocks.text, place), partial(_take_off, blocks.output)
@@ -69,18 +73,28 @@ def _take_off(number: int | None, block: Any, args: Any, output: Any) -> Any:
     if added is None:
         return None
     if number is None:
-        return _sum(output, -added, block._routed_rows)
+        return _sum(output, added, block._routed_rows, -1)
     if output[number] is None:  # the last block of SD3 returns no text
         return None
-    changed = _sum(output[number], -added, block._routed_rows)
+    changed = _sum(output[number], added, block._routed_rows, -1)
     return (*output[:number], changed, *output[number + 1 :])
 
 
-def _sum(stream: Tensor, added: Tensor, rows: Tensor | None) -> Tensor:
-    """Add to all rows of a stream, or to the given rows of each sample."""
+def _sum(stream: Tensor, added: Tensor, rows: Tensor | None, sign: int = 1) -> Tensor:
+    """Add to all rows of a stream, or to the given rows of each sample; with the sign -1, subtract."""
     if rows is None:
-        return stream + added
-    return stream.scatter_add(1, rows[..., None].expand(-1, -1, added.shape[-1]), added)
+        return stream.add(added, alpha=sign)
+    return stream.scatter_add(1, rows[..., None].expand(-1, -1, added.shape[-1]), added if sign == 1 else -added)
+
+
+def _keep_out_of_graphs() -> None:
+    """Tell torch not to compile the hooks alone; what calls them while it is compiled still takes them along."""
+    import torch._dynamo  # diffusers has done so before; here it would slow the first import down
+
+    skip = getattr(torch._dynamo.eval_frame, "skip_code", None)  # without it each sum is a graph more
+    for function in (_read, _add, _take_off, _sum, replaced):
+        if skip is not None:
+            skip(function.__code__)
 
 
 def bound(checkpoint: Callable[..., Any]) -> Callable[..., Any]:

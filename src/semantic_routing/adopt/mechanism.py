@@ -7,7 +7,7 @@ last module of the entrance, which runs before any block that reads the text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from semantic_routing.adopt.arguments import by_name, replaced
 from semantic_routing.adopt.families.family import Blocks, Family, arguments_of, module_at
 from semantic_routing.adopt.moments import restyled
 from semantic_routing.adopt.prompts import Layout, Prompt, Prompts, versions
-from semantic_routing.adopt.routing import Routing
+from semantic_routing.adopt.routing import ATTRIBUTE, Routing
+from semantic_routing.adopt.weights import REINJECT
 
 
 class Mechanism:
@@ -40,12 +41,13 @@ class Mechanism:
 
     def install(self) -> list[Any]:
         """Register the hooks and return their handles."""
+        plain = torch.compiler.disable(reason=NOT_COMPILED)
         handles = [
-            self.transformer.register_forward_pre_hook(self._begin, with_kwargs=True),
-            self.transformer.register_forward_hook(self._end, always_call=True),
+            self.transformer.register_forward_pre_hook(plain(self._begin), with_kwargs=True),
+            self.transformer.register_forward_hook(plain(self._end), always_call=True),
         ]
         if self.entrance:
-            handles.append(self.entrance[-1].register_forward_hook(self._enter))
+            handles.append(self.entrance[-1].register_forward_hook(plain(self._enter)))
         for blocks in self.family.blocks:
             modules = [module for module, spec in self.blocks if spec is blocks]
             handles += injection.install(modules, blocks, adds=bool(self.family.entrance) and not self._reads)
@@ -60,6 +62,8 @@ class Mechanism:
         names = arguments_of(other)
 
         def narrowed(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            if ATTRIBUTE in module._modules:
+                return None  # adopted as well: its own routing takes them off
             text = by_name(names, args, kwargs).get(self.family.text)
             kept = None if text is None else self.layout.layers_behind(text, self.held())
             if not kept:
@@ -129,16 +133,18 @@ class Mechanism:
 
     def _plain_is_enough(self) -> bool:
         """Return whether a text without layers is to be routed; ValueError if it is but its layers are missing."""
-        if self.routing.trains() and any(p.requires_grad for p in self.routing.router.parameters()):
+        if self._trains_weights():
             raise ValueError(MISSING)
         if self.routing.depends_on_time:
             if self.routing.wanted() and self.routing.scale and self._moves_at_some_time():
                 raise ValueError(MISSING)
             return False
         change, blocks = self.routing.change(None)
-        if bool((change != 0).any()):
+        if not blocks:  # as at every step of an untrained model: without waiting for the device
+            return False
+        if self.routing.facts.arm != REINJECT and bool((change != 0).any()):
             raise ValueError(MISSING)
-        return bool(blocks)
+        return True
 
     def _moves_at_some_time(self) -> bool:
         device = next(self.routing.parameters()).device
@@ -181,25 +187,46 @@ class Mechanism:
         change, active = self.routing.change(t)
         if not active:
             return
+        place = self.family.place
+        places = None if place is None else tuple(place(self.transformer, given, prompt.lengths))
         key = None
         if t is None and not torch.is_grad_enabled():
-            key = (self.routing.key(), *map(_fingerprint, self.entrance))
+            key = (self.routing.key(), places, *map(_fingerprint, self.entrance))
         texts = prompt.texts.get(key) if key else None
         if texts is None:
-            self._embedding = True
-            try:
-                texts = list(self._texts(prompt, change, active))
-            finally:
-                self._embedding = False
+            texts = self._placed(prompt, change, active, places)
             prompt.texts = {key: texts} if key else {}
-        rows = self._rows(prompt, given)
         self._set = True
-        for block, text in zip(active, texts, strict=True):
-            module, spec = self.blocks[block]
-            if not spec.joint:
-                injection.set_text(module, text)
-            elif rows is not None:
-                injection.set_text(module, text.masked_fill(~rows[1][..., None], 0), rows[0])
+        for block, (text, rows) in zip(active, texts, strict=True):
+            injection.set_text(self.blocks[block][0], text, rows)
+
+    def _placed(
+        self, prompt: Prompt, change: Tensor, active: list[int], places: Sequence[tuple[int, int]] | None
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """Return each active block's text, and its rows if the block's sequence is shared with the image."""
+        self._check_layers(prompt, change)
+        self._embedding = True
+        try:
+            texts = list(self._texts(prompt, change, active))
+        finally:
+            self._embedding = False
+        if places is None:
+            return [(text, None) for text in texts]
+        rows, valid = _rows(prompt, places)
+        joint = [self.blocks[block][1].joint for block in active]
+        return [
+            (text.masked_fill(~valid[..., None], 0), rows) if shared else (text, None)
+            for text, shared in zip(texts, joint, strict=True)
+        ]
+
+    def _check_layers(self, prompt: Prompt, change: Tensor) -> None:
+        """Raise ValueError if a prompt was encoded without a layer that weighs something now, or is to be trained."""
+        missing = [number for number in range(1, self.routing.facts.layers + 1) if number not in prompt.kept]
+        if missing and (self._trains_weights() or bool((change[..., missing] != 0).any())):
+            raise ValueError(MISSING)
+
+    def _trains_weights(self) -> bool:
+        return self.routing.trains() and any(p.requires_grad for p in self.routing.router.parameters())
 
     def _texts(self, prompt: Prompt, change: Tensor, active: list[int]) -> Iterator[Tensor]:
         """Yield what each active block reads, or what is added to its stream."""
@@ -228,19 +255,6 @@ class Mechanism:
             text = module(text)
         return text
 
-    def _rows(self, prompt: Prompt, given: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
-        """Return the rows of each sample's text in a sequence shared with the image, and which of them are text."""
-        if self.family.place is None:
-            return None
-        count = prompt.states.shape[2]
-        places = self.family.place(self.transformer, given, prompt.lengths)
-        rows = torch.zeros(len(places), count, dtype=torch.long)
-        valid = torch.zeros(len(places), count, dtype=torch.bool)
-        for i, (first, length) in enumerate(places):
-            rows[i, :length] = torch.arange(first, first + length)
-            valid[i, :length] = True
-        return rows.to(prompt.states.device), valid.to(prompt.states.device)
-
     def _time(self, given: dict[str, Any]) -> Tensor:
         timestep = given[self.family.timestep]
         timestep = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep)
@@ -254,10 +268,27 @@ MISSING = (
 )
 
 
+NOT_COMPILED = (
+    "adopt prepares the text here, outside of graphs: compile the transformer without fullgraph=True, or only its "
+    "blocks"
+)
+
+
 def readers(family: Family, transformer: nn.Module) -> list[tuple[Any, Blocks]]:
     """Return the modules that read a text of their own, each with its entry in the family."""
     found = [(module, blocks) for blocks in family.blocks for module in module_at(transformer, blocks.path)]
     return found[:-1] if family.name == "hidream" else found  # its last projection reads T5
+
+
+def _rows(prompt: Prompt, places: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """Return the rows of each sample's text in a sequence shared with the image, and which of them are text."""
+    count = prompt.states.shape[2]
+    rows = torch.zeros(len(places), count, dtype=torch.long)
+    valid = torch.zeros(len(places), count, dtype=torch.bool)
+    for i, (first, length) in enumerate(places):
+        rows[i, :length] = torch.arange(first, first + length)
+        valid[i, :length] = True
+    return rows.to(prompt.states.device), valid.to(prompt.states.device)
 
 
 def check_parallel(transformer: Any) -> None:
@@ -265,8 +296,8 @@ def check_parallel(transformer: Any) -> None:
     config = getattr(transformer, "_parallel_config", None)
     if getattr(config, "context_parallel_config", None) is not None:
         raise ValueError(
-            f"{type(transformer).__name__} splits its sequences over processes (context parallelism), which adopt does "
-            "not: use tensor or data parallelism, or remove() the routing"
+            f"{type(transformer).__name__} splits its sequences over processes (context parallelism), but adopt places "
+            "the text in whole sequences: use tensor or data parallelism, or remove() the routing"
         )
 
 

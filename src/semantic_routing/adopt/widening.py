@@ -18,35 +18,51 @@ from semantic_routing.adopt.families.family import arguments_of
 from semantic_routing.text.architecture import find_layers
 from semantic_routing.text.taps import recorded
 
+Wanted = Callable[[], tuple[int, ...]]
+"""Function that returns the numbers of the layers to record, 1 to L."""
+
 
 class Widening:
-    """Widens what a text encoder returns, with the states that ``wanted`` names at that time."""
+    """Widens what a text encoder returns, with all layers that any of its routings wants at that time."""
 
-    def __init__(self, encoder: nn.Module, reads: tuple[int, ...], wanted: Callable[[], tuple[int, ...]]) -> None:
+    def __init__(self, encoder: nn.Module, reads: tuple[int, ...]) -> None:
         """Prepare hooks for a text encoder.
 
-        A pipeline reads the entries ``reads`` of its ``hidden_states``, or its last state if there are none. ``wanted``
-        returns the numbers of the layers to record, 1 to L.
+        A pipeline reads the entries ``reads`` of its ``hidden_states``, or its last state if there are none.
         """
-        self.encoder, self.reads, self.wanted = encoder, reads, wanted
+        self.encoder, self.reads = encoder, reads
+        self.held: tuple[int, ...] = ()
+        """Layers that were recorded last, 1 to L."""
+        self._wanted: list[Wanted] = []
+        self._handles: list[Any] = []
         self.layers = find_layers(encoder)[0]
         self._names = arguments_of(encoder)
         self._holder = next(m for m in encoder.modules() if any(child is self.layers for child in m.children()))
         self._recording: tuple[ExitStack, dict[nn.Module, Tensor], tuple[int, ...]] | None = None
 
-    def install(self) -> list[Any]:
-        """Register the hooks and return their handles."""
-        return [
-            self.encoder.register_forward_pre_hook(self._before, with_kwargs=True),
-            self.encoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
-        ]
+    def join(self, wanted: Wanted) -> None:
+        """Record what a routing wants, too; the first one registers the hooks."""
+        self._wanted.append(wanted)
+        if len(self._wanted) == 1:
+            self._handles = [
+                self.encoder.register_forward_pre_hook(self._before, with_kwargs=True),
+                self.encoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+            ]
+
+    def leave(self, wanted: Wanted) -> None:
+        """Record no longer what a routing wants; the last one removes the hooks."""
+        self._wanted.remove(wanted)
+        if not self._wanted:
+            for handle in self._handles:
+                handle.remove()
 
     def _before(self, encoder: nn.Module, args: Any, kwargs: Any) -> None:
         given = by_name(self._names, args, kwargs)
         self._close()
         if given.get("past_key_values") is not None or given.get("use_cache"):
             return  # the model generates
-        if wanted := self.wanted():
+        wanted = self.held = tuple(sorted({number for routing in self._wanted for number in routing()}))
+        if wanted:
             stack = ExitStack()
             taps = nn.ModuleList([self.layers[number - 1] for number in wanted if number < len(self.layers)])
             if self._holder is not encoder:
@@ -99,6 +115,15 @@ class Widening:
             entries[entry] = torch.cat([own, *part], -1)
         output.hidden_states = tuple(entries)
         return output
+
+
+def widening_of(encoder: nn.Module, reads: tuple[int, ...]) -> Widening:
+    """Return the widening of a text encoder: routings of two transformers that read the same states share one."""
+    for hook in encoder._forward_pre_hooks.values():
+        found = getattr(hook, "__self__", None)
+        if isinstance(found, Widening) and found.reads == reads:
+            return found
+    return Widening(encoder, reads)
 
 
 def _last_state(output: Any) -> Tensor:
