@@ -86,7 +86,7 @@ def test_world_of_words(
         main([*words, *small[words[0]]])
     assert Path("words.png").is_file()
     scores = json.loads(Path("evaluations/words/summary.json").read_text())
-    assert len(scores["n"]) == 19 + 3
+    assert len(scores["n"]) == 19 + 4
     assert scores["n"]["unseen"] == 5
     assert Path("probes/words/index.html").is_file()
     assert "unseen_place" in capsys.readouterr().out
