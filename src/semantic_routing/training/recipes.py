@@ -100,8 +100,8 @@ def words(arm: str) -> TrainConfig:
     """
     cfg = toy(arm)
     model = replace(cfg.model, text_width=576, text_layers=30, text_init_std=576**-0.5)
-    if arm == "fusedit":  # its heads are the language model's
-        model = replace(model, heads=3, kv_heads=3, head_dim=64)
+    if arm == "fusedit":  # its heads are the language model's, and it reads the middle layers
+        model = replace(model, heads=3, kv_heads=3, head_dim=64, fusedit_first_layer=12)
     return replace(
         cfg,
         data=DataConfig(paths=(WORDS,), captions=16_384),
@@ -128,13 +128,13 @@ def small(arm: str) -> TrainConfig:
 
 
 def small_words(arm: str) -> TrainConfig:
-    """Train 41 million parameters on the world of words with SmolLM2: on one GPU, four times as many captions."""
-    cfg, own = small(arm), words(arm)
-    model = replace(cfg.model, text_width=own.model.text_width, text_layers=own.model.text_layers)
-    model = replace(model, text_init_std=own.model.text_init_std)
+    """Train 41 million parameters on the world of words with SmolLM2, on one GPU, which reads every caption."""
+    cfg, own = small(arm), words(arm).model
+    model = replace(cfg.model, text_width=own.text_width, text_layers=own.text_layers, text_init_std=own.text_init_std)
     if arm == "fusedit":
-        model = replace(model, heads=9, kv_heads=3, head_dim=64)
-    return replace(cfg, data=replace(own.data, captions=65_536), model=model, text=own.text)
+        model = replace(model, heads=9, kv_heads=3, head_dim=64, fusedit_first_layer=11)
+    data = DataConfig(paths=(WORDS,), workers=4)  # drawing takes longer than a step
+    return replace(cfg, data=data, model=model, text=TextEncoderConfig(name_or_path="smollm2", dtype="bfloat16"))
 
 
 def paper(arm: str) -> TrainConfig:
