@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from semantic_routing.adopt.training.config import AdoptConfig
+from semantic_routing.adopt.training.keeping import MEASURED, caption_count
+from semantic_routing.adopt.training.making import make_subject
 from semantic_routing.adopt.training.opening import frozen, open_pipe
-from semantic_routing.adopt.training.trainer import ADOPT, AdoptTrainer
+from semantic_routing.adopt.training.trainer import ADOPT, AdoptTrainer, resolved
 from semantic_routing.checkpoint.load import read_state
 from semantic_routing.common.config import to_dict
 from semantic_routing.common.device import pick_device
@@ -35,6 +37,7 @@ from semantic_routing.training.run_folder import (
     note_steps,
     run_of,
 )
+from semantic_routing.training.validation import held_out
 
 
 def start(cfg: AdoptConfig, out: Path, on_step: OnStep | None = None, *, pipe: Any = None) -> Path:
@@ -47,10 +50,8 @@ def start(cfg: AdoptConfig, out: Path, on_step: OnStep | None = None, *, pipe: A
     world = _alone(cfg)
     with claimed_run(world, out):
         check_new(out, ADOPT)
-        trainer = _trainer(cfg, out, world, pipe)
-        data = _open_data(trainer.cfg)
+        trainer, data = _opened(cfg, out, world, pipe)
         trainer.record[KEY] |= {"data": data_origins(data), FOLDER: here()}
-        trainer.keep_texts(data)
         write_json(out / CONFIG, to_dict(trainer.cfg))
         train(trainer, data, on_step)
     return out
@@ -75,26 +76,30 @@ def resume(
         then = read_state(folder).get(KEY, {})
         asked, words = going_on(run, folder, steps, ADOPT)
         if asked.lora.rank and asked.steps != ADOPT.read(folder).steps:
-            raise ValueError(
-                "--steps is the last step of a run without a LoRA; the LoRA of this run begins after its own"
-            )
+            raise ValueError("--steps is for runs without a LoRA: this run's LoRA begins after its routing's last step")
         cfg = located_data(replace(asked, pipeline=located(asked.pipeline, then.get(FOLDER))), then.get(FOLDER))
-        trainer = _trainer(cfg, run, _alone(cfg), pipe)
+        trainer, data = _opened(cfg, run, _alone(cfg), pipe)
         trainer.load(folder)
-        data = _open_data(cfg)
         now = trainer.record[KEY] | {"data": data_origins(data)}
         for line in words + accept(run, changes(then, now), accept_changes, ADOPT.again):
             say(line)
         trainer.record = {"config": to_dict(asked), KEY: now | {FOLDER: then.get(FOLDER) or here()}}
         note_steps(run, asked)
-        trainer.keep_texts(data)
         train(trainer, data, on_step)
     return run
 
 
-def _trainer(cfg: AdoptConfig, out: Path, world: World, pipe: Any) -> AdoptTrainer:
+def _opened(cfg: AdoptConfig, out: Path, world: World, pipe: Any) -> tuple[AdoptTrainer, Dataset]:
+    """Open a run's pipeline and data, and adopt the pipeline last, so that an error leaves it as it was."""
     pipe = open_pipe(cfg.pipeline, world.device, cfg.precision) if pipe is None else frozen(pipe.to(world.device))
-    return AdoptTrainer(cfg, out, world, pipe)
+    subject = make_subject(pipe, world.device, cfg.precision, cfg.text)
+    cfg = resolved(cfg, subject)
+    data = open_data(cfg.data, image_size=cfg.image_size, seed=cfg.seed)
+    if cfg.validation.every:
+        held_out(cfg.validation, cfg.data, cfg.image_size)
+    trainer = AdoptTrainer(cfg, out, world, subject)
+    say(subject.keep(caption_count(data), data.captions(MEASURED)))
+    return trainer, data
 
 
 def _alone(cfg: AdoptConfig) -> World:
@@ -102,7 +107,3 @@ def _alone(cfg: AdoptConfig) -> World:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("semroute adopt train runs on one process: start it without torchrun")
     return World(device=pick_device(cfg.device))
-
-
-def _open_data(cfg: AdoptConfig) -> Dataset:
-    return open_data(cfg.data, image_size=cfg.image_size, seed=cfg.seed)

@@ -15,14 +15,12 @@ from torch import Tensor, nn
 from semantic_routing.adopt.api import adopt
 from semantic_routing.adopt.routing import Routing
 from semantic_routing.adopt.training.config import AdoptConfig
-from semantic_routing.adopt.training.keeping import MEASURED, caption_count
 from semantic_routing.adopt.training.lora import LORA_FILE, add_lora, check_lora, save_lora, switch_lora
-from semantic_routing.adopt.training.making import make_subject
-from semantic_routing.adopt.training.subject import subject_errors
+from semantic_routing.adopt.training.subject import Subject, subject_errors
 from semantic_routing.common.config import to_dict
 from semantic_routing.common.distributed import World
 from semantic_routing.common.images.save import grid
-from semantic_routing.common.troubles import Troubles, say
+from semantic_routing.common.troubles import Troubles
 from semantic_routing.data.batch import Batch
 from semantic_routing.data.damage import Skipped
 from semantic_routing.data.dataset import Dataset
@@ -70,31 +68,27 @@ class AdoptTrainer(Steps):
     title = "Training the routing"
     again = ADOPT.again
 
-    def __init__(self, cfg: AdoptConfig, out: Path, world: World, pipe: Any) -> None:
-        """Adopt the frozen pipeline ``pipe``; raise ValueError if it cannot be trained with these settings."""
+    def __init__(self, cfg: AdoptConfig, out: Path, world: World, subject: Subject) -> None:
+        """Adopt a frozen pipeline; raise ValueError, and change nothing, if it cannot be trained with these settings.
+
+        ``cfg`` holds the image size and the shift (``resolved``).
+        """
         super().__init__(cfg, out, world)
-        transformer = getattr(pipe, "transformer", None)
-        subject = make_subject(pipe, self.world.device, cfg.precision, cfg.text)
+        self.subject, self.pipe, self.codec = subject, subject.pipe, subject.codec
+        transformer = self.pipe.transformer
         if cfg.lora.rank:
             check_lora(transformer)
         if cfg.gradient_checkpointing and not subject.checkpoints:
-            raise ValueError(
-                f"{type(transformer).__name__} cannot recompute its blocks: leave out gradient_checkpointing"
-            )
-        self.cfg = cfg = resolved(cfg, subject)
-        self.record = {"config": to_dict(cfg), KEY: origins(pipe)}
+            name = type(transformer).__name__
+            raise ValueError(f"{name} cannot recompute its blocks: leave out gradient_checkpointing")
+        self.record = {"config": to_dict(cfg), KEY: origins(self.pipe)}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
-            self.routing = adopt(pipe, cfg.arm, weights=cfg.weights, injection=cfg.injection)
+            self.routing = adopt(self.pipe, cfg.arm, weights=cfg.weights, injection=cfg.injection)
         self._lora = add_lora(transformer, cfg.lora, cfg.seed) if cfg.lora.rank else {}
         if cfg.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
-        self.pipe, self.subject, self.codec = pipe, subject, subject.codec
         self._train(Trained(self.routing, self._lora))
-
-    def keep_texts(self, data: Dataset) -> None:
-        """Choose where the data's texts are kept, and say so and their size."""
-        say(self.subject.keep(caption_count(data), data.captions(MEASURED)))
 
     @property
     def trains_lora(self) -> bool:
@@ -186,7 +180,7 @@ class AdoptTrainer(Steps):
         return {"router_origin": weights[..., 0].mean().item(), "router_moved": change.abs().sum(-1).mean().item() / 2}
 
 
-def resolved(cfg: AdoptConfig, subject: Any) -> AdoptConfig:
+def resolved(cfg: AdoptConfig, subject: Subject) -> AdoptConfig:
     """Return the settings with the pipeline's own image size and shift; ValueError for an image that does not fit."""
     size = subject.image_size = cfg.image_size or subject.image_size
     subject.latent_shape(size, size)
