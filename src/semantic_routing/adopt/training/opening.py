@@ -33,26 +33,23 @@ def open_pipe(name: str, device: torch.device, precision: str = "auto") -> Any:
     logging.disable_progress_bar()
     try:
         with quiet_transformers():
-            pipe = _load(DiffusionPipeline, place, torch.bfloat16 if use_bfloat16(precision, device) else torch.float32)
-    except (OSError, AttributeError, ImportError, RuntimeError) as error:
+            found = DiffusionPipeline.load_config(place).get("_class_name")
+            cls = found[-1] if isinstance(found, list) else found
+            if cls == OWN_CLASS:
+                from semantic_routing.interop.pipeline import SemanticRoutingPipeline
+
+                pipe = SemanticRoutingPipeline.from_pretrained(place)
+            elif isinstance(found, list):
+                raise RuntimeError(f"it is a pipeline with code of its own ({cls}), which is not run")
+            else:
+                dtype = torch.bfloat16 if use_bfloat16(precision, device) else torch.float32
+                pipe = DiffusionPipeline.from_pretrained(place, torch_dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, AttributeError, ImportError, RuntimeError) as error:
         raise ValueError(f"cannot load a pipeline from {name!r}: {first_line(error)}") from error
     finally:
         if bar:
             logging.enable_progress_bar()
     return frozen(pipe.to(device))
-
-
-def _load(base: Any, place: str, dtype: torch.dtype) -> Any:
-    """Load a pipeline of this program or of diffusers."""
-    found = base.load_config(place).get("_class_name")
-    cls = found[-1] if isinstance(found, list) else found
-    if cls == OWN_CLASS:
-        from semantic_routing.interop.pipeline import SemanticRoutingPipeline
-
-        return SemanticRoutingPipeline.from_pretrained(place)
-    if isinstance(found, list):
-        raise ValueError(f"{place} is a pipeline with code of its own ({cls}), which is not run")
-    return base.from_pretrained(place, torch_dtype=dtype, use_safetensors=True)
 
 
 def frozen(pipe: Any) -> Any:
