@@ -176,7 +176,9 @@ def adopt(args: list[str]) -> None:
     if args[0] == "train":
         _done(run_train(args[1:], _help(adopt)))
         return
-    _run_one_of({"train": (object, str), **SUBCOMMANDS}, args, adopt, "subcommand")
+    if args[0] not in SUBCOMMANDS:
+        raise ValueError(f"unknown subcommand {args[0]!r}; {nearest(args[0], ['train', *SUBCOMMANDS])}")
+    _run_one_of(SUBCOMMANDS, args, adopt, "subcommand")
 
 
 COMMANDS: dict[str, Command] = {

@@ -212,7 +212,7 @@ SUBJECTS: dict[str, type[DiffusersSubject]] = {"sana": SanaSubject, "prx": PRXSu
 
 def real_tokens(embeds: Float[Tensor, "B N W"], mask: Tensor) -> list[Text]:
     """Return each text's tokens without padding; of a text without any, the first position."""
-    real = mask.bool()
+    real = mask.bool().clone()
     real[~real.any(1), 0] = True
     return [text[own].contiguous() for text, own in zip(embeds, real, strict=True)]
 
