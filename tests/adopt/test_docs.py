@@ -63,7 +63,7 @@ def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(module, "open_pipe", opened)
     small = {
         "train": ["--steps", "2", "--batch", "2", "--image-size", "16", "--device", "cpu"],
-        "sample": ["--steps", "1", "--device", "cpu"],
+        "sample": ["--steps", "1", "--height", "32", "--width", "32", "--device", "cpu"],
     }
     lines = re.findall(r"^ {4}semroute (.*)$", PAGE, re.MULTILINE)
     for command in map(shlex.split, lines):

@@ -43,7 +43,7 @@ from tests.helpers.adoptable_pipelines import pipeline
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # diffusers' and peft's own
 CPU = torch.device("cpu")
 FAMILIES = ("own", "sana", "z-image", "prx")
-SIDES = {"own": 16, "sana": 16, "z-image": 8, "prx": 8}
+SIDES = {"own": 16, "sana": 32, "z-image": 8, "prx": 8}
 Make = Callable[[str], Any]
 
 
@@ -62,7 +62,7 @@ def make(make_bundle: own.MakeBundle) -> Make:
 
 def config(name: str = "own", **changes: Any) -> AdoptConfig:
     small = {"steps": 4, "batch": 2, "log_every": 1, "checkpoint_every": 2, "precision": "fp32", "device": "cpu"}
-    return AdoptConfig(pipeline=name, **(small | {"image_size": SIDES[name]} | changes))
+    return AdoptConfig(**({"pipeline": name, "image_size": SIDES[name]} | small | changes))
 
 
 def tensors(checkpoint: Path) -> dict[str, Tensor]:

@@ -86,6 +86,7 @@ class AdoptTrainer(Steps):
             torch.manual_seed(cfg.seed)
             self.routing = adopt(self.pipe, cfg.arm, weights=cfg.weights, injection=cfg.injection)
         self._lora = add_lora(transformer, cfg.lora, cfg.seed) if cfg.lora.rank else {}
+        self.routing.requires_grad_(True)  # peft freezes all of the transformer but its adapters
         if cfg.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         self._train(Trained(self.routing, self._lora))
