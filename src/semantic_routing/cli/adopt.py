@@ -12,14 +12,12 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from semantic_routing.adopt.api import load_routing
 from semantic_routing.adopt.drawing import Drawing
 from semantic_routing.adopt.file import find_file
 from semantic_routing.adopt.table import routing_table
 from semantic_routing.adopt.training.config import AdoptConfig
-from semantic_routing.adopt.training.lora import LORA_FILE
 from semantic_routing.adopt.training.making import make_subject
-from semantic_routing.adopt.training.opening import open_pipe
+from semantic_routing.adopt.training.opening import load_results, lora_beside, open_pipe
 from semantic_routing.adopt.training.run import resume, start
 from semantic_routing.adopt.training.subject import Subject
 from semantic_routing.cli.arguments import FLAT, options, parse, parse_known
@@ -163,21 +161,13 @@ def _opened(args: AdoptSampleArguments, file: Path | None) -> Subject:
     subject.size = (args.height or subject.image_size, args.width or subject.image_size)
     subject.latent_shape(*subject.size)
     if file is not None:
-        load_routing(pipe, file, scale=args.scale)
-        if (lora := _lora_of(args, file)) is not None:
-            pipe.load_lora_weights(str(lora.parent), weight_name=lora.name)
+        load_results(pipe, file, args.scale, lora=args.lora)
     return subject
-
-
-def _lora_of(args: AdoptSampleArguments, file: Path | None) -> Path | None:
-    """Return the file of the LoRA beside a routing, if it is wanted and there."""
-    lora = None if file is None else file.parent / LORA_FILE
-    return lora if lora is not None and args.lora and lora.is_file() else None
 
 
 def _request(args: AdoptSampleArguments, subject: Subject, file: Path | None, prompts: list[str]) -> dict[str, Any]:
     """Return all settings that decide a folder's images."""
-    lora = _lora_of(args, file)
+    lora = lora_beside(file) if file is not None and args.lora else None
     sampler = asdict(args.sampling)
     del sampler["batch"]
     return {

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from semantic_routing.adopt.api import load_routing
+from semantic_routing.adopt.training.lora import LORA_FILE
 from semantic_routing.common.device import use_bfloat16
 from semantic_routing.common.extras import require_diffusers
 from semantic_routing.text.quiet import first_line, quiet_transformers
@@ -50,6 +52,19 @@ def open_pipe(name: str, device: torch.device, precision: str = "auto") -> Any:
         if bar:
             logging.enable_progress_bar()
     return frozen(pipe.to(device))
+
+
+def lora_beside(routing: Path) -> Path | None:
+    """Return the file of the LoRA beside the file of a routing, if there is one."""
+    lora = routing.parent / LORA_FILE
+    return lora if lora.is_file() else None
+
+
+def load_results(pipe: Any, routing: Path, scale: float = 1.0, *, lora: bool = True) -> None:
+    """Load the file of a routing onto a pipeline, and the LoRA beside it, if there is one and it is wanted."""
+    load_routing(pipe, routing, scale=scale)
+    if lora and (file := lora_beside(routing)) is not None:
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name)
 
 
 def frozen(pipe: Any) -> Any:

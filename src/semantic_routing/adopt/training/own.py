@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from semantic_routing.adopt.api import load_routing
 from semantic_routing.adopt.drawing import Drawing
+from semantic_routing.adopt.file import find_file
 from semantic_routing.adopt.training.config import KeepConfig
 from semantic_routing.adopt.training.keeping import decide
-from semantic_routing.adopt.training.opening import open_pipe
+from semantic_routing.adopt.training.opening import load_results, open_pipe
 from semantic_routing.adopt.training.subject import Captions, Subject
 from semantic_routing.common.device import pick_device, use_bfloat16
 from semantic_routing.model.runtime import autocast
@@ -83,16 +83,17 @@ def as_bundle(pipe: Any, device: torch.device, precision: str = "auto") -> TextT
     )
 
 
-def open_adopted(pipeline: str | Path, routing: str | Path, device: str = "auto", scale: float = 1.0) -> TextToImage:
-    """Load a pipeline of this program with a routing of ``semroute adopt train``, to sample or score it as any model.
+def open_adopted(
+    pipeline: str | Path, routing: str | Path, device: str = "auto", *, scale: float = 1.0, lora: bool = True
+) -> TextToImage:
+    """Load a pipeline of this program with the results of ``semroute adopt train``, to sample or score it as any model.
 
-    Raises ValueError for other pipelines and for a routing of another model.
+    The LoRA beside the routing is loaded, too, unless ``lora`` is False. Raises ValueError for other pipelines and for
+    a routing of another model.
     """
     where = pick_device(device)
     pipe = open_pipe(str(pipeline), where)
     if not hasattr(pipe.transformer, "backbone"):
-        raise ValueError(
-            f"{pipeline} is a {type(pipe).__name__}; only pipelines of semroute export open as TextToImage"
-        )
-    load_routing(pipe, routing, scale=scale)
+        raise ValueError(f"{pipeline} is a {type(pipe).__name__}, not a pipeline of semroute export")
+    load_results(pipe, find_file(routing), scale, lora=lora)
     return as_bundle(pipe, where)
