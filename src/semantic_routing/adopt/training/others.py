@@ -29,7 +29,7 @@ from semantic_routing.text.config import TextShape
 from semantic_routing.text.identity import encoder_identity
 from semantic_routing.text.store import DiskStates, States, StateStore, state_key
 
-Text = Float[Tensor, "n W"]
+Text = Float[Tensor, "_ W"]
 """The tokens of one caption without padding; channels hold the original state and the layers."""
 
 
