@@ -40,7 +40,9 @@ from tests.adopt.test_families import move
 from tests.helpers import pipelines as own
 from tests.helpers.adoptable_pipelines import pipeline
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # diffusers' and peft's own
+OTHERS = ("ignore::FutureWarning", "ignore::UserWarning", "ignore:__array")
+"""Warnings of diffusers and peft."""
+pytestmark = pytest.mark.filterwarnings(*OTHERS)
 CPU = torch.device("cpu")
 FAMILIES = ("own", "sana", "z-image", "prx")
 SIDES = {"own": 16, "sana": 32, "z-image": 8, "prx": 8}
