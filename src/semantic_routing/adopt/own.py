@@ -22,11 +22,18 @@ class OwnMechanism:
         """Register the hook and return its handle."""
         if self.routing.depends_on_time:
             self.base.depends_on_time = True  # of this instance: pipelines then prepare the text for every time
+        self.base.mix_steps = self._mix_steps  # which does not call the router, so that no hook would run
         return [self.base.register_forward_hook(self._route, with_kwargs=True)]
 
     def forget(self) -> None:
-        """Restore the router's own dependence on time."""
-        self.base.__dict__.pop("depends_on_time", None)
+        """Restore the router's own dependence on time, and its way to mix for several times."""
+        for name in ("depends_on_time", "mix_steps"):
+            self.base.__dict__.pop(name, None)
+
+    def _mix_steps(self, hidden: Tensor, times: Tensor) -> Tensor:
+        """Return the routed text [T, D, B, N, C] at each of several times."""
+        blocks = self.routing.facts.blocks
+        return torch.stack([self.base(hidden, t[None]).expand(blocks, -1, -1, -1) for t in times])
 
     def _route(self, router: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
         given = by_name(("hidden", "t"), args, kwargs)

@@ -26,29 +26,33 @@ def plot_heatmap(
     top: float = 0.0,
     rows: Sequence[str] | None = None,
     label: str = "block",
+    columns: Sequence[str] | None = None,
 ) -> Figure:
     """Draw a row of weights for each of K blocks, parts of blocks or times, the first on top; darker is more.
 
     ``top`` is the least weight of the darkest colour, for a common scale of several maps. ``rows`` are the names of
-    the rows, by default their numbers.
+    the rows, by default their numbers, and ``columns`` those of the columns, by default the layers' numbers. Weights of
+    both signs are blue and red.
     """
     count, layers = weights.shape
     figure, axes = new_axes(min(1.9 + 0.42 * layers, 7.5), min(1.4 + 0.34 * count, 5.5), title)
     # The scale ends at twice the uniform weight or above, so that near-uniform weights look pale.
-    top = 100 * max(top, float(weights.max()), 2 / layers)
+    top = 100 * max(top, float(np.abs(weights).max()), 2 / layers)
+    colors, bottom = ("Blues", 0.0) if weights.min() >= 0 else ("RdBu", -top)
     edges_x, edges_y = np.arange(layers + 1) + 0.5, np.arange(count + 1) - 0.5
     mesh = axes.pcolormesh(
-        edges_x, edges_y, weights * 100, cmap="Blues", vmin=0, vmax=top, edgecolors="face", linewidth=0.2
+        edges_x, edges_y, weights * 100, cmap=colors, vmin=bottom, vmax=top, edgecolors="face", linewidth=0.2
     )
     axes.invert_yaxis()
-    axes.set_xticks(ticks(1, layers))
+    across = ticks(1, layers)
+    axes.set_xticks(across, [str(tick) if columns is None else columns[tick - 1] for tick in across])
     shown = ticks(0, count - 1)
     axes.set_yticks(shown, [str(tick) if rows is None else rows[tick] for tick in shown])
     axes.spines[:].set_visible(False)
     label_axes(axes, "language-model layer", label)
     if weights.size <= MOST_NUMBERS:
         for (row, layer), weight in np.ndenumerate(weights * 100):
-            color = "white" if weight > 0.6 * top else "#08306b"
+            color = "white" if abs(weight) > 0.6 * top else "#08306b"
             axes.text(layer + 1, row, f"{weight:.0f}", ha="center", va="center", fontsize=8.5, color=color)
     bar = figure.colorbar(mesh, ax=axes, pad=0.02, fraction=0.06)
     bar.set_label("weight (%)", fontsize=10, color=INK)

@@ -10,8 +10,10 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from semantic_routing.adopt.table import open_routing
 from semantic_routing.analysis.ablation.figures import ablation_figures, disagreement
 from semantic_routing.analysis.ablation.run import AblationConfig, run_ablation
+from semantic_routing.analysis.adopted import adopted_figures, is_routing
 from semantic_routing.analysis.distances import compare_routers
 from semantic_routing.analysis.figures import Drawn
 from semantic_routing.analysis.page import Strip, write_page
@@ -45,7 +47,8 @@ class AnalyzeArguments:
     """Draw how much each block reads of each language-model layer, and measure sampling trajectories."""
 
     models: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Runs' folders, checkpoints or exported pipelines; several are drawn separately and compared."""
+    """Runs' folders, checkpoints, exported pipelines, or folders and files of an adopted pipeline's routing; several
+    are drawn separately, and models compared."""
     out: Path
     """Folder for the figures (.png, .pdf) and their numbers (.csv, .npz)."""
     times: tuple[float, ...] = CHOSEN_TIMES
@@ -93,13 +96,21 @@ class AnalyzeArguments:
 def run_analysis(args: AnalyzeArguments) -> list[Path]:
     """Draw all figures and return the PNG files and pages that were written."""
     check_writable(args.out)
-    routers = {path: open_router(path) for path in args.models}
+    adopted = {path: open_routing(path) for path in args.models if is_routing(path)}
+    if adopted and (args.trajectory or args.ablate or args.html or args.blocks):
+        raise ValueError(
+            f"{next(iter(adopted))} is a routing without its model: leave out --trajectory, --ablate, --html, --blocks"
+        )
+    routers = {path: open_router(path) for path in args.models if path not in adopted}
     folders = _folders(args)
     written: list[Path] = []
+    for path, routing in adopted.items():
+        _write_manifest(path, folders[path], args)
+        written += [drawn.save(folders[path]) for drawn in adopted_figures(routing, args.times)]
     for path, model in routers.items():
         written += _analyze(path, model, folders[path], args)
     if len(routers) > 1:
-        names = [str(folder.relative_to(args.out)) for folder in folders.values()]
+        names = [str(folders[path].relative_to(args.out)) for path in routers]
         written += [drawn.save(args.out) for drawn in compare_routers(names, list(routers.values()))]
     return written
 
@@ -136,15 +147,19 @@ def _analyze(path: Path, model: Backbone, out: Path, args: AnalyzeArguments) -> 
         leads = lead_table(runs)
         write_text(out / "lead.json", json.dumps(leads, indent=2) + "\n")
         strips = _strips(bundle, args) if args.html else []
+    _write_manifest(path, out, args)
+    written = [figure.save(out) for figure in drawn]
+    if args.html:
+        written.append(write_page(out / "index.html", str(path), model, drawn, leads, strips, found))
+    return written
+
+
+def _write_manifest(path: Path, out: Path, args: AnalyzeArguments) -> None:
     settings = asdict(args)
     settings = settings.pop("sampling") | settings  # the tuples of steps and guidance stay
     for name in ("models", "out", "compile"):
         del settings[name]
     write_text(out / "manifest.json", json.dumps(manifest(model=str(path), **settings), indent=2, default=str) + "\n")
-    written = [figure.save(out) for figure in drawn]
-    if args.html:
-        written.append(write_page(out / "index.html", str(path), model, drawn, leads, strips, found))
-    return written
 
 
 def _ablate(bundle: TextToImage, args: AnalyzeArguments, out: Path) -> tuple[list[Drawn], dict[str, Any] | None]:

@@ -154,6 +154,33 @@ def study(args: list[str]) -> None:
     _done(write_results(given))
 
 
+def adopt(args: list[str]) -> None:
+    """Train routing on a diffusers pipeline: semroute adopt train PIPELINE --data photos --out routings/x
+
+    train   train a routing, then a LoRA if asked, on a frozen pipeline of PRX, Sana, Z-Image or semroute export
+    sample  sample images from a pipeline, with a routing or without
+    info    show the header of a routing's file, and its weights by block
+
+    semroute adopt train PIPELINE --data PATHS --out DIR [settings]   start a run
+    semroute adopt train --resume DIR [--steps N]                     resume a run
+
+    Every setting is an option, such as --arm depth, --steps 1000, --optim.router-lr 1e-2 or --lora.rank 16.
+    """
+    if _shows_help(adopt, args or ["--help"]):
+        return
+    from semantic_routing.common.extras import require_diffusers
+
+    require_diffusers("semroute adopt")
+    from semantic_routing.cli.adopt import SUBCOMMANDS, run_train
+
+    if args[0] == "train":
+        _done(run_train(args[1:], _help(adopt)))
+        return
+    if args[0] not in SUBCOMMANDS:
+        raise ValueError(f"unknown subcommand {args[0]!r}; {nearest(args[0], ['train', *SUBCOMMANDS])}")
+    _run_one_of(SUBCOMMANDS, args, adopt, "subcommand")
+
+
 COMMANDS: dict[str, Command] = {
     "quickstart": quickstart,
     "train": train,
@@ -166,6 +193,7 @@ COMMANDS: dict[str, Command] = {
     "overhead": overhead,
     "convert": convert,
     "export": export,
+    "adopt": adopt,
 }
 
 

@@ -131,7 +131,7 @@ class TransformerLora(AuraFlowLoraLoaderMixin):
             if isinstance(owner, type):
                 raise ValueError("give transformer_lora_layers, or call save_lora_weights of a pipeline")
             with owner._uncompiled():
-                layers, metadata = _adapter(owner.transformer, adapter_name)
+                layers, metadata = adapter_of(owner.transformer, adapter_name)
         layers = layers.state_dict() if isinstance(layers, nn.Module) else layers
         layers = {name.removeprefix("transformer."): x for name, x in _named(layers).items()}
         layers |= _alphas(layers, metadata) if metadata else {}
@@ -239,7 +239,7 @@ def _named(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return named
 
 
-def _adapter(transformer: Any, name: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def adapter_of(transformer: Any, name: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return tensors and configuration of an adapter; ``name`` may be None if there is one, or one called default."""
     from peft.utils import get_peft_model_state_dict
 

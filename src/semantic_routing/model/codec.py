@@ -115,10 +115,10 @@ class PixelCodec(Codec):
         self, images: UInt8[Tensor, "B H W 3"], noise: Float[Tensor, "B C h w"] | None = None
     ) -> Float[Tensor, "B C h w"]:
         """Return pixels in [-1, 1]; ``noise`` is ignored."""
-        return _to_signed(images)
+        return to_signed(images)
 
     def decode(self, latents: Float[Tensor, "B C h w"]) -> UInt8[Tensor, "B H W 3"]:
-        return _to_pixels(latents)
+        return to_pixels(latents)
 
 
 class VAECodec(Codec):
@@ -178,7 +178,7 @@ class VAECodec(Codec):
         found = []
         for part in images.split(size):
             whole = torch.cat([part, part[-1:].expand(size - len(part), -1, -1, -1)])
-            made = self.vae.encode(_to_signed(whole).to(self.vae.dtype)).latent_dist
+            made = self.vae.encode(to_signed(whole).to(self.vae.dtype)).latent_dist
             found.append(torch.stack([made.mean, made.std], dim=1)[: len(part)])
         return torch.cat(found)
 
@@ -197,10 +197,11 @@ class VAECodec(Codec):
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "B C h w"]) -> UInt8[Tensor, "B H W 3"]:
         z = latents.float() / self.scale + self.shift
-        return _to_pixels(self.vae.decode(z.to(self.vae.dtype)).sample)
+        return to_pixels(self.vae.decode(z.to(self.vae.dtype)).sample)
 
 
-def _to_signed(images: Tensor) -> Tensor:
+def to_signed(images: Tensor) -> Tensor:
+    """Return uint8 images, channels last, as numbers from -1 to 1, channels first."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -210,7 +211,8 @@ def check_pictures(pictures: Float[Tensor, " B *picture"]) -> None:
         raise NotFiniteError((~finite).nonzero().flatten().tolist())
 
 
-def _to_pixels(signed: Tensor) -> Tensor:
+def to_pixels(signed: Tensor) -> Tensor:
+    """Invert ``to_signed``, clamped and rounded; raise NotFiniteError for NaN or infinity."""
     check_pictures(signed)
     pixels = (signed.float() + 1) * 127.5
     return pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()

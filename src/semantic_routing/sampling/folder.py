@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from semantic_routing.checkpoint.safetensors_storage import TYPES
@@ -90,14 +91,28 @@ def _claim(out: Path, identity: dict[str, Any], facts: dict[str, Any]) -> None:
     write_text(path, json.dumps(manifest(**identity, **facts), indent=2) + "\n")
 
 
+@runtime_checkable
+class Draws(Protocol):
+    """A model that samples images."""
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width of the images."""
+
+    def sample(self, prompts: Sequence[str], images: Sequence[tuple[int, int]], cfg: Any) -> Tensor:
+        """Sample one image for each prompt; ``images`` holds (prompt index, image index) of each."""
+
+
 def sample_missing(
-    bundle: TextToImage,
+    bundle: Draws,
     prompts: Sequence[str],
     paths: dict[tuple[int, int], Path],
-    cfg: SampleConfig,
+    cfg: Any,
     job: Processes = ALONE,
 ) -> None:
     """Sample, in batches, the images (prompt index, image index) whose files are missing or incomplete.
+
+    ``cfg`` holds the model's settings of sampling, and the size ``batch`` of the batches.
 
     Each process of the job samples its share and returns when all are done.
     """

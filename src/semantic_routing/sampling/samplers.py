@@ -163,7 +163,11 @@ def noise_for(
 
 
 def _noise(seed: int, prompt: int, image: int, step: int | None, shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=generator_for(seed, prompt, image, step))
+
+
+def generator_for(seed: int, prompt: int, image: int, step: int | None = None) -> torch.Generator:
+    """Return a generator in a state that depends on an image's indices, ``seed`` and ``step`` alone."""
     name = f"{seed}/{prompt}/{image}" if step is None else f"{seed}/{prompt}/{image}/{step}"
     digest = blake2b(name.encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.randn(shape, generator=generator)
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,9 +1,9 @@
-"""TrainConfig: all settings of a training run."""
+"""The settings of a training run: those of every run, and all of ``semroute train``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from semantic_routing.data.dataset import DataConfig
 from semantic_routing.flow import TimeConfig
@@ -19,25 +19,19 @@ from semantic_routing.training.watchdog import WatchdogConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """All settings of a run; recipes return complete ones, and every checkpoint has a copy."""
+class RunConfig:
+    """Settings that every kind of run has."""
 
+    LEAST_IMAGE: ClassVar[int] = 1
+    """Smallest ``image_size``."""
     data: DataConfig = field(default_factory=DataConfig)
     """The training data: the toy world, or shards, tables, manifests and folders of images with captions."""
     image_size: int = 256
     """Side of the square training images, in pixels."""
-    model: DiTConfig = field(default_factory=DiTConfig)
-    """The transformer. Its text width and layers are taken from the text encoder."""
-    text: TextEncoderConfig = field(default_factory=lambda: TextEncoderConfig(name_or_path=TINY))
-    """The frozen language model; the name "tiny" trains a small one first."""
-    codec: CodecConfig = field(default_factory=CodecConfig)
-    """The encoder of images into latents."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimiser."""
     time: TimeConfig = field(default_factory=TimeConfig)
     """The distribution of training times and their weights in the loss."""
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """The distribution of the run over the processes of torchrun."""
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     """When the run counts as hung."""
     steps: int = 500_000
@@ -50,16 +44,12 @@ class TrainConfig:
     """Seed of initial weights, order, noise, times and dropout."""
     prompt_dropout: float = 0.1
     """Share of prompts replaced by the null prompt."""
-    null_prompt: str = ""
-    """The null prompt: trained as "no prompt", and used by classifier-free guidance."""
     ema_decay: float = 0.99
     """Decay of the moving average of the weights per update, reached gradually over the first updates."""
     ema_every: int = 100
     """Steps between updates of the moving average."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Type of matrix products; "auto" is bf16 if the hardware has it."""
-    compile: bool = False
-    """Use torch.compile: on the blocks, on one CPU on the whole network; slower start, faster steps."""
     max_bad_steps: int = 5
     """Consecutive steps without a finite loss and gradient that stop the run; fewer are skipped and counted."""
     log_every: int = 10
@@ -74,18 +64,23 @@ class TrainConfig:
     """Checkpoints at multiples of this step are never deleted; 0 is none."""
     preview_every: int = 0
     """Steps between sample grids in the run's samples folder; 0 is none."""
-    preview: SampleConfig = field(default_factory=lambda: SampleConfig(steps=20, batch=16))
-    """Sampling of the grids."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """The loss on held-out images."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or another device of torch."""
 
+    @property
+    def last_step(self) -> int:
+        """Number of steps at whose end the run is done."""
+        return self.steps
+
     def __post_init__(self) -> None:
-        counts = ("steps", "batch", "accumulate", "image_size", "ema_every", "max_bad_steps")
-        for name in (*counts, "log_every", "checkpoint_every", "keep"):
+        counts = ("steps", "batch", "accumulate", "ema_every", "max_bad_steps", "log_every", "checkpoint_every", "keep")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.image_size < self.LEAST_IMAGE:
+            raise ValueError(f"image_size is {self.image_size}; it must be at least {self.LEAST_IMAGE}")
         for name in ("preview_every", "keep_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 0 for none")
@@ -103,3 +98,23 @@ class TrainConfig:
                 f"{self.accumulate}; make it a multiple of {processes * self.accumulate}"
             )
         return self.batch // processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """All settings of a run; recipes return complete ones, and every checkpoint has a copy."""
+
+    model: DiTConfig = field(default_factory=DiTConfig)
+    """The transformer. Its text width and layers are taken from the text encoder."""
+    text: TextEncoderConfig = field(default_factory=lambda: TextEncoderConfig(name_or_path=TINY))
+    """The frozen language model; the name "tiny" trains a small one first."""
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    """The encoder of images into latents."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """The distribution of the run over the processes of torchrun."""
+    null_prompt: str = ""
+    """The null prompt: trained as "no prompt", and used by classifier-free guidance."""
+    compile: bool = False
+    """Use torch.compile: on the blocks, on one CPU on the whole network; slower start, faster steps."""
+    preview: SampleConfig = field(default_factory=lambda: SampleConfig(steps=20, batch=16))
+    """Sampling of the grids."""

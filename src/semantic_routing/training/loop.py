@@ -39,15 +39,16 @@ from semantic_routing.model.codec import Codec, NotFiniteError
 from semantic_routing.sampling.located import FOLDER, KEY, here
 from semantic_routing.text.architecture import text_shape
 from semantic_routing.text.config import TextEncoderConfig, tiny_sizes
-from semantic_routing.training.config import TrainConfig
+from semantic_routing.training.config import RunConfig, TrainConfig
 from semantic_routing.training.latents import kept_latents
-from semantic_routing.training.metrics import Meter, flops_per_image, peak_flops, peak_memory, routing_entropy
+from semantic_routing.training.metrics import Meter, peak_flops, peak_memory
 from semantic_routing.training.origins import accept, changes, data_origins
 from semantic_routing.training.parallelize import arrange
 from semantic_routing.training.prefetch import one_ahead
 from semantic_routing.training.run_folder import (
     CONFIG,
     MANIFEST,
+    TRAIN,
     check_new,
     claimed_run,
     going_on,
@@ -57,10 +58,11 @@ from semantic_routing.training.run_folder import (
     note_steps,
     run_of,
 )
+from semantic_routing.training.steps import Prepared, Steps
 from semantic_routing.training.tiny_lm import tiny_lm, training_corpus
 from semantic_routing.training.tracking import Row, Tracker
-from semantic_routing.training.trainer import Inputs, Trainer
-from semantic_routing.training.validation import HeldOut, held_out, validate
+from semantic_routing.training.trainer import Trainer
+from semantic_routing.training.validation import HeldOut
 from semantic_routing.training.watchdog import Phase, Watchdog, job_store
 
 OnStep = Callable[[int], None]
@@ -85,7 +87,7 @@ def start(cfg: TrainConfig, out: Path, on_step: OnStep | None = None) -> Path:
         trainer.record[KEY] |= {"data": world.on_first(lambda: data_origins(data)), FOLDER: here()}
         if sizes is not None:
             world.on_first(partial(keep_encoder, Path(text.name_or_path), out))
-        world.on_first(partial(_write_json, out / CONFIG, to_dict(trainer.cfg)))
+        world.on_first(partial(write_json, out / CONFIG, to_dict(trainer.cfg)))
         return train(trainer, data, on_step)
 
 
@@ -110,7 +112,7 @@ def resume(out: Path, on_step: OnStep | None = None, *, steps: int | None = None
         with claimed_run(world, run):
             folder = world.on_first(partial(latest, out))
             then = world.everywhere(lambda: read_state(folder).get(KEY, {}))
-            asked, words = world.on_first(partial(going_on, run, folder, steps))
+            asked, words = world.on_first(partial(going_on, run, folder, steps, TRAIN))
             cfg = located_run(asked, then.get(FOLDER))
             if cfg != asked:
                 words.append(f"the run began in another folder, {then[FOLDER]}: relative paths are taken from there")
@@ -119,7 +121,7 @@ def resume(out: Path, on_step: OnStep | None = None, *, steps: int | None = None
             trainer = world.everywhere(lambda: Trainer(cfg, run, world))
             world.everywhere(lambda: trainer.load(folder))
             now = trainer.record[KEY] | {"data": world.on_first(lambda: data_origins(data))}
-            words += world.on_first(lambda: accept(run, changes(then, now), accept_changes))
+            words += world.on_first(lambda: accept(run, changes(then, now), accept_changes, TRAIN.again))
             for line in words if world.first else ():
                 say(line)
             trainer.record = {"config": to_dict(asked), KEY: now | {FOLDER: then.get(FOLDER) or here()}}
@@ -127,16 +129,13 @@ def resume(out: Path, on_step: OnStep | None = None, *, steps: int | None = None
             return train(trainer, data, on_step)
 
 
-def train(trainer: Trainer, data: Dataset, on_step: OnStep | None = None) -> Path:
+def train(trainer: Steps, data: Dataset, on_step: OnStep | None = None) -> Path:
     """Train from the trainer's step to the run's last step and return the last checkpoint."""
     keep_freed_memory()
     cfg, out, world, first = trainer.cfg, trainer.out, trainer.world, trainer.step
     facts = manifest(config=to_dict(cfg), seeds={"run": cfg.seed}, from_step=first, processes=world.count)
-    world.on_first(lambda: _write_json(out / MANIFEST, facts))
-    pictures = None
-    if cfg.validation.every:
-        kept = kept_latents(cfg.codec)
-        pictures = world.everywhere(lambda: held_out(cfg.validation, cfg.data, cfg.image_size, kept))
+    world.on_first(lambda: write_json(out / MANIFEST, facts))
+    pictures = world.everywhere(trainer.held_out) if cfg.validation.every else None
     tracker = world.everywhere(lambda: Tracker(out, first, cfg.track, to_dict(cfg)) if world.first else None)
     with (
         tracker or nullcontext(),
@@ -144,12 +143,12 @@ def train(trainer: Trainer, data: Dataset, on_step: OnStep | None = None) -> Pat
         stop_signals() as stop,
         Watchdog(cfg.watchdog, job_store(), world.rank, world.count) as dog,
         closing(trainer.saver),
-        closing(batches(data, cfg, world, trainer.bundle.codec, first)) as loaded,
-        tqdm(total=cfg.steps, initial=first, desc=f"Training {cfg.model.arm}", disable=not world.first) as bar,
+        closing(batches(data, cfg, world, trainer.codec, first)) as loaded,
+        tqdm(total=cfg.last_step, initial=first, desc=trainer.title, disable=not world.first) as bar,
     ):
         loop = Loop(trainer, data, pictures, tracker, dog, Meter(world.count, peak_flops(world.device)))
         with closing(one_ahead(trainer.prepare, loop.timed(loaded), world.device)) as inputs:
-            while trainer.step < cfg.steps:
+            while trainer.step < cfg.last_step:
                 row = loop.advance(next(inputs))
                 bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
                 bar.update()
@@ -167,7 +166,7 @@ def train(trainer: Trainer, data: Dataset, on_step: OnStep | None = None) -> Pat
 class Loop:
     """The work around each training step; the methods are in the order in which ``train`` calls them."""
 
-    trainer: Trainer
+    trainer: Steps
     data: Dataset
     pictures: HeldOut | None
     """Images to validate on, if any."""
@@ -184,11 +183,11 @@ class Loop:
                 batch = next(loaded)
             yield batch
 
-    def advance(self, inputs: Sequence[Inputs]) -> Row:
+    def advance(self, inputs: Sequence[Prepared]) -> Row:
         """Train one step and return its metrics."""
         cfg = self.trainer.cfg
         row = self.trainer.advance(inputs, self.beat)
-        flops = 0 if self.meter.peak is None else sum(_flops(cfg, part) for part in inputs)
+        flops = 0 if self.meter.peak is None else sum(map(self.trainer.flops, inputs))
         self.meter.step(cfg.batch, self.trainer.world.count * flops)
         return row
 
@@ -197,8 +196,8 @@ class Loop:
         cfg, trainer = self.trainer.cfg.validation, self.trainer
         if self.pictures is None or not self._due(cfg.every):
             return {}
-        with self._during("validating", "validation"), trainer.averaged() as bundle:
-            return validate(bundle, self.pictures, cfg, trainer.world, self.troubles)
+        with self._during("validating", "validation"):
+            return trainer.validate(self.pictures, self.troubles)
 
     def log(self, row: Row, validation: dict[str, float]) -> None:
         """Write the step's metrics if that is due or there was a validation."""
@@ -207,7 +206,7 @@ class Loop:
             return
         self.beat("logging")
         trainer.count_damage()
-        row = row | routing_entropy(trainer.bundle.model) | validation | self.meter.row()
+        row = row | trainer.facts() | validation | self.meter.row()
         row |= {"damaged": trainer.damage.damaged}
         if self.tracker is not None:
             self.tracker.write(row | {"memory": peak_memory(trainer.world.device)})
@@ -219,7 +218,7 @@ class Loop:
             return
         try:
             with self._during("sampling", "sampling"):
-                picture = trainer.preview(self.data.captions(cfg.preview.batch))
+                picture = trainer.preview(self.data)
         except NotFiniteError as error:
             if trainer.world.first:
                 say(f"no samples of step {trainer.step}: {error}")
@@ -236,15 +235,15 @@ class Loop:
         number, failed = world.max(stop[0] if stop else 0, int(trainer.saver.failed))
         if failed:
             trainer.finish_writing()
-        last = trainer.step == cfg.steps
+        last = trainer.step == cfg.last_step
         # While no finite loss is seen, earlier checkpoints are worth more than another one.
         if last or number or (trainer.step % cfg.checkpoint_every == 0 and not trainer.bad):
             with self._during("saving", "saving"):
                 trainer.save()
         if number and not last:
             trainer.finish_writing()
-            message = f"stopped at step {trainer.step} of {cfg.steps} and wrote {checkpoints(trainer.out)[-1]}; "
-            message += f"go on with: semroute train --resume {shlex.quote(str(trainer.out))}"
+            message = f"stopped at step {trainer.step} of {cfg.last_step} and wrote {checkpoints(trainer.out)[-1]}; "
+            message += f"go on with: {trainer.again} {shlex.quote(str(trainer.out))}"
             world.fail(Interrupted(message, number))
 
     def beat(self, phase: Phase) -> None:
@@ -259,11 +258,11 @@ class Loop:
             yield
 
     def _due(self, every: int) -> bool:
-        return self.trainer.step == self.trainer.cfg.steps or self.trainer.step % every == 0
+        return self.trainer.step == self.trainer.cfg.last_step or self.trainer.step % every == 0
 
 
 def batches(
-    data: Dataset, cfg: TrainConfig, world: World, codec: Codec, first: int
+    data: Dataset, cfg: RunConfig, world: World, codec: Codec, first: int
 ) -> Generator[Batch[Tensor], None, None]:
     """Yield this rank's equal share of each step's batch from step ``first`` on; shares are in order of rank."""
     # A CPU that trains has no core to spare: a thread that draws beside it would stall every parallel region.
@@ -285,11 +284,6 @@ def _with_text_sizes(cfg: TrainConfig, text: TextEncoderConfig) -> TrainConfig:
     return replace(cfg, model=replace(cfg.model, text_width=shape.width, text_layers=len(shape.layers)))
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Write settings as a JSON file."""
     write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def _flops(cfg: TrainConfig, inputs: Inputs) -> int:
-    """Return the FLOPs of training on a microbatch."""
-    images, _, height, width = inputs.latents.shape
-    return images * flops_per_image(cfg.model, height, width, inputs.features.mask.shape[1])

@@ -56,9 +56,16 @@ def _digests(source: RecordSource, sidecar: Sidecar | None) -> dict[str, str]:
 
 def model_origins(encoder: TextEncoder, codec: Codec) -> dict[str, str]:
     """Return digests of the frozen models, taken before their weights are sharded."""
-    found = {"text encoder": f"{_weights(encoder.model)}-{_tokens(encoder.tokenizer)}"}
-    vae = getattr(codec, "vae", None)
-    return found if vae is None else found | {"VAE": _weights(vae)}
+    return frozen_origins(encoder.model, encoder.tokenizer, getattr(codec, "vae", None))
+
+
+def frozen_origins(
+    text_encoder: nn.Module, tokenizer: Any, vae: nn.Module | None, **others: nn.Module
+) -> dict[str, str]:
+    """Return digests of frozen models by their names in messages."""
+    found = {"text encoder": f"{_weights(text_encoder)}-{_tokens(tokenizer)}"}
+    models = others if vae is None else {"VAE": vae} | others
+    return found | {name: _weights(model) for name, model in models.items()}
 
 
 def _weights(model: nn.Module) -> str:
@@ -83,12 +90,15 @@ def spread(count: int, most: int) -> Sequence[int]:
     return range(count) if count <= most else [i * (count - 1) // (most - 1) for i in range(most)]
 
 
-def accept(run: Path, found: list[str], accepted: bool) -> list[str]:
-    """Return messages about changed data or models; raise ValueError if there are any and the user accepts none."""
+def accept(run: Path, found: list[str], accepted: bool, again: str) -> list[str]:
+    """Return messages about changed data or models; raise ValueError if there are any and the user accepts none.
+
+    ``again`` is the command that resumes the run.
+    """
     if found and not accepted:
         raise ValueError(
             f"{run} was started on other data or models: {'; '.join(found)}. Restore them, or resume with the changes: "
-            f"semroute train --resume {shlex.quote(str(run))} --accept-changes"
+            f"{again} {shlex.quote(str(run))} --accept-changes"
         )
     return [f"resuming although {one}" for one in found]
 
@@ -106,5 +116,5 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             else:
                 others = [what for what in ("pictures", "captions") if old[what] != new[what]]
                 found += [f"{new['path']} holds other {' and '.join(others)}"] if others else []
-    other = [what for what in ("text encoder", "VAE") if what in then and then[what] != now.get(what)]
+    other = [what for what in ("text encoder", "VAE", "transformer") if what in then and then[what] != now.get(what)]
     return found + [f"the {what} is another" for what in other]

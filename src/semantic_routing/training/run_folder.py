@@ -8,9 +8,9 @@ import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from semantic_routing.checkpoint.load import STATE, checkpoints, find_checkpoint, read_state
 from semantic_routing.common.config import from_dict, read_config, to_dict
@@ -18,15 +18,42 @@ from semantic_routing.common.distributed import World
 from semantic_routing.common.files import check_writable, write_text, written_whole
 from semantic_routing.common.locks import LOCK, claimed
 from semantic_routing.data.damage import FILE as DAMAGED
-from semantic_routing.sampling.load import TEXT_ENCODER, read_run_config
+from semantic_routing.sampling.load import TEXT_ENCODER
 from semantic_routing.sampling.located import located, located_model
-from semantic_routing.training.config import TrainConfig
+from semantic_routing.training.config import RunConfig, TrainConfig
 from semantic_routing.training.optim import set_rates
 from semantic_routing.training.tracking import IDENTITY, METRICS
 
 CONFIG, MANIFEST = "config.json", "manifest.json"
 WRITTEN = (CONFIG, MANIFEST, METRICS, DAMAGED, IDENTITY)
 """Files of a run that replace files of the same name."""
+C = TypeVar("C", bound=RunConfig)
+
+
+@dataclass(frozen=True)
+class Kind(Generic[C]):
+    """Kind of a run: its settings, its command and the files that only it writes."""
+
+    config: type[C]
+    command: str
+    needs: frozenset[str]
+    """Names in ``config.json`` and in a checkpoint's configuration that tell such runs from others."""
+    writes: tuple[str, ...] = ()
+
+    @property
+    def again(self) -> str:
+        """Command that resumes such a run."""
+        return f"{self.command} --resume"
+
+    def read(self, checkpoint: Path) -> C:
+        """Return the configuration of the run that wrote a checkpoint; ValueError for a run of another kind."""
+        config = read_state(checkpoint).get("config")
+        if not isinstance(config, dict) or not self.needs <= config.keys():
+            raise ValueError(f"{checkpoint} was not written by {self.command}: resume it with the command that did")
+        return from_dict(self.config, config)
+
+
+TRAIN = Kind(TrainConfig, "semroute train", frozenset({"model", "text", "codec", "image_size"}))
 
 
 @contextmanager
@@ -58,23 +85,21 @@ def latest(path: Path) -> Path:
     return folder
 
 
-def check_new(out: Path) -> None:
+def check_new(out: Path, kind: Kind = TRAIN) -> None:
     """Raise ValueError if a folder has a run, or other files that a run would replace."""
     if checkpoints(out):
-        raise ValueError(
-            f"{out} already holds a run: go on with `semroute train --resume {out}` or choose another --out"
-        )
+        raise ValueError(f"{out} already holds a run: go on with `{kind.again} {out}` or choose another --out")
     check_writable(out)
-    there = [out / name for name in WRITTEN if (out / name).exists()]
-    if there and not _begun(out):
+    there = [out / name for name in (*WRITTEN, *kind.writes) if (out / name).exists()]
+    if there and not _begun(out, kind):
         raise ValueError(f"{there[0]} exists and belongs to no run: choose another --out, or move it away")
 
 
-def _begun(out: Path) -> bool:
+def _begun(out: Path, kind: Kind) -> bool:
     """Return whether a run started here and ended before its first checkpoint."""
     try:
-        read_config(TrainConfig, out / CONFIG)
-        return {"model", "text", "codec", "image_size"} <= json.loads((out / CONFIG).read_text(encoding="utf-8")).keys()
+        read_config(kind.config, out / CONFIG)
+        return kind.needs <= json.loads((out / CONFIG).read_text(encoding="utf-8")).keys()
     except ValueError:
         return False
 
@@ -91,15 +116,15 @@ def keep_encoder(made: Path, out: Path) -> None:
         shutil.copytree(made, scratch)
 
 
-def going_on(run: Path, checkpoint: Path, steps: int | None) -> tuple[TrainConfig, list[str]]:
+def going_on(run: Path, checkpoint: Path, steps: int | None, kind: Kind[C]) -> tuple[C, list[str]]:
     """Return the configuration of a resumed run, and messages about it.
 
     It is the checkpoint's, with ``steps`` as the last step if given. ``config.json`` may change the last step; messages
     report its other changes, which are ignored. Raises ValueError for a last step that is past.
     """
-    cfg = from_dict(TrainConfig, read_run_config(checkpoint))
+    cfg = kind.read(checkpoint)
     done = read_state(checkpoint)["step"]
-    edited, words = _edited(run, cfg)
+    edited, words = _edited(run, cfg, kind)
     if edited is not None and steps is None and edited.steps != cfg.steps:
         if edited.steps >= done:
             steps = edited.steps
@@ -120,13 +145,13 @@ def going_on(run: Path, checkpoint: Path, steps: int | None) -> tuple[TrainConfi
     return replace(cfg, steps=steps), words
 
 
-def _edited(run: Path, cfg: TrainConfig) -> tuple[TrainConfig | None, list[str]]:
+def _edited(run: Path, cfg: C, kind: Kind[C]) -> tuple[C | None, list[str]]:
     """Return a run's ``config.json`` if it is readable, and messages about the settings in it that are ignored."""
     path = run / CONFIG
     if not path.exists():
         return None, []
     try:
-        edited = read_config(TrainConfig, path)
+        edited = read_config(kind.config, path)
     except ValueError as error:
         return None, [f"{path} is ignored, because the checkpoint has the run's settings: {error}"]
     other = [name for name in differing(to_dict(cfg), to_dict(edited)) if name != "steps"]
@@ -134,7 +159,7 @@ def _edited(run: Path, cfg: TrainConfig) -> tuple[TrainConfig | None, list[str]]
         return edited, []
     return edited, [
         f"{path} was edited, which is ignored for {', '.join(other)}: a run keeps the settings of its checkpoint. "
-        f"For other settings start a new run: semroute train --config {shlex.quote(str(path))} --out DIR"
+        f"For other settings start a new run: {kind.command} --config {shlex.quote(str(path))} --out DIR"
     ]
 
 
@@ -149,11 +174,11 @@ def differing(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> l
     return found
 
 
-def note_steps(run: Path, cfg: TrainConfig) -> None:
+def note_steps(run: Path, cfg: RunConfig) -> None:
     """Write the run's last step into ``config.json``, so that the next resumption ends there, too."""
     path = run / CONFIG
     try:
-        edited = read_config(TrainConfig, path)
+        edited = read_config(type(cfg), path)
     except ValueError:  # missing or unreadable
         return
     if edited.steps != cfg.steps:
@@ -162,6 +187,12 @@ def note_steps(run: Path, cfg: TrainConfig) -> None:
 
 def located_run(cfg: TrainConfig, folder: str | None) -> TrainConfig:
     """Resolve a run's relative paths from the folder where it was started."""
+    cfg = located_data(cfg, folder)
+    return replace(cfg, text=located_model(cfg.text, folder), codec=located_model(cfg.codec, folder))
+
+
+def located_data(cfg: C, folder: str | None) -> C:
+    """Resolve the relative paths of a run's data from the folder where it was started."""
     data, checked = cfg.data, cfg.validation
     return replace(
         cfg,
@@ -172,6 +203,4 @@ def located_run(cfg: TrainConfig, folder: str | None) -> TrainConfig:
             sidecar=located(data.sidecar, folder),
         ),
         validation=replace(checked, paths=tuple(located(path, folder) for path in checked.paths)),
-        text=located_model(cfg.text, folder),
-        codec=located_model(cfg.codec, folder),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ from semantic_routing.training.latents import batch_latents
 
 HeldOut = Callable[[int], Row]
 """Function from a number from 0 to a held-out row."""
+Errors = Callable[[Any, Sequence[Row], Sequence[float]], Tensor]
+"""(model, rows, times) -> the velocity's mean squared error [T, B]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,18 +85,19 @@ def held_out(cfg: ValidationConfig, data: DataConfig, image_size: int, latents: 
 
 
 def validate(
-    bundle: TextToImage,
+    bundle: Any,
     pictures: HeldOut,
     cfg: ValidationConfig,
     job: Processes = ALONE,
     troubles: Troubles | None = None,
+    errors: Errors | None = None,
 ) -> dict[str, float]:
     """Return the velocity's mean squared error: ``val_loss``, and at each time ``val_loss_t0.05`` ...
 
     A collective call: each process computes its share, and all get the result. It is nan if images cannot be read any
-    more, which ``troubles`` reports once.
+    more, which ``troubles`` reports once. ``errors`` computes the errors of a model other than a ``TextToImage``.
     """
-    sums = error_sums(bundle, pictures, cfg, job, troubles)
+    sums = error_sums(bundle, pictures, cfg, job, troubles, errors)
     if job.count > 1:
         dist.all_reduce(sums)
     means = (sums / cfg.samples).tolist()
@@ -103,7 +107,12 @@ def validate(
 
 
 def error_sums(
-    bundle: TextToImage, pictures: HeldOut, cfg: ValidationConfig, job: Processes, troubles: Troubles | None = None
+    bundle: Any,
+    pictures: HeldOut,
+    cfg: ValidationConfig,
+    job: Processes,
+    troubles: Troubles | None = None,
+    errors: Errors | None = None,
 ) -> Float64[Tensor, " T"]:
     """Sum the errors of one process's share of the images at each time.
 
@@ -113,7 +122,7 @@ def error_sums(
     share = -(-cfg.samples // job.count)
     batch = min(cfg.batch, share)
     own = range(job.rank, cfg.samples, job.count)
-    troubles = troubles or Troubles()
+    troubles, errors = troubles or Troubles(), errors or batch_errors
     sums = torch.zeros(len(cfg.times), dtype=torch.float64, device=bundle.device)
     for first in range(0, share, batch):
         rows, filling = list[Row](), [_padding(bundle.image_size)]
@@ -122,7 +131,7 @@ def error_sums(
             rows = [pictures(i) for i in own[first : first + batch]]
             filling = [rows[0] if rows else pictures(0)]
             unread = False
-        sums += batch_errors(bundle, rows + filling * (batch - len(rows)), cfg.times)[:, : len(rows)].sum(1)
+        sums += errors(bundle, rows + filling * (batch - len(rows)), cfg.times)[:, : len(rows)].sum(1)
         if unread:
             sums += math.nan
     return sums
