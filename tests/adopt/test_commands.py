@@ -18,7 +18,7 @@ from semantic_routing.adopt import adopt, load_routing
 from semantic_routing.adopt.facts import Facts
 from semantic_routing.adopt.file import read_routing, save_routing
 from semantic_routing.adopt.routing import Routing
-from semantic_routing.adopt.training.opening import open_pipe
+from semantic_routing.adopt.training.open_pipeline import open_pipe
 from semantic_routing.checkpoint.load import checkpoints
 from semantic_routing.cli.main import main
 from semantic_routing.interop.export import make_pipeline

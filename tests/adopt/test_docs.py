@@ -15,7 +15,7 @@ from PIL import Image
 import semantic_routing.adopt.training.run as run
 import semantic_routing.cli.adopt as adopt_command
 from semantic_routing.adopt.families import FAMILIES
-from semantic_routing.adopt.training.opening import frozen
+from semantic_routing.adopt.training.open_pipeline import frozen
 from semantic_routing.cli.main import main
 from tests.helpers.adoptable_pipelines import pipeline
 

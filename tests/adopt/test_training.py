@@ -22,12 +22,12 @@ from semantic_routing.adopt import adopt, load_routing
 from semantic_routing.adopt.drawing import Drawing
 from semantic_routing.adopt.file import read_routing
 from semantic_routing.adopt.training.config import AdoptConfig, KeepConfig, LoraSettings
-from semantic_routing.adopt.training.keeping import decide
-from semantic_routing.adopt.training.making import make_subject
-from semantic_routing.adopt.training.opening import frozen, load_results
-from semantic_routing.adopt.training.others import scheduler_shift
-from semantic_routing.adopt.training.own import as_bundle, open_adopted
+from semantic_routing.adopt.training.keep_texts import decide
+from semantic_routing.adopt.training.make_subject import make_subject
+from semantic_routing.adopt.training.open_pipeline import frozen, load_results
+from semantic_routing.adopt.training.own_subject import as_bundle, open_adopted
 from semantic_routing.adopt.training.run import resume, start
+from semantic_routing.adopt.training.subjects import scheduler_shift
 from semantic_routing.checkpoint.load import EMA, MODEL, OPTIMIZER, checkpoints, find_checkpoint, read_state
 from semantic_routing.common.errors import Interrupted
 from semantic_routing.data.dataset import DataConfig

@@ -16,8 +16,8 @@ from semantic_routing.adopt.drawing import Drawing
 from semantic_routing.adopt.file import find_file
 from semantic_routing.adopt.table import routing_table
 from semantic_routing.adopt.training.config import AdoptConfig
-from semantic_routing.adopt.training.making import make_subject
-from semantic_routing.adopt.training.opening import load_results, lora_beside, open_pipe
+from semantic_routing.adopt.training.make_subject import make_subject
+from semantic_routing.adopt.training.open_pipeline import load_results, lora_beside, open_pipe
 from semantic_routing.adopt.training.run import resume, start
 from semantic_routing.adopt.training.subject import Subject
 from semantic_routing.cli.arguments import FLAT, options, parse, parse_known

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from semantic_routing.adopt.training.config import AdoptConfig
-from semantic_routing.adopt.training.keeping import MEASURED, caption_count
-from semantic_routing.adopt.training.making import make_subject
-from semantic_routing.adopt.training.opening import frozen, open_pipe
+from semantic_routing.adopt.training.keep_texts import MEASURED, caption_count
+from semantic_routing.adopt.training.make_subject import make_subject
+from semantic_routing.adopt.training.open_pipeline import frozen, open_pipe
 from semantic_routing.adopt.training.trainer import ADOPT, AdoptTrainer, resolved
 from semantic_routing.checkpoint.load import read_state
 from semantic_routing.common.config import to_dict

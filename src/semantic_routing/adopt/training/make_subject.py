@@ -8,9 +8,9 @@ import torch
 
 from semantic_routing.adopt.families import find_family
 from semantic_routing.adopt.training.config import KeepConfig
-from semantic_routing.adopt.training.others import SUBJECTS
-from semantic_routing.adopt.training.own import OwnSubject
+from semantic_routing.adopt.training.own_subject import OwnSubject
 from semantic_routing.adopt.training.subject import Subject
+from semantic_routing.adopt.training.subjects import SUBJECTS
 
 
 def make_subject(pipe: Any, device: torch.device, precision: str = "auto", keep: KeepConfig | None = None) -> Subject:

@@ -14,8 +14,8 @@ from torch import Tensor
 from semantic_routing.adopt.drawing import Drawing
 from semantic_routing.adopt.file import find_file
 from semantic_routing.adopt.training.config import KeepConfig
-from semantic_routing.adopt.training.keeping import decide
-from semantic_routing.adopt.training.opening import load_results, open_pipe
+from semantic_routing.adopt.training.keep_texts import decide
+from semantic_routing.adopt.training.open_pipeline import load_results, open_pipe
 from semantic_routing.adopt.training.subject import Captions, Subject
 from semantic_routing.common.device import pick_device, use_bfloat16
 from semantic_routing.model.runtime import autocast

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from semantic_routing.adopt.drawing import Drawing
 from semantic_routing.adopt.training.codecs import codec_of
 from semantic_routing.adopt.training.config import KeepConfig
-from semantic_routing.adopt.training.keeping import MEASURED, decide
+from semantic_routing.adopt.training.keep_texts import MEASURED, decide
 from semantic_routing.adopt.training.subject import Captions, Subject
 from semantic_routing.common.sizes import parse_bytes
 from semantic_routing.model.codec import ELSEWHERE, ON_CPU, NotFiniteError
