@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,21 @@ def test_the_toy_world_is_the_default():
         drawn = sample(3, row.sample, size=32)
         assert (row.caption, split_of(row.caption)) == (drawn.caption, "train")
         np.testing.assert_array_equal(row.image, drawn.image)
+
+
+def test_a_limited_world_has_the_same_captions_for_every_seed_and_endless_pictures():
+    cfg = DataConfig(paths=("shapes",), captions=12)
+    rows = {}
+    for seed in (0, 1):
+        data = pickle.loads(pickle.dumps(open_data(cfg, image_size=32, seed=seed)))  # as workers get it
+        rows[seed] = data.load(2, 96, range(96))
+        assert {row.caption for row in rows[seed]} == {sample(0, index).caption for index in range(12)}
+        assert {split_of(row.caption) for row in rows[seed]} == {"train"}
+        again = open_data(cfg, image_size=32, seed=seed).load(2, 96, range(40, 50))
+        assert [row.image.tobytes() for row in again] == [row.image.tobytes() for row in rows[seed][40:50]]
+    for mine in rows.values():
+        assert len({row.image.tobytes() for row in mine}) > 60  # some captions leave little open
+    assert [row.image.tobytes() for row in rows[0]] != [row.image.tobytes() for row in rows[1]]
 
 
 def test_captions_to_watch_by_are_never_trained_on():
@@ -123,6 +139,8 @@ def test_configurations_survive_json():
         ({"buckets": True}, "is square"),
         ({"max_damaged": 1.5}, "must be from 0 to 1"),
         ({"window": 0}, "window is 0"),
+        ({"captions": -1}, "captions is -1"),
+        ({"paths": ("a",), "captions": 5}, "leave it out for your own data"),
         ({"workers": -1}, "workers is -1"),
         ({"max_aspect": 0.5}, "max_aspect"),
         ({"caption_weights": (1.0,)}, "1 caption weights for 0"),

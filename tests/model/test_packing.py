@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import varlen
@@ -112,6 +113,32 @@ def test_gradients_reach_the_router_and_the_keys(packed: pytest.MonkeyPatch) -> 
     assert "router.logits" in found
     for name, grad in masked.items():
         torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    "arm", ["penultimate", "uniform", "depth", "time", "joint", "attention", "joint-state", "depth-heads-kv"]
+)
+def test_prompts_that_arrive_packed_give_keys_values_and_gradients_of_padded_ones(arm: str) -> None:
+    """They are padded again for attention; tokens that fill up change nothing."""
+    model, padded, t = network(arm).double().requires_grad_(), text(3, 16, 9), torch.rand(3)
+    places = padded.mask.flatten().nonzero()[:, 0]
+    hidden = padded.hidden.flatten(1, 2)[:, places]
+    arrived = TextFeatures(
+        F.pad(hidden, (0, 0, 0, 4))[:, None], padded.mask, positions=F.pad(places, (0, 4), value=padded.mask.numel())
+    )
+
+    def read(features: TextFeatures) -> list[Tensor]:
+        model.zero_grad()
+        context = model.prepare_text(features.to(dtype=torch.float64), t)
+        assert context.mask is not None
+        seen = [x.transpose(1, 2)[context.mask] for x in (*context.keys, *context.values)]
+        sum((x * torch.arange(x.numel()).reshape(x.shape).cos()).sum() for x in seen).backward()  # type: ignore[union-attr]
+        return [*seen, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    found, expected = read(arrived), read(padded)
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_joined_contexts_hold_prompts_then_null_prompts() -> None:

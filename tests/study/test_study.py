@@ -16,11 +16,12 @@ from scipy.stats import ttest_1samp
 
 from semantic_routing.cli.evaluate import ShapesArguments
 from semantic_routing.common.errors import TrainingFailed
-from semantic_routing.evaluation.records import CORRECT, RECORDS, Record, write_records
+from semantic_routing.evaluation.records import CORRECT, Record
 from semantic_routing.model.arms import PAPER_ARMS
 from semantic_routing.study import plan, runner
+from semantic_routing.study.keep import is_kept, kept_weights, write_kept
 from semantic_routing.study.plan import StudyArguments, evaluation_folder, jobs, stages
-from semantic_routing.study.results import Number, Row, over_seeds, read_rows
+from semantic_routing.study.results import Number, Row, over_seeds, read_pairs, read_rows
 from semantic_routing.study.runner import run_study
 from semantic_routing.study.tables import sections, to_html, to_markdown, write_results
 from semantic_routing.training.config import TrainConfig
@@ -148,6 +149,8 @@ def test_a_run_sees_only_its_own_device(
         ({"arms": ("B1", "penultimate")}, "name each arm once"),
         ({"arms": ("depht",)}, "unknown arm 'depht'"),
         ({"seeds": 0}, "at least 1"),
+        ({"arms": ("S2:0",)}, "'S2:0' is not an arm with a number of seeds, such as S2:2"),
+        ({"arms": ("S2:2", "B1:3")}, "give it as many seeds as the others"),
         ({"clocks": ("nominal",)}, "scores with the nominal clock"),
         ({"clocks": ("shfited",)}, "unknown clock 'shfited'"),
         ({"router_rates": (0.0,)}, "above 0"),
@@ -177,7 +180,8 @@ def records(correct: list[int]) -> list[Record]:
 def write_scores(args: StudyArguments, correct: dict[str, list[list[int]]]) -> None:
     """Write the records of every run: by arm, then by seed."""
     for job in jobs(args):
-        write_records(evaluation_folder(args, job) / RECORDS, records(correct[job.arm][job.seed]))
+        found = records(correct[job.arm][job.seed])
+        write_kept(args, job, dict.fromkeys(("", *job.clocks), found), None)
 
 
 def test_differences_are_paired_by_prompt_and_seed(tmp_path: Path) -> None:
@@ -205,10 +209,38 @@ def test_differences_are_paired_by_prompt_and_seed(tmp_path: Path) -> None:
     assert (same.mean, same.over_prompts, same.over_seeds, same.p) == (0, (0, 0), (0, 0), 1)
 
 
+def test_arms_with_fewer_seeds_are_compared_over_the_seeds_that_both_have(tmp_path: Path) -> None:
+    args = StudyArguments(scale="toy", out=tmp_path, arms=("uniform", "depth", "static:1"), seeds=2)
+    assert [job.name for job in jobs(args)] == ["uniform-seed0", "depth-seed0", "static-seed0", "uniform-seed1",
+                                                "depth-seed1"]  # fmt: skip
+    write_scores(args, {"uniform": [[0, 0], [1, 1]], "depth": [[1, 0], [1, 1]], "static": [[1, 1]]})
+    static = read_rows(args)[2]
+    assert static.accuracy["overall"].seeds == (1,)
+    assert static.difference["overall"].seeds == (1,)
+    found = {pair: numbers["overall"].seeds for pair, numbers in read_pairs(args).items()}
+    assert found == {("depth", "uniform"): (0.5, 0), ("static", "uniform"): (1,), ("static", "depth"): (0.5,)}
+
+
+def test_a_run_that_was_kept_is_finished_without_its_folder(tmp_path: Path) -> None:
+    args = StudyArguments(scale="toy", out=tmp_path, arms=("uniform", "time"), devices=("cpu",))
+    write_scores(args, {"uniform": [[0, 1]], "time": [[1, 1]]})
+    uniform, timed = jobs(args)
+    write_kept(args, timed, {"": records([1, 1])}, np.full((21, 6, 8), 1 / 8))
+    assert is_kept(args, uniform)
+    assert not is_kept(args, timed)  # its clocks are to be scored
+    assert np.array_equal(kept_weights(args, timed), np.full((21, 6, 8), 1 / 8))  # type: ignore[arg-type]
+    assert kept_weights(args, uniform) is None
+    run_study(replace(args, arms=("uniform",), n=2))
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(ValueError, match="was scored on 2 prompts; give --n 2 or choose another --out"):
+        run_study(replace(args, arms=("uniform",), n=3))
+
+
 def test_another_clock_is_compared_with_the_nominal_one_of_its_own_arm(tmp_path: Path) -> None:
     args = StudyArguments(scale="toy", out=tmp_path, arms=("uniform", "time"), clocks=("shifted",))
     write_scores(args, {"uniform": [[0, 0, 0, 0]], "time": [[1, 1, 0, 0]]})
-    write_records(evaluation_folder(args, jobs(args)[1], "shifted") / RECORDS, records([1, 1, 1, 0]))
+    scored = {"": records([1, 1, 0, 0]), "shifted": records([1, 1, 1, 0])}
+    write_kept(args, jobs(args)[1], scored, None)
     found = {row.name: row.difference["overall"].mean for row in read_rows(args) if row.difference}
     assert found == {"time": 0.5, "time, shifted clock": 0.25}
 
@@ -232,12 +264,13 @@ def test_tables_show_every_number_in_markdown_and_html() -> None:
         Row(variant="joint-rate10", arm="joint", clock="", accuracy=accuracy, difference=better),
         Row(variant="joint", arm="joint", clock="a<b", accuracy=accuracy, difference=better),
     ]
-    parts = sections(rows, {"joint": 0.91234})
-    first, skills, clocks, stability, method = [
+    pairs = {("depth", "uniform"): {"overall": number(0.01)}, ("joint", "uniform"): {"overall": number(-0.02)}}
+    parts = sections(rows, pairs, {"joint": 0.91234})
+    first, skills, clocks, differences, stability, method = [
         part.splitlines() for part in to_markdown(parts).replace("\n\n\n", "\n\n").split("\n\n") if part[0] != "#"
     ]
     assert first == [
-        "| | overall | GenEval's six tags | overall minus uniform | p |",
+        "| | all images | mean of the six GenEval tags | overall minus uniform | p |",
         "| --- | ---: | ---: | ---: | ---: |",
         "| B2 uniform | 50.0 [40.0 to 60.0] | 40.0 [30.0 to 50.0] |  |  |",
         "| S3 joint-rate10 | 50.0 [40.0 to 60.0] | 40.0 [30.0 to 50.0] "
@@ -248,11 +281,12 @@ def test_tables_show_every_number_in_markdown_and_html() -> None:
         "| two object | 30.0 [20.0 to 40.0] | 30.0 [20.0 to 40.0] |",
     ]
     assert clocks[2].startswith("| S3 joint, a<b clock | 50.0 [40.0 to 60.0] | +2.0 [")
+    assert differences[::2] == ["| | all images |", "| depth minus uniform | +1.0 [-9.0 to +11.0] |"]
     assert stability == ["| arm | similarity |", "| --- | ---: |", "| joint | 0.9123 |"]
     assert method[0].startswith("Accuracies in percent")
     html = to_html(parts)
     assert "<td>S3 joint, a&lt;b clock</td><td>50.0 [40.0 to 60.0]</td>" in html
-    assert [html.count(mark) for mark in ("<h2>", "<table>", "<tr>", "<p ")] == [4, 4, 3 + 2 + 2 + 2, 1]
+    assert [html.count(mark) for mark in ("<h2>", "<table>", "<tr>", "<p ")] == [5, 5, 3 + 2 + 2 + 3 + 2, 1]
 
 
 @pytest.fixture

@@ -316,6 +316,20 @@ def test_resolve_layers() -> None:
         resolve_layers("last", 3)
 
 
+def test_packed_states_are_those_of_the_padded_tokens(folder: Path) -> None:
+    encoder = TextEncoder.from_pretrained(TextEncoderConfig(name_or_path=str(folder), buckets=(8, 16)))
+    prompts = ["a red circle", "", "two large squares left of a green triangle"]
+    padded, packed = encoder.encode(prompts), encoder.encode(prompts, packed=True)
+    assert packed.positions is not None
+    tokens = int(padded.mask.sum())
+    assert len(packed.positions) % (4 * len(prompts)) == 0
+    assert torch.equal(packed.mask, padded.mask)
+    assert torch.equal(packed.hidden[:, 0, :tokens], padded.hidden[:, padded.mask])
+    assert torch.equal(padded.mask.flatten()[packed.positions[:tokens]], torch.ones(tokens, dtype=torch.bool))
+    assert packed.hidden[:, 0, tokens:].abs().sum() == 0
+    assert set(packed.positions[tokens:].tolist()) <= {padded.mask.numel()}
+
+
 def test_padding_is_rounded_to_buckets(folder: Path) -> None:
     encoder = load(folder, buckets=(4, 10), max_tokens=12)
     for words, padded in ((1, 4), (4, 4), (5, 10), (11, 12)):

@@ -23,3 +23,13 @@ def test_to_changes_every_floating_part_and_leaves_the_mask() -> None:
         assert torch.equal(getattr(moved, part), getattr(features, part).bfloat16())
     assert torch.equal(moved.mask, mask)
     assert TextFeatures(features.hidden, mask).to("cpu", torch.bfloat16).keys is None
+
+
+def test_packed_features_move_and_are_not_sliced() -> None:
+    mask = torch.tensor([[True, False], [True, True]])
+    packed = TextFeatures(torch.randn(3, 1, 4, 8), mask, positions=torch.tensor([0, 2, 3, 4]))
+    moved = packed.to(dtype=torch.bfloat16)
+    assert moved.positions is not None
+    assert moved.positions.tolist() == [0, 2, 3, 4]
+    with pytest.raises(ValueError, match="packed features cannot be sliced"):
+        packed[:1]

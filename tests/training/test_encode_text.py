@@ -119,6 +119,13 @@ def test_captions_of_the_toy_world_are_those_that_training_draws(tiny_config: Ma
     assert distinct_captions(data, cfg) == list(dict.fromkeys([cfg.null_prompt, *drawn]))
 
 
+def test_captions_of_a_limited_world_are_listed_without_its_pictures(tiny_config: Make) -> None:
+    cfg = tiny_config(data=DataConfig(captions=5), steps=100_000_000)
+    data = open_data(cfg.data, image_size=cfg.image_size, seed=cfg.seed)
+    drawn = {row.caption for row in data.load(0, 64, range(64))}
+    assert set(distinct_captions(data, cfg)) == drawn | {cfg.null_prompt}
+
+
 def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     with pytest.raises(SystemExit) as end:
         main(["data", "encode", *args])

@@ -35,6 +35,7 @@ SHOWN = 3
 MEANS = {
     "overall": "all images",
     "geneval": "mean of the six GenEval tags",
+    "toy_tags": "mean of the toy world's eleven tags",
     "unseen": "mean of the tags with held-out words",
 }
 """Labels of the columns that are not tags."""

@@ -74,7 +74,7 @@ class DataConfig:
             if self.buckets:
                 raise ValueError(f"{WORLDS[world].title} is square; leave out data.buckets")
         if self.captions and not WORLDS.keys() & set(self.paths):
-            raise ValueError("data.captions limits the captions of a world that is drawn; leave it out for your own data")
+            raise ValueError("data.captions is for worlds that are drawn; leave it out for your own data")
         if not 0 <= self.max_damaged <= 1:
             raise ValueError(f"max_damaged is {self.max_damaged}; it must be from 0 to 1")
         for name, least in (("captions", 0), ("window", 1), ("workers", 0), ("ahead", 1), ("bucket_multiple", 1)):

@@ -83,9 +83,7 @@ class WorldStream:
 
     LENGTH = 2**40
 
-    def __init__(
-        self, world: str, seed: int, size: int, latents: KeptLatents | None = None, captions: int = 0
-    ) -> None:
+    def __init__(self, world: str, seed: int, size: int, latents: KeptLatents | None = None, captions: int = 0) -> None:
         """``captions`` is how many the world has, the same for every seed, each with endless pictures; 0 for all."""
         self.name, self.seed, self.size, self.latents, self.limit = world, seed, size, latents, captions
         self.world = WORLDS[world]

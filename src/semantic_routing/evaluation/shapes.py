@@ -18,12 +18,13 @@ from semantic_routing.evaluation.run import evaluate_model
 from semantic_routing.evaluation.summary import Columns, tag_columns
 from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
 from semantic_routing.toy.captions import GENEVAL_TAGS
+from semantic_routing.toy.captions import TAGS as TOY_TAGS
 from semantic_routing.toy.checker import check
 from semantic_routing.toy.claims import Claim
 from semantic_routing.toy.words.captions import TAGS, UNSEEN_TAGS
 from semantic_routing.toy.worlds import SHAPES, WORDS, WORLDS
 
-MEANS = {"geneval": GENEVAL_TAGS, "unseen": UNSEEN_TAGS}
+MEANS = {"geneval": GENEVAL_TAGS, "toy_tags": TOY_TAGS, "unseen": UNSEEN_TAGS}
 """Groups of tags whose mean is a column, if all of them are there."""
 
 
@@ -46,13 +47,15 @@ class Words(Shapes):
 
 
 def shapes_columns(tags: Iterable[str]) -> Columns:
-    """Return ``overall``; the means ``geneval`` and ``unseen``, if all their tags are there; every tag in TAGS' order.
+    """Return ``overall``; the means of ``MEANS``; every tag in TAGS' order.
 
     The tags of the world of words begin with those of the toy world.
     """
     there = set(tags)
     columns = tag_columns(tag for tag in (*TAGS, *sorted(there - set(TAGS))) if tag in there)
     means = {name: tuple((tag,) for tag in group) for name, group in MEANS.items() if there.issuperset(group)}
+    if there == set(TOY_TAGS):
+        del means["toy_tags"]  # it is overall
     return {"overall": columns["overall"]} | means | columns
 
 

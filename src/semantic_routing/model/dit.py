@@ -255,9 +255,12 @@ class DiT(Backbone):
 
     def prepare_text(self, features: TextFeatures, t: Float[Tensor, " T"] | None = None) -> TextContext:
         check_text(features, self.cfg)
-        layout = Layout.of(features.hidden, features.mask)
+        layout = Layout.of(features)
         if self.depends_on_time and t is not None and len(t) > 1:  # each sample has its own weights: mix, then pack
-            mixed = layout.pack(self.router(features.hidden, t))
+            if layout.arrived is not None:
+                mixed = self.router.mix_tokens(features.hidden, t, layout.samples())
+            else:
+                mixed = layout.pack(self.router(features.hidden, t))
         else:
             mixed = self.router(layout.pack(features.hidden), t)
         return self._keys_and_values(mixed, layout)
@@ -266,7 +269,7 @@ class DiT(Backbone):
         if not self.depends_on_time:
             return super().prepare_steps(features, times)
         check_text(features, self.cfg)
-        layout = Layout.of(features.hidden, features.mask)
+        layout = Layout.of(features)
         steps = self.router.mix_steps(layout.pack(features.hidden), times)
         return [self._keys_and_values(mixed, layout) for mixed in steps]
 
@@ -281,7 +284,7 @@ class DiT(Backbone):
         else:
             texts = self.text_proj(normed).expand(depth, -1, -1, -1)
             pairs = [block.cross.prepare(own) for block, own in zip(blocks, texts, strict=True)]
-        keys, values = zip(*pairs, strict=True)
+        keys, values = (tuple(map(layout.pad, side)) for side in zip(*pairs, strict=True))
         if layout.packing is None:
             return TextContext(keys, values, layout.mask)
         return packed_context(keys, values, layout.packing)

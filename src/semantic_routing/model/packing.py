@@ -1,4 +1,4 @@
-"""Packed (unpadded) batches of prompts, for variable-length attention on GPUs."""
+"""Packed (unpadded) batches of prompts: for variable-length attention on GPUs, and for training on a CPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+from semantic_routing.text.features import TextFeatures
 
 
 class Packing(NamedTuple):
@@ -41,10 +43,15 @@ class Layout(NamedTuple):
     """Lengths of the prompts if they are packed."""
     positions: Int[Tensor, " T"] | None = None
     """Positions of the packed tokens in the flattened padded batch."""
+    arrived: Int[Tensor, " T"] | None = None
+    """``TextFeatures.positions`` of prompts that arrived packed and are padded again for attention."""
 
     @classmethod
-    def of(cls, hidden: Tensor, mask: Bool[Tensor, "B N"]) -> Layout:
-        """Choose the layout for prompts with these hidden states: packed if attention can read that."""
+    def of(cls, features: TextFeatures) -> Layout:
+        """Choose the layout for prompts: packed if attention can read that."""
+        hidden, mask = features.hidden, features.mask
+        if features.positions is not None:
+            return cls(mask, arrived=features.positions)
         if not can_pack(hidden):
             return cls(mask)
         positions = mask.flatten().nonzero()[:, 0]
@@ -57,3 +64,20 @@ class Layout(NamedTuple):
         if self.positions is None:
             return x
         return x.flatten(-3, -2).index_select(-2, self.positions).unsqueeze(-3)
+
+    def samples(self) -> Int[Tensor, " T"]:
+        """Return the prompt of each token that arrived packed; those that fill up belong to the last."""
+        assert self.mask is not None
+        assert self.arrived is not None
+        B, N = self.mask.shape
+        return (self.arrived // N).clamp(max=B - 1)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """Pad keys or values [1, Hkv, T, hd] that arrived packed to [B, Hkv, N, hd]; others stay as they are."""
+        if self.arrived is None:
+            return x
+        assert self.mask is not None
+        B, N = self.mask.shape
+        tokens = x[0].transpose(0, 1)
+        out = tokens.new_zeros(B * N + 1, *tokens.shape[1:]).index_copy(0, self.arrived, tokens)
+        return out[:-1].unflatten(0, (B, N)).transpose(1, 2)

@@ -12,7 +12,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from semantic_routing.model.arms import ARMS
@@ -34,6 +34,12 @@ class Router(nn.Module):
     ) -> Float[Tensor, "D_or_1 B N C"]:
         """Return the text that each block reads (Eq. 2)."""
         return mix(self.weights(t), hidden)
+
+    def mix_tokens(
+        self, hidden: Float[Tensor, "L 1 T C"], t: Float[Tensor, " B"], samples: Int[Tensor, " T"]
+    ) -> Float[Tensor, "D_or_1 1 T C"]:
+        """Return the text of packed tokens, each with the weights at the time of its sample."""
+        return mix(self.weights(t)[samples], hidden.transpose(1, 2)).transpose(1, 2)
 
     def mix_steps(
         self, hidden: Float[Tensor, "L B N C"], times: Float[Tensor, " T"]

@@ -94,13 +94,13 @@ class TextToImage:
     def device(self) -> torch.device:
         return self.model.proj_out.weight.device
 
-    def encode(self, prompts: Sequence[str], *, strict: bool = True) -> TextFeatures:
-        """Encode prompts, on the network's device; ``strict`` is that of ``TextEncoder.encode``.
+    def encode(self, prompts: Sequence[str], *, strict: bool = True, packed: bool = False) -> TextFeatures:
+        """Encode prompts, on the network's device; ``strict`` and ``packed`` are those of ``TextEncoder.encode``.
 
         Without autocast the features have the type of the network's weights.
         """
         keys = self.model.cfg.strategy.reads_keys
-        features = self.encoder.encode(list(prompts), with_kv=keys, strict=strict)
+        features = self.encoder.encode(list(prompts), with_kv=keys, strict=strict, packed=packed)
         return features.to(self.device, None if self.bf16 else self.model.proj_out.weight.dtype)
 
     def null_features(self) -> TextFeatures:

@@ -18,7 +18,7 @@ from semantic_routing.sampling.clock import parse_clock
 from semantic_routing.sampling.text_to_image import SampleConfig
 from semantic_routing.toy.worlds import SHAPES, WORLDS
 from semantic_routing.training.config import TrainConfig
-from semantic_routing.training.recipes import RECIPES, SMALL_SAMPLING, TOY_SAMPLING
+from semantic_routing.training.recipes import RECIPES, SMALL_SAMPLING, TOY_SAMPLING, WORDS_SAMPLING
 
 CALIBRATED = "calibrated"
 """Name of the clock that is measured for each run."""
@@ -31,6 +31,7 @@ class Scale:
     """Defaults of a study by recipe."""
 
     arms: tuple[str, ...]
+    """As ``StudyArguments.arms``."""
     seeds: int
     sampling: SampleConfig
     """Sampling of the images that are scored."""
@@ -45,7 +46,9 @@ class Scale:
 
 SCALES = {
     "toy": Scale(arms=("penultimate", "uniform", "depth"), seeds=1, sampling=TOY_SAMPLING, at_once=1),
+    "words": Scale(arms=("uniform", "penultimate", "depth", "depth-kv"), seeds=5, sampling=WORDS_SAMPLING, at_once=1),
     "small": Scale(arms=PAPER_ARMS, seeds=3, sampling=SMALL_SAMPLING, at_once=4),
+    "small-words": Scale(arms=PAPER_ARMS, seeds=3, sampling=SMALL_SAMPLING, at_once=2),
 }
 
 
@@ -53,16 +56,18 @@ SCALES = {
 class StudyArguments:
     """Train and score every arm with equal budget, data order and noise, and compare them."""
 
-    scale: Annotated[Literal["toy", "small"], tyro.conf.Positional]
-    """Recipe of the runs: toy takes minutes a run on two CPU cores, small compares all arms on one GPU."""
+    scale: Annotated[Literal["toy", "words", "small", "small-words"], tyro.conf.Positional]
+    """Recipe of the runs: toy and words take minutes a run on two CPU cores; small and small-words, of the same two
+    worlds, compare all arms on one GPU."""
     out: Path
     """Folder of the runs, evaluations and results. A stopped study resumes from it."""
     arms: tuple[str, ...] = ()
-    """Strategies, by name or by the paper's label; the first is the baseline. By default penultimate, uniform and
-    depth at scale toy, and all seven of the paper at scale small."""
+    """Strategies, by name or by the paper's label, such as S2, or B3:2 for two seeds of it; the first is the baseline.
+    By default penultimate, uniform and depth at scale toy, uniform, penultimate, depth and depth-kv at scale words, and
+    all seven of the paper at the others."""
     seeds: int | None = None
-    """Runs of each arm, by default 1 at scale toy and 3 at scale small. A seed sets initial weights, data order, noise,
-    times and dropout; they are the same for all arms."""
+    """Runs of each arm that names no number of its own, by default 1 at scale toy, 5 at scale words and 3 at the
+    others. A seed sets initial weights, data order, noise, times and dropout; they are the same for all arms."""
     steps: int | None = None
     """Training steps of each run, by default the recipe's."""
     n: int = 2530
@@ -80,9 +85,10 @@ class StudyArguments:
         given = [value for value in (self.seeds, self.n, self.steps) if value is not None]
         if min(given) < 1:
             raise ValueError("seeds, n and steps must be at least 1")
-        arms = self.all_arms
-        if len(set(arms)) < len(arms):
+        if len(self.all_arms) < len(self._arms):
             raise ValueError("an arm is given twice; name each arm once")
+        if self.seeds_of[self.all_arms[0]] < max(self.seeds_of.values()):
+            raise ValueError("the first arm is the baseline: give it as many seeds as the others")
         for clock in self.clocks:
             if clock != CALIBRATED and parse_clock(clock) is None:
                 raise ValueError("every study scores with the nominal clock; give --clocks others only")
@@ -90,14 +96,29 @@ class StudyArguments:
             raise ValueError("router_rates must be finite numbers above 0: multiples of the recipe's rate")
 
     @property
+    def _arms(self) -> tuple[str, ...]:
+        return self.arms or SCALES[self.scale].arms
+
+    @property
+    def seeds_of(self) -> dict[str, int]:
+        """Number of seeds of each strategy by its name."""
+        found = {}
+        for arm in self._arms:
+            name, _, count = arm.partition(":")
+            if ":" in arm and not (count.isdecimal() and int(count)):
+                raise ValueError(f"{arm!r} is not an arm with a number of seeds, such as {name or 'B3'}:2")
+            found[parse_arm(name)] = int(count) if count else self.seeds or SCALES[self.scale].seeds
+        return found
+
+    @property
     def all_arms(self) -> tuple[str, ...]:
         """Names of the strategies."""
-        return tuple(map(parse_arm, self.arms or SCALES[self.scale].arms))
+        return tuple(self.seeds_of)
 
     @property
     def all_seeds(self) -> range:
-        """Seeds of the runs of each arm."""
-        return range(self.seeds or SCALES[self.scale].seeds)
+        """Seeds of the runs of the baseline, which has the most."""
+        return range(max(self.seeds_of.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +156,7 @@ def jobs(args: StudyArguments) -> list[Job]:
     """Return every run, seed by seed: a study that is stopped has then compared all arms."""
     found = []
     for seed in args.all_seeds:
-        for arm in args.all_arms:
+        for arm in (arm for arm, seeds in args.seeds_of.items() if seed < seeds):
             recipe = RECIPES[args.scale](arm)
             for rate in args.router_rates if ARMS[arm].learned else (1.0,):
                 optim = recipe.optim

@@ -9,16 +9,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from math import sqrt
 from typing import Any
 
 import numpy as np
 from scipy.stats import t as student
 
-from semantic_routing.evaluation.records import CORRECT, RECORDS, Record, read_records
+from semantic_routing.analysis.report import MEANS
+from semantic_routing.evaluation.records import CORRECT, Record
 from semantic_routing.evaluation.resampling import PromptSums, bootstrap, permutation_test, prompt_sums
 from semantic_routing.evaluation.shapes import shapes_columns
-from semantic_routing.study.plan import Job, StudyArguments, evaluation_folder, jobs
+from semantic_routing.study.keep import kept_records
+from semantic_routing.study.plan import Job, StudyArguments, jobs
 
 RESAMPLES = 10_000
 Interval = tuple[float, float]
@@ -65,6 +68,10 @@ class Row:
         return f"{self.variant}, {self.clock} clock" if self.clock else self.variant
 
 
+Pairs = Mapping[tuple[str, str], Mapping[str, Number]]
+"""Differences of two variants by their names, and by column."""
+
+
 def over_seeds(values: Sequence[float], level: float = 0.95) -> Interval | None:
     """Return Student's interval of the mean of independent runs; None for fewer than two."""
     if len(values) < 2:
@@ -76,18 +83,16 @@ def over_seeds(values: Sequence[float], level: float = 0.95) -> Interval | None:
 
 def read_rows(args: StudyArguments) -> list[Row]:
     """Return the rows of a finished study, baseline first; ValueError for missing evaluations and other prompts."""
-    variants: dict[str, list[Job]] = {}
-    for job in jobs(args):
-        variants.setdefault(job.variant, []).append(job)
+    variants = _variants(args)
     records = {
-        (variant, clock): [read_records(evaluation_folder(args, job, clock) / RECORDS) for job in runs]
+        (variant, clock): _records(args, runs, clock)
         for variant, runs in variants.items()
         for clock in ("", *runs[0].clocks)
     }
     first = next(iter(variants))
     rows = []
     for (variant, clock), mine in records.items():
-        base = records[variant, ""] if clock else records[first, ""]
+        base = records[variant, ""] if clock else records[first, ""][: len(mine)]  # of the same seeds
         rows.append(
             Row(
                 variant=variant,
@@ -100,12 +105,44 @@ def read_rows(args: StudyArguments) -> list[Row]:
     return rows
 
 
-def _numbers(mine: Sequence[Sequence[Record]], base: Sequence[Sequence[Record]] | None = None) -> dict[str, Number]:
-    """Return the numbers of every column from the records of each seed, or those of the difference to ``base``."""
+def read_pairs(args: StudyArguments) -> Pairs:
+    """Return the differences of all variants with the nominal clock, by (one, other): one minus the other.
+
+    Columns are the means over tags alone, and seeds those that both have.
+    """
+    records = {variant: _records(args, runs, "") for variant, runs in _variants(args).items()}
+    found = {}
+    for other, one in combinations(records, 2):
+        seeds = min(len(records[one]), len(records[other]))
+        found[one, other] = _numbers(records[one][:seeds], records[other][:seeds], only=tuple(MEANS))
+    return found
+
+
+def _variants(args: StudyArguments) -> dict[str, list[Job]]:
+    """Return the runs of each variant, seed by seed."""
+    variants: dict[str, list[Job]] = {}
+    for job in jobs(args):
+        variants.setdefault(job.variant, []).append(job)
+    return variants
+
+
+def _records(args: StudyArguments, runs: Sequence[Job], clock: str) -> list[list[Record]]:
+    """Return the records of each run."""
+    return [kept_records(args, job, clock) for job in runs]
+
+
+def _numbers(
+    mine: Sequence[Sequence[Record]], base: Sequence[Sequence[Record]] | None = None, only: Sequence[str] = ()
+) -> dict[str, Number]:
+    """Return the numbers of every column, or of those in ``only``, from the records of each seed.
+
+    With ``base`` they are those of the difference to it.
+    """
     ids = [record.id for record in mine[0]]
     if any([record.id for record in records] != ids for side in (mine, base or mine) for records in side):
         raise ValueError("the runs of this study were scored on different prompts: score them all with the same --n")
     columns = shapes_columns(tag for record in mine[0] for tag in record.tags)
+    columns = {name: column for name, column in columns.items() if not only or name in only}
     found = {}
     for name, column in columns.items():
         left = [prompt_sums(records, ids, CORRECT, column) for records in mine]
@@ -128,7 +165,7 @@ def _pooled(sums: Sequence[PromptSums]) -> PromptSums:
     return PromptSums(np.sum([s.totals for s in sums], axis=0), np.sum([s.counts for s in sums], axis=0))
 
 
-def results_json(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
+def results_json(rows: Sequence[Row], pairs: Pairs, facts: Mapping[str, Any]) -> str:
     """Return all numbers as JSON."""
     table = [
         {
@@ -140,4 +177,8 @@ def results_json(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
         }
         for row in rows
     ]
-    return json.dumps({**facts, "rows": table}, indent=2) + "\n"
+    differences = [
+        {"one": one, "minus": other} | {name: number.to_json() for name, number in numbers.items()}
+        for (one, other), numbers in pairs.items()
+    ]
+    return json.dumps({**facts, "rows": table, "pairs": differences}, indent=2) + "\n"

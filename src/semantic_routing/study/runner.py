@@ -16,14 +16,16 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from semantic_routing.common.config import to_dict
+from semantic_routing.common.config import read_config
 from semantic_routing.common.errors import Interrupted, TrainingFailed
 from semantic_routing.common.files import check_writable, write_text
 from semantic_routing.common.locks import LOCK, claimed
 from semantic_routing.common.stopping import stop_signals
-from semantic_routing.evaluation.records import MANIFEST
+from semantic_routing.evaluation.records import CORRECT, MANIFEST, SUMMARY
 from semantic_routing.evaluation.scoring import read_manifest
+from semantic_routing.study.keep import is_kept, keep, kept_file, kept_prompts, kept_records
 from semantic_routing.study.plan import SCALES, Job, Stage, StudyArguments, config_text, evaluation_folder, jobs, stages
+from semantic_routing.training.config import TrainConfig
 
 POLL_SECONDS = 1.0
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
@@ -57,7 +59,10 @@ def run_study(args: StudyArguments) -> None:
     with claimed(args.out / LOCK, args.out), stop_signals(patient=True) as stop:
         _check_same(every, args)
         for progress in every:
-            progress.todo = [stage for stage in stages(progress.job, args) if not stage.done.exists()]
+            if not is_kept(args, progress.job):
+                progress.todo = [stage for stage in stages(progress.job, args) if not stage.done.exists()]
+                if not progress.todo:  # by an earlier version
+                    keep(args, progress.job)
             progress.state = WAITING if progress.todo else DONE
         _schedule(every, args, stop)
     failed = [progress for progress in every if progress.state == FAILED]
@@ -157,6 +162,7 @@ def _advance(progress: Progress, args: StudyArguments) -> bool:
     if progress.todo:
         _launch(progress, args)
         return False
+    keep(args, progress.job)
     progress.state = DONE
     return True
 
@@ -211,10 +217,13 @@ def _training(args: StudyArguments, job: Job) -> tuple[int, str]:
 
 
 def _accuracy(args: StudyArguments, job: Job) -> str:
-    path = evaluation_folder(args, job) / "summary.json"
-    if not path.is_file():
-        return ""
-    return f"{json.loads(path.read_text(encoding='utf-8'))['accuracy']['overall']:.3f}"
+    path = evaluation_folder(args, job) / SUMMARY
+    if path.is_file():
+        return f"{json.loads(path.read_text(encoding='utf-8'))['accuracy']['overall']:.3f}"
+    if kept_file(args, job).is_file():
+        scores = [record.scores[CORRECT] or 0.0 for record in kept_records(args, job)]
+        return f"{sum(scores) / len(scores):.3f}"
+    return ""
 
 
 def _log(args: StudyArguments, job: Job) -> Path:
@@ -225,11 +234,12 @@ def _check_same(every: list[Progress], args: StudyArguments) -> None:
     """Write every run's configuration; ValueError if the folder has one with other settings, or other prompts."""
     for progress in every:
         path = args.out / "configs" / f"{progress.job.name}.json"
-        if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != to_dict(progress.job.config):
+        # Read as settings: a file of an earlier version lacks those that came later.
+        if path.is_file() and read_config(TrainConfig, path) != progress.job.config:
             raise ValueError(f"{path} has other settings than this study; choose another --out")
         write_text(path, config_text(progress.job))
         for clock in ("", *progress.job.clocks):
             folder = evaluation_folder(args, progress.job, clock)
-            scored = read_manifest(folder / MANIFEST).get("prompts", {}).get("n", args.n)
-            if scored != args.n:
+            scored = read_manifest(folder / MANIFEST).get("prompts", {}).get("n") or kept_prompts(args, progress.job)
+            if scored not in (None, args.n):
                 raise ValueError(f"{folder} was scored on {scored} prompts; give --n {scored} or choose another --out")

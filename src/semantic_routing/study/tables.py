@@ -1,4 +1,4 @@
-"""The results of a study as Markdown tables and as one page: its Tables 1, 2 and 3."""
+"""The results of a study as Markdown tables and as one page: its Tables 1 to 4."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from semantic_routing.analysis.distances import mean_similarity
 from semantic_routing.analysis.figures import INK, Drawn, label_axes, new_axes, to_svg
 from semantic_routing.analysis.report import MEANS, words
-from semantic_routing.analysis.routers import TIME, TIMES, open_router, routing_weights, row_label, row_names
+from semantic_routing.analysis.routers import TIME, TIMES, row_label, row_names
 from semantic_routing.analysis.statistics import js_divergence
 from semantic_routing.analysis.table import Table
 from semantic_routing.analysis.weights import plot_heatmap
@@ -21,9 +21,9 @@ from semantic_routing.common.files import write_text
 from semantic_routing.common.manifest import manifest
 from semantic_routing.common.webpage import document
 from semantic_routing.model.arms import ARMS
-from semantic_routing.model.dit import DiT
+from semantic_routing.study.keep import kept_weights
 from semantic_routing.study.plan import Job, StudyArguments, jobs
-from semantic_routing.study.results import Number, Row, read_rows, results_json
+from semantic_routing.study.results import Number, Pairs, Row, read_pairs, read_rows, results_json
 
 METHOD = (
     "Accuracies in percent, the mean over seeds; every run has the same budget, and for one seed the same backbone, "
@@ -35,7 +35,7 @@ METHOD = (
 
 def write_results(args: StudyArguments) -> Path:
     """Write ``results.json``, ``tables.md``, ``report.html`` and figures from finished runs; return the page's path."""
-    rows = read_rows(args)
+    rows, pairs = read_rows(args), read_pairs(args)
     every = jobs(args)
     facts = manifest(
         scale=args.scale, arms=list(args.all_arms), steps=every[0].config.steps, prompts=args.n,
@@ -46,8 +46,8 @@ def write_results(args: StudyArguments) -> Path:
         drawn.save(args.out / "figures")
     stability = seed_stability(args, every)
     write_text(args.out / "manifest.json", json.dumps(facts, indent=2) + "\n")
-    write_text(args.out / "results.json", results_json(rows, {"seed_similarity": stability}))
-    parts = sections(rows, stability)
+    write_text(args.out / "results.json", results_json(rows, pairs, {"seed_similarity": stability}))
+    parts = sections(rows, pairs, stability)
     write_text(args.out / "tables.md", to_markdown(parts))
     write_text(args.out / "report.html", page(args, parts, figures, facts))
     return args.out / "report.html"
@@ -57,12 +57,14 @@ Sections = Sequence[tuple[str, Table]]
 """Tables under their headings."""
 
 
-def sections(rows: Sequence[Row], stability: dict[str, float]) -> Sections:
+def sections(rows: Sequence[Row], pairs: Pairs, stability: dict[str, float]) -> Sections:
     """Return all tables of a study."""
     nominal, clocked = [r for r in rows if not r.clock], [r for r in rows if r.clock]
     found = [("Table 1: strategies", _strategies(nominal)), ("Table 2: by skill", _skills(nominal))]
     if clocked:
         found.append(("Table 3: gates told another time", _clocks(clocked)))
+    if len(pairs) > 1:
+        found.append(("Table 4: one strategy minus another", _pairs(pairs)))
     if stability:
         table = Table(("arm", "similarity"), [(name, f"{value:.4f}") for name, value in stability.items()])
         found.append(("Stability of routing across seeds (Jensen-Shannon similarity)", table))
@@ -81,12 +83,13 @@ def to_html(parts: Sections) -> str:
 
 
 def _strategies(rows: Sequence[Row]) -> Table:
+    means = [name for name in MEANS if name in rows[0].accuracy]
     cells = []
     for row in rows:
-        own = [_number(row.accuracy.get(name)) for name in ("overall", "geneval")]
+        own = [_number(row.accuracy.get(name)) for name in means]
         other = row.difference.get("overall")
         cells.append((_label(row), *own, _number(other, sign=True), _p(other)))
-    return Table(("", "overall", "GenEval's six tags", f"overall minus {rows[0].name}", "p"), cells)
+    return Table(("", *(MEANS[name] for name in means), f"overall minus {rows[0].name}", "p"), cells)
 
 
 def _skills(rows: Sequence[Row]) -> Table:
@@ -101,6 +104,15 @@ def _clocks(rows: Sequence[Row]) -> Table:
         other = row.difference["overall"]
         cells.append((_label(row), _number(row.accuracy["overall"]), _number(other, sign=True), _p(other)))
     return Table(("", "overall", "minus the nominal clock", "p"), cells)
+
+
+def _pairs(pairs: Pairs) -> Table:
+    columns = list(next(iter(pairs.values())))
+    cells = [
+        (f"{one} minus {other}", *(_number(numbers[name], sign=True) for name in columns))
+        for (one, other), numbers in pairs.items()
+    ]
+    return Table(("", *(MEANS[name] for name in columns)), cells)
 
 
 def _label(row: Row) -> str:
@@ -147,7 +159,7 @@ def _routing_figures(args: StudyArguments, every: Sequence[Job]) -> list[Drawn]:
     """Draw the final weights of each learned arm's first seed: the mean over times by row, or of S1 by time."""
     found = []
     for job in (job for job in every if job.seed == 0):
-        weights = _weights(args, job)
+        weights = kept_weights(args, job)
         if weights is not None and np.ptp(weights) > 0 and ARMS[job.arm].learned:
             over_time = not ARMS[job.arm].by_block and ARMS[job.arm].by_time
             values = weights[:, 0] if over_time else weights.mean(0)
@@ -167,7 +179,7 @@ def seed_stability(args: StudyArguments, every: Sequence[Job]) -> dict[str, floa
     """Return the mean Jensen-Shannon similarity between the seeds of each variant with learned weights."""
     by_variant: dict[str, list[Any]] = {}
     for job in every:
-        weights = _weights(args, job)
+        weights = kept_weights(args, job)
         if weights is not None and ARMS[job.arm].learned:
             by_variant.setdefault(job.variant, []).append(weights)
     found = {}
@@ -176,14 +188,6 @@ def seed_stability(args: StudyArguments, every: Sequence[Job]) -> dict[str, floa
             stack = np.stack(weights)[:, ::5].astype(float)  # seeds, times, blocks, layers
             found[variant] = mean_similarity(1 - js_divergence(stack[:, None], stack[None]).mean((2, 3)))
     return found
-
-
-def _weights(args: StudyArguments, job: Job) -> Any:
-    """Return the routing weights [T, K, L] of a finished run; None if its arm has no weights."""
-    model = open_router(args.out / "runs" / job.name)
-    if not isinstance(model, DiT) or not ARMS[job.arm].has_weights:
-        return None
-    return routing_weights(model, TIMES)
 
 
 def page(args: StudyArguments, parts: Sections, figures: Sequence[Drawn], facts: dict[str, Any]) -> str:

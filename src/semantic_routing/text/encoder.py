@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -42,6 +43,8 @@ from semantic_routing.text.weights import load_model
 
 FEW_TOKENS, MANY_TOKENS = 128, 1024
 """Tokens, padding included, of one forward pass: enough for products to be efficient, on a CPU and on a GPU."""
+PACKED_TOKENS = 4
+"""Packed batches hold a multiple of this number of tokens a prompt, so that compiled graphs see few shapes."""
 SMALL = 2**22
 """Parameters up to which a language model reads many tokens at once on a CPU, too: there each call costs most."""
 CPU_MEMORY = 2**30
@@ -171,8 +174,12 @@ class TextEncoder:
             torch.cuda.empty_cache()
 
     @torch.no_grad()  # not inference_mode: autograd refuses to save its tensors for the router's backward
-    def encode(self, prompts: Sequence[str], *, with_kv: bool = False, strict: bool = True) -> TextFeatures:
+    def encode(
+        self, prompts: Sequence[str], *, with_kv: bool = False, strict: bool = True, packed: bool = False
+    ) -> TextFeatures:
         """Return the states of the chosen layers for each prompt; with ``with_kv`` also attention keys and values.
+
+        With ``packed`` the states have no padding (``TextFeatures.positions``), and there are no keys and values.
 
         A prompt's features do not depend, to the bit, on the rest of its batch, nor on states that were kept:
         forward passes have one shape for each length (``_chunks``). Padding is on the right, masked, and zero. Keys
@@ -203,7 +210,8 @@ class TextEncoder:
                         if kept and row not in found:
                             self._store.put(keys[row], states)
                         found[row] = states
-        return self._batch([found[row] for row in rows])
+        batch = [found[row] for row in rows]
+        return self._packed(batch) if packed else self._batch(batch)
 
     def position(self, prompt: str, end: int) -> int:
         """Return the position of the token that holds the character before ``end`` of a prompt.
@@ -268,8 +276,7 @@ class TextEncoder:
 
     def _batch(self, found: Sequence[States]) -> TextFeatures:
         """Return prompts' states as one batch, padded with zeros to the bucket of the longest."""
-        lengths = torch.tensor([states.hidden.shape[1] for states in found])
-        mask = torch.arange(self._bucket(int(lengths.max()))) < lengths[:, None]
+        mask = self._mask(found)
         length = mask.shape[1]
 
         def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
@@ -285,6 +292,24 @@ class TextEncoder:
         hidden, keys, values = (joined(parts) for parts in zip(*found, strict=True))
         assert hidden is not None
         return TextFeatures(hidden, mask.to(self.device), keys, values)
+
+    def _packed(self, found: Sequence[States]) -> TextFeatures:
+        """Return prompts' states without padding, filled up so that most batches of one size have the same T."""
+        mask = self._mask(found)
+        positions = mask.flatten().nonzero()[:, 0]
+        tokens, multiple = len(positions), PACKED_TOKENS * len(found)
+        positions = F.pad(positions, (0, -tokens % multiple), value=mask.numel())
+        first = found[0].hidden
+        hidden = first.new_empty(len(first), 1, len(positions), self.width)
+        hidden[:, :, tokens:] = 0
+        torch.cat([states.hidden for states in found], dim=1, out=hidden[:, 0, :tokens])
+        device = self.device
+        return TextFeatures(hidden.to(device), mask.to(device), positions=positions.to(device))
+
+    def _mask(self, found: Sequence[States]) -> Bool[Tensor, "B N"]:
+        """Return the mask of prompts that are padded to the bucket of the longest."""
+        lengths = torch.tensor([states.hidden.shape[1] for states in found])
+        return torch.arange(self._bucket(int(lengths.max()))) < lengths[:, None]
 
     def _key(self, row: Row, with_kv: bool) -> str:
         return state_key(row, self._bucket(len(row)), with_kv, self._compiled, *machine(self.device))

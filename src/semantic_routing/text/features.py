@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -22,17 +22,20 @@ class TextFeatures:
     layers instead; they are there only when the encoder was asked for them.
     """
 
-    hidden: Float[Tensor, "L B N C"]
-    """Hidden states of the L layers."""
+    hidden: Float[Tensor, "L B_or_1 N_or_T C"]
+    """Hidden states of the L layers, [L, B, N, C] unless the prompts are packed."""
     mask: Bool[Tensor, "B N"]
     """True where a position holds a token of the prompt, False on padding."""
     keys: Float[Tensor, "L B Hkv N hd"] | None = None
     """Attention keys of each layer, after its own normalisation and rotary embedding."""
     values: Float[Tensor, "L B Hkv N hd"] | None = None
     """Attention values of each layer."""
+    positions: Int[Tensor, " T"] | None = None
+    """Of packed prompts, whose states are [L, 1, T, C] without padding: the place of every token in the flattened mask.
+    States that only fill up T are at B N."""
 
     def __post_init__(self) -> None:
-        if self.hidden.shape[1:3] != self.mask.shape:
+        if self.positions is None and self.hidden.shape[1:3] != self.mask.shape:
             raise ValueError(
                 f"hidden states {tuple(self.hidden.shape)} and mask {tuple(self.mask.shape)} do not agree on "
                 "batch and length; expected hidden [L, B, N, C] and mask [B, N]"
@@ -40,6 +43,8 @@ class TextFeatures:
 
     def __getitem__(self, prompts: slice) -> TextFeatures:
         """Return the features of some of the prompts."""
+        if self.positions is not None:
+            raise ValueError("packed features cannot be sliced; encode the prompts without packing")
         keys, values = (None if x is None else x[:, prompts] for x in (self.keys, self.values))
         return TextFeatures(self.hidden[:, prompts], self.mask[prompts], keys, values)
 
@@ -50,4 +55,5 @@ class TextFeatures:
             return None if x is None else x.to(device=device, dtype=dtype)
 
         hidden = self.hidden.to(device=device, dtype=dtype)
-        return TextFeatures(hidden, self.mask.to(device=device), move(self.keys), move(self.values))
+        positions = None if self.positions is None else self.positions.to(device=device)
+        return TextFeatures(hidden, self.mask.to(device=device), move(self.keys), move(self.values), positions)

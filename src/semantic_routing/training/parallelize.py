@@ -122,7 +122,8 @@ def _shard(model: Backbone, exact: dict[str, Any], bf16: bool) -> None:
     if isinstance(model, DiT):
         if any(True for _ in model.router.parameters()):
             fully_shard(model.router, **exact)
-            register_fsdp_forward_method(model.router, "mix_steps")
+            for name in ("mix_steps", "mix_tokens"):
+                register_fsdp_forward_method(model.router, name)
         if model.noise_level is not None:
             fully_shard(model.noise_level, **exact)
         # prepare_text uses modules of every block before the blocks run: they are one group.

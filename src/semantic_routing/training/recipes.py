@@ -19,6 +19,8 @@ from semantic_routing.training.parallelize import ParallelConfig
 
 TOY_SAMPLING = SampleConfig(sampler="renoise", steps=100, guidance=3.0, shift=4.0, batch=110)
 """Sampling of toy models: most steps are close to the noise, where the scene is decided."""
+WORDS_SAMPLING = replace(TOY_SAMPLING, steps=25, batch=133)
+"""Sampling of models of the world of words, with a batch of seven pictures a tag."""
 SMALL_SAMPLING = replace(TOY_SAMPLING, batch=506)
 """The same for small models, with the batch size of a GPU."""
 
@@ -125,6 +127,16 @@ def small(arm: str) -> TrainConfig:
     )
 
 
+def small_words(arm: str) -> TrainConfig:
+    """Train 41 million parameters on the world of words with SmolLM2: on one GPU, four times as many captions."""
+    cfg, own = small(arm), words(arm)
+    model = replace(cfg.model, text_width=own.model.text_width, text_layers=own.model.text_layers)
+    model = replace(model, text_init_std=own.model.text_init_std)
+    if arm == "fusedit":
+        model = replace(model, heads=9, kv_heads=3, head_dim=64)
+    return replace(cfg, data=replace(own.data, captions=65_536), model=model, text=own.text)
+
+
 def paper(arm: str) -> TrainConfig:
     """Train as in Section 4.1: 2.24 billion parameters, Qwen3-VL-4B-Instruct, SD3 autoencoder, 256x256, batch 512."""
     return TrainConfig(
@@ -149,5 +161,6 @@ RECIPES: dict[str, Callable[[str], TrainConfig]] = {
     "toy": toy,
     "words": words,
     "small": small,
+    "small-words": small_words,
     "paper": paper,
 }

@@ -55,8 +55,10 @@ def prepare(bundle: TextToImage, batch: Batch[Tensor], cfg: TrainConfig) -> Inpu
     device, (height, width) = bundle.device, batch.images.shape[1:3]
     dropped = (batch.drop_uniform < cfg.prompt_dropout).tolist()
     captions = [cfg.null_prompt if drop else c for c, drop in zip(batch.captions, dropped, strict=True)]
+    # A GPU packs after the copy (``Layout``); FuseDiT reads keys and values, which are padded.
+    packed = device.type == "cpu" and not bundle.model.cfg.strategy.reads_keys
     return Inputs(
-        features=bundle.encode(captions, strict=False),
+        features=bundle.encode(captions, strict=False, packed=packed),
         latents=batch_latents(bundle.codec, batch, device),
         noise=batch.noise.to(device),
         t=training_times(batch.time_uniform, cfg.time, height * width).to(device),
