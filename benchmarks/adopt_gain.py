@@ -64,7 +64,7 @@ LATER = 1000
 
 def base(args: argparse.Namespace, seed: int) -> Path:
     """Return the run of a seed's B1 model, trained if needed."""
-    run = args.work / f"b1-seed{seed}"
+    run = args.work / f"first-seed{seed}"
     if (run / "checkpoints" / f"step-{args.base:07d}").is_dir():
         return run
     if checkpoints(run):
@@ -112,7 +112,7 @@ def adopted(args: argparse.Namespace, seed: int, way: str, work: Path) -> TextTo
     steps = args.more * 2 // 3 if way == "lora" else args.more
     cfg = AdoptConfig(
         pipeline=str(exported(args, seed)), weights="simplex" if way == "lora" else way, steps=steps,
-        lora=LoraSettings(rank=RANK if way == "lora" else 0, steps=args.more - steps), batch=recipe.batch,
+        lora=LoraSettings(rank=RANK, steps=args.more - steps) if way == "lora" else LoraSettings(), batch=recipe.batch,
         seed=seed + LATER, time=recipe.time, scheduler_shift=False, ema_decay=recipe.ema_decay,
         optim=replace(AdoptConfig().optim, lr=recipe.optim.lr, warmup=recipe.optim.warmup, decay=recipe.optim.decay),
         checkpoint_every=100,
