@@ -98,8 +98,8 @@ def read_rows(args: StudyArguments) -> list[Row]:
                 variant=variant,
                 arm=variants[variant][0].arm,
                 clock=clock,
-                accuracy=_numbers(mine),
-                difference={} if (variant, clock) == (first, "") else _numbers(mine, base),
+                accuracy=numbers(mine),
+                difference={} if (variant, clock) == (first, "") else numbers(mine, base),
             )
         )
     return rows
@@ -114,7 +114,7 @@ def read_pairs(args: StudyArguments) -> Pairs:
     found = {}
     for other, one in combinations(records, 2):
         seeds = min(len(records[one]), len(records[other]))
-        found[one, other] = _numbers(records[one][:seeds], records[other][:seeds], only=tuple(MEANS))
+        found[one, other] = numbers(records[one][:seeds], records[other][:seeds], only=tuple(MEANS))
     return found
 
 
@@ -131,7 +131,7 @@ def _records(args: StudyArguments, runs: Sequence[Job], clock: str) -> list[list
     return [kept_records(args, job, clock) for job in runs]
 
 
-def _numbers(
+def numbers(
     mine: Sequence[Sequence[Record]], base: Sequence[Sequence[Record]] | None = None, only: Sequence[str] = ()
 ) -> dict[str, Number]:
     """Return the numbers of every column, or of those in ``only``, from the records of each seed.
@@ -178,7 +178,7 @@ def results_json(rows: Sequence[Row], pairs: Pairs, facts: Mapping[str, Any]) ->
         for row in rows
     ]
     differences = [
-        {"one": one, "minus": other} | {name: number.to_json() for name, number in numbers.items()}
-        for (one, other), numbers in pairs.items()
+        {"one": one, "minus": other} | {name: number.to_json() for name, number in found.items()}
+        for (one, other), found in pairs.items()
     ]
     return json.dumps({**facts, "rows": table, "pairs": differences}, indent=2) + "\n"

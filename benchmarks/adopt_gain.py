@@ -1,0 +1,271 @@
+"""What an adopted routing gives: a B1 model of the toy world, trained on in six ways for the same further steps.
+
+    python benchmarks/adopt_gain.py --work studies/adopt --out docs/results/adopt [--seeds 2] [--base 1500] [--more 600]
+
+For each seed a B1 model is trained, exported and then
+
+- left as it is (base), or trained on with all of its weights (b1);
+- adopted, its weights frozen, and its routing trained as gate, simplex or affine weights (gate, simplex, affine);
+- adopted as simplex for two thirds of the steps, then given a LoRA on its text projections for the rest (lora);
+- changed to S2, whose routing starts at the average, and trained on with all of its weights (s2).
+
+For one seed all ways see the same pictures with the same noise and times. All are scored by the exact checker on the
+same prompts from the same noise. A stopped run goes on; ``--work`` keeps the models and ``--out`` the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from semantic_routing.adopt.api import load_routing
+from semantic_routing.adopt.table import open_routing, state_names
+from semantic_routing.adopt.training.config import AdoptConfig, LoraSettings
+from semantic_routing.adopt.training.lora import LORA_FILE
+from semantic_routing.adopt.training.own import as_bundle
+from semantic_routing.adopt.training.run import resume, start
+from semantic_routing.analysis.figures import INK, Drawn, label_axes, new_axes
+from semantic_routing.analysis.report import MEANS
+from semantic_routing.analysis.table import Table
+from semantic_routing.analysis.weights import plot_heatmap
+from semantic_routing.checkpoint.load import checkpoints
+from semantic_routing.cli.main import main as semroute
+from semantic_routing.common.files import write_text
+from semantic_routing.common.manifest import manifest
+from semantic_routing.data.dataset import open_data
+from semantic_routing.data.loader import Loader
+from semantic_routing.evaluation.records import CORRECT, RECORDS, Record, read_records
+from semantic_routing.evaluation.shapes import evaluate_shapes
+from semantic_routing.interop.pipeline import SemanticRoutingPipeline
+from semantic_routing.sampling.load import load_bundle
+from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
+from semantic_routing.study.results import Number, numbers
+from semantic_routing.training.recipes import TOY_SAMPLING, toy
+from semantic_routing.training.trainer import Trainer
+
+CPU = torch.device("cpu")
+FORMS = ("gate", "simplex", "affine")
+WAYS = ("base", "b1", *FORMS, "lora", "s2")
+LABELS = {
+    "base": "B1", "b1": "B1 trained on", "gate": "gate", "simplex": "simplex", "affine": "affine",
+    "lora": "simplex, then LoRA", "s2": "S2, all trained",
+}  # fmt: skip
+RANK = 8
+LATER = 1000
+"""Seeds of the further steps are that much larger: they see other pictures than the first steps."""
+
+
+def base(args: argparse.Namespace, seed: int) -> Path:
+    """Return the run of a seed's B1 model, trained if needed."""
+    run = args.work / f"first-seed{seed}"
+    if (run / "checkpoints" / f"step-{args.base:07d}").is_dir():
+        return run
+    if checkpoints(run):
+        semroute(["train", "--resume", str(run)])
+    else:
+        options = ["--seed", str(seed), "--steps", str(args.base), "--preview-every", "0"]
+        semroute(["train", "toy", "--arm", "B1", *options, "--out", str(run)])
+    return run
+
+
+def exported(args: argparse.Namespace, seed: int) -> Path:
+    """Return the pipeline of a seed's B1 model, exported if needed."""
+    folder = args.work / f"pipeline-seed{seed}"
+    if not folder.is_dir():
+        semroute(["export", str(base(args, seed)), "--out", str(folder)])
+    return folder
+
+
+def trained_on(args: argparse.Namespace, seed: int, arm: str, work: Path) -> TextToImage:
+    """Train all weights of the B1 model on as ``arm``; another router starts as it always does."""
+    run = base(args, seed)
+    there = load_bundle(run, CPU)
+    cfg = replace(toy(arm), steps=args.more, seed=seed + LATER)
+    trainer = Trainer(cfg, work, text=there.encoder.config)
+    own = trainer.bundle.model
+    with torch.no_grad():
+        for name, p in there.model.named_parameters():  # the moving average
+            if not name.startswith("router."):
+                own.get_parameter(name).copy_(p)
+        for name, p in own.named_parameters():
+            trainer.ema[name].copy_(p)
+    data = open_data(cfg.data, image_size=cfg.image_size, seed=cfg.seed)
+    loader = Loader(data, batch=cfg.batch, noise_shape=trainer.bundle.codec.latent_shape(cfg.image_size))
+    for step in range(args.more):
+        trainer.advance(trainer.prepare(loader.load(step)))
+    with torch.no_grad():
+        for name, p in own.named_parameters():
+            p.copy_(trainer.ema[name])
+    return trainer.bundle
+
+
+def adopted(args: argparse.Namespace, seed: int, way: str, work: Path) -> TextToImage:
+    """Train a routing on the pipeline, and a LoRA after it if ``way`` says so."""
+    recipe = toy("depth")
+    steps = args.more * 2 // 3 if way == "lora" else args.more
+    cfg = AdoptConfig(
+        pipeline=str(exported(args, seed)), weights="simplex" if way == "lora" else way, steps=steps,
+        lora=LoraSettings(rank=RANK, steps=args.more - steps) if way == "lora" else LoraSettings(), batch=recipe.batch,
+        seed=seed + LATER, time=recipe.time, scheduler_shift=False, ema_decay=recipe.ema_decay,
+        optim=replace(AdoptConfig().optim, lr=recipe.optim.lr, warmup=recipe.optim.warmup, decay=recipe.optim.decay),
+        checkpoint_every=100,
+    )  # fmt: skip
+    if not (work / "checkpoints" / f"step-{args.more:07d}").is_dir():
+        if checkpoints(work):
+            resume(work)
+        else:
+            start(cfg, work)
+    pipe = SemanticRoutingPipeline.from_pretrained(cfg.pipeline)
+    if way == "lora":
+        pipe.load_lora_weights(work, weight_name=LORA_FILE)
+    load_routing(pipe, work)
+    return as_bundle(pipe, CPU)
+
+
+def score(args: argparse.Namespace, way: str, seed: int) -> None:
+    """Train one way for a seed and keep its verdicts, unless they are there."""
+    kept = args.out / "kept" / f"{way}-seed{seed}.json"
+    if kept.is_file():
+        return
+    work = args.work / f"{way}-seed{seed}"
+    make: dict[str, Callable[[], TextToImage]] = {
+        "base": lambda: load_bundle(base(args, seed), CPU),
+        "b1": lambda: trained_on(args, seed, "penultimate", work),
+        "s2": lambda: trained_on(args, seed, "depth", work),
+    }
+    bundle = make.get(way, lambda: adopted(args, seed, way, work))()
+    how: SampleConfig = replace(TOY_SAMPLING, steps=args.sampling_steps)
+    evaluate_shapes(bundle, work / "evaluation", n=args.n, seed=0, cfg=how)
+    found = read_records(work / "evaluation" / RECORDS)
+    facts = {
+        "manifest": manifest(way=way, seed=seed, base=args.base, more=args.more),
+        "prompts": {record.id: record.tag for record in found},
+        "correct": "".join("1" if record.scores[CORRECT] else "0" for record in found),
+    }
+    if way in FORMS:
+        weights = open_routing(work).weights(torch.zeros(1))[0]
+        facts["weights"] = np.round(weights.numpy(force=True), 4).tolist()
+    write_text(kept, json.dumps(facts) + "\n")
+
+
+def kept_records(path: Path) -> list[Record]:
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    pairs = zip(facts["prompts"].items(), facts["correct"], strict=True)
+    return [
+        Record(prompt=i, id=name, image=0, caption="", tags=(tag,), file="", scores={CORRECT: float(mark)}, reason="")
+        for i, ((name, tag), mark) in enumerate(pairs)
+    ]
+
+
+def report(args: argparse.Namespace) -> str:
+    """Write tables and figures of all ways that are done for every seed; return the first table."""
+    records = {
+        way: [kept_records(args.out / "kept" / f"{way}-seed{seed}.json") for seed in range(args.seeds)] for way in WAYS
+    }
+    own = {way: numbers(found) for way, found in records.items()}
+    gains = {way: numbers(found, records["base"]) for way, found in records.items() if way != "base"}
+    further = {way: numbers(found, records["b1"]) for way, found in records.items() if way not in ("base", "b1")}
+    first = Table(
+        ("", "accuracy", "minus B1", "minus B1 trained on"),
+        [
+            (
+                LABELS[way],
+                *(_cell(found.get(way, {}).get("overall"), sign=found is not own) for found in (own, gains, further)),
+            )
+            for way in WAYS
+        ],
+    )  # fmt: skip
+    tags = [name for name in own["base"] if name not in MEANS]
+    second = Table(
+        ("", *(LABELS[way] for way in WAYS)),
+        [(tag.replace("_", " "), *(f"{100 * own[way][tag].mean:.1f}" for way in WAYS)) for tag in tags],
+    )
+    text = (
+        f"## Accuracy\n\n{first.markdown()}\n\n## By skill\n\n{second.markdown()}\n\n{__doc__.split(chr(10) * 2, 2)[2]}"
+    )
+    write_text(args.out / "tables.md", text)
+    everything = {
+        name: {way: {tag: number.to_json() for tag, number in found.items()} for way, found in part.items()}
+        for name, part in (("accuracy", own), ("minus_b1", gains), ("minus_b1_trained_on", further))
+    }
+    write_text(args.out / "results.json", json.dumps(everything, indent=2) + "\n")
+    facts = manifest(
+        base=args.base, more=args.more, prompts=args.n, sampling_steps=args.sampling_steps, lora_rank=RANK,
+        seeds={"runs": list(range(args.seeds)), "further": [seed + LATER for seed in range(args.seeds)]},
+    )  # fmt: skip
+    write_text(args.out / "manifest.json", json.dumps(facts, indent=2) + "\n")
+    for drawn in figures(args, own):
+        drawn.save(args.out / "figures")
+    return first.markdown()
+
+
+def _cell(number: Number | None, *, sign: bool) -> str:
+    """Return a number in percent with its intervals over prompts and over seeds."""
+    if number is None:
+        return ""
+    form = "+.1f" if sign else ".1f"
+    spans = [
+        f"{100 * low:{form}} to {100 * high:{form}}"
+        for low, high in filter(None, (number.over_prompts, number.over_seeds))
+    ]
+    return f"{100 * number.mean:{form}} [{'; '.join(spans)}]"
+
+
+def figures(args: argparse.Namespace, own: dict[str, dict[str, Number]]) -> Iterator[Drawn]:
+    """Draw the accuracy of every way, and the routing of each form for the first seed."""
+    found = [own[way]["overall"] for way in WAYS]
+    figure, axes = new_axes(6.4, 0.9 + 0.42 * len(WAYS))
+    places, means = np.arange(len(WAYS)), np.array([number.mean for number in found])
+    spans = np.array([number.over_prompts for number in found])
+    axes.barh(places, 100 * means, color="#4477aa", height=0.6, alpha=0.75)
+    axes.errorbar(
+        100 * means, places, xerr=100 * np.abs(spans - means[:, None]).T, fmt="none", ecolor=INK, elinewidth=1.2
+    )
+    for place, number in zip(places, found, strict=True):
+        axes.plot(100 * np.array(number.seeds), np.full(len(number.seeds), place), "o", color=INK, markersize=3)
+    axes.set_yticks(places, [LABELS[way] for way in WAYS])
+    axes.invert_yaxis()
+    label_axes(axes, "accuracy (%)\ninterval over prompts, a point for each seed", "")
+    values = np.column_stack([means, spans])
+    yield Drawn(
+        name="accuracy", title="Accuracy of the toy world's prompts", figure=figure, rows=list(WAYS),
+        columns=["mean", "low", "high"], values=values,
+    )  # fmt: skip
+    for form in FORMS:
+        kept = json.loads((args.out / "kept" / f"{form}-seed0.json").read_text(encoding="utf-8"))
+        weights = np.array(kept["weights"])
+        rows = [str(block) for block in range(len(weights))]
+        columns = state_names(open_routing(args.work / f"{form}-seed0").facts)
+        yield Drawn(
+            name=f"weights-{form}", title=f"Weights of {form}, seed 0: the original state, then the layers",
+            figure=plot_heatmap(weights, rows=rows, label="block"), rows=rows, columns=columns, values=weights,
+        )  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="What an adopted routing gives on the toy world.")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the models")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seed", type=int, help="do this seed alone, and write no tables")
+    parser.add_argument("--base", type=int, default=1500, help="steps of the B1 model")
+    parser.add_argument("--more", type=int, default=600, help="further steps")
+    parser.add_argument("--n", type=int, default=1100, help="prompts")
+    parser.add_argument("--sampling-steps", type=int, default=50)
+    args = parser.parse_args(argv)
+    for seed in range(args.seeds) if args.seed is None else [args.seed]:
+        for way in WAYS:
+            score(args, way, seed)
+    if args.seed is None:
+        sys.stdout.write(f"{report(args)}\n")
+
+
+if __name__ == "__main__":
+    main()
