@@ -29,7 +29,7 @@ from semantic_routing.adopt.api import load_routing
 from semantic_routing.adopt.table import open_routing, state_names
 from semantic_routing.adopt.training.config import AdoptConfig, LoraSettings
 from semantic_routing.adopt.training.lora import LORA_FILE
-from semantic_routing.adopt.training.own import as_bundle
+from semantic_routing.adopt.training.own_subject import as_bundle
 from semantic_routing.adopt.training.run import resume, start
 from semantic_routing.analysis.figures import INK, Drawn, label_axes, new_axes
 from semantic_routing.analysis.report import MEANS
