@@ -183,9 +183,9 @@ def seed_stability(args: StudyArguments, every: Sequence[Job]) -> dict[str, floa
         if weights is not None and ARMS[job.arm].learned:
             by_variant.setdefault(job.variant, []).append(weights)
     found = {}
-    for variant, weights in by_variant.items():
-        if len(weights) > 1:
-            stack = np.stack(weights)[:, ::5].astype(float)  # seeds, times, blocks, layers
+    for variant, of_seeds in by_variant.items():
+        if len(of_seeds) > 1:
+            stack = np.stack(of_seeds)[:, ::5].astype(float)  # seeds, times, blocks, layers
             found[variant] = mean_similarity(1 - js_divergence(stack[:, None], stack[None]).mean((2, 3)))
     return found
 
