@@ -10,7 +10,8 @@ For each seed a B1 model is trained, exported and then
 - changed to S2, whose routing starts at the average, and trained on with all of its weights (s2).
 
 For one seed all ways see the same pictures with the same noise and times. All are scored by the exact checker on the
-same prompts from the same noise. A stopped run goes on; ``--work`` keeps the models and ``--out`` the results.
+same prompts from the same noise, and by the velocity loss of the prompts' own pictures, which tells smaller
+differences apart. A stopped run goes on; ``--work`` keeps the models and ``--out`` the results.
 """
 
 from __future__ import annotations
@@ -43,10 +44,13 @@ from semantic_routing.data.dataset import open_data
 from semantic_routing.data.loader import Loader
 from semantic_routing.evaluation.records import CORRECT, RECORDS, Record, read_records
 from semantic_routing.evaluation.shapes import evaluate_shapes
+from semantic_routing.flow import path, training_times, velocity
 from semantic_routing.interop.pipeline import SemanticRoutingPipeline
+from semantic_routing.model.runtime import autocast
 from semantic_routing.sampling.load import load_bundle
 from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
 from semantic_routing.study.results import Number, numbers
+from semantic_routing.toy.worlds import SHAPES, WORLDS
 from semantic_routing.training.recipes import TOY_SAMPLING, toy
 from semantic_routing.training.trainer import Trainer
 
@@ -58,6 +62,8 @@ LABELS = {
     "lora": "simplex, then LoRA", "s2": "S2, all trained",
 }  # fmt: skip
 RANK = 8
+TIMES = 8
+LOSS = "loss"
 LATER = 1000
 """Seeds of the further steps are that much larger: they see other pictures than the first steps."""
 
@@ -148,6 +154,7 @@ def score(args: argparse.Namespace, way: str, seed: int) -> None:
         "manifest": manifest(way=way, seed=seed, base=args.base, more=args.more),
         "prompts": {record.id: record.tag for record in found},
         "correct": "".join("1" if record.scores[CORRECT] else "0" for record in found),
+        "loss": [round(loss, 6) for loss in held_out_losses(bundle, args.n)],
     }
     if way in FORMS:
         weights = open_routing(work).weights(torch.zeros(1))[0]
@@ -155,45 +162,92 @@ def score(args: argparse.Namespace, way: str, seed: int) -> None:
     write_text(kept, json.dumps(facts) + "\n")
 
 
-def kept_records(path: Path) -> list[Record]:
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    pairs = zip(facts["prompts"].items(), facts["correct"], strict=True)
+@torch.no_grad()
+def held_out_losses(bundle: TextToImage, n: int) -> list[float]:
+    """Return the velocity loss of each prompt's picture, a mean over ``TIMES`` times of training and as many noises."""
+    samples, losses = WORLDS[SHAPES].prompts(0, n), []
+    generator = torch.Generator().manual_seed(0)
+    for first in range(0, n, 110):
+        part = samples[first : first + 110]
+        images = torch.stack([torch.from_numpy(sample.image) for sample in part])
+        latents, features = bundle.codec.encode(images), bundle.encode([sample.caption for sample in part])
+        errors = torch.zeros(len(part))
+        for _ in range(TIMES):
+            noise = torch.randn(latents.shape, generator=generator)
+            uniform = torch.rand(len(part), generator=generator)
+            t = training_times(uniform, toy("depth").time, images[0, ..., 0].numel())
+            noisy = path(latents, noise, t)
+            with autocast(CPU, bundle.bf16):
+                context = bundle.model.prepare_text(features, bundle.model.gate_time(noisy, t))
+                predicted = bundle.model(noisy, t, context)
+            errors += (predicted.float() - velocity(latents, noise)).square().flatten(1).mean(1)
+        losses += (errors / TIMES).tolist()
+    return losses
+
+
+def kept_records(kept: Path) -> list[Record]:
+    """Return the verdict and the loss of each prompt."""
+    facts = json.loads(kept.read_text(encoding="utf-8"))
+    rows = zip(facts["prompts"].items(), facts["correct"], facts["loss"], strict=True)
     return [
-        Record(prompt=i, id=name, image=0, caption="", tags=(tag,), file="", scores={CORRECT: float(mark)}, reason="")
-        for i, ((name, tag), mark) in enumerate(pairs)
+        Record(
+            prompt=i, id=name, image=0, caption="", tags=(tag,), file="", reason="",
+            scores={CORRECT: float(mark), LOSS: loss},
+        )
+        for i, ((name, tag), mark, loss) in enumerate(rows)
+    ]  # fmt: skip
+
+
+Compared = dict[str, dict[str, Number]]
+"""Numbers by way and column."""
+
+
+def compared(records: dict[str, list[list[Record]]], metric: str) -> tuple[Compared, Compared, Compared]:
+    """Return each way's numbers, its differences to B1, and those to B1 trained on."""
+    own = {way: numbers(found, metric=metric) for way, found in records.items()}
+    gains, further = (
+        {way: numbers(records[way], records[other], metric=metric) for way in WAYS[first:]}
+        for first, other in ((1, "base"), (2, "b1"))
+    )
+    return own, gains, further
+
+
+def overview(parts: tuple[Compared, Compared, Compared], *, scale: float, title: str) -> Table:
+    """Return the table of one metric over all prompts, in units of 1 / ``scale``."""
+    cells = [
+        (
+            LABELS[way],
+            *(_cell(part.get(way, {}).get("overall"), sign=i > 0, scale=scale) for i, part in enumerate(parts)),
+        )
+        for way in WAYS
     ]
+    return Table(("", title, "minus B1", "minus B1 trained on"), cells)
 
 
 def report(args: argparse.Namespace) -> str:
-    """Write tables and figures of all ways that are done for every seed; return the first table."""
+    """Write tables and figures of all ways that are done for every seed; return the first two tables."""
     records = {
         way: [kept_records(args.out / "kept" / f"{way}-seed{seed}.json") for seed in range(args.seeds)] for way in WAYS
     }
-    own = {way: numbers(found) for way, found in records.items()}
-    gains = {way: numbers(found, records["base"]) for way, found in records.items() if way != "base"}
-    further = {way: numbers(found, records["b1"]) for way, found in records.items() if way not in ("base", "b1")}
-    first = Table(
-        ("", "accuracy", "minus B1", "minus B1 trained on"),
-        [
-            (
-                LABELS[way],
-                *(_cell(found.get(way, {}).get("overall"), sign=found is not own) for found in (own, gains, further)),
-            )
-            for way in WAYS
-        ],
-    )  # fmt: skip
+    parts = {metric: compared(records, metric) for metric in (CORRECT, LOSS)}
+    own = parts[CORRECT][0]
+    first = overview(parts[CORRECT], scale=100, title="accuracy (%)")
+    losses = overview(parts[LOSS], scale=1000, title="loss (thousandths)")
     tags = [name for name in own["base"] if name not in MEANS]
     second = Table(
         ("", *(LABELS[way] for way in WAYS)),
         [(tag.replace("_", " "), *(f"{100 * own[way][tag].mean:.1f}" for way in WAYS)) for tag in tags],
     )
-    text = (
-        f"## Accuracy\n\n{first.markdown()}\n\n## By skill\n\n{second.markdown()}\n\n{__doc__.split(chr(10) * 2, 2)[2]}"
-    )
+    method = str(__doc__).split("\n\n", 2)[2]
+    sections = (("Accuracy", first), ("Loss", losses), ("Accuracy by skill (%)", second))
+    text = "\n\n".join(f"## {title}\n\n{table.markdown()}" for title, table in sections) + f"\n\n{method}"
     write_text(args.out / "tables.md", text)
     everything = {
-        name: {way: {tag: number.to_json() for tag, number in found.items()} for way, found in part.items()}
-        for name, part in (("accuracy", own), ("minus_b1", gains), ("minus_b1_trained_on", further))
+        metric: {
+            name: {way: {tag: number.to_json() for tag, number in found.items()} for way, found in part.items()}
+            for name, part in zip(("own", "minus_b1", "minus_b1_trained_on"), three, strict=True)
+        }
+        for metric, three in parts.items()
     }
     write_text(args.out / "results.json", json.dumps(everything, indent=2) + "\n")
     facts = manifest(
@@ -203,19 +257,19 @@ def report(args: argparse.Namespace) -> str:
     write_text(args.out / "manifest.json", json.dumps(facts, indent=2) + "\n")
     for drawn in figures(args, own):
         drawn.save(args.out / "figures")
-    return first.markdown()
+    return f"{first.markdown()}\n\n{losses.markdown()}"
 
 
-def _cell(number: Number | None, *, sign: bool) -> str:
-    """Return a number in percent with its intervals over prompts and over seeds."""
+def _cell(number: Number | None, *, sign: bool, scale: float) -> str:
+    """Return a number with its intervals over prompts and over seeds."""
     if number is None:
         return ""
     form = "+.1f" if sign else ".1f"
     spans = [
-        f"{100 * low:{form}} to {100 * high:{form}}"
+        f"{scale * low:{form}} to {scale * high:{form}}"
         for low, high in filter(None, (number.over_prompts, number.over_seeds))
     ]
-    return f"{100 * number.mean:{form}} [{'; '.join(spans)}]"
+    return f"{scale * number.mean:{form}} [{'; '.join(spans)}]"
 
 
 def figures(args: argparse.Namespace, own: dict[str, dict[str, Number]]) -> Iterator[Drawn]:

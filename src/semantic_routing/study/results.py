@@ -132,7 +132,10 @@ def _records(args: StudyArguments, runs: Sequence[Job], clock: str) -> list[list
 
 
 def numbers(
-    mine: Sequence[Sequence[Record]], base: Sequence[Sequence[Record]] | None = None, only: Sequence[str] = ()
+    mine: Sequence[Sequence[Record]],
+    base: Sequence[Sequence[Record]] | None = None,
+    only: Sequence[str] = (),
+    metric: str = CORRECT,
 ) -> dict[str, Number]:
     """Return the numbers of every column, or of those in ``only``, from the records of each seed.
 
@@ -145,10 +148,10 @@ def numbers(
     columns = {name: column for name, column in columns.items() if not only or name in only}
     found = {}
     for name, column in columns.items():
-        left = [prompt_sums(records, ids, CORRECT, column) for records in mine]
+        left = [prompt_sums(records, ids, metric, column) for records in mine]
         values, one, other = [s.value for s in left], _pooled(left), None
         if base is not None:
-            right = [prompt_sums(records, ids, CORRECT, column) for records in base]
+            right = [prompt_sums(records, ids, metric, column) for records in base]
             values, other = [a.value - b.value for a, b in zip(left, right, strict=True)], _pooled(right)
         found[name] = Number(
             mean=float(np.mean(values)),
