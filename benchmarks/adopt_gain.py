@@ -32,7 +32,7 @@ from semantic_routing.adopt.training.config import AdoptConfig, LoraSettings
 from semantic_routing.adopt.training.lora import LORA_FILE
 from semantic_routing.adopt.training.own_subject import as_bundle
 from semantic_routing.adopt.training.run import resume, start
-from semantic_routing.analysis.figures import INK, Drawn, label_axes, new_axes
+from semantic_routing.analysis.figures import Drawn
 from semantic_routing.analysis.report import MEANS
 from semantic_routing.analysis.table import Table
 from semantic_routing.analysis.weights import plot_heatmap
@@ -50,6 +50,7 @@ from semantic_routing.model.runtime import autocast
 from semantic_routing.sampling.load import load_bundle
 from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
 from semantic_routing.study.results import Number, numbers
+from semantic_routing.study.tables import accuracy_bars
 from semantic_routing.toy.worlds import SHAPES, WORLDS
 from semantic_routing.training.recipes import TOY_SAMPLING, toy
 from semantic_routing.training.trainer import Trainer
@@ -274,24 +275,8 @@ def _cell(number: Number | None, *, sign: bool, scale: float) -> str:
 
 def figures(args: argparse.Namespace, own: dict[str, dict[str, Number]]) -> Iterator[Drawn]:
     """Draw the accuracy of every way, and the routing of each form for the first seed."""
-    found = [own[way]["overall"] for way in WAYS]
-    figure, axes = new_axes(6.4, 0.9 + 0.42 * len(WAYS))
-    places, means = np.arange(len(WAYS)), np.array([number.mean for number in found])
-    spans = np.array([number.over_prompts for number in found])
-    axes.barh(places, 100 * means, color="#4477aa", height=0.6, alpha=0.75)
-    axes.errorbar(
-        100 * means, places, xerr=100 * np.abs(spans - means[:, None]).T, fmt="none", ecolor=INK, elinewidth=1.2
-    )
-    for place, number in zip(places, found, strict=True):
-        axes.plot(100 * np.array(number.seeds), np.full(len(number.seeds), place), "o", color=INK, markersize=3)
-    axes.set_yticks(places, [LABELS[way] for way in WAYS])
-    axes.invert_yaxis()
-    label_axes(axes, "accuracy (%)\ninterval over prompts, a point for each seed", "")
-    values = np.column_stack([means, spans])
-    yield Drawn(
-        name="accuracy", title="Accuracy of the toy world's prompts", figure=figure, rows=list(WAYS),
-        columns=["mean", "low", "high"], values=values,
-    )  # fmt: skip
+    bars = {way: (LABELS[way], own[way]["overall"]) for way in WAYS}
+    yield accuracy_bars(bars, title="Accuracy of the toy world's prompts")
     for form in FORMS:
         kept = json.loads((args.out / "kept" / f"{form}-seed0.json").read_text(encoding="utf-8"))
         weights = np.array(kept["weights"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -134,9 +134,14 @@ def _p(number: Number | None) -> str:
 
 def accuracy_figure(rows: Sequence[Row]) -> Drawn:
     """Draw the overall accuracy of every row with its interval over prompts, and a point for each seed."""
-    numbers = [row.accuracy["overall"] for row in rows]
-    figure, axes = new_axes(6.4, 0.9 + 0.42 * len(rows))
-    places = np.arange(len(rows))
+    return accuracy_bars({row.name: (_label(row), row.accuracy["overall"]) for row in rows}, title="Overall accuracy")
+
+
+def accuracy_bars(bars: Mapping[str, tuple[str, Number]], *, title: str) -> Drawn:
+    """Draw accuracies as bars, each with its label, by name: intervals over prompts, and a point for each seed."""
+    labels, numbers = zip(*bars.values(), strict=True)
+    figure, axes = new_axes(6.4, 0.9 + 0.42 * len(bars))
+    places = np.arange(len(bars))
     means = np.array([number.mean for number in numbers])
     spans = np.array([number.over_prompts for number in numbers])
     axes.barh(places, 100 * means, color="#4477aa", height=0.6, alpha=0.75)
@@ -145,13 +150,12 @@ def accuracy_figure(rows: Sequence[Row]) -> Drawn:
     )
     for place, number in zip(places, numbers, strict=True):
         axes.plot(100 * np.array(number.seeds), np.full(len(number.seeds), place), "o", color=INK, markersize=3)
-    axes.set_yticks(places, [_label(row) for row in rows])
+    axes.set_yticks(places, labels)
     axes.invert_yaxis()
     label_axes(axes, "accuracy (%)\ninterval over prompts, a point for each seed", "")
-    values = np.array([[n.mean, *n.over_prompts] for n in numbers])
     return Drawn(
-        name="accuracy", title="Overall accuracy", figure=figure, rows=[row.name for row in rows],
-        columns=["mean", "low", "high"], values=values,
+        name="accuracy", title=title, figure=figure, rows=list(bars), columns=["mean", "low", "high"],
+        values=np.column_stack([means, spans]),
     )  # fmt: skip
 
 
