@@ -74,7 +74,8 @@ def check_contents(wheel: Path, sdist: Path) -> None:
     missing += [name for name in IN_SDIST if name not in packed]
     if missing:
         raise NotReady(f"{wheel.name} or {sdist.name} lacks {', '.join(missing)}")
-    foreign = {name.partition("/")[0] for name in names} - {"semantic_routing", f"semantic_routing-{version()}.dist-info"}
+    ours = {"semantic_routing", f"semantic_routing-{version()}.dist-info"}
+    foreign = {name.partition("/")[0] for name in names} - ours
     if foreign:
         raise NotReady(f"{wheel.name} also holds {', '.join(sorted(foreign))}")
 
