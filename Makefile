@@ -24,9 +24,9 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The site of the documentation, in site/; a warning is an error.
+# The site of the documentation, in site/; a warning is an error. With --quiet mkdocs would not count warnings.
 docs: $(DOCS)/.installed
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 # All of a release but the upload (docs/release.md). REHEARSE=--rehearse for a version that is not finished.
 release: $(RELEASE)/.installed

@@ -84,3 +84,10 @@ def test_the_reference_has_every_public_name_once() -> None:
     text = (ROOT / "docs/api.md").read_text(encoding="utf-8")
     names = re.findall(r"^::: semantic_routing\.(\w+)$", text, re.MULTILINE)
     assert sorted(names) == sorted(set(semantic_routing.__all__) - {"__version__"})
+
+
+def test_warnings_end_the_build() -> None:
+    """With ``--quiet`` mkdocs does not see its own warnings, and a strict build passes with dead links."""
+    (line,) = re.findall(r"^\t.*mkdocs build.*$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert "--strict" in line.split()
+    assert "--quiet" not in line.split()
