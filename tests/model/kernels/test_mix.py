@@ -151,17 +151,21 @@ def rebuilt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     mix_cpu.library.cache_clear()
 
 
-def test_without_a_compiler_plain_torch_mixes(rebuilt: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_compiler_plain_torch_mixes_and_one_line_says_so(
+    rebuilt: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     weights, hidden, upstream = case((8, 3, 16, 128, 6, 3), torch.float32)
     assert not mix_cpu.supports(hidden)
     expected = naive(weights, hidden, upstream)[0]
     torch.testing.assert_close(fused_mix(weights, hidden)[0].double(), expected, rtol=1e-5, atol=1e-5)
     assert not rebuilt.exists()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("semroute: no C compiler was found (install gcc, or set CC): layers are mixed in plain")
 
 
 def test_a_compiler_that_fails_leaves_nothing_behind(
-    rebuilt: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    rebuilt: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = tmp_path / "bin" / "cc"
     broken.parent.mkdir()
@@ -170,6 +174,8 @@ def test_a_compiler_that_fails_leaves_nothing_behind(
     monkeypatch.setenv("CC", str(broken))
     assert mix_cpu.library() is None
     assert list(rebuilt.iterdir()) == []
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "could not build the C library" in line
 
 
 def test_the_library_is_built_once(rebuilt: Path) -> None:

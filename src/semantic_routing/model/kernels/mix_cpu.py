@@ -1,7 +1,7 @@
 """The mix on a CPU: a small C library, compiled on first use for this processor and kept in the cache folder.
 
 It needs a C compiler, as torch.compile on a CPU does. Without one, or for states of another dtype or width,
-``supports`` is False and ``mix.py`` uses plain torch.
+``supports`` is False and ``mix.py`` uses plain torch; a line on stderr says so once where the compiler is at fault.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from semantic_routing.common.device import cache_folder, processor
+from semantic_routing.common.troubles import say
 
 TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 WIDE = 16
@@ -40,6 +41,7 @@ MIN_DEPTHS = 8
 SMALL = 2**18
 """Elements of the states below which more threads do not pay."""
 SOURCES = ("mix_cpu.c", "mix_amx.c")
+SLOWER = "layers are mixed in plain PyTorch, which takes about 3 to 5 times as long"  # benchmarks/mix_fallback.py
 FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC")
 
 
@@ -160,9 +162,10 @@ def _function(name: str) -> Callable[..., int]:
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
-    """Return the library, built if needed; None if it cannot be built."""
+    """Return the library, built if needed; None, with a line on stderr, if it cannot be built."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
     if compiler is None or platform.system() != "Linux":
+        say(f"{'no C compiler was found (install gcc, or set CC)' if compiler is None else 'not Linux'}: {SLOWER}")
         return None
     folder = files("semantic_routing.model.kernels")
     source = "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in SOURCES)
@@ -176,7 +179,8 @@ def library() -> ctypes.CDLL | None:
             _build(compiler, source, built)
         return ctypes.CDLL(str(built))
     # No home folder, disk full, no permission, or a compiler that does not know the language extensions.
-    except (OSError, ValueError, subprocess.SubprocessError):
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        say(f"{compiler} could not build the C library of the mix ({type(error).__name__}): {SLOWER}")
         return None
 
 
