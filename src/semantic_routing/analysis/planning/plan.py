@@ -15,7 +15,7 @@ from semantic_routing.analysis.planning.step import Seconds, StepTime, seconds_o
 from semantic_routing.common.config import nearest
 from semantic_routing.training.config import TrainConfig
 
-RUNS = 100
+RUNS = 50
 """Runs that are simulated with random failures."""
 MOST = 10_000
 """Failures after which a run that never ends is given up."""
@@ -95,6 +95,7 @@ def plan(cfg: TrainConfig, counts: Counts, name: str, gpus: int, assumed: Assump
     mean = 3600 * assumed.gpu_hours_per_failure / gpus
     seeds = range(cfg.seed, cfg.seed + RUNS)
     random = [play(run, islice(random_failures(seed, mean, assumed.hang_share), MOST)).total for seed in seeds]
+    crash = cost_of_one(run)
     return Plan(
         layout=layout,
         parts=parts,
@@ -107,8 +108,8 @@ def plan(cfg: TrainConfig, counts: Counts, name: str, gpus: int, assumed: Assump
         restart=run.restart,
         detect=run.detect,
         failures=calm.total / mean,
-        crash=cost_of_one(run, hang=False),
-        hang=cost_of_one(run, hang=True),
+        crash=crash,
+        hang=crash + run.detect,
         mean=sum(random) / RUNS,
         worst=max(random),
     )

@@ -120,11 +120,11 @@ def assumptions(cfg: TrainConfig, gpu: str, assumed: Assumptions) -> str:
     card = GPUS[gpu]
     return (
         f"Derived from counts, not measured. Assumed: {gpu} with products at {assumed.utilisation:.0%} of "
-        f"{card.peak / TERA:.0f} TFLOP/s; links at {card.nvlink / GB:.0f} GB/s a GPU inside a machine of {assumed.node} "
-        f"and {assumed.network_gb:g} GB/s between machines, rings with {assumed.hop_us:g} and "
+        f"{card.peak / TERA:.0f} TFLOP/s; links at {card.nvlink / GB:.0f} GB/s a GPU inside a machine of "
+        f"{assumed.node} and {assumed.network_gb:g} GB/s between machines, rings with {assumed.hop_us:g} and "
         f"{assumed.network_hop_us:g} us a step; {assumed.decode_ms:g} ms for a picture in each of "
         f"{max(1, cfg.data.workers)} workers a GPU; storage at {assumed.storage_node_gb:g} GB/s a machine and "
         f"{assumed.storage_gb:g} GB/s in all; an unexpected end every {assumed.gpu_hours_per_failure:,.0f} GPU hours, "
-        f"{assumed.hang_share:.0%} of them hangs; {assumed.restart_s:g} s and the reading of checkpoint and networks to "
-        f"start again; means of {RUNS} simulated runs."
+        f"{assumed.hang_share:.0%} of them hangs; {assumed.restart_s:g} s and the reading of checkpoint and networks "
+        f"to start again; means of {RUNS} simulated runs."
     )

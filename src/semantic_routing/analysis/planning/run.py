@@ -144,11 +144,14 @@ def random_failures(seed: int, mean: float, hang_share: float) -> Iterator[Failu
         yield Failure(draws.expovariate(1 / mean), draws.random() < hang_share)
 
 
-def cost_of_one(run: Run, *, hang: bool, times: int = 100) -> float:
-    """Return the seconds that one failure adds, on average over moments spread evenly over the run."""
+def cost_of_one(run: Run, times: int = 101) -> float:
+    """Return the seconds that one crash adds, on average over moments spread evenly over the run.
+
+    ``times`` is a prime, so that the moments fall on all phases of the interval between checkpoints.
+    """
     calm = play(run).total
     moments = [(i + 0.5) / times * calm for i in range(times)]
-    return sum(play(run, [Failure(at, hang)]).total - calm for at in moments) / times
+    return sum(play(run, [Failure(at)]).total - calm for at in moments) / times
 
 
 def run_of(cfg: TrainConfig, counts: Counts, layout: Layout, gpu: Gpu, assumed: Assumptions, step: float) -> Run:

@@ -123,11 +123,14 @@ def time_step(
         line.step(step, max(1, buffer))
     spans = simulate(line.tasks)
     half = STEPS // 2
-    seconds = (spans[line.ends[-1]][1] - spans[line.ends[half - 1]][1]) / (STEPS - half)
+    begin, end = spans[line.ends[half - 1]][1], spans[line.ends[-1]][1]
     total = dict.fromkeys((DATA, GPU, LINKS, NETWORK), 0.0)
-    for task in line.tasks:
-        total[task.resource] += task.seconds / STEPS
-    return StepTime(seconds, {name: spent / seconds if seconds else 0.0 for name, spent in total.items()})
+    for task, (started, ended) in zip(line.tasks, spans, strict=True):
+        total[task.resource] += max(0.0, min(ended, end) - max(started, begin))
+    total[DATA] = (STEPS - half) * part.load  # it runs ahead of the steps that are measured
+    measured = end - begin
+    busy = {name: spent / measured if measured else 0.0 for name, spent in total.items()}
+    return StepTime(measured / (STEPS - half), busy)
 
 
 class _Line:
@@ -160,9 +163,9 @@ class _Line:
                 made = self.add(GPU, seconds / self.depth, made, turn, urgency=1)
             if len(self.taken) == step:
                 self.taken.append(made)
-        done = made
+        done, reduced = last, list[int]()
         for left in reversed(range(self.accumulate)):
-            done, reduced = self._microbatch(max(done, last), made, last=left == 0)
+            done, reduced = self._microbatch(done, made, last=left == 0)
         self.ends.append(self.add(GPU, part.update, done, *reduced))
 
     def _microbatch(self, before: int, made: int, *, last: bool) -> tuple[int, list[int]]:
