@@ -10,6 +10,7 @@ from typing import Annotated
 
 from semantic_routing.analysis.planning.counts import count_all
 from semantic_routing.analysis.planning.hardware import Assumptions
+from semantic_routing.analysis.planning.layout import check_groups
 from semantic_routing.analysis.planning.plan import find_gpu, plan, to_json
 from semantic_routing.analysis.planning.report import report
 from semantic_routing.cli.arguments import FLAT, options, parse, parse_known
@@ -60,9 +61,8 @@ def run_plan(args: list[str], usage: str) -> str:
     name = find_gpu(own.gpu)
     if own.json not in (None, Path("-")):
         check_writable(own.json.parent)
-    for gpus in own.gpus:
-        own.assumed.nodes(gpus)
-        cfg.share(max(1, gpus))
+    for gpus in own.gpus:  # before counting, which takes seconds
+        check_groups(cfg, gpus, own.assumed)
     counts = count_all(cfg, own.text_tokens)
     plans = [plan(cfg, counts, name, gpus, own.assumed) for gpus in own.gpus]
     facts = manifest(config=to_dict(cfg), seeds={"failures": cfg.seed}) if own.json is not None else {}

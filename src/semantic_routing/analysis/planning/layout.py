@@ -40,8 +40,8 @@ def lay_out(cfg: TrainConfig, counts: Counts, gpu: Gpu, gpus: int, assumed: Assu
 
     A run that does not fit even with one image at a time is laid out so, and marked.
     """
+    shards = check_groups(cfg, gpus, assumed)
     nodes, images = assumed.nodes(gpus), cfg.share(gpus)
-    shards = _shards(cfg, gpus, assumed)
     states = (counts.states + FLOAT * counts.parameters) / shards
     encoder_shards = gpus if cfg.parallel.text_encoder == "sharded" else 1
     frozen = counts.frozen / encoder_shards
@@ -68,8 +68,15 @@ def lay_out(cfg: TrainConfig, counts: Counts, gpu: Gpu, gpus: int, assumed: Assu
     )
 
 
-def _shards(cfg: TrainConfig, gpus: int, assumed: Assumptions) -> int:
-    """Return the GPUs that share one copy of the weights, as ``parallelize.mesh_shape`` arranges them."""
+def check_groups(cfg: TrainConfig, gpus: int, assumed: Assumptions) -> int:
+    """Return the GPUs that share one copy of the weights, as ``parallelize.mesh_shape`` arranges them.
+
+    Raises ValueError if batch, machines or groups do not divide.
+    """
+    if gpus < 1:
+        raise ValueError(f"gpus is {gpus}; a plan needs at least 1")
+    assumed.nodes(gpus)
+    cfg.share(gpus)
     strategy = cfg.parallel.strategy
     if cfg.parallel.text_encoder == "cpu":
         raise ValueError(

@@ -77,9 +77,7 @@ def find_gpu(name: str) -> str:
 
 
 def plan(cfg: TrainConfig, counts: Counts, name: str, gpus: int, assumed: Assumptions) -> Plan:
-    """Plan a run; ValueError if its batch or its groups do not divide among the GPUs."""
-    if gpus < 1:
-        raise ValueError(f"gpus is {gpus}; a plan needs at least 1")
+    """Plan a run; ValueError if batch, machines or groups do not divide."""
     gpu = GPUS[find_gpu(name)]
     layout = lay_out(cfg, counts, gpu, gpus, assumed)
     parts = seconds_of(cfg, counts, layout, gpu, assumed)

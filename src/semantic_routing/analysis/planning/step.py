@@ -18,8 +18,8 @@ from semantic_routing.training.metrics import BACKWARD
 
 DATA, GPU, LINKS, NETWORK = "data", "products", "links", "network"
 """Resources: the loader, the GPU, the links of a shard group, and the network between replicas."""
-STEPS = 8
-"""Steps of a timeline; the second half is measured."""
+WARM, MEASURED, AFTER = 4, 4, 2
+"""Steps of a timeline before those that are measured, these, and steps whose batches are prepared during these."""
 UPDATE_BYTES = 4 * FLOAT + 3 * FLOAT + FLOAT
 """Bytes a weight of an update: four tensors read, three written, and the gradient read once more for its norm."""
 
@@ -119,18 +119,17 @@ def time_step(
     ``overlap`` everything waits for what came before, and the parts add up.
     """
     line = _Line(part, depth, accumulate, gathered_again, overlap)
-    for step in range(STEPS):
+    for step in range(WARM + MEASURED + AFTER):
         line.step(step, max(1, buffer))
     spans = simulate(line.tasks)
-    half = STEPS // 2
-    begin, end = spans[line.ends[half - 1]][1], spans[line.ends[-1]][1]
+    begin, end = (spans[line.ends[last - 1]][1] for last in (WARM, WARM + MEASURED))
     total = dict.fromkeys((DATA, GPU, LINKS, NETWORK), 0.0)
     for task, (started, ended) in zip(line.tasks, spans, strict=True):
         total[task.resource] += max(0.0, min(ended, end) - max(started, begin))
-    total[DATA] = (STEPS - half) * part.load  # it runs ahead of the steps that are measured
+    total[DATA] = MEASURED * part.load  # it runs ahead of the steps that are measured
     measured = end - begin
     busy = {name: spent / measured if measured else 0.0 for name, spent in total.items()}
-    return StepTime(measured / (STEPS - half), busy)
+    return StepTime(measured / MEASURED, busy)
 
 
 class _Line:
