@@ -96,7 +96,7 @@ class _Play:
         stop = min(run.steps, *((self.step // often + 1) * often for often in every))
         if not self._spend((stop - self.step) * run.step):
             return False
-        if not self._spend(sum(seconds for often, seconds in run.pauses if stop % often == 0)):
+        if not self._spend(sum((seconds for often, seconds in run.pauses if stop % often == 0), 0.0)):
             return False
         if stop == run.steps or stop % run.checkpoint_every == 0:
             earlier = 0.0 if self.writing is None else max(0.0, self.writing[2] - self.now)
