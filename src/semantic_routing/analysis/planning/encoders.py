@@ -68,8 +68,13 @@ def encoder_sizes(text: TextEncoderConfig, model: DiTConfig) -> EncoderSizes:
         kinds = (width // 32, max(1, width // 64), 32, 3 * width, VOCABULARY)
     elif text.name_or_path == "Qwen/Qwen3-VL-4B-Instruct":
         width, total = paper.model.text_width, paper.model.text_layers
-        heads = paper.encoder_heads, paper.encoder_kv_heads, paper.encoder_head_dim
-        kinds = (*heads, paper.encoder_mlp_width, 151_936)
+        kinds = (
+            paper.encoder_heads,
+            paper.encoder_kv_heads,
+            paper.encoder_head_dim,
+            paper.encoder_mlp_width,
+            151_936,
+        )
     else:
         stack = stack_config(model_config(text.name_or_path, find_source(text.name_or_path)))
         heads = getattr(stack, "num_attention_heads", 0) or 0

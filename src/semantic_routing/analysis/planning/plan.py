@@ -81,7 +81,7 @@ def plan(cfg: TrainConfig, counts: Counts, name: str, gpus: int, assumed: Assump
     gpu = GPUS[find_gpu(name)]
     layout = lay_out(cfg, counts, gpu, gpus, assumed)
     parts = seconds_of(cfg, counts, layout, gpu, assumed)
-    how = {
+    how: dict[str, Any] = {
         "depth": counts.depth,
         "accumulate": layout.accumulate,
         "buffer": max(1, cfg.data.workers) * cfg.data.ahead,
