@@ -70,8 +70,8 @@ def seconds_of(cfg: TrainConfig, counts: Counts, layout: Layout, gpu: Gpu, assum
     replica_nodes = min(layout.nodes, replicas)
     resharded = 0.0 if cfg.parallel.strategy == "ddp" else 1.0
 
-    def gather(size: float) -> float:
-        return resharded * assumed.gather_seconds(size, gpu, layout.shards, layout.shard_nodes)
+    def gather(size: int) -> float:
+        return resharded * assumed.gather_seconds(float(size), gpu, layout.shards, layout.shard_nodes)
 
     def reduce(parameters: int) -> float:
         return 2 * assumed.gather_seconds(FLOAT * parameters / layout.shards, gpu, replicas, replica_nodes)
@@ -83,7 +83,7 @@ def seconds_of(cfg: TrainConfig, counts: Counts, layout: Layout, gpu: Gpu, assum
         codec=images * counts.codec_flops / (rate / 2 if counts.codec_wide else rate),
         text=layout.microbatch * counts.text_flops / rate,
         block=layout.microbatch * counts.image_flops / rate / counts.depth,
-        backward=BACKWARD + recomputed,
+        backward=float(BACKWARD + recomputed),
         gather_text=gather(HALF * counts.text),
         gather_block=gather(HALF * counts.block),
         scatter_text=gather(FLOAT * counts.text),
