@@ -73,6 +73,7 @@ def test_a_plan_adds_up() -> None:
     assert found == plan(cfg, PLAIN, "H100", 64, ASSUMED)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "plan.json"
     main(["plan", "debug", "--gpus", "1", "4", "--text-tokens", "16", "--price-per-gpu-hour", "2", "--json", str(file)])
@@ -109,6 +110,7 @@ def test_mistakes(given: list[str], words: str, capsys: pytest.CaptureFixture[st
     assert error.count("\n") == 1
 
 
+@pytest.mark.usefixtures("unchecked")  # checks of every call take longer than the simulation
 def test_the_page_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
     page = (DOCS / "train-at-scale.md").read_text(encoding="utf-8")
     shown = page.split("<!-- semroute plan paper -->\n")[1].split("<!-- end -->")[0]
