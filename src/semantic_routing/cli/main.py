@@ -110,10 +110,20 @@ def overhead(args: list[str]) -> None:
     from semantic_routing.cli.arguments import parse
     from semantic_routing.cli.overhead import OverheadArguments, run_overhead
 
-    # --json alone means the standard output.
-    named = [arg for i, arg in enumerate(args) if arg == "--json" and args[i + 1 : i + 2] and args[i + 1][:2] != "--"]
-    args = args if named else ["--json=-" if arg == "--json" else arg for arg in args]
-    sys.stdout.write(run_overhead(parse(OverheadArguments, args, prog="semroute overhead")) + "\n")
+    sys.stdout.write(run_overhead(parse(OverheadArguments, _json(args), prog="semroute overhead")) + "\n")
+
+
+def plan(args: list[str]) -> None:
+    """Plan a run on GPUs before renting them: semroute plan paper --gpus 8 64 512 --gpu H100
+
+    semroute plan RECIPE [--gpus N ...] [--gpu H100] [--price-per-gpu-hour P] [--json [FILE]] [settings]
+
+    Memory, time, bottleneck, cost and what failures add, from counted FLOPs and bytes. Settings are those of semroute
+    train, such as --batch 4096 or --parallel.strategy hsdp; all assumptions about the cluster are options, too.
+    """
+    from semantic_routing.cli.plan import run_plan
+
+    sys.stdout.write(run_plan(_json(args), _help(plan)) + "\n")
 
 
 def convert(args: list[str]) -> None:
@@ -191,6 +201,7 @@ COMMANDS: dict[str, Command] = {
     "probe": probe,
     "study": study,
     "overhead": overhead,
+    "plan": plan,
     "convert": convert,
     "export": export,
     "adopt": adopt,
@@ -260,6 +271,12 @@ def _name_the_user() -> None:
         getpass.getuser()
     except (KeyError, OSError):
         os.environ["LOGNAME"] = f"user-{os.getuid()}"
+
+
+def _json(args: list[str]) -> list[str]:
+    """Return the arguments with the standard output as the file of a --json that names none."""
+    named = [arg for i, arg in enumerate(args) if arg == "--json" and args[i + 1 : i + 2] and args[i + 1][:2] != "--"]
+    return args if named else ["--json=-" if arg == "--json" else arg for arg in args]
 
 
 def _shows_help(command: Command, args: list[str]) -> bool:
