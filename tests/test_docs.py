@@ -270,6 +270,7 @@ def test_study(tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypa
     runs = {study.name: sorted(run.name for run in (study / "runs").iterdir()) for study in Path("studies").iterdir()}
     assert runs == {
         "toy": [f"{arm}-seed0" for arm in ("depth", "joint", "penultimate", "uniform")],
+        "words": [f"{arm}-seed0" for arm in ("depth-kv", "depth", "penultimate", "uniform")],
         "small": ["fusedit-seed0", "penultimate-seed0"],
         "rates": ["depth-rate10-seed0", "depth-seed0", "penultimate-seed0"],
         "clocks": ["penultimate-seed0", "time-seed0"],
@@ -277,7 +278,7 @@ def test_study(tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypa
     page = (DOCS / "study.md").read_text(encoding="utf-8")
     named = [name for first in re.findall(r"^\| (`[a-z].*?) \|", page, re.MULTILINE) for name in first.split("`")[1::2]]
     assert named[-2:] == ["configs/", "logs/"]
-    for name in named[2:]:  # after those of the scales
+    for name in named[4:]:  # after those of the scales
         assert Path("studies/clocks", name).exists(), name
     rows = json.loads(Path("studies/clocks/results.json").read_text())["rows"]
     assert [row["clock"] for row in rows] == ["nominal", "nominal", "shifted", "shifted:0.05", "calibrated"]

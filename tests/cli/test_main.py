@@ -230,7 +230,7 @@ BAD = {
     # commands, recipes, arms, settings
     "tarin toy": "unknown command 'tarin'; did you mean 'train'?",
     "xyz": "unknown command 'xyz'; known: quickstart, train",
-    "train": "semroute train needs a recipe first; known: debug, toy, small, paper",
+    "train": "semroute train needs a recipe first; known: debug, toy, words, small, small-words, paper",
     "train tooy --out out": "unknown recipe 'tooy'; did you mean 'toy'?",
     "train tooy --help": "unknown recipe 'tooy'; did you mean 'toy'?",
     "train toy --arm detph --out out": "unknown arm 'detph'; did you mean 'depth'?",
