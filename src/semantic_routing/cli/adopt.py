@@ -21,13 +21,13 @@ from semantic_routing.adopt.training.open_pipeline import load_results, lora_bes
 from semantic_routing.adopt.training.run import resume, start
 from semantic_routing.adopt.training.subject import Subject
 from semantic_routing.cli.arguments import FLAT, options, parse, parse_known
+from semantic_routing.cli.runs import resume_arguments
 from semantic_routing.common.config import read_config
 from semantic_routing.common.device import keep_freed_memory, pick_device
 from semantic_routing.common.files import hash_files, write_text
 from semantic_routing.common.locks import LOCK, claimed
 from semantic_routing.sampling.folder import PROMPTS, claim_folder, sample_missing
 from semantic_routing.sampling.prompts import read_prompts
-from semantic_routing.training.loop import ResumeArguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,9 @@ def run_train(args: list[str], usage: str) -> Path:
     pipeline, given = (args[:1], args[1:]) if args and not args[0].startswith("-") else ([], args)
     own, settings = parse_known(AdoptArguments, given, prog="semroute adopt train")
     if own.resume is not None:
-        return _resume(own.resume, settings, alone=not pipeline and own == AdoptArguments(resume=own.resume))
+        alone = not pipeline and own == AdoptArguments(resume=own.resume)
+        how = resume_arguments("semroute adopt train", settings, alone=alone)
+        return resume(own.resume, steps=how.steps, accept_changes=how.accept_changes)
     default = AdoptConfig() if own.config is None else read_config(AdoptConfig, own.config)
     if own.data:
         if any(arg.startswith("--data.paths") for arg in settings):
@@ -118,17 +120,6 @@ def run_train(args: list[str], usage: str) -> Path:
     if own.out is None:
         raise ValueError("where should the run be written? give --out, such as --out routings/x")
     return start(cfg, own.out)
-
-
-def _resume(run: Path, settings: list[str], *, alone: bool) -> Path:
-    named = {arg.partition("=")[0] for arg in settings if arg.startswith("--")}
-    if not alone or named - {"--steps", "--accept-changes", "--help"}:
-        raise ValueError(
-            "--resume takes a run's folder and no settings: they are in its checkpoint; beside it there are only "
-            "--steps N, to train on to step N, and --accept-changes, to go on with data or models that changed"
-        )
-    how = parse(ResumeArguments, settings, prog="semroute adopt train --resume DIR")
-    return resume(run, steps=how.steps, accept_changes=how.accept_changes)
 
 
 def run_sample(args: AdoptSampleArguments) -> Path:

@@ -14,12 +14,11 @@ from semantic_routing.analysis.planning.layout import check_groups
 from semantic_routing.analysis.planning.plan import find_gpu, plan, to_json
 from semantic_routing.analysis.planning.report import report
 from semantic_routing.cli.arguments import FLAT, options, parse, parse_known
-from semantic_routing.common.config import check_finite, nearest, read_config, to_dict
+from semantic_routing.cli.runs import default_config
+from semantic_routing.common.config import check_finite, to_dict
 from semantic_routing.common.files import check_writable, write_text
 from semantic_routing.common.manifest import manifest
-from semantic_routing.model.arms import DEFAULT_ARM, parse_arm
 from semantic_routing.training.config import TrainConfig
-from semantic_routing.training.recipes import RECIPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +51,7 @@ def run_plan(args: list[str], usage: str) -> str:
         parse(PlanArguments, ["--help"], prog="semroute plan RECIPE")
     own, settings = parse_known(PlanArguments, given, prog="semroute plan")
     check_finite(own)
-    default = _default(recipe, own)
+    default = default_config("semroute plan", recipe, own.arm, own.config)
     cfg = parse(TrainConfig, settings, prog="semroute plan", default=default, beside=tuple(options(PlanArguments)))
     if not own.gpus:
         raise ValueError("nothing to plan: give --gpus with one or several numbers")
@@ -72,15 +71,3 @@ def run_plan(args: list[str], usage: str) -> str:
     if own.json is not None:
         write_text(own.json, json.dumps(numbers, indent=2) + "\n")
     return report(cfg, counts, plans, name, own.text_tokens, own.assumed, own.price_per_gpu_hour)
-
-
-def _default(recipe: str, own: PlanArguments) -> TrainConfig:
-    """Return the configuration that settings are changed in: that of --config or of the recipe."""
-    if own.config is not None:
-        if recipe or own.arm:
-            raise ValueError("--config is a whole configuration: leave out the recipe and --arm")
-        return read_config(TrainConfig, own.config)
-    if recipe not in RECIPES:
-        what = f"unknown recipe {recipe!r}" if recipe else "semroute plan needs a recipe first"
-        raise ValueError(f"{what}; {nearest(recipe, list(RECIPES))}")
-    return RECIPES[recipe](parse_arm(own.arm or DEFAULT_ARM))
