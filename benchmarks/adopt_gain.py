@@ -23,19 +23,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from semantic_routing.adopt.api import load_routing
-from semantic_routing.adopt.table import open_routing, state_names
+from semantic_routing.adopt.table import open_routing
 from semantic_routing.adopt.training.config import AdoptConfig, LoraSettings
 from semantic_routing.adopt.training.lora import LORA_FILE
 from semantic_routing.adopt.training.own_subject import as_bundle
 from semantic_routing.adopt.training.run import resume, start
+from semantic_routing.analysis.adopted import adopted_figures
 from semantic_routing.analysis.figures import Drawn
 from semantic_routing.analysis.report import MEANS
 from semantic_routing.analysis.table import Table
-from semantic_routing.analysis.weights import plot_heatmap
 from semantic_routing.checkpoint.load import checkpoints
 from semantic_routing.cli.main import main as semroute
 from semantic_routing.common.files import write_text
@@ -157,9 +156,6 @@ def score(args: argparse.Namespace, way: str, seed: int) -> None:
         "correct": "".join("1" if record.scores[CORRECT] else "0" for record in found),
         "loss": [round(loss, 6) for loss in held_out_losses(bundle, args.n)],
     }
-    if way in FORMS:
-        weights = open_routing(work).weights(torch.zeros(1))[0]
-        facts["weights"] = np.round(weights.numpy(force=True), 4).tolist()
     write_text(kept, json.dumps(facts) + "\n")
 
 
@@ -278,14 +274,8 @@ def figures(args: argparse.Namespace, own: dict[str, dict[str, Number]]) -> Iter
     bars = {way: (LABELS[way], own[way]["overall"]) for way in WAYS}
     yield accuracy_bars(bars, title="Accuracy of the toy world's prompts")
     for form in FORMS:
-        kept = json.loads((args.out / "kept" / f"{form}-seed0.json").read_text(encoding="utf-8"))
-        weights = np.array(kept["weights"])
-        rows = [str(block) for block in range(len(weights))]
-        columns = state_names(open_routing(args.work / f"{form}-seed0").facts)
-        yield Drawn(
-            name=f"weights-{form}", title=f"Weights of {form}, seed 0: the original state, then the layers",
-            figure=plot_heatmap(weights, rows=rows, label="block"), rows=rows, columns=columns, values=weights,
-        )  # fmt: skip
+        (drawn,) = adopted_figures(open_routing(args.work / f"{form}-seed0"), (0.0,))
+        yield replace(drawn, name=f"weights-{form}", title=f"{drawn.title}: {form}, seed 0")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

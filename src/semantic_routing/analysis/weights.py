@@ -53,7 +53,7 @@ def plot_heatmap(
     if weights.size <= MOST_NUMBERS:
         for (row, layer), weight in np.ndenumerate(weights * 100):
             color = "white" if abs(weight) > 0.6 * top else "#08306b"
-            axes.text(layer + 1, row, f"{weight:.0f}", ha="center", va="center", fontsize=8.5, color=color)
+            axes.text(layer + 1, row, f"{round(weight)}", ha="center", va="center", fontsize=8.5, color=color)
     bar = figure.colorbar(mesh, ax=axes, pad=0.02, fraction=0.06)
     bar.set_label("weight (%)", fontsize=10, color=INK)
     bar.ax.tick_params(labelsize=9, color=INK, labelcolor=INK)
