@@ -1,6 +1,6 @@
 """What an adopted routing gives: a B1 model of the toy world, trained on in six ways for the same further steps.
 
-    python benchmarks/adopt_gain.py --work studies/adopt --out docs/results/adopt [--seeds 2] [--base 1500] [--more 600]
+    python benchmarks/adopt_gain.py --work studies/adopt --out docs/results/adopt [--seeds 2] [--base 1500] [--more N]
 
 For each seed a B1 model is trained, exported and then
 
@@ -121,7 +121,7 @@ def adopted(args: argparse.Namespace, seed: int, way: str, work: Path) -> TextTo
         lora=LoraSettings(rank=RANK, steps=args.more - steps) if way == "lora" else LoraSettings(), batch=recipe.batch,
         seed=seed + LATER, time=recipe.time, scheduler_shift=False, ema_decay=recipe.ema_decay,
         optim=replace(AdoptConfig().optim, lr=recipe.optim.lr, warmup=recipe.optim.warmup, decay=recipe.optim.decay),
-        checkpoint_every=100,
+        checkpoint_every=100, compile=True,
     )  # fmt: skip
     if not (work / "checkpoints" / f"step-{args.more:07d}").is_dir():
         if checkpoints(work):
@@ -285,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--seed", type=int, help="do this seed alone, and write no tables")
     parser.add_argument("--base", type=int, default=1500, help="steps of the B1 model")
-    parser.add_argument("--more", type=int, default=600, help="further steps")
+    parser.add_argument("--more", type=int, default=1000, help="further steps")
     parser.add_argument("--n", type=int, default=1100, help="prompts")
     parser.add_argument("--sampling-steps", type=int, default=50)
     args = parser.parse_args(argv)

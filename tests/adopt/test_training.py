@@ -16,13 +16,14 @@ import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from semantic_routing.adopt import adopt, load_routing
 from semantic_routing.adopt.drawing import Drawing
 from semantic_routing.adopt.file import read_routing
 from semantic_routing.adopt.training.config import AdoptConfig, KeepConfig, LoraSettings
 from semantic_routing.adopt.training.keep_texts import decide
+from semantic_routing.adopt.training.lora import LORA_FILE
 from semantic_routing.adopt.training.make_subject import make_subject
 from semantic_routing.adopt.training.open_pipeline import frozen, load_results
 from semantic_routing.adopt.training.own_subject import as_bundle, open_adopted
@@ -382,6 +383,25 @@ def test_a_run_goes_on_to_a_later_step_and_notices_other_weights(make: Make, tmp
     start(with_lora, tmp_path / "lora", pipe=make("own"))
     with pytest.raises(ValueError, match="--steps is for runs without a LoRA"):
         resume(tmp_path / "lora", steps=9, pipe=make("own"))
+
+
+def test_compiled_blocks_train_the_same(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not with our own pipelines: the annotations that tests check cannot be compiled.
+    cfg = config("z-image", steps=1, lora=LoraSettings(rank=1, steps=1))
+    start(cfg, tmp_path / "plain", pipe=make("z-image"))
+    compiled = []
+
+    def compile_quickly(block: nn.Module, **options: Any) -> None:
+        compiled.append(block)
+        block._compiled_call_impl = torch.compile(block._call_impl, backend="eager", **options)
+
+    monkeypatch.setattr(nn.Module, "compile", compile_quickly)
+    start(replace(cfg, compile=True), tmp_path / "compiled", pipe=make("z-image"))
+    assert len(compiled) > 1
+    for file in ("routing.safetensors", LORA_FILE):
+        a, b = (load_file(tmp_path / label / file) for label in ("plain", "compiled"))
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["sana", "z-image"])

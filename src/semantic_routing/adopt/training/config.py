@@ -85,6 +85,8 @@ class AdoptConfig(RunConfig):
     """Where texts are kept."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     """The LoRA."""
+    compile: bool = False
+    """Use torch.compile on the blocks: slower start, faster steps."""
     gradient_checkpointing: bool = False
     """Recompute the blocks in the backward pass: less memory, slower steps."""
     checkpoint_every: int = 250

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from semantic_routing.adopt.drawing import Drawing
 from semantic_routing.adopt.file import find_file
@@ -32,6 +32,9 @@ class OwnSubject(Subject):
         self.bundle = as_bundle(pipe, device, precision)
         self.codec, self.image_size = self.bundle.codec, self.bundle.image_size
         self.patch = self.bundle.model.cfg.patch
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.bundle.model.blocks)
 
     def keep(self, count: int | None, captions: Sequence[str]) -> str:
         encoder = self.bundle.encoder

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from semantic_routing.adopt.drawing import Drawing
+from semantic_routing.adopt.families import find_family
+from semantic_routing.adopt.families.family import module_at
 from semantic_routing.data.batch import collate
 from semantic_routing.data.streams import Row
 from semantic_routing.flow import path, velocity
@@ -42,6 +44,12 @@ class Subject(ABC):
     def pixels(self) -> tuple[int, int]:
         """Height and width of sampled images."""
         return self.size or (self.image_size, self.image_size)
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the blocks of the transformer."""
+        transformer = self.pipe.transformer
+        parts = find_family(transformer).blocks
+        return [block for part in parts for block in module_at(transformer, part.path)]
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Return the shape of an image's latents; raise ValueError if patches do not divide the image."""

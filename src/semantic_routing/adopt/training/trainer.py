@@ -25,6 +25,7 @@ from semantic_routing.data.batch import Batch
 from semantic_routing.data.damage import Skipped
 from semantic_routing.data.dataset import Dataset
 from semantic_routing.flow import FIXED_TIMES, path, time_weights, training_times, velocity, velocity_loss
+from semantic_routing.model.runtime import allow_graphs
 from semantic_routing.sampling.located import KEY
 from semantic_routing.training.latents import batch_latents
 from semantic_routing.training.optim import set_rates
@@ -89,6 +90,10 @@ class AdoptTrainer(Steps):
         self.routing.requires_grad_(True)  # peft freezes all of the transformer but its adapters
         if cfg.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
+        if cfg.compile:
+            allow_graphs()
+            for block in subject.blocks():
+                block.compile(dynamic=False)
         self._train(Trained(self.routing, self._lora))
 
     @property
