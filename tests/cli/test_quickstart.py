@@ -17,10 +17,9 @@ from semantic_routing.checkpoint.load import checkpoints
 from semantic_routing.cli.quickstart import (
     QuickstartArguments,
     Timings,
-    affordable_steps,
     configuration,
     run_quickstart,
-    step_seconds,
+    train_anew,
 )
 from semantic_routing.common.errors import Interrupted
 from semantic_routing.text.config import TextEncoderConfig
@@ -65,26 +64,20 @@ def test_a_stopped_quickstart_is_resumed_to_its_report(tmp_path: Path, monkeypat
     assert run_quickstart(QuickstartArguments(out=out, prompts=11)) == out / "report.html"  # any number of steps
 
 
-@pytest.mark.parametrize(("seconds", "steps"), [(0.1, 2000), (2.0, 200), (10.0, 100)])
-def test_steps_are_fitted_to_the_machine(
-    tiny_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    seconds: float, steps: int,
+@pytest.mark.parametrize(("spent", "minutes"), [(0, 12.3), (100, 10.7), (1000, 1.0)])
+def test_the_training_has_the_time_that_is_left(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], spent: int, minutes: float,
 ) -> None:  # fmt: skip
-    """Steps of 2 s: 270 fit into 540 s, rounded down to hundreds; at least 100."""
-    monkeypatch.setattr(module, "step_seconds", lambda cfg: seconds)
-    assert affordable_steps(tiny_config(steps=2000)) == steps
-    assert (f"training {steps} steps instead of 2000" in capsys.readouterr().err) == (steps < 2000)
-
-
-def test_a_steps_time_has_the_share_of_new_captions(
-    tiny_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Loading takes 1 s, encoding 10 s and the rest 5 s; steps of the warm-up take a hundred times as long."""
-    slow, usual = [0.0, 100.0, 1100.0, 1600.0], [0.0, 1.0, 11.0, 16.0]
-    rest = module.TRIAL_STEPS - module.WARM_UP
-    clock = iter(slow * module.WARM_UP + usual * rest)
-    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    assert step_seconds(tiny_config()) == pytest.approx(6 + 10 * module.NEW_CAPTIONS)
+    """Of 840 s without 100 s for the scores, and at least a minute."""
+    begun: list[TrainConfig] = []
+    monkeypatch.setattr(module, "start", lambda cfg, out: begun.append(cfg))
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 50.0 + spent))
+    train_anew(QuickstartArguments(out=tmp_path), tiny_config(steps=2000), 50.0)
+    assert [(cfg.minutes, cfg.steps) for cfg in begun] == [(minutes, 2000)]
+    assert f"Training for {minutes} minutes or 2000 steps" in capsys.readouterr().err
+    train_anew(QuickstartArguments(out=tmp_path, steps=7), tiny_config(steps=2000), 50.0)
+    assert (begun[1].minutes, begun[1].steps) == (0, 7)
 
 
 def test_a_missing_real_model_is_said_and_replaced(
@@ -108,7 +101,7 @@ def test_the_real_model_is_read_by_name() -> None:
 
 
 def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "affordable_steps", None)
+    monkeypatch.setattr(module, "train_anew", None)
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ValueError, match="cannot write"):
         run_quickstart(QuickstartArguments(out=tmp_path / "file" / "out"))

@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,24 @@ def test_a_run_stopped_and_resumed_is_bitwise_one_that_never_stopped(
     assert [row["step"] for row in rows] == list(range(1, 9))
     rates = [1e-2 * min(1, (k + 1) / 3) * (1 + math.cos(math.pi * k / 8)) / 2 for k in range(8)]
     assert [row["lr"] for row in rows] == pytest.approx(rates if optim is MUON else [1e-2] * 8)
+
+
+def test_a_time_limit_ends_a_run_and_its_rate_follows_the_clock(
+    tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of 10 s in a minute, half of them before a stop: six, with the rates of six."""
+    cfg = tiny_config(optim=MUON, steps=100, minutes=1.0, checkpoint_every=100)
+    for first, begin in ((0, partial(start, cfg)), (1000, resume)):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=partial(next, count(float(first), 10.0))))
+        if first:
+            last = begin(tmp_path)
+        else:
+            with pytest.raises(Interrupted):
+                begin(tmp_path, kill_at(3))
+    assert (read_state(last)["step"], read_state(last)["seconds"]) == (6, 60)
+    rates = [1e-2 * min(1, (k + 1) / 3) * (1 + math.cos(math.pi * k / 6)) / 2 for k in range(6)]
+    assert [row["lr"] for row in metrics(tmp_path)] == pytest.approx(rates)
+    assert resume(tmp_path) == last
 
 
 def test_the_toy_recipes_kind_of_run_resumes_exactly_in_bfloat16(tiny_config: Make, tmp_path: Path) -> None:

@@ -8,19 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
-from tempfile import TemporaryDirectory
 from typing import Literal
 
 from semantic_routing.analysis.report import write_report
 from semantic_routing.checkpoint.load import checkpoints, find_checkpoint
 from semantic_routing.common.config import from_dict
-from semantic_routing.common.device import keep_freed_memory, pick_device
+from semantic_routing.common.device import pick_device
 from semantic_routing.common.files import check_writable, write_text
 from semantic_routing.common.locks import claimed
 from semantic_routing.common.troubles import Troubles, say
 from semantic_routing.data.dataset import open_data
-from semantic_routing.data.loader import Loader
 from semantic_routing.evaluation.shapes import evaluate_shapes
 from semantic_routing.model.arms import DEFAULT_ARM, parse_arm
 from semantic_routing.sampling.load import load_bundle, read_run_config
@@ -31,20 +28,18 @@ from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.loop import resume, start
 from semantic_routing.training.recipes import TOY_SAMPLING, toy
 from semantic_routing.training.tiny_lm import tiny_lm, training_corpus
-from semantic_routing.training.trainer import Trainer
 
-TRAIN_SECONDS = 540
-"""Time limit of the training, so that everything, installing included, takes a quarter of an hour."""
+LIMIT, SCORING = 840, 100
+"""Seconds that the command takes at most, and those of them that are left for scores and report after the training.
+With the installation it is a quarter of an hour."""
+LEAST_TRAINING = 60
+"""Seconds of training on a machine that needs all of its time for the language model."""
 MOST_STEPS = 4200
 """Training steps of a machine that has the time for them."""
 KEEP = "4GiB"
 """Main memory for the states of a real language model: those of 12,000 captions of SmolLM2."""
-NEW_CAPTIONS = 0.3
-"""Share of captions that a run encodes: of 1,200 steps with SmolLM2's states in ``KEEP`` (docs/log.md)."""
 LOCK_FILE = ".quickstart.lock"
 """Different from the lock of the training in the same folder."""
-TRIAL_STEPS, WARM_UP = 24, 8
-"""Steps of the trial that measures the machine's speed, and the first of them that do not count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +54,8 @@ class QuickstartArguments:
     """Text encoder: a tiny language model that is trained first, or the real SmolLM2-135M, which needs 6 GiB of
     memory."""
     steps: int | None = None
-    """Training steps; by default as many as fit into nine minutes, at most 4,200."""
+    """Training steps, which make the run repeatable; by default as many as the clock allows, at most 4,200, so that
+    the command ends within fourteen minutes however busy the machine is."""
     prompts: int = 440
     """Number of unseen prompts to score, spread evenly over the eleven tags."""
     guidance: float = TOY_SAMPLING.guidance
@@ -98,13 +94,13 @@ def configuration(args: QuickstartArguments) -> TrainConfig:
 
 
 def _run(args: QuickstartArguments, cfg: TrainConfig) -> Path:
-    out, timings = args.out, Timings(args.out / "timings.json")
+    out, timings, began = args.out, Timings(args.out / "timings.json"), time.monotonic()
     with timings.measured("train"):
         if checkpoints(out):
-            _check_same(cfg if args.steps is None else replace(cfg, steps=args.steps), out, args.steps is None)
+            _check_same(args, cfg)
             resume(out)
         else:
-            start(replace(cfg, steps=affordable_steps(cfg) if args.steps is None else args.steps), out)
+            train_anew(args, cfg, began)
     with timings.measured("evaluate"):
         bundle = load_bundle(out, pick_device())
         sampling = replace(TOY_SAMPLING, guidance=args.guidance)
@@ -112,53 +108,30 @@ def _run(args: QuickstartArguments, cfg: TrainConfig) -> Path:
     return write_report(out, out / "evaluation", out, timings.seconds)
 
 
-def affordable_steps(cfg: TrainConfig) -> int:
-    """Return the configured steps, or on a slow machine as many hundreds of them as fit into ``TRAIN_SECONDS``.
+def train_anew(args: QuickstartArguments, cfg: TrainConfig, began: float) -> None:
+    """Train ``args.steps`` steps or, by default, as many as the clock leaves time for.
 
-    A short trial measures the time of a step. The number is stored in the run's configuration, so the run is as
-    reproducible as any other.
+    The tiny language model is made first, so that its time is known.
     """
-    seconds = step_seconds(cfg)
-    steps = min(cfg.steps, max(100, int(TRAIN_SECONDS / seconds) // 100 * 100))
-    if steps < cfg.steps:
-        say(
-            f"A step takes {seconds:.2f} s here: training {steps} steps instead of {cfg.steps}, to finish in minutes "
-            f"(--steps {cfg.steps} trains them all)"
-        )
-    return steps
+    if args.steps is not None:
+        start(replace(cfg, steps=args.steps), args.out)
+        return
+    if cfg.text.name_or_path == TINY:
+        tiny_lm(training_corpus(open_data(cfg.data, image_size=cfg.image_size, seed=cfg.seed)))
+    left = LIMIT - SCORING - (time.monotonic() - began)
+    minutes = round(max(left, LEAST_TRAINING) / 60, 1)
+    say(f"Training for {minutes} minutes or {cfg.steps} steps, whichever ends first (--steps fixes their number)")
+    start(replace(cfg, minutes=minutes), args.out)
 
 
-def step_seconds(cfg: TrainConfig) -> float:
-    """Measure the mean time of a training step in seconds, with ``NEW_CAPTIONS`` of the captions to encode."""
-    data = open_data(cfg.data, image_size=cfg.image_size, seed=cfg.seed)
-    text = cfg.text
-    if text.name_or_path == TINY:
-        text = replace(text, name_or_path=str(tiny_lm(training_corpus(data))))
-    keep_freed_memory()
-    with TemporaryDirectory() as scratch:
-        trainer = Trainer(cfg, Path(scratch), text=text)
-        latent = trainer.bundle.codec.latent_shape(cfg.image_size)
-        loader = Loader(data, batch=cfg.batch, noise_shape=latent)
-        parts = []
-        for step in range(TRIAL_STEPS):
-            began = time.perf_counter()
-            batch = loader.load(step)
-            loaded = time.perf_counter()
-            trainer.prepare(batch)
-            encoded = time.perf_counter()
-            trainer.advance(trainer.prepare(batch))  # the states are kept now
-            parts.append((encoded - loaded, loaded - began + time.perf_counter() - encoded))
-    encoding, others = (median(part) for part in zip(*parts[WARM_UP:], strict=True))
-    return others + NEW_CAPTIONS * encoding
-
-
-def _check_same(cfg: TrainConfig, out: Path, any_steps: bool) -> None:
-    """Raise ValueError if ``out`` holds a run with another configuration than ``cfg``."""
-    there = from_dict(TrainConfig, read_run_config(find_checkpoint(out)))
+def _check_same(args: QuickstartArguments, cfg: TrainConfig) -> None:
+    """Raise ValueError if the folder holds a run with other settings."""
+    there = from_dict(TrainConfig, read_run_config(find_checkpoint(args.out)))
     model = replace(cfg.model, text_width=there.model.text_width, text_layers=there.model.text_layers)
-    if replace(cfg, model=model, steps=there.steps if any_steps else cfg.steps) != there:
+    length = {"steps": there.steps, "minutes": there.minutes} if args.steps is None else {"steps": args.steps}
+    if replace(cfg, model=model, **length) != there:
         raise ValueError(
-            f"{out} holds another run (arm {there.model.arm}, {there.steps} steps, seed {there.seed}); "
+            f"{args.out} holds another run (arm {there.model.arm}, {there.steps} steps, seed {there.seed}); "
             "choose another --out or delete it"
         )
 

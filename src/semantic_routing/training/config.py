@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -104,6 +105,9 @@ class RunConfig:
 class TrainConfig(RunConfig):
     """All settings of a run; recipes return complete ones, and every checkpoint has a copy."""
 
+    minutes: float = 0.0
+    """Time limit of the training: it ends after so many minutes if ``steps`` take longer, and the learning rate decays
+    by the clock. Such a run cannot be repeated exactly. 0 for no limit."""
     model: DiTConfig = field(default_factory=DiTConfig)
     """The transformer. Its text width and layers are taken from the text encoder."""
     text: TextEncoderConfig = field(default_factory=lambda: TextEncoderConfig(name_or_path=TINY))
@@ -118,3 +122,8 @@ class TrainConfig(RunConfig):
     """Use torch.compile: on the blocks, on one CPU on the whole network; slower start, faster steps."""
     preview: SampleConfig = field(default_factory=lambda: SampleConfig(steps=20, batch=16))
     """Sampling of the grids."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.minutes < math.inf:
+            raise ValueError(f"minutes is {self.minutes}; use 0 for no time limit")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -130,7 +131,7 @@ def resume(out: Path, on_step: OnStep | None = None, *, steps: int | None = None
 
 
 def train(trainer: Steps, data: Dataset, on_step: OnStep | None = None) -> Path:
-    """Train from the trainer's step to the run's last step and return the last checkpoint."""
+    """Train from the trainer's step to the end of the run and return the last checkpoint."""
     keep_freed_memory()
     cfg, out, world, first = trainer.cfg, trainer.out, trainer.world, trainer.step
     facts = manifest(config=to_dict(cfg), seeds={"run": cfg.seed}, from_step=first, processes=world.count)
@@ -146,9 +147,10 @@ def train(trainer: Steps, data: Dataset, on_step: OnStep | None = None) -> Path:
         closing(batches(data, cfg, world, trainer.codec, first)) as loaded,
         tqdm(total=cfg.last_step, initial=first, desc=trainer.title, disable=not world.first) as bar,
     ):
-        loop = Loop(trainer, data, pictures, tracker, dog, Meter(world.count, peak_flops(world.device)))
+        meter, began = Meter(world.count, peak_flops(world.device)), time.monotonic() - trainer.seconds
+        loop = Loop(trainer, data, pictures, tracker, dog, meter, began)
         with closing(one_ahead(trainer.prepare, loop.timed(loaded), world.device)) as inputs:
-            while trainer.step < cfg.last_step:
+            while not trainer.done:
                 row = loop.advance(next(inputs))
                 bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
                 bar.update()
@@ -174,6 +176,8 @@ class Loop:
     """None on all processes but the first."""
     dog: Watchdog
     meter: Meter
+    began: float
+    """Time of ``time.monotonic`` at which the training would have begun if it had never stopped."""
     troubles: Troubles = field(default_factory=Troubles)
 
     def timed(self, loaded: Iterator[Batch[Tensor]]) -> Iterator[Batch[Tensor]]:
@@ -187,6 +191,8 @@ class Loop:
         """Train one step and return its metrics."""
         cfg = self.trainer.cfg
         row = self.trainer.advance(inputs, self.beat)
+        if self.trainer.limit:
+            self.trainer.seconds = self._seconds()
         flops = 0 if self.meter.peak is None else sum(map(self.trainer.flops, inputs))
         self.meter.step(cfg.batch, self.trainer.world.count * flops)
         return row
@@ -235,7 +241,7 @@ class Loop:
         number, failed = world.max(stop[0] if stop else 0, int(trainer.saver.failed))
         if failed:
             trainer.finish_writing()
-        last = trainer.step == cfg.last_step
+        last = trainer.done
         # While no finite loss is seen, earlier checkpoints are worth more than another one.
         if last or number or (trainer.step % cfg.checkpoint_every == 0 and not trainer.bad):
             with self._during("saving", "saving"):
@@ -258,7 +264,11 @@ class Loop:
             yield
 
     def _due(self, every: int) -> bool:
-        return self.trainer.step == self.trainer.cfg.last_step or self.trainer.step % every == 0
+        return self.trainer.done or self.trainer.step % every == 0
+
+    def _seconds(self) -> float:
+        """Return the seconds trained so far, on all processes those of the slowest."""
+        return self.trainer.world.max(round(1000 * (time.monotonic() - self.began)))[0] / 1000
 
 
 def batches(

@@ -169,9 +169,11 @@ def _same_shape(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
         yield from (indices[i : i + size] for i in range(0, len(indices), size))
 
 
-def set_rates(optimizers: list[Optimizer], cfg: OptimConfig, step: int, steps: int) -> float:
-    """Set the learning rates of ``step`` (from 0) of ``steps``; return their share of the peak, in [0, 1]."""
-    progress = step / steps
+def set_rates(optimizers: list[Optimizer], cfg: OptimConfig, step: int, progress: float) -> float:
+    """Set the learning rates of a step (from 0); return their share of the peak, in [0, 1].
+
+    The warm-up follows the step, and the decay the progress of the run, from 0 to 1.
+    """
     factor = {
         "constant": 1.0,
         "cosine": 0.5 + 0.5 * math.cos(math.pi * progress),

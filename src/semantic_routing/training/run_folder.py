@@ -137,7 +137,7 @@ def going_on(run: Path, checkpoint: Path, steps: int | None, kind: Kind[C]) -> t
     if steps < max(done, 1):
         raise ValueError(f"step {steps} is past: {checkpoint} has {done} steps done; give --steps a larger number")
     if cfg.optim.decay != "constant":
-        before, after = (set_rates([], cfg.optim, min(done, end), end) for end in (cfg.steps, steps))
+        before, after = (set_rates([], cfg.optim, min(done, end), min(done / end, 1)) for end in (cfg.steps, steps))
         words.append(
             f"the {cfg.optim.decay} decay of the learning rate now ends at step {steps} instead of {cfg.steps}: after "
             f"step {done} the rate goes on at {after:.3g} of its peak instead of {before:.3g}"

@@ -68,6 +68,10 @@ class Steps(ABC):
     saver: Saver
     record: dict[str, Any]
     """Facts of the run that every checkpoint records."""
+    limit: float = 0
+    """Seconds after which the training ends before its last step; 0 for no limit."""
+    seconds: float = 0
+    """Seconds trained so far, resumed runs included; the same on all processes, and 0 without a limit."""
 
     def __init__(self, cfg: RunConfig, out: Path, world: World | None = None) -> None:
         """Begin at step 0 in the folder ``out``; raise ValueError if the batch does not divide."""
@@ -76,6 +80,16 @@ class Steps(ABC):
         self.step = self.skipped = self.bad = 0
         self.damage = DamageLog(out / DAMAGED if self.world.first else None, most=cfg.data.max_damaged)
         cfg.share(self.world.count)
+
+    @property
+    def progress(self) -> float:
+        """The part of the run that is done, by steps or, if that is more, by time."""
+        return max(self.step / self.cfg.steps, self.seconds / self.limit if self.limit else 0)
+
+    @property
+    def done(self) -> bool:
+        """Whether the run has reached its last step or its time limit."""
+        return self.step >= self.cfg.last_step or (bool(self.limit) and self.seconds >= self.limit)
 
     def _train(self, model: nn.Module) -> None:
         """Make optimisers, average and writer for what is trained."""
@@ -114,7 +128,7 @@ class Steps(ABC):
 
     def _set_rates(self) -> float:
         """Set the learning rates of the step; return their share of the peak."""
-        return set_rates(self.optimizers, self.cfg.optim, self.step, self.cfg.steps)
+        return set_rates(self.optimizers, self.cfg.optim, self.step, self.progress)
 
     def load(self, checkpoint: Path) -> None:
         """Load a checkpoint; raises ValueError if it is damaged or of another model."""
@@ -122,6 +136,7 @@ class Steps(ABC):
         self.ema = load_training_state(checkpoint, self.model, self.optimizers, self.world.threads)
         self.damage.restore(state.get("damaged", {}))
         self.step, self.skipped, self.bad = (state.get(name, 0) for name in ("step", "skipped_steps", "bad_steps"))
+        self.seconds = state.get("seconds", 0)
 
     def advance(self, inputs: Sequence[Prepared], beat: Callable[[Phase], None] = lambda phase: None) -> Row:
         """Take one optimiser step over all processes' microbatches; return its metrics, which are those of all.
@@ -201,6 +216,7 @@ class Steps(ABC):
             "position": self.step * self.cfg.batch,
             "skipped_steps": self.skipped,
             "bad_steps": self.bad,
+            "seconds": self.seconds,
             "damaged": self.damage.counts(),
             "processes": self.world.count,
             "versions": versions(),

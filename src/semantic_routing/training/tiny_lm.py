@@ -145,7 +145,7 @@ def _train(
     batches = _batches(trained, seed)
     with tqdm(total=steps, desc="Training the tiny language model", unit="step") as bar:
         for step in range(steps):
-            set_rates(optimizers, OPTIM, step, steps)
+            set_rates(optimizers, OPTIM, step, step / steps)
             loss = _loss(model, next(batches))
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

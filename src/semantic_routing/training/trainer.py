@@ -95,7 +95,7 @@ class Trainer(Steps):
         ``text`` locates the text encoder if it is not in ``out`` yet. Raises ValueError if the parts do not fit.
         """
         super().__init__(cfg, out, world)
-        self.title = f"Training {cfg.model.arm}"
+        self.title, self.limit = f"Training {cfg.model.arm}", 60 * cfg.minutes
         world, device = self.world, self.world.device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)

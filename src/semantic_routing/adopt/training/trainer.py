@@ -142,7 +142,7 @@ class AdoptTrainer(Steps):
     def _set_rates(self) -> float:
         cfg = self.cfg
         first, steps = (cfg.steps, cfg.lora.steps) if self.trains_lora else (0, cfg.steps)
-        return set_rates(self.optimizers, cfg.optim, self.step - first, steps)
+        return set_rates(self.optimizers, cfg.optim, self.step - first, (self.step - first) / steps)
 
     @torch.no_grad()
     def _average(self) -> None:
