@@ -112,6 +112,11 @@ def test_a_run_stopped_and_resumed_is_bitwise_one_that_never_stopped(
     assert [row["lr"] for row in rows] == pytest.approx(rates if optim is MUON else [1e-2] * 8)
 
 
+@pytest.mark.behaviour(
+    "Training",
+    when="a run with --minutes is stopped and resumed",
+    then="it trains for the time that is left",
+)
 def test_a_time_limit_ends_a_run_and_its_rate_follows_the_clock(
     tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
