@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from semantic_routing import __version__
 from semantic_routing.common.config import nearest
 from semantic_routing.common.errors import Interrupted, TrainingFailed
+from semantic_routing.common.waiting import wait_without_spinning_if_busy
 
 Command = Callable[[list[str]], None]
 
@@ -206,6 +207,8 @@ COMMANDS: dict[str, Command] = {
     "export": export,
     "adopt": adopt,
 }
+COMPUTING = frozenset({"quickstart", "train", "sample", "evaluate", "probe", "study", "adopt"})
+"""Commands that may compute for minutes on the CPU."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -224,6 +227,8 @@ def _run(args: list[str]) -> None:
     if args[0] not in COMMANDS:
         _fail(f"unknown command {args[0]!r}; {nearest(args[0], list(COMMANDS))}", 2)
     _name_the_user()
+    if args[0] in COMPUTING and not {"-h", "--help"} & set(args):
+        wait_without_spinning_if_busy()
     try:
         COMMANDS[args[0]](args[1:])
     except ValueError as error:
