@@ -177,7 +177,7 @@ def test_damaged_files_are_encoded_again(damage: str, folder: Path, tmp_path: Pa
 def test_a_full_folder(folder: Path, tmp_path: Path) -> None:
     settings = {"keep": "0", "keep_on_disk": str(tmp_path / "states")}
     encoder = load(folder, **settings, keep_on_disk_bytes="4kB")
-    with pytest.warns(UserWarning, match="as many as text.keep_on_disk_bytes allows; no more are kept") as caught:
+    with pytest.warns(UserWarning, match="as many as text.keep_on_disk_bytes allows; no more are cached") as caught:
         encoder.encode(["red " * n for n in range(1, 12)])
     assert len(caught) == 1
     kept = list((tmp_path / "states").rglob("*.safetensors"))
@@ -187,7 +187,7 @@ def test_a_full_folder(folder: Path, tmp_path: Path) -> None:
         load(folder, keep_on_disk=str(folder / "config.json"))
     disk = DiskStates(tmp_path / "gone", 10**6)
     (tmp_path / "gone").write_text("a file")
-    with pytest.warns(UserWarning, match="cannot write .*; no more are kept there"):
+    with pytest.warns(UserWarning, match="cannot write .*; no more are cached there"):
         disk.put("abc", states(1.0))
     disk.put("abd", states(1.0))
 

@@ -91,15 +91,15 @@ def test_a_prompt_behind_a_long_prefix(tmp_path: Path) -> None:
 @pytest.mark.parametrize("prompt", ["zzz", "yes no", "!"])
 @pytest.mark.behaviour(
     "Text encoders",
-    when="the tokenizer knows nothing of a prompt",
+    when="the tokenizer recognises nothing in a prompt",
     then="the prompt is refused and quoted; among training's captions that is a warning",
 )
 def test_unknown_prompts(prompt: str, tmp_path: Path) -> None:
     save(tmp_path, qwen3)
     encoder = load(tmp_path)
-    with pytest.raises(ValueError, match=f"knows nothing of '{prompt}'"):
+    with pytest.raises(ValueError, match=f"recognises nothing in '{prompt}'"):
         encoder.encode(["a red circle", prompt])
-    with pytest.warns(UserWarning, match=f"knows nothing of '{prompt}'"):
+    with pytest.warns(UserWarning, match=f"recognises nothing in '{prompt}'"):
         encoder.encode(["a red circle", prompt], strict=False)
 
 
@@ -140,7 +140,7 @@ def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
     other = tokenizer()
     other.add_tokens(["green"])
     other.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has tokens up to 14, but its model embeds 14"):
+    with pytest.raises(ValueError, match="has tokens up to 14, but its model has 14 embeddings"):
         load(tmp_path)
 
 
@@ -152,7 +152,7 @@ def test_special_tokens_that_no_prompt_holds_may_lie_beyond_the_embeddings(tmp_p
     other.save_pretrained(tmp_path)
     encoder = load(tmp_path)
     assert torch.equal(encoder.encode(["red circle", "red"]).hidden, expected)
-    with pytest.raises(ValueError, match=r"gives 1[45], but its model embeds 14"):
+    with pytest.raises(ValueError, match=r"gives token 1[45], but its model has 14 embeddings"):
         encoder.encode(["red <image>"])
 
 

@@ -36,14 +36,28 @@ def adopt(
     text_encoder: nn.Module | None = None,
     transformer: nn.Module | None = None,
 ) -> Routing:
-    """Put routing onto a diffusers pipeline, in place, and return it; until it is trained the pixels stay the same.
+    """Put routing onto a loaded diffusers pipeline, in place, and return it. Until it is trained, pixels stay the same.
 
-    ``arm`` is one of this program's arms, such as "depth", or "reinject", which needs no training (Prompt Reinjection,
-    Yao et al., 2026, arXiv 2602.06886). ``weights`` is "simplex", "gate" or "affine" (``weights.py``). In families
-    whose blocks update the text, ``injection`` says what is added to a block's text while it runs: "swap" the
-    difference between its own text and the original one, "reinject" a learned part of its own text. ``component`` names
-    the transformer in pipelines with two. Training scripts may give ``text_encoder`` and ``transformer`` instead of a
-    pipeline. Raises ValueError for what is not known to work, and then changes nothing.
+        pipe = SanaPipeline.from_pretrained("Efficient-Large-Model/Sana_600M_1024px_diffusers")
+        routing = adopt(pipe, arm="depth")
+        optimizer = torch.optim.AdamW(routing.parameters(), lr=1e-2)  # then train as usual: docs/adopt.md
+        routing.save("routings/mine")
+
+    Args:
+        pipe: A pipeline of a supported family (docs/adopt.md). Training scripts may give ``text_encoder`` and
+            ``transformer`` instead.
+        arm: An arm of ``ARMS``, such as "depth", or "reinject", which needs no training (Prompt Reinjection, Yao et
+            al., 2026, arXiv 2602.06886).
+        weights: How weights are parameterised: "simplex", "gate" or "affine" (``weights.py``). By default "simplex" for
+            learned arms and "gate" for fixed ones.
+        injection: Only for families whose blocks update the text: what is added to a block's text while it runs.
+            "swap" adds the difference between the routed text and the original one, "reinject" a learned part of the
+            routed text.
+        component: Name of the transformer in pipelines that have two.
+        text_encoder: The text encoder, if there is no pipeline.
+        transformer: The transformer, if there is no pipeline.
+
+    Raises ValueError for anything that is not supported; the model is then unchanged.
     """
     target, encoder, family = find_parts(pipe, component, text_encoder, transformer)
     arm = check_arm(arm)
@@ -61,11 +75,15 @@ def load_routing(
     text_encoder: nn.Module | None = None,
     transformer: nn.Module | None = None,
 ) -> Routing:
-    """Put a saved routing onto a pipeline, in place, and return it, in evaluation mode and frozen.
+    """Load a saved routing onto a pipeline, in place, and return it, in evaluation mode and frozen.
 
-    ``source`` is a folder that ``save`` wrote, its file, or a name on the Hugging Face hub. ``scale`` is its strength:
-    0 is the original model. Raises ValueError if there is no such file or it is for another model, and then changes
-    nothing.
+        routing = load_routing(pipe, "routings/mine", scale=1.0)
+        image = pipe("three red apples").images[0]
+
+    ``source`` is a folder that ``Routing.save`` wrote, its file, or a name on the Hugging Face hub. ``scale`` is the
+    strength of the routing: 0 is the original model, 1 what was trained. ``text_encoder`` and ``transformer`` are as
+    for ``adopt``. Raises ValueError if there is no such file, or if it belongs to another model; the model is then
+    unchanged.
     """
     saved, numbers = read_routing(source)
     target, encoder, family = find_parts(pipe, saved.component, text_encoder, transformer)

@@ -24,7 +24,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Training data, and how it is read."""
+    """The training data, and how it is read."""
 
     paths: tuple[str, ...] = (SHAPES,)
     """The toy world "shapes", the world of words "words", or WebDataset shards, Parquet files, manifests or folders:
@@ -131,13 +131,13 @@ class Dataset:
 
 
 def open_data(cfg: DataConfig, *, image_size: int, seed: int, latents: KeptLatents | None = None) -> Dataset:
-    """Open the sources of a run; raise ValueError if data is missing, not indexed or without captions.
+    """Open the data sources of a run. Raises ValueError if data is missing, not indexed or without captions.
 
     Args:
         cfg: The data.
         image_size: Side of the square images in pixels.
-        seed: Seed of the run, for the order and the random numbers of samples.
-        latents: Kept latents; pictures that have some are not decoded.
+        seed: Seed of the run, for the order of samples and their random numbers.
+        latents: Cached latents; images that have some are not decoded.
     """
     if image_size < 1:
         raise ValueError(f"the image size is {image_size} pixels; use at least 1")

@@ -40,9 +40,12 @@ OnStepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 class SemanticRoutingPipeline(Components, TransformerLora):
     """Text to image with a language model, the transformer that reads all its layers, and a flow-matching scheduler.
 
-    A model of pixels has no ``vae``. A pipeline without ``text_encoder`` and ``tokenizer`` samples from the result of
-    another one's ``encode_prompt``; a pipeline without ``transformer`` can only encode prompts. Components can be
-    exchanged as in any pipeline; components that do not fit raise a ValueError that names both sides.
+        pipe = SemanticRoutingPipeline.from_pretrained("pipelines/depth")  # written by semroute export
+        image = pipe("a red circle", num_inference_steps=20, guidance_scale=3.0).images[0]
+
+    A pixel model has no ``vae``. A pipeline without ``text_encoder`` and ``tokenizer`` samples from the result of
+    another pipeline's ``encode_prompt``; a pipeline without ``transformer`` can only encode prompts. Components can be
+    exchanged as in any pipeline; a mismatch is a ValueError that names both sides.
     """
 
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "negative_prompt_embeds"]

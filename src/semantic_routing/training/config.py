@@ -102,7 +102,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(RunConfig):
-    """All settings of a run; recipes return complete ones, and every checkpoint has a copy."""
+    """All settings of a run. Recipes return complete ones, and every checkpoint holds a copy."""
 
     model: DiTConfig = field(default_factory=DiTConfig)
     """The transformer. Its text width and layers are taken from the text encoder."""

@@ -69,11 +69,13 @@ OnStep = Callable[[int], None]
 
 
 def start(cfg: TrainConfig, out: Path, on_step: OnStep | None = None) -> Path:
-    """Start the run ``cfg`` in the folder ``out``, train it to its last step and return the last checkpoint.
+    """Train ``cfg`` in the new folder ``out`` up to its last step, and return the folder of the last checkpoint.
+
+        train(replace(recipes.toy("depth"), steps=2000), Path("runs/depth"))
 
     ``on_step`` is called after each step with the number of finished steps. Raises ValueError for mistakes of the user,
-    before anything is written; Interrupted after a signal such as SIGTERM; TrainingFailed if loss or weights stay
-    without finite values. All processes end together, and the first one raises.
+    before anything is written; Interrupted after a signal such as SIGTERM; TrainingFailed if the loss or the weights
+    remain NaN or infinite. All processes of a job end together, and the first one raises.
     """
     with open_world() as world, claimed_run(world, out):
         world.on_first(partial(check_new, out))
@@ -102,10 +104,12 @@ class ResumeArguments:
 
 
 def resume(out: Path, on_step: OnStep | None = None, *, steps: int | None = None, accept_changes: bool = False) -> Path:
-    """Resume the run in the folder ``out`` from its latest complete checkpoint, as ``start`` would have gone on.
+    """Resume the run in the folder ``out`` from its latest complete checkpoint, and return the last checkpoint's
+    folder.
 
-    At the same world size the run ends bitwise as if it had never stopped. ``steps`` replaces the run's last step.
-    Raises ValueError if data or models have changed, unless ``accept_changes``.
+    With the same number of processes, the result is bitwise that of a run that never stopped. ``steps`` replaces the
+    run's last step. Raises ValueError if data or models have changed, unless ``accept_changes``; otherwise the same
+    errors as ``train``.
     """
     with open_world() as world:
         run = world.on_first(partial(run_of, out))
