@@ -45,7 +45,7 @@ def test_json_there_and_back() -> None:
         ({"rows": ["block 0"], "weights": [[1], [1]]}, "1 rows, but 2 rows of weights"),
         ({"rows": ["block 0", "block 0"], "weights": [[1], [1]]}, "given twice"),
         ({"rows": ["block 0", "block 1"], "weights": [[1], [0.5, 0.5]]}, "'block 0' has 1 weights, but 'block 1' 2"),
-        ({"rows": ["block 0"], "weights": [[0.5, 0.3]]}, "'block 0' must be at least 0 and add up to 1, not to 0.8"),
+        ({"rows": ["block 0"], "weights": [[0.5, 0.3]]}, "'block 0' must be at least 0 and add up to 1, not 0.8"),
         ({"rows": ["block 0"], "weights": [[1.5, -0.5]]}, "at least 0"),
         ({"rows": ["block 0"], "weights": [[float("nan"), 1]]}, "at least 0"),
     ],

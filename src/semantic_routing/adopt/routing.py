@@ -84,7 +84,7 @@ class Routing(nn.Module):
             undo()
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``routing.safetensors`` and a model card into a folder, beside its files; return the path of the file."""
+        """Write ``routing.safetensors`` and a model card into a folder, beside its files; return the file's path."""
         with at_hand(self):
             return save_routing(self.facts, self.state_dict(), Path(folder))
 
