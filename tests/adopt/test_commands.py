@@ -166,13 +166,13 @@ def test_a_routing_and_a_run_are_drawn_beside_each_other(tmp_path: Path, tiny_ru
     [
         ("adopt", ""),
         ("adopt trian x", "did you mean 'train'"),
-        ("adopt train --out x", "which pipeline?"),
+        ("adopt train --out x", "give the pipeline's folder or hub name"),
         ("adopt train BASE", "give --out"),
         ("adopt train nowhere --out x", "cannot load a pipeline from 'nowhere'"),
         ("adopt train . --out x", "no diffusers pipeline: it has no model_index.json"),
-        ("adopt train BASE --out x --data shapes --data.paths words", "--data and --data.paths name the same"),
+        ("adopt train BASE --out x --data shapes --data.paths words", "--data and --data.paths are the same option"),
         ("adopt train BASE --out x --lora 4", "did you mean --lora.rank"),
-        ("adopt train --resume x --batch 3", "--resume takes a run's folder and no settings"),
+        ("adopt train --resume x --batch 3", "--resume takes the settings from the run's checkpoint"),
         ("adopt train --resume x", "no checkpoint at x"),
         ("adopt sample BASE --out x", "nothing to sample"),
         ("adopt sample BASE --out x --prompt a --routing nowhere", "there is no routing at 'nowhere'"),
@@ -180,7 +180,7 @@ def test_a_routing_and_a_run_are_drawn_beside_each_other(tmp_path: Path, tiny_ru
         ("adopt sample BASE --out x --prompt a --height 18 --device cpu", "use multiples of 4"),
         ("adopt info nowhere", "there is no routing at 'nowhere'"),
         ("adopt info BASE", "holds no routing.safetensors"),
-        ("analyze SANA --out x --trajectory", "is a routing without its model"),
+        ("analyze SANA --out x --trajectory", "is a routing without a model"),
     ],
 )
 def test_mistakes_are_one_sentence(

@@ -352,13 +352,13 @@ def test_a_finished_run_is_kept_and_another_kind_of_run_is_refused(
     make: Make, tmp_path: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start(config(), tmp_path / "run", pipe=make("own"))
-    with pytest.raises(ValueError, match="already holds a run: go on with `semroute adopt train --resume"):
+    with pytest.raises(ValueError, match="already holds a run: resume it with `semroute adopt train --resume"):
         start(config(), tmp_path / "run", pipe=make("own"))
     with pytest.raises(ValueError, match="was not written by semroute adopt train"):
         resume(tiny_run, pipe=make("own"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other/routing.safetensors").write_bytes(b"mine")
-    with pytest.raises(ValueError, match="belongs to no run"):
+    with pytest.raises(ValueError, match="does not belong to a run"):
         start(config(), tmp_path / "other", pipe=make("own"))
     assert (tmp_path / "other/routing.safetensors").read_bytes() == b"mine"
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -374,9 +374,9 @@ def test_a_run_goes_on_to_a_later_step_and_notices_other_weights(make: Make, tmp
     assert all(torch.equal(a[key], b[key]) for key in a)
     other = make("own")
     next(other.transformer.parameters()).data += 1
-    with pytest.raises(ValueError, match="the transformer is another"):
+    with pytest.raises(ValueError, match="the transformer is a different one"):
         resume(tmp_path / "run", steps=7, pipe=other)
-    with pytest.raises(ValueError, match="step 3 is past"):
+    with pytest.raises(ValueError, match="step 3 is already done"):
         resume(tmp_path / "run", steps=3, pipe=make("own"))
     with_lora = config(lora=LoraSettings(rank=1, steps=1), steps=1)
     start(with_lora, tmp_path / "lora", pipe=make("own"))

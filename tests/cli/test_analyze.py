@@ -125,7 +125,7 @@ def test_bad_arguments_are_refused(tiny_run: Path, tmp_path: Path) -> None:
         AnalyzeArguments(models=(tiny_run,), out=tmp_path, steps=(1,))
     with pytest.raises(ValueError, match=r"times must be from 0 \(noise\) to 1 \(data\); give at least one"):
         AnalyzeArguments(models=(tiny_run,), out=tmp_path, times=(0.5, 1.5))
-    with pytest.raises(ValueError, match="guidance has a value twice"):
+    with pytest.raises(ValueError, match="guidance has the same value twice"):
         AnalyzeArguments(models=(tiny_run,), out=tmp_path, guidance=(1.0, 1.0))
-    with pytest.raises(ValueError, match="a model is given twice"):
+    with pytest.raises(ValueError, match="the same model is given twice"):
         run_analysis(AnalyzeArguments(models=(tiny_run, tiny_run), out=tmp_path))

@@ -133,5 +133,5 @@ def test_a_disk_without_locks_is_reported_and_used(
     with claimed(tmp_path / LOCK, "the folder"):
         pass
     assert capsys.readouterr().err == (
-        f"semroute: the disk of {tmp_path} has no locks; let no other command write there\n"
+        f"semroute: the disk of {tmp_path} has no file locks; do not let another command write there\n"
     )

@@ -241,5 +241,5 @@ def test_a_run_is_exported_and_knows_its_file(
         next(model.parameters()).mul_(2)
     file.unlink()
     write(file, model)
-    with pytest.raises(ValueError, match="the text encoder is another"):
+    with pytest.raises(ValueError, match="the text encoder is a different one"):
         resume(out, steps=3)

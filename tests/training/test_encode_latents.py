@@ -276,7 +276,7 @@ def test_latents_of_another_processor_are_used_with_a_message(
         f"were made with torch '1.0' and not '{torch.__version__}': they differ by rounding" in capsys.readouterr().err
     )
     start(keeping(cfg, tmp_path / "none"), tmp_path / "other")
-    assert f"no latents are kept in {tmp_path / 'none'}: semroute data encode --latents" in capsys.readouterr().err
+    assert f"there are no latents in {tmp_path / 'none'}: semroute data encode --latents" in capsys.readouterr().err
 
 
 @pytest.mark.behaviour(
@@ -345,7 +345,7 @@ def test_wrong_arguments(latent_config: Make, tmp_path: Path, capsys: pytest.Cap
     def run_encode(*args: str) -> str:
         return fails(capsys, lambda: main(["data", "encode", *args]))
 
-    assert "the run learns pixels" in run_encode("debug", "--latents", "--keep-on-disk", str(tmp_path / "x"))
+    assert "the run trains on pixels" in run_encode("debug", "--latents", "--keep-on-disk", str(tmp_path / "x"))
     assert "--text is the encoder of captions" in run_encode("debug", "--latents", "--text", "smollm2")
     write(latent_config(steps=1), tmp_path / "cfg.json")
     assert "give --keep-on-disk, and train with --codec.keep-on-disk" in run_encode(

@@ -114,12 +114,15 @@ def test_an_edited_configuration_is_noticed(
     path = run / "config.json"
     config = json.loads(path.read_text())
     for change, words in (
-        ({"batch": 8}, "config.json was edited, which is ignored for batch: "),
-        ({"optim": config["optim"] | {"lr": 1.0}}, "config.json was edited, which is ignored for optim.lr: "),
-        ({"steps": 1}, "config.json says 1 steps: ignored, because step 2 is done; the run goes on to step 2"),
+        ({"batch": 8}, "config.json was edited; the edits of batch are ignored, "),
+        ({"optim": config["optim"] | {"lr": 1.0}}, "config.json was edited; the edits of optim.lr are ignored, "),
+        (
+            {"steps": 1},
+            "config.json says 1 steps: ignored, because step 2 is already done; the run continues to step 2",
+        ),
         (
             {"btach": 8},
-            "config.json is ignored, because the checkpoint has the run's settings: unknown setting ",
+            "config.json is ignored, because a run takes its settings from its checkpoint: unknown setting ",
         ),
     ):
         path.write_text(json.dumps(config | change))
@@ -131,7 +134,7 @@ def test_an_edited_configuration_is_noticed(
     assert "config.json is not JSON" in said(capsys)
     path.write_text(json.dumps(config | {"steps": 4}))
     resume(run)
-    assert "config.json says 4 steps: the run goes on to there instead of to step 2" in said(capsys)
+    assert "config.json says 4 steps: the run continues to that step instead of step 2" in said(capsys)
     assert read_state(find_checkpoint(run))["step"] == 4
     resume(run)
     assert said(capsys) == ""
@@ -210,7 +213,7 @@ def test_another_text_encoder_behind_the_same_path_is_refused(
         tokenizer = json.loads((encoder / "tokenizer.json").read_text())
         tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:3]
         (encoder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(ValueError, match="the text encoder is another"):
+    with pytest.raises(ValueError, match="the text encoder is a different one"):
         resume(tmp_path / "run")
 
 
@@ -259,7 +262,7 @@ def test_relative_paths_are_those_of_the_start(
     begin(cfg, Path("run"))
     monkeypatch.chdir(there)
     assert_same(here / whole, resume(here / "run"))
-    assert f"the run began in another folder, {here}: relative paths are taken from there" in said(capsys)
+    assert f"the run was started in another folder, {here}: relative paths start there" in said(capsys)
     assert read_state(find_checkpoint(here / "run"))["config"]["data"]["paths"] == ["photos"]
     assert load_bundle(here / "run", torch.device("cpu")).encoder.shape.width == 64
     monkeypatch.chdir(here)
@@ -314,7 +317,7 @@ def test_a_second_writer_is_refused(tiny_config: Make, tmp_path: Path) -> None:
 )
 def test_files_of_others_are_never_replaced(tiny_config: Make, tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=f"{name} exists and belongs to no run"):
+    with pytest.raises(ValueError, match=f"{name} exists and does not belong to a run"):
         start(tiny_config(), tmp_path)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: content}
 
@@ -328,7 +331,7 @@ def test_a_language_model_of_others_is_never_replaced(
     cfg = replace(cfg, text=replace(cfg.text, name_or_path="tiny:2x64x1"))
     (tmp_path / "mine" / "text_encoder").mkdir(parents=True)
     (tmp_path / "mine" / "text_encoder" / "weights").write_text("mine")
-    with pytest.raises(ValueError, match="text_encoder exists and is another model than this run's"):
+    with pytest.raises(ValueError, match="text_encoder exists and is not the language model of this run"):
         start(cfg, tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").rglob("*")] == ["text_encoder", "weights"]
     (made,) = (tmp_path / "cache").iterdir()

@@ -399,7 +399,7 @@ def test_a_run_killed_while_it_wrote_its_first_checkpoint_can_begin_again(tiny_c
 
 def test_a_folder_with_a_run_is_not_begun_again(tiny_config: Make, tiny_run: Path) -> None:
     before = files(tiny_run)
-    with pytest.raises(ValueError, match="already holds a run: go on with `semroute train --resume"):
+    with pytest.raises(ValueError, match="already holds a run: resume it with `semroute train --resume"):
         start(tiny_config(), tiny_run)
     assert files(tiny_run) == before
 

@@ -117,7 +117,7 @@ def find_parts(
     if ATTRIBUTE in target._modules:
         raise ValueError(
             f"{type(target).__name__} is adopted already, with the arm {getattr(target, ATTRIBUTE).facts.arm!r}: call "
-            f"remove() of that routing first, or go on with it, {component}.{ATTRIBUTE}"
+            f"remove() of that routing first, or use it, {component}.{ATTRIBUTE}"
         )
     encoder = text_encoder if pipe is None else getattr(pipe, family.encoder, None)
     if encoder is None:

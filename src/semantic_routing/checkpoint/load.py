@@ -141,7 +141,7 @@ def _latest_whole(path: Path) -> tuple[Path, dict[str, Any]]:
             first = first or error
             continue
         if first is not None:
-            sys.stderr.write(f"semroute: {first}; going on from {folder}\n")
+            sys.stderr.write(f"semroute: {first}; resuming from {folder}\n")
         return folder, state
     if first is not None:
         raise ValueError(f"no complete checkpoint at {path}: {first}")

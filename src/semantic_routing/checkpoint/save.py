@@ -33,7 +33,7 @@ FILES = re.compile(rf"{re.escape(STATE)}|(model|ema|optimizer|random)(-\d{{5}}-o
 
 
 class Saver:
-    """Writes a run's checkpoints on a thread while training goes on, one at a time."""
+    """Writes a run's checkpoints on a thread while training continues, one at a time."""
 
     def __init__(self, run: Path, *, keep: int = 1, keep_every: int = 0, group: ProcessGroup | None = None) -> None:
         """Keep the latest ``keep`` checkpoints, and for good those of every ``keep_every``-th step, if it is above 0.

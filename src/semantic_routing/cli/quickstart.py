@@ -34,7 +34,7 @@ from semantic_routing.training.tiny_lm import tiny_lm, training_corpus
 from semantic_routing.training.trainer import Trainer
 
 TRAIN_SECONDS = 540
-"""Time limit of the training, so that everything, installing included, takes a quarter of an hour."""
+"""Time limit of the training, chosen so that everything, including installation, takes a quarter of an hour."""
 MOST_STEPS = 4200
 """Training steps of a machine that has the time for them."""
 KEEP = "4GiB"
@@ -52,20 +52,20 @@ class QuickstartArguments:
     """Train a toy model, sample from it, score it exactly and write a report."""
 
     out: Path = Path("runs/quickstart")
-    """Folder of the run; a stopped quickstart is resumed."""
+    """Folder of the run; a stopped quickstart resumes there."""
     arm: str = DEFAULT_ARM
-    """Conditioning strategy (B1 B2 B3 S1 S2 S3 FuseDiT, or their names)."""
+    """Routing strategy (B1 B2 B3 S1 S2 S3 FuseDiT, or their names)."""
     text: Literal["tiny", "smollm2"] = "tiny"
-    """Text encoder: a tiny language model that is trained first, or the real SmolLM2-135M, which needs 6 GiB of
+    """Text encoder: a tiny language model that is trained first, or the pretrained SmolLM2-135M, which needs 6 GiB of
     memory."""
     steps: int | None = None
     """Training steps; by default as many as fit into nine minutes, at most 4,200."""
     prompts: int = 440
     """Number of unseen prompts to score, spread evenly over the eleven tags."""
     guidance: float = TOY_SAMPLING.guidance
-    """Scale of classifier-free guidance."""
+    """Classifier-free guidance scale."""
     seed: int = 42
-    """Seed of the run."""
+    """Random seed of the run."""
 
     def __post_init__(self) -> None:
         if self.prompts < 1:
@@ -84,7 +84,7 @@ def run_quickstart(args: QuickstartArguments) -> Path:
 
 
 def configuration(args: QuickstartArguments) -> TrainConfig:
-    """Return the configuration of the training; without SmolLM2, say so and use the tiny language model."""
+    """Return the training configuration; if SmolLM2 is missing, report it and use the tiny language model."""
     cfg = replace(toy(parse_arm(args.arm)), seed=args.seed, steps=MOST_STEPS)
     if args.text == TINY:
         return cfg
@@ -92,7 +92,7 @@ def configuration(args: QuickstartArguments) -> TrainConfig:
     try:
         shape = text_shape(text)
     except ValueError as error:
-        say(f"{error}; the quickstart goes on with the tiny language model")
+        say(f"{error}; the quickstart uses the tiny language model instead")
         return cfg
     return replace(cfg, text=text, model=replace(cfg.model, text_width=shape.width, text_layers=len(shape.layers)))
 
@@ -113,9 +113,10 @@ def _run(args: QuickstartArguments, cfg: TrainConfig) -> Path:
 
 
 def affordable_steps(cfg: TrainConfig) -> int:
-    """Return the configured steps, or on a slow machine as many hundreds of them as fit into ``TRAIN_SECONDS``.
+    """Return the configured steps, or on a slow machine the number of hundreds of steps that fit into
+    ``TRAIN_SECONDS``.
 
-    A short trial measures the time of a step. The number is stored in the run's configuration, so the run is as
+    A short trial measures the time per step. The number is stored in the run's configuration, so the run is as
     reproducible as any other.
     """
     seconds = step_seconds(cfg)

@@ -110,7 +110,7 @@ def evaluate_shapes(
     """Sample an image for each of ``n`` unseen captions of a world, check them exactly, and return the summary.
 
     ``seed`` decides the prompts, ``cfg.seed`` the noise. Images that are already in ``out`` are kept, so that a
-    stopped evaluation goes on; ValueError if they belong to another model, sampler or set of prompts.
+    stopped evaluation resumes; ValueError if they belong to another model, sampler or set of prompts.
     """
     benchmark, checker = shapes_benchmark(seed, n, world)
     return evaluate_model(benchmark, bundle, out, cfg, checker, job, rescore=rescore, prompt_seed=seed)

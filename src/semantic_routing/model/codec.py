@@ -47,12 +47,12 @@ class CodecConfig:
     """Floating-point type of the VAE. 16 bits lower the quality, and some VAEs overflow in float16."""
     tiling: bool = False
     """Process images that are larger than the VAE's own size in overlapping tiles: less memory, slightly different
-        pixels."""
+    pixels."""
     slicing: bool = False
     """Process the images of a batch one by one: less memory, same pixels."""
     keep_on_disk: str = ""
     """Folder of cached latents, written before training by `semroute data encode --latents`; training and validation
-        read it."""
+    read it."""
     keep_on_disk_bytes: str = "500GiB"
     """Maximum size of that folder."""
 

@@ -64,7 +64,7 @@ class DiTConfig:
     """How blocks are conditioned on the time; in the paper they are not."""
     prediction: Literal["velocity", "image"] = "velocity"
     """What the last layer predicts. The network always returns the velocity, computed from an image prediction if
-        needed."""
+    needed."""
     rope_theta: float = 1e4
     """Base of the rotary frequencies."""
     text_init_std: float = 0.02

@@ -22,7 +22,7 @@ from semantic_routing.model.routing import Router, mix
 
 Edit = Callable[[Float[Tensor, "B K L"]], Float[Tensor, "B K L"]]
 """Function from the weights of all rows at some times to the weights that are used; it may change its argument in
-    place."""
+place."""
 TOLERANCE = 0.011
 """Largest distance of a row's sum from 1, because the weights of a file may be rounded to percents."""
 

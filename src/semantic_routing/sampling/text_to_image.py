@@ -36,19 +36,19 @@ class SampleConfig:
     """Scale of classifier-free guidance; 1 turns it off."""
     sampler: SamplerSpelling = "euler"
     """euler and heun integrate the flow; euler-ancestral replaces part of the noise at every step, and renoise all of
-        it, which favours modes."""
+    it, which favours modes."""
     shift: float = 1.0
     """Timestep shift: above 1, more of the steps are near the noise."""
     clock: str = NOMINAL
     """Time at which time-dependent routing is evaluated: nominal (the step's own time), shifted (Eq. 11), shifted:SIZE,
-        or a calibration file."""
+    or a calibration file."""
     seed: int = 0
     """Random seed. An image's noise depends only on the seed, its prompt index and its image index."""
     batch: int = 64
     """Images sampled together."""
     compile: bool = False
     """Compile the network: it starts more slowly and its steps are faster. Pixels differ by rounding, also between
-        batch sizes."""
+    batch sizes."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sampler", sampler_name(self.sampler))

@@ -16,7 +16,7 @@ class TextEncoderConfig:
 
     name_or_path: str
     """A folder written by ``save_pretrained`` (safetensors), a GGUF file or a folder with one, a name on the Hugging
-        Face hub, NAME:FILE.gguf for a GGUF file there, or "smollm2"."""
+    Face hub, NAME:FILE.gguf for a GGUF file there, or "smollm2"."""
     layers: str | tuple[int, ...] = "all"
     """Layers to use, counted from 1: "all", a range "6..29" (both ends included), or a list "9,18,27"."""
     max_tokens: int = 512
@@ -29,12 +29,12 @@ class TextEncoderConfig:
     """Wrap prefix and prompt as a user's message in the model's own chat template."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Floating-point type of weights and hidden states; "auto" is the type of the stored weights, and float32 for GGUF
-        files."""
+    files."""
     offload: bool = False
     """Keep the weights in main memory and move them to the device only while prompts are encoded."""
     keep: str = "auto"
     """Main memory for caching hidden states, such as "2GiB"; "0" turns the cache off, and "auto" is 1GiB on a CPU and 0
-        on a GPU."""
+    on a GPU."""
     keep_on_disk: str = ""
     """Folder in which hidden states are cached for later runs and other processes; none by default."""
     keep_on_disk_bytes: str = "50GiB"

@@ -32,7 +32,7 @@ class TextFeatures:
     """Attention values of each layer."""
     positions: Int[Tensor, " T"] | None = None
     """Only for packed prompts, whose states are [L, 1, T, C] without padding: each token's index in the flattened mask.
-        States that only fill up T have the index B N."""
+    States that only fill up T have the index B N."""
 
     def __post_init__(self) -> None:
         if self.positions is None and self.hidden.shape[1:3] != self.mask.shape:

@@ -1,4 +1,4 @@
-"""The training loop: on one process or on those that torchrun starts, exactly resumable, never half-written.
+"""The training loop, on one process or on several started by torchrun; a run can be resumed exactly.
 
     semroute train toy --out runs/x
     torchrun --nproc-per-node 8 -m semantic_routing train paper --out runs/x
@@ -100,7 +100,7 @@ class ResumeArguments:
     steps: int | None = None
     """Train to this step instead of the run's last step."""
     accept_changes: bool = False
-    """Resume although data, captions, text encoder or VAE have changed since the run was started."""
+    """Resume although data, captions, text encoder or VAE have changed since the run started."""
 
 
 def resume(out: Path, on_step: OnStep | None = None, *, steps: int | None = None, accept_changes: bool = False) -> Path:
@@ -119,7 +119,7 @@ def resume(out: Path, on_step: OnStep | None = None, *, steps: int | None = None
             asked, words = world.on_first(partial(going_on, run, folder, steps, TRAIN))
             cfg = located_run(asked, then.get(FOLDER))
             if cfg != asked:
-                words.append(f"the run began in another folder, {then[FOLDER]}: relative paths are taken from there")
+                words.append(f"the run was started in another folder, {then[FOLDER]}: relative paths start there")
             world = arrange(world, cfg.parallel, cfg.device)
             data = world.everywhere(partial(_open_data, cfg))
             trainer = world.everywhere(lambda: Trainer(cfg, run, world))
@@ -247,7 +247,7 @@ class Loop:
         if number and not last:
             trainer.finish_writing()
             message = f"stopped at step {trainer.step} of {cfg.last_step} and wrote {checkpoints(trainer.out)[-1]}; "
-            message += f"go on with: {trainer.again} {shlex.quote(str(trainer.out))}"
+            message += f"resume with: {trainer.again} {shlex.quote(str(trainer.out))}"
             world.fail(Interrupted(message, number))
 
     def beat(self, phase: Phase) -> None:

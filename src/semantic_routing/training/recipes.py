@@ -18,15 +18,15 @@ from semantic_routing.training.optim import OptimConfig
 from semantic_routing.training.parallelize import ParallelConfig
 
 TOY_SAMPLING = SampleConfig(sampler="renoise", steps=100, guidance=3.0, shift=4.0, batch=110)
-"""Sampling of toy models: most steps are close to the noise, where the scene is decided."""
+"""Sampling settings of toy models: most steps are close to the noise, where the content of the scene is decided."""
 WORDS_SAMPLING = replace(TOY_SAMPLING, steps=25, batch=133)
-"""Sampling of models of the world of words, with a batch of seven pictures a tag."""
+"""Sampling settings of models of the world of words, with a batch of seven images per tag."""
 SMALL_SAMPLING = replace(TOY_SAMPLING, batch=506)
-"""The same for small models, with the batch size of a GPU."""
+"""The same for small models, with a batch size for a GPU."""
 
 GATE_RATE = 2e-5
 """Learning rate of gates. AdamW moves a gate's logits through all of its 512 hidden channels, a hundred times faster
-    than logits that are parameters: at the network's rate gates collapse onto one layer (docs/log.md)."""
+than logits that are parameters: at the network's rate gates collapse onto one layer (docs/log.md)."""
 
 KEPT_STATES = "~/.cache/semantic-routing/states"
 """Folder of a real language model's hidden states, which all runs of a study share."""

@@ -99,7 +99,7 @@ def make_score(bundle: TextToImage, cfg: AblationConfig) -> Score:
 def run_ablation(bundle: TextToImage, cfg: AblationConfig, out: Path) -> tuple[Score, list[Measured]]:
     """Measure all ablations and return them with their score; ``ablation.csv`` in ``out`` grows with each.
 
-    A stopped command goes on from there. Raises ValueError if the folder holds ablations with other settings, or if the
+    A stopped command resumes from there. Raises ValueError if the folder holds ablations with other settings, or if the
     model has no routing weights.
     """
     model = bundle.model

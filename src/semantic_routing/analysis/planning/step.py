@@ -97,7 +97,7 @@ def seconds_of(cfg: TrainConfig, counts: Counts, layout: Layout, gpu: Gpu, assum
 
 @dataclass(frozen=True)
 class StepTime:
-    """A step within a run that goes on undisturbed."""
+    """A step in the middle of an undisturbed run."""
 
     seconds: float
     """Seconds from one step's end to the next."""
