@@ -111,7 +111,7 @@ def test_context_parallelism() -> None:
 def test_compiled_models() -> None:
     case = make("sana")
     case.transformer.transformer_blocks[0].compile(backend="eager")
-    refused(case, "SanaTransformer2DModel is compiled already: call adopt before torch.compile")
+    refused(case, "SanaTransformer2DModel is already compiled: call adopt before torch.compile")
 
 
 @pytest.mark.behaviour(
@@ -124,7 +124,7 @@ def test_adopting_twice() -> None:
     routing = put(case)
     move(routing)
     before, hooks = pixels(case), hooks_left(case)
-    message = r"SanaTransformer2DModel is adopted already, with the arm 'depth': call remove\(\)"
+    message = r"SanaTransformer2DModel is already adopted, with the arm 'depth': call remove\(\)"
     with pytest.raises(ValueError, match=message):
         put(case, arm="joint")
     assert hooks_left(case) == hooks
@@ -231,7 +231,7 @@ def changed(file: Path, **facts: Any) -> None:
         ({"origin": "hidden_states -2"}, "for origin 'hidden_states -2', but this model has 'last_hidden_state'"),
         ({"version": 9}, "has format version 9, but this program reads 1"),
         ({"colour": "red"}, "unknown setting"),
-        ({"weights": "gate"}, "holds numbers .* but its header asks for"),
+        ({"weights": "gate"}, "holds tensors .* but its header expects"),
     ],
 )
 def test_files_of_other_models(tmp_path: Path, facts: dict[str, Any], message: str) -> None:
@@ -312,7 +312,7 @@ def test_a_second_save_renews_only_its_own_card(tmp_path: Path) -> None:
     edited = card.read_text().replace("Routing for", "My routing for")
     card.write_text(edited)
     routing = put(make("sana"), arm="static")
-    with pytest.warns(UserWarning, match=r"README\.md was edited, and stays"):
+    with pytest.warns(UserWarning, match=r"README\.md was edited and is not overwritten"):
         routing.save(tmp_path)
     assert card.read_text() == edited
     for other in (b"# My LoRA\n", b"\xff\xfe", b""):

@@ -69,7 +69,7 @@ def test_from_a_pipeline_on_disk_to_images_and_figures(
     assert call("adopt", "train", pipe, "--data", "shapes", "--out", "routings/x", *SMALL, "--preview-every", "3") == 0
     shown = capsys.readouterr()
     assert shown.out == "routings/x\n"
-    assert "captions have no end" in shown.err
+    assert "the number of captions is unlimited" in shown.err
     (elsewhere := tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(elsewhere)
     assert call("adopt", "train", "--resume", tmp_path / "routings/x", "--steps", "4") == 0
@@ -201,7 +201,7 @@ def test_pipelines_with_code_of_their_own_are_not_run(exported: Path, tmp_path: 
     shutil.copytree(exported, tmp_path / "other")
     index = tmp_path / "other/model_index.json"
     index.write_text(index.read_text().replace("SemanticRoutingPipeline", "TheirPipeline"))
-    with pytest.raises(ValueError, match="with code of its own"):
+    with pytest.raises(ValueError, match="with custom code"):
         open_pipe(str(tmp_path / "other"), torch.device("cpu"))
 
 

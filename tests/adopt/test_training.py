@@ -248,7 +248,7 @@ def test_texts_are_kept_and_the_same_with_and_without(make: Make, tmp_path: Path
 
     plain = make_subject(pipe, CPU, keep=KeepConfig(keep="0"))
     words = plain.keep(3, captions)
-    assert "more than text.keep (0): encoded in every epoch again" in words
+    assert "more than text.keep (0): encoded again in every epoch" in words
     expected = states(plain.texts([*captions, None]))
     for keep in (KeepConfig(), KeepConfig(keep="0", keep_on_disk=str(tmp_path / "texts"))):
         subject = make_subject(pipe, CPU, keep=keep)
@@ -265,11 +265,14 @@ def test_texts_are_kept_and_the_same_with_and_without(make: Make, tmp_path: Path
 
 def test_texts_without_end_are_not_kept() -> None:
     chosen, words = decide(KeepConfig(), None, 2e6)
-    assert (chosen.keep, words) == ("0", "captions have no end: each is encoded when it is read, 2 MB a caption")
-    assert decide(KeepConfig(), 1000, 36e6)[1].startswith(
-        "texts of 1,000 captions take about 36 GB, more than text.keep"
+    assert (chosen.keep, words) == (
+        "0",
+        "the number of captions is unlimited: each is encoded when it is read, 2 MB per caption",
     )
-    assert decide(KeepConfig(), 100, 5e6)[1] == "texts of 100 captions take about 500 MB: kept in memory"
+    assert decide(KeepConfig(), 1000, 36e6)[1].startswith(
+        "the states of 1,000 captions take about 36 GB, more than text.keep"
+    )
+    assert decide(KeepConfig(), 100, 5e6)[1] == "the states of 100 captions take about 500 MB: cached in memory"
 
 
 @pytest.mark.parametrize("name", ["own", "sana", "z-image"])

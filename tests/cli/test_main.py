@@ -114,7 +114,7 @@ def test_from_training_to_scores(
     with monkeypatch.context() as patch:
         patch.setattr(training, "start", partial(training.start, on_step=stop))
         assert call("train", "--config", config, "--batch", 2, "--optim.lr", "3e-3", "--out", run) == 128 + 15
-    assert capsys.readouterr().err.endswith(f"go on with: semroute train --resume {run}\n")
+    assert capsys.readouterr().err.endswith(f"resume with: semroute train --resume {run}\n")
     assert call("train", "--resume", run) == 0
     assert capsys.readouterr().out == f"{find_checkpoint(run)}\n"
     state = read_state(find_checkpoint(run))

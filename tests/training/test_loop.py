@@ -147,7 +147,7 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(
     assert stopped.value.number == number
     message = str(stopped.value)
     assert message.startswith(f"stopped at step 3 of 8 and wrote {out}/checkpoints/step-0000003; ")
-    assert message.endswith(f"go on with: semroute train --resume '{out}'")
+    assert message.endswith(f"resume with: semroute train --resume '{out}'")
     assert [signal.getsignal(n) for n in ENDING] == handlers
 
 

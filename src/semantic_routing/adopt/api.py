@@ -23,7 +23,7 @@ from semantic_routing.text.architecture import find_layers, stack_config
 
 TRANSFORMERS = ("transformer", "transformer_2")
 OTHERS = (*TRANSFORMERS, "controlnet")
-"""Components of pipelines that may get the text besides the one that is adopted."""
+"""Components of pipelines that may receive the text besides the adopted one."""
 
 
 def adopt(
@@ -112,11 +112,11 @@ def find_parts(
             f"{type(pipe).__name__} has no component {component!r} to adopt; its transformers are: {known}"
         )
     if hasattr(target, "_orig_mod") or any(m._compiled_call_impl is not None for m in target.modules()):
-        raise ValueError(f"{type(target).__name__} is compiled already: call adopt before torch.compile")
+        raise ValueError(f"{type(target).__name__} is already compiled: call adopt before torch.compile")
     family = find_family(target)
     if ATTRIBUTE in target._modules:
         raise ValueError(
-            f"{type(target).__name__} is adopted already, with the arm {getattr(target, ATTRIBUTE).facts.arm!r}: call "
+            f"{type(target).__name__} is already adopted, with the arm {getattr(target, ATTRIBUTE).facts.arm!r}: call "
             f"remove() of that routing first, or use it, {component}.{ATTRIBUTE}"
         )
     encoder = text_encoder if pipe is None else getattr(pipe, family.encoder, None)
@@ -135,10 +135,10 @@ def find_parts(
 def facts_of(
     target: Any, encoder: Any, family: Family, component: str, arm: str, weights: str, injection: str, pipe: Any = None
 ) -> Facts:
-    """Return the sizes of a routing for these parts; raise ValueError for options and sizes that do not fit."""
+    """Return the sizes of a routing for these parts; raise ValueError for options and sizes that do not match."""
     layers, width, blocks = sizes(target, encoder, family)
     if option := family.refuses(target, layers):
-        raise ValueError(f"this {family.transformer} has {option}, for which adopt does not hold")
+        raise ValueError(f"this {family.transformer} has {option}, which adopt does not support")
     check_parallel(target)
     for listed in family.blocks:
         check_signature(target, listed)
@@ -146,9 +146,7 @@ def facts_of(
         raise ValueError(f"unknown injection {injection!r}; {nearest(injection, list(INJECTIONS))}")
     adds = bool(family.entrance) and family.kind != "read"
     if REINJECT in (arm, injection) and not adds:
-        raise ValueError(
-            f"nothing can be reinjected into {family.transformer}: its blocks do not update the text, so none is lost"
-        )
+        raise ValueError(f"nothing can be reinjected into {family.transformer}: its blocks do not update the text")
     _check_reads(family, layers, encoder)
     _check_width(target, family, width)
     return Facts(
@@ -178,7 +176,7 @@ def sizes(target: Any, encoder: Any, family: Family) -> tuple[int, int, int]:
 
 
 def attach(routing: Routing, pipe: Any, target: Any, encoder: Any, family: Family) -> Routing:
-    """Register all hooks of a routing and hang it into the transformer."""
+    """Register all hooks of a routing and store it in the transformer."""
     device = next((p.device for p in target.parameters() if not p.is_meta), None)  # none has one while offloaded
     if device is not None:
         routing.to(device)
@@ -226,7 +224,7 @@ def _check_reads(family: Family, layers: int, encoder: Any) -> None:
 
 
 def _check_width(target: Any, family: Family, width: int) -> None:
-    """Raise ValueError if the entrance does not read states of this width."""
+    """Raise ValueError if the transformer's text input does not have this width."""
     paths = family.entrance or tuple(blocks.path for blocks in family.blocks)
     modules = [part for path in paths for part in module_at(target, path).modules()]
     found = next((part.in_features for part in modules if hasattr(part, "in_features")), None)
