@@ -98,7 +98,7 @@ class DiffusersSubject(Subject):
         if cfg.sampler is not None or cfg.shift is not None:
             name = type(self.pipe).__name__
             raise ValueError(
-                f"sampler and shift are only for this program's own pipelines; {name} uses its scheduler: leave them out"
+                f"sampler and shift are only for this program's own pipelines; {name} has a scheduler: leave them out"
             )
         drawn = [self._draw(prompt, image, cfg) for prompt, image in zip(prompts, images, strict=True)]
         if bad := [i for i, image in enumerate(drawn) if not np.isfinite(image).all()]:
