@@ -114,7 +114,7 @@ def test_an_exported_pipeline_gives_the_figures_of_its_run(joint_run: Path, tmp_
     assert "lead-3.csv" in one
     assert one == other
     (pipeline / "transformer" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="is no transformer of semroute export"):
+    with pytest.raises(ValueError, match="is not a transformer of semroute export"):
         run_analysis(AnalyzeArguments(models=(pipeline,), out=tmp_path / "again"))
 
 

@@ -144,9 +144,9 @@ def test_images_lie_as_the_official_tools_read_them(places, tmp_path):
     ("options", "message"),
     [
         ({"first": 0}, "is not of the same set .* from 0 to 5: 6 of 6|0 to 5"),
-        ({"n": 4}, "lists 1 ids that are no prompts, such as 5"),
+        ({"n": 4}, "lists 1 ids that are not prompts, such as 5"),
         ({"n": 60}, "55 of 60 prompts have no skill"),
-        ({"skills": {"basic": ["1"]}}, "'basic' is no list of whole numbers"),
+        ({"skills": {"basic": ["1"]}}, "'basic' is not a list of whole numbers"),
         ({"skills": [1]}, "not genai_skills.json"),
     ],
 )
@@ -160,7 +160,7 @@ def test_skills_of_another_set_are_refused(places, options, message):
     [
         ('{"tag": "counting", "include": [], "prompt": "a"}\n{"tag": "counting"}\n', "is not JSON"),  # GenEval's
         ('[{"Prompts": "a", "Category": "b"}]', "holds no prompts of GenAI-Bench: entry 1 has no id, prompt"),
-        ('{"a": {"prompt": "b"}}', "'a' is no id"),
+        ('{"a": {"prompt": "b"}}', "'a' is not the id"),
         ('{"00001": "a"}', "entry 1 has no id"),
     ],
 )

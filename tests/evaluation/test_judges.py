@@ -155,7 +155,7 @@ def test_a_judge_that_begins_with_prose_scores_nothing(
 def test_probabilities_of_thoughts_are_no_vqascore(server: ChatServer, picture: Path) -> None:
     found = findings(VQAJudge(config(server)), tasks(picture, "[[thinks]]", "[[thinking]]", "[[parts]]"))
     assert [finding.scores["vqascore"] for finding in found[:2]] == [None, None]
-    assert {finding.reason for finding in found[:2]} == {"the judge thinks before it answers"}
+    assert {finding.reason for finding in found[:2]} == {"the judge reasons before it answers"}
     p = chat_server.p_yes('Does this figure show "[[parts]]"? Please answer Yes or No.')
     assert found[2].scores == {"vqascore": pytest.approx(p)}  # the first token is that of the text beside the thoughts
 
@@ -173,7 +173,7 @@ def test_images_that_do_not_open_are_gaps(server: ChatServer, tmp_path: Path) ->
     for path in (tmp_path / "text.png", tmp_path / "missing.png"):
         for judge in (VQAJudge(config(server)), UnifiedRewardJudge(config(server))):
             (finding,) = findings(judge, tasks(path, "a cat"))
-            assert finding.reason.startswith("the image does not open: ")
+            assert finding.reason.startswith("the image cannot be opened: ")
             assert set(finding.scores.values()) == {None}
 
 
@@ -337,7 +337,7 @@ def test_local_judge_sees_the_picture(tiny_llava: Path, picture: Path, tmp_path:
     (gone,) = findings(judge, tasks(tmp_path / "missing.png", "a red circle"))
     assert seen.scores != white.scores
     assert gone.scores == {"vqascore": None}
-    assert gone.reason.startswith("the image does not open")
+    assert gone.reason.startswith("the image cannot be opened")
 
 
 def test_a_local_judge_that_begins_otherwise_scores_nothing(tiny_llava: Path, picture: Path) -> None:

@@ -147,7 +147,7 @@ def test_prompts_can_be_encoded_in_another_pipeline(make_bundle: MakeBundle, tmp
     options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "latents": noise, "output_type": "latent"}
     for other in (pipe, drawer):
         assert torch.equal(other(**embeds, **options).images, expected)
-    with pytest.raises(ValueError, match="has no text encoder and tokenizer to read prompts: give prompt_embeds"):
+    with pytest.raises(ValueError, match="has no text encoder and tokenizer to encode prompts: give prompt_embeds"):
         draw(drawer)
     with pytest.raises(ValueError, match=r"give negative_prompt_embeds, the result of encode_prompt\('gray'\)"):
         drawer(prompt_embeds=embeds["prompt_embeds"])
@@ -167,7 +167,7 @@ def test_embeddings_that_do_not_fit_are_refused(pipe: SemanticRoutingPipeline) -
         ({"prompt_embeds": narrow}, "prompt_embeds has 2 layers of width 32, but this transformer reads 2 layers of"),
         ({"prompt_embeds": replace(good, mask=good.mask & False)}, "True on at least one token of every prompt"),
         ({"prompt_embeds": replace(good, hidden=good.hidden * torch.nan)}, "not finite"),
-        ({"prompt": "a", "prompt_embeds": good}, "exclude each other"),
+        ({"prompt": "a", "prompt_embeds": good}, "give either prompt or prompt_embeds"),
         ({"prompt": ["a"] * 3, "negative_prompt_embeds": pipe.encode_prompt(["b"] * 2)}, "2 prompts; expected 1 or 3"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -194,5 +194,5 @@ def test_a_vae_that_overflows_is_an_error(make_bundle: MakeBundle, value: float)
     latent.vae.decoder.conv_out.bias.data[0] = value
     assert draw(latent, output_type="latent").isfinite().all()
     for kind in ("pil", "np", "pt"):
-        with pytest.raises(NotFiniteError, match=r"the pictures came out as NaN or infinite: .* the VAE's"):
+        with pytest.raises(NotFiniteError, match=r"the images are NaN or infinite: .* the VAE's"):
             draw(latent, output_type=kind)

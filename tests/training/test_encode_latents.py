@@ -258,7 +258,7 @@ def test_latents_of_another_vae_are_refused(
             start(keeping(wrong, latents), tmp_path / "run")
     assert sorted(latents.iterdir()) == before
     (latents / FACTS).unlink()
-    assert "is no folder of latents" in fails(capsys, lambda: encode(cfg, latents))
+    assert "is not a folder of latents" in fails(capsys, lambda: encode(cfg, latents))
     (latents / FACTS).write_text("[]")
     assert "is damaged: delete the folder" in fails(capsys, lambda: encode(cfg, latents))
 

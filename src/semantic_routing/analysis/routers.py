@@ -65,7 +65,7 @@ def _of_pipeline(path: Path) -> Opened:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         sizes = DiTConfig(**{field.name: config[field.name] for field in fields(DiTConfig)})
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} is no transformer of semroute export: bad config.json ({error})") from error
+        raise ValueError(f"{folder} is not a transformer of semroute export: bad config.json ({error})") from error
     found: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with open_tensors(file), safe_open(file, "pt") as content:

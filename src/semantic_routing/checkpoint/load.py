@@ -59,7 +59,7 @@ def load_training_state(
 
 
 def random_state(rank: int) -> dict[str, Tensor]:
-    """Return the state of this process's random generators; only code that users add draws from them."""
+    """Return the state of this process's random generators, which only user code uses."""
     state = {f"{rank}.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state[f"{rank}.cuda"] = torch.cuda.get_rng_state()

@@ -21,7 +21,7 @@ PERIOD = 2**14
 def bucket_shapes(size: int, multiple: int, longest: float = 2.0) -> list[tuple[int, int]]:
     """Return all (height, width) in multiples of about ``size`` squared pixels and aspect ratios up to ``longest``."""
     if multiple < 1 or size % multiple:
-        raise ValueError(f"an image size of {size} pixels is no multiple of {multiple}; change one of them")
+        raise ValueError(f"an image size of {size} pixels is not a multiple of {multiple}; change one of them")
     shapes = {(size, size)}
     for width in range(multiple, 2 * size + 1, multiple):
         height = max(round(size * size / width / multiple), 1) * multiple

@@ -91,7 +91,9 @@ class KeptLatents:
         path = self.folder / FACTS
         if not path.exists():
             if next(self.folder.glob(SHARDS), None) is not None:
-                raise ValueError(f"{self.folder} holds safetensors files, but no {FACTS}: it is no folder of latents")
+                raise ValueError(
+                    f"{self.folder} holds safetensors files, but no {FACTS}: it is not a folder of latents"
+                )
             return None
         found = read_json(path, "a folder's facts about its VAE")
         if not isinstance(found, dict) or not all(isinstance(facts, dict) for facts in found.values()):

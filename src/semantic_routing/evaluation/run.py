@@ -1,4 +1,4 @@
-"""A benchmark from start to end: sample its images, or take a folder of them, and score."""
+"""A benchmark from start to end: sample its images, or use a folder of images, and score them."""
 
 from __future__ import annotations
 

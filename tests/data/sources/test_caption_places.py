@@ -104,7 +104,7 @@ def test_hugging_faces_image_folder(tmp_path: Path, ending: str, inside: str):
     [
         (b"name;text\na.jpg;x\n", r'list\.csv, line 2: "image" is missing .* the fields: name, text'),
         (b"file_name;text\na.jpg;\n", r'line 2: "text" is empty text'),
-        (b"file_name,text\nb.jpg,x\n", r"line 2: file_name 'b\.jpg' is no file"),
+        (b"file_name,text\nb.jpg,x\n", r"line 2: file_name 'b\.jpg' is not a file"),
         ("file_name,text\na.jpg,caf\xe9\n".encode("latin-1"), "byte 25 is not UTF-8"),
         (b"file_name,text\n", "is empty"),
     ],

@@ -150,7 +150,7 @@ def test_a_row_of_several_pictures_is_damaged(tmp_path: Path):
     ("columns", "said"),
     [
         ({"image": [[1, 2]], "text": ["a"]}, r"no column of pictures.*image \(list<element: int64>\), text \(string\)"),
-        ({"image": ["a.png"], "text": ["a"]}, r"image .a\.png. is no file"),  # a manifest
+        ({"image": ["a.png"], "text": ["a"]}, r"image .a\.png. is not a file"),  # a manifest
         ({"image": pa.nulls(1), "text": ["a"]}, r"no column of pictures.*image \(null\)"),
         ({"image": [b"a"], "text": [{"en": "a"}]}, r"column 'text' is of the type struct<en: string>"),
         ({"image": [b"a"], "key": ["k"], "caption": [[["a"]]]}, r"column 'caption' is of the type list<"),

@@ -40,11 +40,11 @@ INSTRUCTION = (
 OLD_CAPTION = "\n\nThe picture was found with this text, which may help, say little or be wrong: "
 """Text before a record's own caption."""
 ANSWERS = "answers"
-NO_THINKING = 'switch thinking off, as by --extra \'{"chat_template_kwargs": {"enable_thinking": false}}\''
+NO_THINKING = 'turn reasoning off, for example with --extra \'{"chat_template_kwargs": {"enable_thinking": false}}\''
 ADVICE = {
-    CUT: f"give --max-tokens more than now, or {NO_THINKING}",
+    CUT: f"raise --max-tokens, or {NO_THINKING}",
     THOUGHTS: NO_THINKING,
-    "": "see that the model takes pictures and knows the request's parameters, which --extra adds and takes out",
+    "": "check that the model accepts images and supports the request's parameters, which --extra adds and removes",
 }
 """Advice by reason, if the first answers hold no caption."""
 
