@@ -57,7 +57,7 @@ def index(args: IndexArguments) -> str:
         raise ValueError("semroute data index needs paths of data")
     out = args.out or default_folder(args.paths[0])
     if out is None or (args.out is None and any(default_folder(path) != out for path in args.paths)):
-        raise ValueError("there is no default folder for the index of URLs or of several folders; give --out")
+        raise ValueError("URLs and several folders have no default folder for the index; give --out")
     report = build(args.paths, out, look_inside=args.dimensions, workers=args.workers)
     lines = [f"{report['records']:,} records in {report['files']:,} files of {report['bytes']:,} bytes"]
     if report["damaged_total"]:

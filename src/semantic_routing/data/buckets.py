@@ -1,8 +1,8 @@
 """Aspect-ratio buckets: less of each image is cropped, and all images of a batch are from one bucket.
 
 As in SDXL (Podell et al., 2023, appendix I), all buckets have about the same area. A record's bucket follows from its
-dimensions in the index. Every bucket is an endless stream with each of its records once an epoch; the bucket of a batch
-is a function of the batch's number (``order.Mixture``, weighted by size).
+dimensions in the index. Every bucket is an endless stream with each of its records once per epoch; the bucket of a
+batch is a function of the batch's number (``order.Mixture``, weighted by size).
 """
 
 from __future__ import annotations

@@ -131,7 +131,8 @@ def read_genai_bench(prompts: Path, skills: Path, images_per_prompt: int = 1) ->
     wrong = [row["id"] for row in rows if not row["id"].isdecimal()]
     if wrong:
         raise ValueError(
-            f"{prompts} holds no prompts of GenAI-Bench: {wrong[0]!r} is not the id of a prompt; ids are digits, such as 00012"
+            f"{prompts} holds no prompts of GenAI-Bench: {wrong[0]!r} is not the id of a prompt; ids are digits, "
+            "such as 00012"
         )
     tagged = _read_skills(skills)
     tags = {

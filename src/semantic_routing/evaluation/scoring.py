@@ -151,8 +151,8 @@ def _finish(benchmark: Benchmark, out: Path, facts: dict[str, Any], files: dict[
     if not any(_is_scored(record) for record in by_place.values()):
         first = min(by_place.values(), key=lambda r: ((UNSCORED, UNREADABLE, MISSING).index(r.gap), r.prompt, r.image))
         raise ValueError(
-            f"none of {len(files)} images could be scored; the first: {first.reason}; fix that and repeat the command (all "
-            f"reasons: {_part(out, 0)})"
+            f"none of {len(files)} images could be scored; the first: {first.reason}; fix that and repeat the command "
+            f"(all reasons: {_part(out, 0)})"
         )
     # Scores stay where an image moved, or where a prompt is counted for other skills.
     records = [
