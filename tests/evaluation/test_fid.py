@@ -163,8 +163,8 @@ def test_clip_score_is_clips_own_likeness(clip, tmp_path):
 
 @pytest.mark.behaviour(
     "Judges and scores",
-    when="a folder of `evaluate features` holds files of macOS, hidden files, or files that are no pictures",
-    then="they are passed over, and the table says how many of which kind",
+    when="a folder for `evaluate features` holds files of macOS, hidden files, or files that are not images",
+    then="they are skipped, and the table says how many of each kind",
 )
 def test_what_is_passed_over_is_said(dino, tmp_path):
     real, fake = paint(tmp_path / "real", 2), paint(tmp_path / "fake", 3, seed=1)
@@ -198,7 +198,7 @@ def test_formats(tmp_path, suffix):
 
 @pytest.mark.behaviour(
     "Judges and scores",
-    when="FID is computed from few pictures (fewer than 2,048, or than the model has features)",
+    when="FID is computed from few images (fewer than 2,048, or than the model has features)",
     then="a note says that it is biased and not comparable",
 )
 @pytest.mark.parametrize(

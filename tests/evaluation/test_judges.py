@@ -137,8 +137,8 @@ def test_gaps_of_vqascore_have_their_reasons(server: ChatServer, picture: Path) 
 
 @pytest.mark.behaviour(
     "Judges and scores",
-    when="a judge begins with prose or with thoughts, so that yes and no have hardly any probability",
-    then="it gives no VQAScore; a line after its first answers says how to switch thinking off",
+    when="a judge begins with other text or reasoning, so that yes and no have hardly any probability",
+    then="it gives no VQAScore; a line after its first answers says how to turn reasoning off",
 )
 def test_a_judge_that_begins_with_prose_scores_nothing(
     server: ChatServer, picture: Path, capsys: pytest.CaptureFixture[str]
@@ -207,8 +207,8 @@ def test_gaps_of_unified_reward_have_their_reasons(server: ChatServer, picture: 
 
 @pytest.mark.behaviour(
     "Judges and scores",
-    when="a judge quotes numbers while it thinks, or its answer is cut off by its length",
-    then="they are no scores: the image is counted as unscored with the reason, and a line says what to set",
+    when="a judge quotes numbers in its reasoning, or its answer is cut off",
+    then="they do not count as scores: the image is counted as unscored with the reason, and a line says what to set",
 )
 @pytest.mark.parametrize(
     ("fault", "reason", "setting"),

@@ -68,7 +68,7 @@ def files(folder: Path) -> dict[str, str]:
 
 @pytest.mark.behaviour(
     "Judges and scores",
-    when="the user keeps files of his own in a folder of scores, also with --rescore",
+    when="a folder of scores holds the user's own files, also with --rescore",
     then="they are never deleted",
 )
 def test_files_of_the_users_stay(tmp_path):
@@ -155,8 +155,8 @@ def test_gaps_are_counted_and_tried_again(tmp_path):
 
 @pytest.mark.behaviour(
     "Judges and scores",
-    when="not one image of an evaluation could be scored",
-    then="exit code 2 and the first reason; no results are written, and a mended judge goes on in the same folder",
+    when="no image of an evaluation could be scored",
+    then="exit code 2 and the first reason; no results are written, and after the fix the same folder can be used",
 )
 @pytest.mark.parametrize(("harm", "reason"), [("blind", "seen"), ("damaged", "cannot be opened"), ("both", "seen")])
 def test_an_evaluation_that_scored_nothing_fails(tmp_path, harm, reason):

@@ -133,7 +133,7 @@ def test_a_bfloat16_pipeline_keeps_its_router_in_float32(make_bundle: MakeBundle
 @pytest.mark.behaviour(
     "diffusers",
     when="one pipeline without transformer encodes prompts, and one without text encoder samples them",
-    then="the pictures are bitwise those of a complete pipeline",
+    then="the images are bitwise those of a complete pipeline",
 )
 @pytest.mark.parametrize("arm", ["depth", "joint", "fusedit"])
 def test_prompts_can_be_encoded_in_another_pipeline(make_bundle: MakeBundle, tmp_path: Path, arm: str) -> None:
@@ -177,7 +177,7 @@ def test_embeddings_that_do_not_fit_are_refused(pipe: SemanticRoutingPipeline) -
 @pytest.mark.behaviour(
     "diffusers",
     when="weights, noise or a LoRA hold NaN",
-    then="the call raises an error instead of returning a black picture",
+    then="the call raises an error instead of returning a black image",
 )
 def test_pictures_that_are_not_finite_are_an_error(pipe: SemanticRoutingPipeline) -> None:
     with pytest.raises(ValueError, match="NaN or infinite"):

@@ -105,7 +105,7 @@ def test_numbers_of_any_type_are_accepted(pipe: SemanticRoutingPipeline) -> None
 @pytest.mark.behaviour(
     "diffusers",
     when="`guidance_scale` is 1 or less",
-    then="the picture is sampled without guidance, as in every diffusers pipeline",
+    then="the image is sampled without guidance, as in every diffusers pipeline",
 )
 def test_a_guidance_scale_of_one_or_less_is_no_guidance(pipe: SemanticRoutingPipeline) -> None:
     plain = draw(pipe, guidance_scale=1.0)

@@ -42,8 +42,8 @@ def test_the_table_of_architectures() -> None:
 )
 @pytest.mark.behaviour(
     "Text encoders",
-    when="a chat template wants a list of parts, or a system's message first",
-    then="prompts are written in that form",
+    when="a chat template expects a list of parts, or a system message first",
+    then="prompts are passed in that form",
 )
 def test_chat_templates_that_want_another_form(template: str, tmp_path: Path) -> None:
     save(tmp_path, qwen3, chat_template=template)
@@ -63,8 +63,8 @@ def test_chat_templates_that_want_another_form(template: str, tmp_path: Path) ->
 )
 @pytest.mark.behaviour(
     "Text encoders",
-    when="a chat template raises, or leaves out or changes a prompt",
-    then="it is refused in one line that says to set chat_template=False",
+    when="a chat template raises an error, or leaves out or changes a prompt",
+    then="one line says to set chat_template=False",
 )
 def test_chat_templates_that_lose_the_prompt(template: str, tmp_path: Path) -> None:
     save(tmp_path, qwen3, chat_template=template)
@@ -75,8 +75,8 @@ def test_chat_templates_that_lose_the_prompt(template: str, tmp_path: Path) -> N
 
 @pytest.mark.behaviour(
     "Text encoders",
-    when="prefix or chat template fill max_tokens so that nothing of a prompt is left",
-    then="the prompt is refused; where some of it is left, a warning says how much was cut",
+    when="prefix or chat template take up all of max_tokens, so that nothing of a prompt is left",
+    then="the prompt is refused; if some of it is left, a warning says how much was cut",
 )
 def test_a_prompt_behind_a_long_prefix(tmp_path: Path) -> None:
     save(tmp_path, qwen3, chat_template="user the {{ messages[0].content }}")
@@ -118,7 +118,7 @@ def test_unknown_prompts(prompt: str, tmp_path: Path) -> None:
 @pytest.mark.behaviour(
     "Text encoders",
     when="a language model was saved quantised and the library for it is missing",
-    then="loading refuses it in one line that names the method and what to install",
+    then="one line names the method and what to install",
 )
 def test_quantised(method: str, library: str, settings: dict[str, object], tmp_path: Path) -> None:
     save(tmp_path, qwen3)
@@ -133,7 +133,7 @@ def test_quantised(method: str, library: str, settings: dict[str, object], tmp_p
 @pytest.mark.behaviour(
     "Text encoders",
     when="a tokenizer has more tokens than the language model has embeddings",
-    then="loading refuses it and names both numbers",
+    then="loading stops with an error that names both numbers",
 )
 def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
     save(tmp_path, qwen3)

@@ -67,7 +67,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.behaviour(
     "Training",
     when="a finished run is resumed with --steps N",
-    then="it trains on to step N, bitwise as a run of N steps where the learning rate does not depend on the end",
+    then="it trains up to step N, bitwise like a run of N steps if the learning rate does not depend on the end",
 )
 @pytest.mark.parametrize("optim", [OptimConfig(lr=1e-2), OptimConfig(name="muon", lr=1e-2, muon_lr=0.02, warmup=3)])
 def test_a_run_that_is_extended_is_one_that_was_longer(tiny_config: Make, tmp_path: Path, optim: OptimConfig) -> None:
@@ -104,7 +104,7 @@ def test_a_schedule_that_depends_on_the_end_is_told(
 @pytest.mark.behaviour(
     "Training",
     when="a run is resumed after its config.json was edited",
-    then="another number of steps is heeded, and of every other setting it is told that the checkpoint's counts",
+    then="a changed number of steps is used, and a message says that all other edits are ignored",
 )
 def test_an_edited_configuration_is_noticed(
     tiny_config: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -154,8 +154,8 @@ def test_what_resuming_takes_is_said_where_something_else_is_given(
 
 @pytest.mark.behaviour(
     "Training",
-    when="a run is resumed after pictures were added or exchanged, or captions, a sidecar, the text encoder or the VAE",
-    then="it is refused in one line that says what changed; --accept-changes goes on",
+    when="a run is resumed after images were added or replaced, or captions, a sidecar, the text encoder or the VAE",
+    then="one line says what changed and stops; --accept-changes resumes anyway",
 )
 @pytest.mark.parametrize("what", ["added", "taken away", "other pictures", "other captions"])
 def test_other_data_are_refused(
@@ -245,7 +245,7 @@ def test_a_run_of_an_earlier_version_goes_on(tiny_config: Make, tmp_path: Path) 
 @pytest.mark.behaviour(
     "Training",
     when="a run that was given relative paths is resumed or sampled from another folder",
-    then="they are taken from the folder where it was started, and resuming says so",
+    then="they are relative to the folder where it was started, and resuming says so",
 )
 def test_relative_paths_are_those_of_the_start(
     tiny_config: Make, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -287,7 +287,7 @@ def test_a_project_that_moved_as_a_whole_goes_on(
 @pytest.mark.behaviour(
     "Training",
     when="a second process trains into a run's folder",
-    then="it is refused in one line that names host and process of the first, which goes on",
+    then="one line names host and process of the first, which continues",
 )
 def test_a_second_writer_is_refused(tiny_config: Make, tmp_path: Path) -> None:
     run, cfg, refused = tmp_path / "run", tiny_config(steps=5, checkpoint_every=2), []
@@ -308,8 +308,8 @@ def test_a_second_writer_is_refused(tiny_config: Make, tmp_path: Path) -> None:
 
 @pytest.mark.behaviour(
     "Training",
-    when="--out is a folder with files of the user's that have the names of a run's",
-    then="it is refused, and they stay as they are",
+    when="--out is a folder with the user's own files that have the names of a run's files",
+    then="the command stops, and they are not changed",
 )
 @pytest.mark.parametrize(
     ("name", "content"),

@@ -134,7 +134,7 @@ def test_stops_at_any_steps_and_rare_averages_change_nothing(tiny_config: Make, 
 @pytest.mark.behaviour(
     "Training",
     when="a signal ends the run: Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU",
-    then="the step is finished, a checkpoint written, and one line says how to go on",
+    then="the step is finished, a checkpoint is written, and one line says how to resume",
 )
 @pytest.mark.parametrize("number", ENDING)
 def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(
@@ -373,7 +373,9 @@ def test_what_is_written_beside_the_checkpoints_cannot_end_a_run(
 
 
 @pytest.mark.behaviour(
-    "Training", when="the terminal is gone or the disk of its output full", then="the run goes on without its bar"
+    "Training",
+    when="the terminal is closed or the disk of its output is full",
+    then="the run continues without its progress bar",
 )
 def test_output_that_cannot_be_shown_cannot_end_a_run(
     tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -31,7 +31,7 @@ def captions(path: Path) -> list[str]:
 @pytest.mark.behaviour(
     "Pictures and captions",
     when="captions are next to pictures as .TXT, .caption (kohya) or photo.jpg.txt",
-    then="they are read like photo.txt, which takes precedence over the others",
+    then="they are read like photo.txt, which takes precedence",
 )
 @pytest.mark.parametrize(
     ("shot", "names", "expected"),
@@ -124,7 +124,7 @@ def test_tables_may_be_separated_by_semicolons_or_tabs(tmp_path: Path):
 @pytest.mark.behaviour(
     "Pictures and captions",
     when="captions are in a column or field of another name",
-    then="refused before training, with the names of the fields and the setting that chooses one (--data.caption-keys)",
+    then="an error before training lists the fields and the setting that chooses one (--data.caption-keys)",
 )
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "json", "csv", "tar", "folder"])
 def test_a_caption_of_another_name_is_hinted_at(tmp_path: Path, kind: str):

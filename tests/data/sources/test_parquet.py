@@ -113,8 +113,8 @@ TEXT_ARRAYS = {
 
 @pytest.mark.behaviour(
     "Pictures and captions",
-    when="a Parquet file's columns are categories, views, lists of one picture, extension or fixed-size types",
-    then="they are read as the pictures and captions that they are",
+    when="a Parquet file's columns are categories, views, lists of one image, extension or fixed-size types",
+    then="they are read as images and captions",
 )
 @pytest.mark.parametrize("kind", [*IMAGE_ARRAYS, *TEXT_ARRAYS])
 @pytest.mark.parametrize("kept", [2**29, 0])
@@ -250,7 +250,7 @@ sys.exit(5)
 @pytest.mark.behaviour(
     "Surroundings",
     when="a command ends, with an error or without, soon after it read Parquet from disk or a URL",
-    then="it ends with its own exit code: no thread of Arrow is left to abort it",
+    then="it ends with its own exit code, because no thread of Arrow is left that could abort it",
 )
 def test_no_thread_of_arrow_outlives_a_read(tmp_path: Path):
     path = write(tmp_path / "a.parquet", {"image": [os.urandom(2**20) for _ in range(4)], "text": ["a"] * 4})
