@@ -169,7 +169,7 @@ def test_a_routing_and_a_run_are_drawn_beside_each_other(tmp_path: Path, tiny_ru
         ("adopt train --out x", "give the pipeline's folder or hub name"),
         ("adopt train BASE", "give --out"),
         ("adopt train nowhere --out x", "cannot load a pipeline from 'nowhere'"),
-        ("adopt train . --out x", "no diffusers pipeline: it has no model_index.json"),
+        ("adopt train . --out x", "not a diffusers pipeline: it has no model_index.json"),
         ("adopt train BASE --out x --data shapes --data.paths words", "--data and --data.paths are the same option"),
         ("adopt train BASE --out x --lora 4", "did you mean --lora.rank"),
         ("adopt train --resume x --batch 3", "--resume takes the settings from the run's checkpoint"),

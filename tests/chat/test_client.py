@@ -507,7 +507,7 @@ for item, _ in ChatClient(cfg).run(range(300), lambda i: Question(parts=(f"item 
         ({"base_url": "http://127.0.0.1/v1?key=secret"}, "credentials"),
         ({"base_url": "127.0.0.1:8000"}, "http://127"),
         ({"base_url": "http://127.0.0.1/v1/chat/completions"}, "leave out"),
-        ({"api_key_env": "sk-secret"}, "name the variable"),
+        ({"api_key_env": "sk-secret"}, "give its name"),
         ({"concurrency": 0}, "concurrency"),
         ({"retries": -1}, "retries"),
         ({"timeout": 0.0}, "timeout"),
@@ -524,7 +524,7 @@ def test_wrong_settings(change: dict[str, Any], message: str) -> None:
 
 
 def test_a_model_is_needed() -> None:
-    with pytest.raises(ValueError, match="which model"):
+    with pytest.raises(ValueError, match="give the name of the model"):
         ChatClient(ChatConfig())
 
 

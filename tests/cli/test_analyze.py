@@ -121,7 +121,7 @@ def test_an_exported_pipeline_gives_the_figures_of_its_run(joint_run: Path, tmp_
 def test_bad_arguments_are_refused(tiny_run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to analyse"):
         AnalyzeArguments(models=(), out=tmp_path)
-    with pytest.raises(ValueError, match="at least 2 steps"):
+    with pytest.raises(ValueError, match="steps of at least 2"):
         AnalyzeArguments(models=(tiny_run,), out=tmp_path, steps=(1,))
     with pytest.raises(ValueError, match=r"times must be from 0 \(noise\) to 1 \(data\); give at least one"):
         AnalyzeArguments(models=(tiny_run,), out=tmp_path, times=(0.5, 1.5))

@@ -72,7 +72,7 @@ def test_what_was_not_scored_is_a_gap_and_never_zero():
         ({"00011": 0.5, "00012": 0.5}, "do not match"),
         ({"00001": 0.5, "00006": 0.5}, "4 tagged ids have no score, such as 2, and 1 scored ids no skill"),
         ({}, "no scores"),
-        ({"a baker": 0.5}, "no id of a prompt"),
+        ({"a baker": 0.5}, "not the id of a prompt"),
         ({"1": 0.5, "00001": 0.5}, "two scores"),
     ],
 )

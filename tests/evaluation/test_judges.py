@@ -162,7 +162,9 @@ def test_probabilities_of_thoughts_are_no_vqascore(server: ChatServer, picture: 
 
 def test_a_server_without_logprobs_is_refused(server: ChatServer, picture: Path, tmp_path: Path) -> None:
     judge = VQAJudge(config(server, concurrency=2, cache=tmp_path))
-    with pytest.raises(ValueError, match=rf"{server.url} answers without logprobs.*serve the model with them"):
+    with pytest.raises(
+        ValueError, match=rf"{server.url} answers without logprobs.*serve the model with vLLM or SGLang"
+    ):
         findings(judge, tasks(picture, *(f"{number} [[no-logprobs]]" for number in range(100))))
     assert judge.client.usage.requests < 10
     assert not [*tmp_path.rglob("*.json")]

@@ -184,7 +184,7 @@ def test_pictures_that_are_not_finite_are_an_error(pipe: SemanticRoutingPipeline
         draw(pipe, latents=torch.full((2, 3, 16, 16), torch.inf))
     pipe.transformer.backbone.proj_out.weight.data[0] = torch.nan
     for kind in ("latent", "pil"):
-        with pytest.raises(ValueError, match="the pictures came out as NaN or infinite"):
+        with pytest.raises(ValueError, match="the images are NaN or infinite"):
             draw(pipe, output_type=kind)
 
 

@@ -459,7 +459,7 @@ def test_missing_and_broken_weights(folder: Path) -> None:
         load(folder)
     assert load(folder, layers="1..2").encode([PROMPT]).hidden.shape[-1] == len(dropped[0])
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="no whole safetensors weights"):
+    with pytest.raises(ValueError, match="no complete safetensors weights"):
         load(folder)
 
 

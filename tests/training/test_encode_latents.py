@@ -346,7 +346,7 @@ def test_wrong_arguments(latent_config: Make, tmp_path: Path, capsys: pytest.Cap
         return fails(capsys, lambda: main(["data", "encode", *args]))
 
     assert "the run trains on pixels" in run_encode("debug", "--latents", "--keep-on-disk", str(tmp_path / "x"))
-    assert "--text is the encoder of captions" in run_encode("debug", "--latents", "--text", "smollm2")
+    assert "--text is the encoder of the captions" in run_encode("debug", "--latents", "--text", "smollm2")
     write(latent_config(steps=1), tmp_path / "cfg.json")
     assert "give --keep-on-disk, and train with --codec.keep-on-disk" in run_encode(
         str(tmp_path / "cfg.json"), "--latents"

@@ -146,7 +146,7 @@ def test_what_resuming_takes_is_said_where_something_else_is_given(
     for wrong in (["--optim.lr", "1"], ["--out", "x"], ["--batch=8", "--steps", "9"]):
         with pytest.raises(SystemExit):
             main(["train", "--resume", str(tiny_run), *wrong])
-        assert "--steps N, to train on to step N, and --accept-changes" in capsys.readouterr().err
+        assert "--steps N, to train up to step N, and --accept-changes" in capsys.readouterr().err
 
 
 # --- the same data, the same models ---

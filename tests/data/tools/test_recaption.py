@@ -231,7 +231,7 @@ def test_captioning_fails_if_every_picture_fails(
 
 def test_another_request_into_the_same_parts_is_refused(server: ChatServer, tmp_path: Path) -> None:
     path, out = shard(tmp_path / "0.tar", [encoded(800)]), tmp_path / "captions.parquet"
-    with pytest.raises(ValueError, match=r"which model"):
+    with pytest.raises(ValueError, match="give the name of the model"):
         recaption(arguments(server, [path], out, model=""))
     with pytest.raises(ValueError, match=r"serves 'mistyped'"):
         recaption(arguments(server, [path], out, model="mistyped"))
