@@ -28,7 +28,7 @@ CHAPTERS = (
 )
 HEAD = """# What happens when ...
 
-Bad input, unusual input, and a machine that is not as it should be: what the program does then. Each row is tested; this page is made from the tests' own marks by `python tests/behaviours.py`.
+What the program does with bad input, with unusual input, and on a machine with problems. Each row is tested; this page is generated from the tests' own marks by `python tests/behaviours.py`.
 """  # noqa: E501
 
 

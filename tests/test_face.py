@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,20 @@ def test_the_names_are_pinned() -> None:
     """They are what others build on: take one away, or rename it, only with a new version."""
     names = [name for name in semantic_routing.__all__ if not name.startswith("__")]
     assert " ".join(names) == (
-        "ARMS Arm Codec DataConfig DiT DiTConfig FuseDiT PixelCodec Router SampleConfig SemanticRoutingPipeline "
-        "SemanticRoutingTransformer TextContext TextEncoder TextEncoderConfig TextFeatures TextToImage TrainConfig "
-        "VAECodec adopt euler euler_ancestral evaluate_images evaluate_model from_upstream guided heun load "
-        "load_routing make_model make_router mix noise_for open_data paper renoise resume schedule small "
-        "to_upstream toy train"
+        "ARMS Arm Codec DataConfig DiT DiTConfig FuseDiT PixelCodec Router Routing RoutingOverride SampleConfig "
+        "SemanticRoutingPipeline SemanticRoutingTransformer TextContext TextEncoder TextEncoderConfig TextFeatures "
+        "TextToImage TrainConfig VAECodec adopt euler euler_ancestral evaluate_images evaluate_model from_upstream "
+        "guided heun load load_routing make_model make_router mix noise_for open_data overridden recipes renoise "
+        "resume schedule to_upstream train"
     )
     assert set(semantic_routing.__all__) <= set(dir(semantic_routing))
+
+
+def test_names_do_not_turn_into_packages() -> None:
+    """A package of the same name would take a name's place as soon as anything imports it."""
+    packages = {path.parent.name for path in Path(semantic_routing.__file__).parent.glob("*/__init__.py")}
+    assert packages & set(semantic_routing.__all__) == {"adopt"}
+    assert callable(import_module("semantic_routing.adopt"))
 
 
 def test_editors_see_the_same_names() -> None:

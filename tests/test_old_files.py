@@ -24,7 +24,7 @@ from semantic_routing.sampling.text_to_image import SampleConfig
 from semantic_routing.training.config import TrainConfig
 
 OLD = Path(__file__).with_name("v0_1")
-pytestmark = pytest.mark.filterwarnings("ignore:the sampler once called ancestral:FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:the sampler .ancestral. is now called renoise:FutureWarning")
 
 
 @pytest.fixture

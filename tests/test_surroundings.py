@@ -118,7 +118,7 @@ def test_a_broken_tensorboard_that_is_not_needed(
 @pytest.mark.behaviour(
     "Surroundings",
     when="SEMROUTE_CACHE or XDG_CACHE_HOME is set",
-    then="files that are made once per machine are kept there; without them, in ~/.cache",
+    then="files that are made once per machine are stored there; without these variables in ~/.cache",
 )
 @pytest.mark.parametrize(
     ("variables", "folder"),
@@ -149,8 +149,8 @@ def semroute(line: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.behaviour(
     "Surroundings",
-    when="the standard output is closed, its disk is full, or it is ASCII",
-    then="there is no traceback: exit code 141 for a closed pipe, 1 for a full disk; other letters become escapes",
+    when="the standard output is closed, is on a full disk, or is ASCII",
+    then="there is no traceback: exit code 141 for a closed pipe, 1 for a full disk; other characters are escaped",
 )
 @pytest.mark.parametrize(
     ("line", "code", "said"),
@@ -172,7 +172,7 @@ def test_outputs_that_cannot_take_everything(line: str, code: int, said: str) ->
 
 
 @pytest.mark.behaviour(
-    "Surroundings", when="home and cache cannot be written", then="one line names the cache and SEMROUTE_CACHE"
+    "Surroundings", when="home and cache folders cannot be written", then="one line names the cache and SEMROUTE_CACHE"
 )
 @pytest.mark.parametrize("variables", [{"HOME": "/dev/null"}, {"XDG_CACHE_HOME": "/proc/1"},
                                        {"SEMROUTE_CACHE": "/dev/null/cache"}])  # fmt: skip
@@ -194,7 +194,7 @@ def test_a_cache_that_cannot_be_written(
 @pytest.mark.behaviour(
     "Surroundings",
     when="commands write files and folders",
-    then="all of them, weights and caches included, have the mode of the umask",
+    then="all of them, including weights and caches, have the permissions that the umask sets",
 )
 @pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
 def test_all_files_have_the_mode_of_the_umask(mask: int, tiny_config: Make, tmp_path: Path) -> None:
@@ -225,8 +225,8 @@ def test_all_files_have_the_mode_of_the_umask(mask: int, tiny_config: Make, tmp_
 
 @pytest.mark.behaviour(
     "Surroundings",
-    when="matplotlib has no folder for its settings",
-    then="it makes a temporary one, and figures are drawn",
+    when="matplotlib has no folder for its configuration",
+    then="it uses a temporary one, and figures are drawn",
 )
 @pytest.mark.parametrize("variable", ["HOME", "MPLCONFIGDIR", "XDG_CONFIG_HOME"])
 def test_figures_without_a_folder_of_settings(variable: str, tmp_path: Path) -> None:

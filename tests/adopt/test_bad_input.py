@@ -30,7 +30,7 @@ def refused(case: Case, message: str, **options: Any) -> None:
 @pytest.mark.behaviour(
     "Adopting a model",
     when="adopt does not know the transformer, the arm, the weights or the injection",
-    then="it is refused with those that are known",
+    then="adopt refuses it and lists those that are known",
 )
 def test_unknown_parts() -> None:
     case = make("sana")
@@ -60,8 +60,8 @@ def test_parts_that_do_not_fit() -> None:
 
 @pytest.mark.behaviour(
     "Adopting a model",
-    when="a known transformer has an option for which adopt does not hold (image tokens of Wan 2.1 image-to-video)",
-    then="it is refused, and the option is named",
+    when="a known transformer has an option that adopt does not support (image tokens of Wan 2.1 image-to-video)",
+    then="adopt refuses it and names the option",
 )
 def test_options_for_which_a_family_does_not_hold() -> None:
     case = make("wan")
@@ -71,8 +71,8 @@ def test_options_for_which_a_family_does_not_hold() -> None:
 
 @pytest.mark.behaviour(
     "Adopting a model",
-    when="another release of diffusers has given a transformer's blocks other arguments",
-    then="adopt refuses it, with the arguments found, those known, and a release that fits",
+    when="in another release of diffusers a transformer's blocks have other arguments",
+    then="adopt refuses it and names the arguments found, those known, and a release that fits",
 )
 def test_blocks_of_another_release() -> None:
     class SanaTransformerBlock(nn.Module):
@@ -86,7 +86,7 @@ def test_blocks_of_another_release() -> None:
 @pytest.mark.behaviour(
     "Adopting a model",
     when="the transformer splits its sequences over processes (context parallelism), before or after adoption",
-    then="adopt, or the next call, refuses it and says which parallelism to use; the model is as it was",
+    then="adopt, or the next call, refuses it and says which parallelism to use; the model is unchanged",
 )
 def test_context_parallelism() -> None:
     case = make("sana")
@@ -105,26 +105,26 @@ def test_context_parallelism() -> None:
 
 @pytest.mark.behaviour(
     "Adopting a model",
-    when="the transformer or one of its blocks is compiled already",
-    then="adopt refuses it and says to call it before torch.compile",
+    when="the transformer or one of its blocks is already compiled",
+    then="adopt refuses it and says to call adopt before torch.compile",
 )
 def test_compiled_models() -> None:
     case = make("sana")
     case.transformer.transformer_blocks[0].compile(backend="eager")
-    refused(case, "SanaTransformer2DModel is compiled already: call adopt before torch.compile")
+    refused(case, "SanaTransformer2DModel is already compiled: call adopt before torch.compile")
 
 
 @pytest.mark.behaviour(
     "Adopting a model",
     when="a transformer is adopted a second time",
-    then="that is refused, with the arm of the first routing, which stays as it is; after its remove() it can be",
+    then="adopt refuses it and names the arm of the first routing, which is unchanged; after remove() it works",
 )
 def test_adopting_twice() -> None:
     case = make("sana")
     routing = put(case)
     move(routing)
     before, hooks = pixels(case), hooks_left(case)
-    message = r"SanaTransformer2DModel is adopted already, with the arm 'depth': call remove\(\)"
+    message = r"SanaTransformer2DModel is already adopted, with the arm 'depth': call remove\(\)"
     with pytest.raises(ValueError, match=message):
         put(case, arm="joint")
     assert hooks_left(case) == hooks
@@ -136,8 +136,8 @@ def test_adopting_twice() -> None:
 
 @pytest.mark.behaviour(
     "Adopting a model",
-    when="a pipeline has dropped its text encoder, or lacks the transformer that `component` names",
-    then="adopt refuses it, names what is missing and what is there, and hooks nothing",
+    when="a pipeline has no text encoder, or not the transformer that `component` names",
+    then="adopt refuses it, names what is missing and what is there, and changes nothing",
 )
 def test_a_pipeline_without_its_parts() -> None:
     pipe = pipeline("sana")
@@ -153,8 +153,8 @@ def test_a_pipeline_without_its_parts() -> None:
 
 @pytest.mark.behaviour(
     "Adopting a model",
-    when="a prompt was encoded before adoption, or without layers that weigh something now",
-    then="it draws the original's pixels while nothing is routed; then it is refused: encode it again, or scale = 0",
+    when="a prompt was encoded before adoption, or without layers that now have a weight",
+    then="it gives the original pixels as long as nothing is routed; after that an error says to encode it again",
 )
 @pytest.mark.parametrize("name", ["sana", "z-image", "flux2-klein"])
 def test_texts_encoded_before_adoption(name: str) -> None:
@@ -218,7 +218,7 @@ def changed(file: Path, **facts: Any) -> None:
 @pytest.mark.behaviour(
     "Adopting a model",
     when="a routing's file is for another family, transformer, text encoder, width, layers, blocks or original state",
-    then="load_routing refuses it with the file's value and the model's, and hooks nothing",
+    then="load_routing stops with the file's value and the model's, and changes nothing",
 )
 @pytest.mark.parametrize(
     ("facts", "message"),
@@ -231,7 +231,7 @@ def changed(file: Path, **facts: Any) -> None:
         ({"origin": "hidden_states -2"}, "for origin 'hidden_states -2', but this model has 'last_hidden_state'"),
         ({"version": 9}, "has format version 9, but this program reads 1"),
         ({"colour": "red"}, "unknown setting"),
-        ({"weights": "gate"}, "holds numbers .* but its header asks for"),
+        ({"weights": "gate"}, "holds tensors .* but its header expects"),
     ],
 )
 def test_files_of_other_models(tmp_path: Path, facts: dict[str, Any], message: str) -> None:
@@ -255,8 +255,8 @@ def test_files_of_another_family(tmp_path: Path) -> None:
 
 @pytest.mark.behaviour(
     "Adopting a model",
-    when="a routing's file is truncated, is no routing, or is neither in a folder nor on the hub",
-    then="load_routing says which, and what to give it; it hooks nothing",
+    when="a routing's file is truncated, is not a routing, or is neither in a folder nor on the hub",
+    then="load_routing says which, and what to give instead; it changes nothing",
 )
 def test_damaged_and_missing_files(tmp_path: Path) -> None:
     case = make("sana")
@@ -283,7 +283,7 @@ def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
     next(routing.parameters()).data.fill_(float("nan"))
     routing.save(tmp_path)
     routing.remove()
-    with pytest.raises(ValueError, match="not finite: train the routing again"):
+    with pytest.raises(ValueError, match="NaN or infinity: train the routing again"):
         load_routing(source=tmp_path, text_encoder=case.encoder, transformer=case.transformer)
     assert not hooks_left(case)
 
@@ -301,7 +301,7 @@ def test_an_error_of_the_text_encoder_leaves_nothing_behind() -> None:
 @pytest.mark.behaviour(
     "Adopting a model",
     when="a routing is saved into a folder that has a README.md",
-    then="a card as save wrote it is rewritten; an edited one stays, with a warning, as does any other README.md",
+    then="an unedited card is updated; an edited one is kept, with a warning, and so is any other README.md",
 )
 def test_a_second_save_renews_only_its_own_card(tmp_path: Path) -> None:
     card = tmp_path / "README.md"
@@ -312,7 +312,7 @@ def test_a_second_save_renews_only_its_own_card(tmp_path: Path) -> None:
     edited = card.read_text().replace("Routing for", "My routing for")
     card.write_text(edited)
     routing = put(make("sana"), arm="static")
-    with pytest.warns(UserWarning, match=r"README\.md was edited, and stays"):
+    with pytest.warns(UserWarning, match=r"README\.md was edited and is not overwritten"):
         routing.save(tmp_path)
     assert card.read_text() == edited
     for other in (b"# My LoRA\n", b"\xff\xfe", b""):

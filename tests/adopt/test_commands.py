@@ -69,7 +69,7 @@ def test_from_a_pipeline_on_disk_to_images_and_figures(
     assert call("adopt", "train", pipe, "--data", "shapes", "--out", "routings/x", *SMALL, "--preview-every", "3") == 0
     shown = capsys.readouterr()
     assert shown.out == "routings/x\n"
-    assert "captions have no end" in shown.err
+    assert "the number of captions is unlimited" in shown.err
     (elsewhere := tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(elsewhere)
     assert call("adopt", "train", "--resume", tmp_path / "routings/x", "--steps", "4") == 0
@@ -166,13 +166,13 @@ def test_a_routing_and_a_run_are_drawn_beside_each_other(tmp_path: Path, tiny_ru
     [
         ("adopt", ""),
         ("adopt trian x", "did you mean 'train'"),
-        ("adopt train --out x", "which pipeline?"),
+        ("adopt train --out x", "give the pipeline's folder or hub name"),
         ("adopt train BASE", "give --out"),
         ("adopt train nowhere --out x", "cannot load a pipeline from 'nowhere'"),
-        ("adopt train . --out x", "no diffusers pipeline: it has no model_index.json"),
-        ("adopt train BASE --out x --data shapes --data.paths words", "--data and --data.paths name the same"),
+        ("adopt train . --out x", "not a diffusers pipeline: it has no model_index.json"),
+        ("adopt train BASE --out x --data shapes --data.paths words", "--data and --data.paths are the same option"),
         ("adopt train BASE --out x --lora 4", "did you mean --lora.rank"),
-        ("adopt train --resume x --batch 3", "--resume takes a run's folder and no settings"),
+        ("adopt train --resume x --batch 3", "--resume takes the settings from the run's checkpoint"),
         ("adopt train --resume x", "no checkpoint at x"),
         ("adopt sample BASE --out x", "nothing to sample"),
         ("adopt sample BASE --out x --prompt a --routing nowhere", "there is no routing at 'nowhere'"),
@@ -180,7 +180,7 @@ def test_a_routing_and_a_run_are_drawn_beside_each_other(tmp_path: Path, tiny_ru
         ("adopt sample BASE --out x --prompt a --height 18 --device cpu", "use multiples of 4"),
         ("adopt info nowhere", "there is no routing at 'nowhere'"),
         ("adopt info BASE", "holds no routing.safetensors"),
-        ("analyze SANA --out x --trajectory", "is a routing without its model"),
+        ("analyze SANA --out x --trajectory", "is a routing without a model"),
     ],
 )
 def test_mistakes_are_one_sentence(
@@ -201,7 +201,7 @@ def test_pipelines_with_code_of_their_own_are_not_run(exported: Path, tmp_path: 
     shutil.copytree(exported, tmp_path / "other")
     index = tmp_path / "other/model_index.json"
     index.write_text(index.read_text().replace("SemanticRoutingPipeline", "TheirPipeline"))
-    with pytest.raises(ValueError, match="with code of its own"):
+    with pytest.raises(ValueError, match="with custom code"):
         open_pipe(str(tmp_path / "other"), torch.device("cpu"))
 
 

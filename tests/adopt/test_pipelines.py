@@ -95,7 +95,7 @@ def test_a_pipeline_of_the_same_parts_is_adopted_too(kind: str, extra: dict[str,
 @pytest.mark.behaviour(
     "Adopting a model",
     when="a pipeline has two transformers, as Wan 2.2",
-    then="`component` names the one to adopt; each can have a routing, and files are loaded into the one they are of",
+    then="`component` names the one to adopt; each can have a routing, and a file is loaded into its own",
 )
 def test_each_of_two_transformers_may_be_adopted(tmp_path: Path) -> None:
     pipe = pipeline("wan")

@@ -249,7 +249,7 @@ def test_texts_are_kept_and_the_same_with_and_without(make: Make, tmp_path: Path
 
     plain = make_subject(pipe, CPU, keep=KeepConfig(keep="0"))
     words = plain.keep(3, captions)
-    assert "more than text.keep (0): encoded in every epoch again" in words
+    assert "more than text.keep (0): encoded again in every epoch" in words
     expected = states(plain.texts([*captions, None]))
     for keep in (KeepConfig(), KeepConfig(keep="0", keep_on_disk=str(tmp_path / "texts"))):
         subject = make_subject(pipe, CPU, keep=keep)
@@ -266,11 +266,14 @@ def test_texts_are_kept_and_the_same_with_and_without(make: Make, tmp_path: Path
 
 def test_texts_without_end_are_not_kept() -> None:
     chosen, words = decide(KeepConfig(), None, 2e6)
-    assert (chosen.keep, words) == ("0", "captions have no end: each is encoded when it is read, 2 MB a caption")
-    assert decide(KeepConfig(), 1000, 36e6)[1].startswith(
-        "texts of 1,000 captions take about 36 GB, more than text.keep"
+    assert (chosen.keep, words) == (
+        "0",
+        "the number of captions is unlimited: each is encoded when it is read, 2 MB per caption",
     )
-    assert decide(KeepConfig(), 100, 5e6)[1] == "texts of 100 captions take about 500 MB: kept in memory"
+    assert decide(KeepConfig(), 1000, 36e6)[1].startswith(
+        "the states of 1,000 captions take about 36 GB, more than text.keep"
+    )
+    assert decide(KeepConfig(), 100, 5e6)[1] == "the states of 100 captions take about 500 MB: cached in memory"
 
 
 @pytest.mark.parametrize("name", ["own", "sana", "z-image"])
@@ -353,13 +356,13 @@ def test_a_finished_run_is_kept_and_another_kind_of_run_is_refused(
     make: Make, tmp_path: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start(config(), tmp_path / "run", pipe=make("own"))
-    with pytest.raises(ValueError, match="already holds a run: go on with `semroute adopt train --resume"):
+    with pytest.raises(ValueError, match="already holds a run: resume it with `semroute adopt train --resume"):
         start(config(), tmp_path / "run", pipe=make("own"))
     with pytest.raises(ValueError, match="was not written by semroute adopt train"):
         resume(tiny_run, pipe=make("own"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other/routing.safetensors").write_bytes(b"mine")
-    with pytest.raises(ValueError, match="belongs to no run"):
+    with pytest.raises(ValueError, match="does not belong to a run"):
         start(config(), tmp_path / "other", pipe=make("own"))
     assert (tmp_path / "other/routing.safetensors").read_bytes() == b"mine"
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -375,9 +378,9 @@ def test_a_run_goes_on_to_a_later_step_and_notices_other_weights(make: Make, tmp
     assert all(torch.equal(a[key], b[key]) for key in a)
     other = make("own")
     next(other.transformer.parameters()).data += 1
-    with pytest.raises(ValueError, match="the transformer is another"):
+    with pytest.raises(ValueError, match="the transformer is a different one"):
         resume(tmp_path / "run", steps=7, pipe=other)
-    with pytest.raises(ValueError, match="step 3 is past"):
+    with pytest.raises(ValueError, match="step 3 is already done"):
         resume(tmp_path / "run", steps=3, pipe=make("own"))
     with_lora = config(lora=LoraSettings(rank=1, steps=1), steps=1)
     start(with_lora, tmp_path / "lora", pipe=make("own"))

@@ -238,7 +238,7 @@ def test_intervals_are_those_of_the_normal_law_and_repeat() -> None:
 
 @pytest.mark.parametrize("arm", ["attention", "fusedit"])
 def test_arms_without_weights_are_refused(arm: str, bundle: TextToImage, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"arm '{arm}' has no routing weights to take out"):
+    with pytest.raises(ValueError, match=f"arm '{arm}' has no routing weights to ablate"):
         run_ablation(replace(bundle, model=tiny_network(arm)), AblationConfig(), tmp_path)
     with pytest.raises(ValueError, match=r"ablation\.n is 1"):
         AblationConfig(n=1)

@@ -234,7 +234,7 @@ def test_the_next_run_has_another_arm(tmp_path, arm, other):
     fake_evaluation(tmp_path / "evaluation")
     path = write_report(fake_run(tmp_path / "run", arm), tmp_path / "evaluation", tmp_path, TIMINGS)
     page = Page(path.read_text(encoding="utf-8"))
-    assert f"semroute train toy --arm {other} --out runs/{other}\n" in page.section("How to go on").text
+    assert f"semroute train toy --arm {other} --out runs/{other}\n" in page.section("Next steps").text
 
 
 @pytest.mark.parametrize(("arm", "maps"), [("fusedit", 0), ("time", 6)])

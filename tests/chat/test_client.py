@@ -305,7 +305,7 @@ def test_empty_account_stops_at_once(server: ChatServer) -> None:
 def test_no_server() -> None:
     with ChatServer() as gone:
         cfg = config(gone, retries=1)
-    with pytest.raises(ValueError, match=rf"{gone.url}.*no connection.*see that the server runs"):
+    with pytest.raises(ValueError, match=rf"{gone.url}.*no connection.*check that the server runs"):
         all_answers(ChatClient(cfg), [f"nobody {i}" for i in range(20)])
 
 
@@ -335,7 +335,7 @@ def test_the_key_is_told_to_the_server_alone(
 
 
 def test_a_picture_that_cannot_be_asked_about_is_reported(server: ChatServer) -> None:
-    gone = Failure(reason="the image does not open", final=True)
+    gone = Failure(reason="the image cannot be opened", final=True)
     client = ChatClient(config(server))
     answers = all_answers(client, ["good", "bad", *["bad"] * 80], lambda text: gone if text == "bad" else ask(text))
     assert isinstance(answers[0], Answer)
@@ -507,7 +507,7 @@ for item, _ in ChatClient(cfg).run(range(300), lambda i: Question(parts=(f"item 
         ({"base_url": "http://127.0.0.1/v1?key=secret"}, "credentials"),
         ({"base_url": "127.0.0.1:8000"}, "http://127"),
         ({"base_url": "http://127.0.0.1/v1/chat/completions"}, "leave out"),
-        ({"api_key_env": "sk-secret"}, "name the variable"),
+        ({"api_key_env": "sk-secret"}, "give its name"),
         ({"concurrency": 0}, "concurrency"),
         ({"retries": -1}, "retries"),
         ({"timeout": 0.0}, "timeout"),
@@ -524,7 +524,7 @@ def test_wrong_settings(change: dict[str, Any], message: str) -> None:
 
 
 def test_a_model_is_needed() -> None:
-    with pytest.raises(ValueError, match="which model"):
+    with pytest.raises(ValueError, match="give the name of the model"):
         ChatClient(ChatConfig())
 
 
@@ -533,7 +533,7 @@ def test_what_is_missing_is_told_before_any_question(server: ChatServer, monkeyp
     with pytest.raises(ValueError, match="OPENAI_API_KEY") as refused:
         ChatClient(config(server))
     assert "secret" not in str(refused.value)
-    with pytest.raises(ValueError, match="no variable of the name that api_key_env gives") as refused:
+    with pytest.raises(ValueError, match="no variable with the name in api_key_env") as refused:
         ChatClient(config(server, api_key_env="hf_secret"))  # the key in the name's place
     assert "secret" not in str(refused.value)
     monkeypatch.delenv("OPENAI_API_KEY")

@@ -27,7 +27,7 @@ def rows(*likely: tuple[Any, Any], **more: Any) -> dict[str, Any]:
 @pytest.mark.behaviour(
     "Judges and scores",
     when="an OpenAI-compatible server answers with parts, null or an older field instead of a text",
-    then="its text is read; thoughts among the parts or in fields beside it are left out",
+    then="its text is read; reasoning among the parts or in separate fields is left out",
 )
 @pytest.mark.parametrize(
     ("message", "text", "thought"),
@@ -62,8 +62,8 @@ def test_frames_of_a_reply() -> None:
 
 @pytest.mark.behaviour(
     "Judges and scores",
-    when="a server names tokens as its tokenizer does, tells bytes or quotes, or has the older form of logprobs",
-    then="yes and no are found all the same",
+    when="a server returns tokens in its tokenizer's notation, as bytes or in quotes, or the older form of logprobs",
+    then="yes and no are still found",
 )
 @pytest.mark.parametrize(
     "logprobs",

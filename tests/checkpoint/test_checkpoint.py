@@ -96,14 +96,14 @@ def test_a_damaged_checkpoint_is_skipped_and_replaced(
     assert find_checkpoint(run) == whole
     said = capsys.readouterr().err
     assert said.startswith("semroute: ")
-    assert said.endswith(f"; going on from {whole}\n")
+    assert said.endswith(f"; resuming from {whole}\n")
     assert str(folder) in said
     saver = Saver(run, keep=1)
     for step in (7, 12):  # the damaged one, of a later step, does not count as kept
         saver.save(step, *state, {})
         saver.wait()
         assert read_state(find_checkpoint(run))["step"] == step
-    assert capsys.readouterr().err.count("going on from") == 1
+    assert capsys.readouterr().err.count("resuming from") == 1
     assert os.listdir(run / "checkpoints") == ["step-0000012"]
 
 

@@ -45,7 +45,7 @@ def test_a_file_or_an_empty_folder_is_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.behaviour(
     "Surroundings",
-    when="a file or folder would be written over a folder that holds other files",
+    when="a file or folder would replace a folder that holds other files",
     then="one line names the folder, and nothing in it changes",
 )
 @pytest.mark.parametrize("write", [write_folder, lambda path: write_text(path, "new")], ids=["folder", "file"])

@@ -114,18 +114,18 @@ def test_an_exported_pipeline_gives_the_figures_of_its_run(joint_run: Path, tmp_
     assert "lead-3.csv" in one
     assert one == other
     (pipeline / "transformer" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="is no transformer of semroute export"):
+    with pytest.raises(ValueError, match="is not a transformer of semroute export"):
         run_analysis(AnalyzeArguments(models=(pipeline,), out=tmp_path / "again"))
 
 
 def test_bad_arguments_are_refused(tiny_run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to analyse"):
         AnalyzeArguments(models=(), out=tmp_path)
-    with pytest.raises(ValueError, match="at least 2 steps"):
+    with pytest.raises(ValueError, match="steps of at least 2"):
         AnalyzeArguments(models=(tiny_run,), out=tmp_path, steps=(1,))
     with pytest.raises(ValueError, match=r"times must be from 0 \(noise\) to 1 \(data\); give at least one"):
         AnalyzeArguments(models=(tiny_run,), out=tmp_path, times=(0.5, 1.5))
-    with pytest.raises(ValueError, match="guidance has a value twice"):
+    with pytest.raises(ValueError, match="guidance has the same value twice"):
         AnalyzeArguments(models=(tiny_run,), out=tmp_path, guidance=(1.0, 1.0))
-    with pytest.raises(ValueError, match="a model is given twice"):
+    with pytest.raises(ValueError, match="the same model is given twice"):
         run_analysis(AnalyzeArguments(models=(tiny_run, tiny_run), out=tmp_path))

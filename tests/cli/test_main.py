@@ -114,7 +114,7 @@ def test_from_training_to_scores(
     with monkeypatch.context() as patch:
         patch.setattr(training, "start", partial(training.start, on_step=stop))
         assert call("train", "--config", config, "--batch", 2, "--optim.lr", "3e-3", "--out", run) == 128 + 15
-    assert capsys.readouterr().err.endswith(f"go on with: semroute train --resume {run}\n")
+    assert capsys.readouterr().err.endswith(f"resume with: semroute train --resume {run}\n")
     assert call("train", "--resume", run) == 0
     assert capsys.readouterr().out == f"{find_checkpoint(run)}\n"
     state = read_state(find_checkpoint(run))
@@ -230,7 +230,7 @@ BAD = {
     # commands, recipes, arms, settings
     "tarin toy": "unknown command 'tarin'; did you mean 'train'?",
     "xyz": "unknown command 'xyz'; known: quickstart, train",
-    "train": "semroute train needs a recipe first; known: debug, toy, words, small, small-words, paper",
+    "train": "semroute train needs a recipe; known: debug, toy, words, small, small-words, paper",
     "train tooy --out out": "unknown recipe 'tooy'; did you mean 'toy'?",
     "train tooy --help": "unknown recipe 'tooy'; did you mean 'toy'?",
     "train toy --arm detph --out out": "unknown arm 'detph'; did you mean 'depth'?",
@@ -242,7 +242,7 @@ BAD = {
     "train toy --zzzzzzzz 5 --out out": "unknown option --zzzzzzzz; semroute train toy --help lists the options",
     "train toy --steps 5 --steps 6 --out out": "--steps is given twice",
     "train toy --out out --out other": "--out is given twice",
-    "train toy --steps 5": "where should the run be written? give --out",
+    "train toy --steps 5": "give the folder of the new run, such as --out",
     "train toy --out": "Missing value for argument '--out'",
     "train toy --steps --out out": "Missing value for argument '--steps'",
     "train toy --steps five --out out": "Error parsing --steps: invalid literal for int()",
@@ -281,17 +281,17 @@ BAD = {
     "train --resume empty": "no checkpoint at empty: it holds no checkpoints/step-* folder",
     "train --resume foreign": "was not written by semroute train",
     "train --resume narrow": "belongs to another model: ",
-    "train --resume run --batch 9": "--resume takes a run's folder and no settings: they are in its checkpoint; ",
-    "train --resume run --steps 7": "step 7 is past: run/checkpoints/step-0000008 has 8 steps done",
+    "train --resume run --batch 9": "--resume takes the settings from the run's checkpoint: leave them out; ",
+    "train --resume run --steps 7": "step 7 is already done: run/checkpoints/step-0000008 is at step 8",
     "train --resume run --steps many": "many",
-    "train --config good.json --out run": "run already holds a run: go on with `semroute train --resume run`",
+    "train --config good.json --out run": "run already holds a run: resume it with `semroute train --resume run`",
     "sample nowhere --prompt a --out out": "no checkpoint at nowhere",
     "sample foreign --prompt a --out out": "was not written by semroute train",
     "sample narrow --prompt a --out out": "belongs to another model: ",
     "evaluate shapes --model nowhere --out out": "no checkpoint at nowhere",
     "evaluate shapes --model narrow --out out": "belongs to another model: ",
     "evaluate shpaes --model run --out out": "unknown benchmark 'shpaes'; did you mean 'shapes'?",
-    "evaluate": "semroute evaluate needs a benchmark first; known: shapes",
+    "evaluate": "semroute evaluate needs a benchmark; known: shapes",
     "analyze nowhere --out out": "no checkpoint at nowhere",
     "analyze foreign --out out": "was not written by semroute train",
     # prompts

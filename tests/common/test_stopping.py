@@ -22,7 +22,7 @@ def test_each_signal_is_collected_and_its_handler_restored(number: signal.Signal
 
 
 @pytest.mark.behaviour(
-    "Training", when="the program was started under nohup and its terminal closes", then="the run goes on"
+    "Training", when="the program was started under nohup and its terminal closes", then="the run continues"
 )
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU])
 def test_signals_that_were_ignored_stay_ignored(number: signal.Signals) -> None:

@@ -19,7 +19,7 @@ def test_shapes_have_about_the_area_and_known_values():
             assert height % multiple == width % multiple == 0
             assert 0.75 < height * width / size**2 < 1.3
             assert max(height, width) <= 2 * min(height, width)
-    with pytest.raises(ValueError, match="no multiple of 48"):
+    with pytest.raises(ValueError, match="not a multiple of 48"):
         bucket_shapes(256, 48)
 
 

@@ -135,7 +135,7 @@ def test_configurations_survive_json():
     [
         ({"paths": ()}, "paths is empty"),
         ({"paths": ("a", "b"), "weights": (1.0,)}, "1 weights for 2 paths"),
-        ({"paths": ("shapes", "b")}, "endless"),
+        ({"paths": ("shapes", "b")}, "unlimited"),
         ({"buckets": True}, "is square"),
         ({"max_damaged": 1.5}, "must be from 0 to 1"),
         ({"window": 0}, "window is 0"),

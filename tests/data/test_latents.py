@@ -105,8 +105,8 @@ def test_the_folder_is_bounded(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "another", "gone"])
 @pytest.mark.behaviour(
     "Pictures and captions",
-    when="a shard of kept latents is truncated, damaged or deleted",
-    then="a warning names it, its pictures are decoded and encoded again, and another data encode makes them anew",
+    when="a shard of cached latents is truncated, damaged or deleted",
+    then="a warning names it, its images are encoded again, and the next data encode adds them to the folder again",
 )
 def test_damaged_shards_count_as_absent(damage: str, tmp_path: Path) -> None:
     write(tmp_path, range(3))

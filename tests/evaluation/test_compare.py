@@ -184,11 +184,11 @@ def test_too_few_prompts_have_no_interval(tmp_path):
 
 def test_what_is_no_evaluation_or_no_place(runs, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="is no finished evaluation"):
+    with pytest.raises(ValueError, match="is not a finished evaluation"):
         compare(args(runs[0], tmp_path / "empty", out=tmp_path / "x.md"))
     with pytest.raises(ValueError, match=r"a file that ends in \.md, \.csv, \.tex"):
         compare(args(*runs, out=tmp_path / "x.pdf"))
-    with pytest.raises(ValueError, match="called 'B1'; tell them apart with --labels"):
+    with pytest.raises(ValueError, match="called 'B1'; distinguish them with --labels"):
         compare(args(*runs, out=tmp_path / "x.md", labels=("B1", "B1")))
     with pytest.raises(ValueError, match="1 labels for 2 folders"):
         args(*runs, out=tmp_path / "x.md", labels=("B1",))

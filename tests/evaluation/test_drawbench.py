@@ -76,4 +76,4 @@ def test_means_are_over_parsed_answers(tmp_path):
     assert summary["gaps"] == {"unscored coherence": 1, "unscored style": 1}
     table = benchmark.table(summary)
     assert "| Counting | 1.0000 (1) | none (0) | none (0) |" in table
-    assert "In no mean: 1 unscored coherence, 1 unscored style." in table
+    assert "Not in any mean: 1 unscored coherence, 1 unscored style." in table

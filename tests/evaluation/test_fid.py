@@ -130,7 +130,7 @@ def test_fid_and_kid_of_folders(dino, tmp_path):
     assert summary["fid"] == {"value": pytest.approx(frechet_distance(*features), rel=1e-4), "n": 5, "reference_n": 6}
     assert summary["kid"]["subset_size"] == 5
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert "FID from 5 pictures is biased" in table
+    assert "FID from 5 images is biased" in table
     digest = manifest["feature_model"]["sha256"]
     assert digest == model.identity["sha256"]
     assert f"SHA-256 {digest}" in table == (tmp_path / "out" / "table.md").read_text()
@@ -163,8 +163,8 @@ def test_clip_score_is_clips_own_likeness(clip, tmp_path):
 
 @pytest.mark.behaviour(
     "Judges and scores",
-    when="a folder of `evaluate features` holds files of macOS, hidden files, or files that are no pictures",
-    then="they are passed over, and the table says how many of which kind",
+    when="a folder for `evaluate features` holds files of macOS, hidden files, or files that are not images",
+    then="they are skipped, and the table says how many of each kind",
 )
 def test_what_is_passed_over_is_said(dino, tmp_path):
     real, fake = paint(tmp_path / "real", 2), paint(tmp_path / "fake", 3, seed=1)
@@ -181,10 +181,10 @@ def test_what_is_passed_over_is_said(dino, tmp_path):
     args = FeaturesArguments(images=fake, reference=real, feature_model=dino, out=tmp_path / "out", device="cpu")
     table = evaluate_features(args)
     assert "| 3 | 2 |" in table
-    counts = {".jsonl": 1, ".psd": 1, "AppleDouble (._ files of macOS)": 2, "hidden": 2, "links to nothing": 1}
+    counts = {".jsonl": 1, ".psd": 1, "AppleDouble (._ files of macOS)": 2, "hidden": 2, "broken links": 1}
     counts["without a suffix"] = 1
-    assert f"Passed over in {fake}: {', '.join(f'{n} {reason}' for reason, n in counts.items())}.\n" in table
-    assert f"Passed over in {real}" not in table
+    assert f"Skipped in {fake}: {', '.join(f'{n} {reason}' for reason, n in counts.items())}.\n" in table
+    assert f"Skipped in {real}" not in table
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["passed_over"] == {str(real): {}, str(fake): counts}
     assert "| 3 | 3 |" in evaluate_features(replace(args, reference=fake))
@@ -198,7 +198,7 @@ def test_formats(tmp_path, suffix):
 
 @pytest.mark.behaviour(
     "Judges and scores",
-    when="FID is computed from few pictures (fewer than 2,048, or than the model has features)",
+    when="FID is computed from few images (fewer than 2,048, or than the model has features)",
     then="a note says that it is biased and not comparable",
 )
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_few_pictures_are_noted(count, width, enough):
     notes = few_note(count, width)
     assert bool(notes) == bool(enough)
     for note in notes:
-        assert note.startswith(f"FID from {count:,} pictures is biased")
+        assert note.startswith(f"FID from {count:,} images is biased")
         assert f"at least {enough} of each" in note
 
 
@@ -221,15 +221,15 @@ def test_what_cannot_be_computed(dino, tmp_path):
         FeaturesArguments(images=folder, reference=folder)
     with pytest.raises(ValueError, match="subset_size is 1"):
         FeaturesArguments(images=folder, clip="x", subset_size=1)
-    with pytest.raises(ValueError, match="nowhere is no vision model"):
+    with pytest.raises(ValueError, match="nowhere is not a vision model"):
         VisionModel("nowhere", CPU)
-    with pytest.raises(ValueError, match="Dinov2Model, which reads no captions"):
+    with pytest.raises(ValueError, match="Dinov2Model, which cannot encode captions"):
         VisionModel(dino, CPU).caption_cosines([(folder / "0" / "0.png", "a")], 1)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no images"):
         images_below(tmp_path / "empty")
     (tmp_path / "empty" / "._x.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"holds no images .*, but files that are passed over: 1 AppleDouble"):
+    with pytest.raises(ValueError, match=r"holds no images .*, only files that are skipped: 1 AppleDouble"):
         images_below(tmp_path / "empty")
     with pytest.raises(ValueError, match="there is no folder of images"):
         images_below(tmp_path / "nowhere")
@@ -237,7 +237,7 @@ def test_what_cannot_be_computed(dino, tmp_path):
     with pytest.raises(ValueError, match=r"range\.tiff has floating-point pixels"):
         VisionModel(dino, CPU).features([tmp_path / "range.tiff"], 1)
     (folder / "0" / "0.png").write_text("")
-    with pytest.raises(ValueError, match=r"0\.png does not open"):
+    with pytest.raises(ValueError, match=r"0\.png cannot be opened"):
         VisionModel(dino, CPU).features(images_below(folder), 2)
     (tmp_path / "c.jsonl").write_text('{"file": "x.png"}')
     with pytest.raises(ValueError, match=r"c\.jsonl:1 lacks file, or prompt or caption"):

@@ -72,7 +72,7 @@ def test_what_was_not_scored_is_a_gap_and_never_zero():
         ({"00011": 0.5, "00012": 0.5}, "do not match"),
         ({"00001": 0.5, "00006": 0.5}, "4 tagged ids have no score, such as 2, and 1 scored ids no skill"),
         ({}, "no scores"),
-        ({"a baker": 0.5}, "no id of a prompt"),
+        ({"a baker": 0.5}, "not the id of a prompt"),
         ({"1": 0.5, "00001": 0.5}, "two scores"),
     ],
 )
@@ -144,9 +144,9 @@ def test_images_lie_as_the_official_tools_read_them(places, tmp_path):
     ("options", "message"),
     [
         ({"first": 0}, "is not of the same set .* from 0 to 5: 6 of 6|0 to 5"),
-        ({"n": 4}, "lists 1 ids that are no prompts, such as 5"),
+        ({"n": 4}, "lists 1 ids that are not prompts, such as 5"),
         ({"n": 60}, "55 of 60 prompts have no skill"),
-        ({"skills": {"basic": ["1"]}}, "'basic' is no list of whole numbers"),
+        ({"skills": {"basic": ["1"]}}, "'basic' is not a list of whole numbers"),
         ({"skills": [1]}, "not genai_skills.json"),
     ],
 )
@@ -160,7 +160,7 @@ def test_skills_of_another_set_are_refused(places, options, message):
     [
         ('{"tag": "counting", "include": [], "prompt": "a"}\n{"tag": "counting"}\n', "is not JSON"),  # GenEval's
         ('[{"Prompts": "a", "Category": "b"}]', "holds no prompts of GenAI-Bench: entry 1 has no id, prompt"),
-        ('{"a": {"prompt": "b"}}', "'a' is no id"),
+        ('{"a": {"prompt": "b"}}', "'a' is not the id"),
         ('{"00001": "a"}', "entry 1 has no id"),
     ],
 )

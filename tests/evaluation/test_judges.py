@@ -137,8 +137,8 @@ def test_gaps_of_vqascore_have_their_reasons(server: ChatServer, picture: Path) 
 
 @pytest.mark.behaviour(
     "Judges and scores",
-    when="a judge begins with prose or with thoughts, so that yes and no have hardly any probability",
-    then="it gives no VQAScore; a line after its first answers says how to switch thinking off",
+    when="a judge begins with other text or reasoning, so that yes and no have hardly any probability",
+    then="it gives no VQAScore; a line after its first answers says how to turn reasoning off",
 )
 def test_a_judge_that_begins_with_prose_scores_nothing(
     server: ChatServer, picture: Path, capsys: pytest.CaptureFixture[str]
@@ -155,14 +155,16 @@ def test_a_judge_that_begins_with_prose_scores_nothing(
 def test_probabilities_of_thoughts_are_no_vqascore(server: ChatServer, picture: Path) -> None:
     found = findings(VQAJudge(config(server)), tasks(picture, "[[thinks]]", "[[thinking]]", "[[parts]]"))
     assert [finding.scores["vqascore"] for finding in found[:2]] == [None, None]
-    assert {finding.reason for finding in found[:2]} == {"the judge thinks before it answers"}
+    assert {finding.reason for finding in found[:2]} == {"the judge reasons before it answers"}
     p = chat_server.p_yes('Does this figure show "[[parts]]"? Please answer Yes or No.')
     assert found[2].scores == {"vqascore": pytest.approx(p)}  # the first token is that of the text beside the thoughts
 
 
 def test_a_server_without_logprobs_is_refused(server: ChatServer, picture: Path, tmp_path: Path) -> None:
     judge = VQAJudge(config(server, concurrency=2, cache=tmp_path))
-    with pytest.raises(ValueError, match=rf"{server.url} answers without logprobs.*serve the model with them"):
+    with pytest.raises(
+        ValueError, match=rf"{server.url} answers without logprobs.*serve the model with vLLM or SGLang"
+    ):
         findings(judge, tasks(picture, *(f"{number} [[no-logprobs]]" for number in range(100))))
     assert judge.client.usage.requests < 10
     assert not [*tmp_path.rglob("*.json")]
@@ -173,7 +175,7 @@ def test_images_that_do_not_open_are_gaps(server: ChatServer, tmp_path: Path) ->
     for path in (tmp_path / "text.png", tmp_path / "missing.png"):
         for judge in (VQAJudge(config(server)), UnifiedRewardJudge(config(server))):
             (finding,) = findings(judge, tasks(path, "a cat"))
-            assert finding.reason.startswith("the image does not open: ")
+            assert finding.reason.startswith("the image cannot be opened: ")
             assert set(finding.scores.values()) == {None}
 
 
@@ -207,8 +209,8 @@ def test_gaps_of_unified_reward_have_their_reasons(server: ChatServer, picture: 
 
 @pytest.mark.behaviour(
     "Judges and scores",
-    when="a judge quotes numbers while it thinks, or its answer is cut off by its length",
-    then="they are no scores: the image is counted as unscored with the reason, and a line says what to set",
+    when="a judge quotes numbers in its reasoning, or its answer is cut off",
+    then="they do not count as scores: the image is counted as unscored with the reason, and a line says what to set",
 )
 @pytest.mark.parametrize(
     ("fault", "reason", "setting"),
@@ -337,7 +339,7 @@ def test_local_judge_sees_the_picture(tiny_llava: Path, picture: Path, tmp_path:
     (gone,) = findings(judge, tasks(tmp_path / "missing.png", "a red circle"))
     assert seen.scores != white.scores
     assert gone.scores == {"vqascore": None}
-    assert gone.reason.startswith("the image does not open")
+    assert gone.reason.startswith("the image cannot be opened")
 
 
 def test_a_local_judge_that_begins_otherwise_scores_nothing(tiny_llava: Path, picture: Path) -> None:

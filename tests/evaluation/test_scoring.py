@@ -68,7 +68,7 @@ def files(folder: Path) -> dict[str, str]:
 
 @pytest.mark.behaviour(
     "Judges and scores",
-    when="the user keeps files of his own in a folder of scores, also with --rescore",
+    when="a folder of scores holds the user's own files, also with --rescore",
     then="they are never deleted",
 )
 def test_files_of_the_users_stay(tmp_path):
@@ -86,7 +86,7 @@ def test_records_of_no_evaluation_are_not_replaced(tmp_path):
     out.mkdir()
     (out / "records.jsonl").write_text("mine")
     for rescore in (False, True):
-        with pytest.raises(ValueError, match=r"records\.jsonl is there already, and of no evaluation"):
+        with pytest.raises(ValueError, match=r"records\.jsonl already exists and does not belong to an evaluation"):
             evaluate_images(benchmark(), images, out, Redness(), rescore=rescore)
     assert {path.name: path.read_text() for path in out.iterdir()} == {"records.jsonl": "mine"}
 
@@ -146,7 +146,7 @@ def test_gaps_are_counted_and_tried_again(tmp_path):
     assert summary["gaps"] == {"missing": 1, "unreadable": 2, "unscored correct": 1}
     records = read_records(out / "records.jsonl")
     assert [r.gap for r in records] == ["unscored", "missing", "unreadable", "unreadable", "", ""]
-    assert "In no mean: 1 missing, 2 unreadable, 1 unscored correct." in (out / "table.md").read_text()
+    assert "Not in any mean: 1 missing, 2 unreadable, 1 unscored correct." in (out / "table.md").read_text()
     paint(images)
     seeing = Redness()
     assert evaluate_images(benchmark(), images, out, seeing)["gaps"] == {}
@@ -155,10 +155,10 @@ def test_gaps_are_counted_and_tried_again(tmp_path):
 
 @pytest.mark.behaviour(
     "Judges and scores",
-    when="not one image of an evaluation could be scored",
-    then="exit code 2 and the first reason; no results are written, and a mended judge goes on in the same folder",
+    when="no image of an evaluation could be scored",
+    then="exit code 2 and the first reason; no results are written, and after the fix the same folder can be used",
 )
-@pytest.mark.parametrize(("harm", "reason"), [("blind", "seen"), ("damaged", "does not open"), ("both", "seen")])
+@pytest.mark.parametrize(("harm", "reason"), [("blind", "seen"), ("damaged", "cannot be opened"), ("both", "seen")])
 def test_an_evaluation_that_scored_nothing_fails(tmp_path, harm, reason):
     images, out = paint(tmp_path / "images"), tmp_path / "out"
     if harm != "blind":
@@ -176,7 +176,9 @@ def test_an_evaluation_that_scored_nothing_fails(tmp_path, harm, reason):
 
 def test_reasons_of_what_is_not_scored_stand_below_the_table(tmp_path):
     evaluate_images(benchmark(), paint(tmp_path / "images"), tmp_path / "out", Redness(blind=frozenset({0, 4})))
-    assert "In no mean: 2 unscored correct.\n\nNot scored: 2 seen.\n" in (tmp_path / "out" / "table.md").read_text()
+    assert (
+        "Not in any mean: 2 unscored correct.\n\nNot scored: 2 seen.\n" in (tmp_path / "out" / "table.md").read_text()
+    )
 
 
 def test_a_folder_half_scored_by_another_is_refused_unless_told(tmp_path):

@@ -149,7 +149,7 @@ def test_other_weights_and_images_of_unknown_origin_are_refused(painter, tmp_pat
     with pytest.raises(ValueError, match="damaged"):
         evaluate_shapes(painter, tmp_path, n=N, seed=SEED, cfg=CFG)
     (tmp_path / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="is there already, and of no evaluation"):
+    with pytest.raises(ValueError, match="already exists and does not belong to an evaluation"):
         evaluate_shapes(painter, tmp_path, n=N, seed=SEED, cfg=CFG)
     (tmp_path / "records.jsonl").unlink()
     with pytest.raises(ValueError, match="holds other images"):

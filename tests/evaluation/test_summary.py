@@ -110,7 +110,7 @@ def test_what_was_not_scored_is_counted_and_in_no_mean():
     assert summary["accuracy"] == {"overall": 0.5, "counting": 0.5}
     assert summary["n"]["overall"] == 2
     assert summary["gaps"] == {"missing": 1, "unscored correct": 1}
-    assert "In no mean: 1 missing, 1 unscored correct." in markdown_table(summary)
+    assert "Not in any mean: 1 missing, 1 unscored correct." in markdown_table(summary)
     assert by_tag([missing])["accuracy"] == {}
     partly = record("counting", None, scores={"style": 3.0, "alignment": None})
     assert gaps([partly], ["style", "alignment"]) == {"unscored alignment": 1}

@@ -47,7 +47,7 @@ def test_components_that_do_not_fit_are_refused(pipe: SemanticRoutingPipeline, m
 @pytest.mark.behaviour(
     "diffusers",
     when="a pipeline is built from another's components, `SemanticRoutingPipeline(**pipe.components)`",
-    then="it samples the same pictures: size, null prompt, text settings and precision are in the transformer's config",
+    then="it samples the same images: size, null prompt, text settings and precision are in the transformer's config",
 )
 @pytest.mark.parametrize("latent", [False, True])
 def test_a_pipeline_of_anothers_components_samples_the_same(make_bundle: MakeBundle, latent: bool) -> None:

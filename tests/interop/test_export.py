@@ -78,7 +78,7 @@ def test_diffusers_alone_opens_the_folder(tiny_run: Path, tmp_path: Path, monkey
 @pytest.mark.behaviour(
     "diffusers",
     when="a pipeline was exported before its files named the package and the transformer's config held its facts",
-    then="it loads and samples the same pictures",
+    then="it loads and samples the same images",
 )
 def test_files_name_the_package_and_old_ones_load(tiny_run: Path, tmp_path: Path) -> None:
     folder = export(ExportArguments(model=tiny_run, out=tmp_path / "pipe"))

@@ -97,7 +97,7 @@ def test_sigmas_and_timesteps_set_the_schedule(pipe: SemanticRoutingPipeline) ->
         ({"sigmas": [0.5, 0.8]}, "sigmas must decrease from at most 1"),
         ({"sigmas": [0.8, 0.8]}, "sigmas must decrease from at most 1"),
         ({"timesteps": [2000, 3]}, "timesteps must decrease from at most 1000"),
-        ({"sigmas": [1.0], "timesteps": [1000]}, "both set the schedule"),
+        ({"sigmas": [1.0], "timesteps": [1000]}, "give either sigmas or timesteps"),
     ):
         with pytest.raises(ValueError, match=message):
             draw(pipe, **options)

@@ -133,7 +133,7 @@ def test_a_bfloat16_pipeline_keeps_its_router_in_float32(make_bundle: MakeBundle
 @pytest.mark.behaviour(
     "diffusers",
     when="one pipeline without transformer encodes prompts, and one without text encoder samples them",
-    then="the pictures are bitwise those of a complete pipeline",
+    then="the images are bitwise those of a complete pipeline",
 )
 @pytest.mark.parametrize("arm", ["depth", "joint", "fusedit"])
 def test_prompts_can_be_encoded_in_another_pipeline(make_bundle: MakeBundle, tmp_path: Path, arm: str) -> None:
@@ -147,7 +147,7 @@ def test_prompts_can_be_encoded_in_another_pipeline(make_bundle: MakeBundle, tmp
     options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "latents": noise, "output_type": "latent"}
     for other in (pipe, drawer):
         assert torch.equal(other(**embeds, **options).images, expected)
-    with pytest.raises(ValueError, match="has no text encoder and tokenizer to read prompts: give prompt_embeds"):
+    with pytest.raises(ValueError, match="has no text encoder and tokenizer to encode prompts: give prompt_embeds"):
         draw(drawer)
     with pytest.raises(ValueError, match=r"give negative_prompt_embeds, the result of encode_prompt\('gray'\)"):
         drawer(prompt_embeds=embeds["prompt_embeds"])
@@ -167,7 +167,7 @@ def test_embeddings_that_do_not_fit_are_refused(pipe: SemanticRoutingPipeline) -
         ({"prompt_embeds": narrow}, "prompt_embeds has 2 layers of width 32, but this transformer reads 2 layers of"),
         ({"prompt_embeds": replace(good, mask=good.mask & False)}, "True on at least one token of every prompt"),
         ({"prompt_embeds": replace(good, hidden=good.hidden * torch.nan)}, "not finite"),
-        ({"prompt": "a", "prompt_embeds": good}, "exclude each other"),
+        ({"prompt": "a", "prompt_embeds": good}, "give either prompt or prompt_embeds"),
         ({"prompt": ["a"] * 3, "negative_prompt_embeds": pipe.encode_prompt(["b"] * 2)}, "2 prompts; expected 1 or 3"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -177,14 +177,14 @@ def test_embeddings_that_do_not_fit_are_refused(pipe: SemanticRoutingPipeline) -
 @pytest.mark.behaviour(
     "diffusers",
     when="weights, noise or a LoRA hold NaN",
-    then="the call raises an error instead of returning a black picture",
+    then="the call raises an error instead of returning a black image",
 )
 def test_pictures_that_are_not_finite_are_an_error(pipe: SemanticRoutingPipeline) -> None:
     with pytest.raises(ValueError, match="NaN or infinite"):
         draw(pipe, latents=torch.full((2, 3, 16, 16), torch.inf))
     pipe.transformer.backbone.proj_out.weight.data[0] = torch.nan
     for kind in ("latent", "pil"):
-        with pytest.raises(ValueError, match="the pictures came out as NaN or infinite"):
+        with pytest.raises(ValueError, match="the images are NaN or infinite"):
             draw(pipe, output_type=kind)
 
 
@@ -194,5 +194,5 @@ def test_a_vae_that_overflows_is_an_error(make_bundle: MakeBundle, value: float)
     latent.vae.decoder.conv_out.bias.data[0] = value
     assert draw(latent, output_type="latent").isfinite().all()
     for kind in ("pil", "np", "pt"):
-        with pytest.raises(NotFiniteError, match=r"the pictures came out as NaN or infinite: .* the VAE's"):
+        with pytest.raises(NotFiniteError, match=r"the images are NaN or infinite: .* the VAE's"):
             draw(latent, output_type=kind)

@@ -105,7 +105,7 @@ def test_numbers_of_any_type_are_accepted(pipe: SemanticRoutingPipeline) -> None
 @pytest.mark.behaviour(
     "diffusers",
     when="`guidance_scale` is 1 or less",
-    then="the picture is sampled without guidance, as in every diffusers pipeline",
+    then="the image is sampled without guidance, as in every diffusers pipeline",
 )
 def test_a_guidance_scale_of_one_or_less_is_no_guidance(pipe: SemanticRoutingPipeline) -> None:
     plain = draw(pipe, guidance_scale=1.0)
@@ -194,7 +194,7 @@ def test_a_callback_replaces_prompts_and_sigmas(make_bundle: MakeBundle) -> None
         (None, "returned None; expected the dictionary"),
         ({"latents": torch.zeros(1)}, r"latents have the shape \(1,\)"),
         ({"prompt_embeds": torch.zeros(2)}, "prompt_embeds is a Tensor; expected what encode_prompt returns"),
-        ({"latents": torch.full((2, 3, 16, 16), torch.nan)}, "the pictures came out as NaN or infinite"),
+        ({"latents": torch.full((2, 3, 16, 16), torch.nan)}, "the images are NaN or infinite"),
     ],
 )
 def test_wrong_results_of_callbacks_are_refused(pipe: SemanticRoutingPipeline, back: Any, message: str) -> None:

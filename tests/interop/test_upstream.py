@@ -97,7 +97,7 @@ def test_the_language_model_is_not_in_the_state_dict() -> None:
     bare = {name.removeprefix("dit."): x for name, x in weights.items() if name.startswith("dit.")}
     alone = from_upstream(bare, CONFIG, "fusedit")
     assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), model.parameters(), strict=True))
-    with pytest.raises(ValueError, match="came without its language model: convert a checkpoint"):
+    with pytest.raises(ValueError, match="has no language model: convert a checkpoint"):
         upstream_forward(alone, **random_inputs(CONFIG, "fusedit", 4, 4))
 
 

@@ -255,7 +255,7 @@ def test_other_kinds_of_vae_are_refused(copy: Path, change: dict[str, Any], mess
 
 
 def test_a_vae_of_other_channels_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="reads 4 channels and draws 3; use one of RGB images"):
+    with pytest.raises(ValueError, match="reads 4 channels and writes 3; use one for RGB images"):
         VAECodec(tiny_vae(in_channels=4))
 
 

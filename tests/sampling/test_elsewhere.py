@@ -33,7 +33,9 @@ from semantic_routing.training.loop import start
 CPU = torch.device("cpu")
 
 
-@pytest.mark.behaviour("Sampling", when="an option has the name that another program uses", then="the error names ours")
+@pytest.mark.behaviour(
+    "Sampling", when="an option has the name that it has in another program", then="the error gives its name here"
+)
 @pytest.mark.parametrize(
     ("command", "typed", "ours"),
     [
@@ -98,7 +100,7 @@ def test_settings_are_finite_numbers(
 
 @pytest.mark.behaviour(
     "Judges and scores",
-    when="a sampled picture is NaN or infinite",
+    when="a sampled image is NaN or infinite",
     then="the evaluation stops with an error, and nothing is scored",
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -113,7 +115,7 @@ def test_pictures_that_are_not_finite_are_not_scored(tiny_run: Path, tmp_path: P
 @pytest.mark.behaviour(
     "Training",
     when="a preview is NaN or infinite",
-    then="a line names prompt and step, no picture is written, and the run goes on",
+    then="a line names prompt and step, no image is written, and the run continues",
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_previews_that_are_not_finite_do_not_stop_a_run(
@@ -153,9 +155,7 @@ def test_a_pipeline_samples_the_images_of_its_run(
     np.testing.assert_array_equal(first, np.asarray(own.images[0]))
 
 
-@pytest.mark.behaviour(
-    "Surroundings", when="--device names a device that is not there", then="it is refused in one line"
-)
+@pytest.mark.behaviour("Surroundings", when="--device names a device that does not exist", then="one line says so")
 @pytest.mark.parametrize("name", ["mps", "xpu", "meta", "cuda:9", "cpu:1", "nonsense"])
 def test_devices_that_are_not_there_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="device"):
@@ -174,7 +174,7 @@ def test_settings_of_sampling_are_finite(wrong: dict[str, float]) -> None:
 
 @pytest.mark.behaviour(
     "Sampling",
-    when="a picture is NaN or infinite",
+    when="an image is NaN or infinite",
     then="the error names prompt and step, and no file is written",
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -190,7 +190,7 @@ def test_a_picture_that_is_not_finite_is_an_error(tiny_run: Path, value: float) 
 @pytest.mark.behaviour(
     "Sampling",
     when="--height, --width or --negative-prompt is given",
-    then="images follow it, and the manifest records it",
+    then="images have that size or avoid that prompt, and the manifest records it",
 )
 def test_size_and_negative_prompt_are_part_of_the_request(tiny_run: Path, tmp_path: Path) -> None:
     asked = SampleArguments(model=tiny_run, out=tmp_path / "a", prompt=("a star",), device="cpu", height=16,
@@ -206,7 +206,7 @@ def test_size_and_negative_prompt_are_part_of_the_request(tiny_run: Path, tmp_pa
 
 
 @pytest.mark.behaviour(
-    "Surroundings", when="weights and other files are written", then="the umask decides who can read them"
+    "Surroundings", when="weights and other files are written", then="their permissions follow the umask"
 )
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
 def test_files_follow_the_umask(tmp_path: Path, mask: int, mode: int) -> None:

@@ -93,7 +93,7 @@ def test_a_clock_changes_the_gate_time_and_nothing_else(
 
 @pytest.mark.parametrize("arm", ["depth", "joint-state", "fusedit"])
 def test_a_clock_for_routing_without_one_is_refused(bundles: dict[str, TextToImage], arm: str) -> None:
-    with pytest.raises(ValueError, match=f"the routing of arm {arm} has no clock"):
+    with pytest.raises(ValueError, match=f"the routing of arm {arm} takes no clock"):
         final(bundles[arm], PROMPTS[:1], [(0, 0)], replace(CFG, clock="shifted"))
 
 

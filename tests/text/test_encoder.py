@@ -459,7 +459,7 @@ def test_missing_and_broken_weights(folder: Path) -> None:
         load(folder)
     assert load(folder, layers="1..2").encode([PROMPT]).hidden.shape[-1] == len(dropped[0])
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="no whole safetensors weights"):
+    with pytest.raises(ValueError, match="no complete safetensors weights"):
         load(folder)
 
 
@@ -503,8 +503,8 @@ def test_no_tokenizer(build: Callable[[], nn.Module], tmp_path: Path) -> None:
 
 @pytest.mark.behaviour(
     "Text encoders",
-    when="max_tokens is above the positions that the language model has learned",
-    then="loading refuses it and names both numbers",
+    when="max_tokens is above the number of positions that the language model has learned",
+    then="loading stops with an error that names both numbers",
 )
 def test_more_tokens_than_positions(tmp_path: Path) -> None:
     sizes = {"vocab_size": 16, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 8}
@@ -516,8 +516,8 @@ def test_more_tokens_than_positions(tmp_path: Path) -> None:
 
 @pytest.mark.behaviour(
     "Text encoders",
-    when="several threads read prompts with one text encoder",
-    then="each gets what it gets alone, bit for bit",
+    when="several threads encode prompts with one text encoder",
+    then="each gets the same result as alone, bit for bit",
 )
 def test_threads_share_an_encoder(folder: Path) -> None:
     encoder = load(folder)

@@ -168,8 +168,8 @@ def refusal(path: Path | str) -> str:
 
 @pytest.mark.behaviour(
     "Text encoders",
-    when="a GGUF file is truncated, none, without a tokenizer or of an unknown architecture",
-    then="loading refuses it in one line that says which",
+    when="a GGUF file is truncated, invalid, without a tokenizer or of an unknown architecture",
+    then="loading stops with one line that says which",
 )
 def test_files_that_cannot_be_read(file: Path, tmp_path: Path) -> None:
     whole = file.read_bytes()
@@ -197,7 +197,7 @@ def test_a_file_that_lacks_a_tensor(file: Path) -> None:
 @pytest.mark.behaviour(
     "Text encoders",
     when="a folder holds several GGUF files",
-    then="loading asks to name one of them",
+    then="the error asks to name one of them",
 )
 def test_several_files_in_a_folder(file: Path) -> None:
     shutil.copy(file, file.with_name("other.gguf"))
@@ -222,7 +222,7 @@ def test_a_folder_with_safetensors_is_not_a_gguf_model(file: Path) -> None:
 @pytest.mark.behaviour(
     "Text encoders",
     when="a run on a GGUF file is exported, or resumed after the file changed",
-    then="the pipeline holds dense safetensors; the resumption is refused as for any other language model",
+    then="the pipeline holds dense safetensors; resuming is refused as for any other changed language model",
 )
 def test_a_run_is_exported_and_knows_its_file(
     file: Path, tiny_config: Callable[..., TrainConfig], tmp_path: Path
@@ -241,5 +241,5 @@ def test_a_run_is_exported_and_knows_its_file(
         next(model.parameters()).mul_(2)
     file.unlink()
     write(file, model)
-    with pytest.raises(ValueError, match="the text encoder is another"):
+    with pytest.raises(ValueError, match="the text encoder is a different one"):
         resume(out, steps=3)

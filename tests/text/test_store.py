@@ -59,8 +59,8 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("with_kv", [False, True])
 @pytest.mark.behaviour(
     "Text encoders",
-    when="states of prompts are kept in memory or on disk",
-    then="features are the same, to the bit, as without, in whatever batch the prompts come",
+    when="hidden states of prompts are cached in memory or on disk",
+    then="features are bitwise the same as without the cache, in any batch",
 )
 def test_kept_states_are_the_models_own(dtype: str, with_kv: bool, folder: Path, tmp_path: Path) -> None:
     plain = load(folder, dtype=dtype, keep="0")
@@ -149,7 +149,7 @@ def test_sizes_in_bytes() -> None:
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "another"])
 @pytest.mark.behaviour(
     "Text encoders",
-    when="a file of kept states is truncated or damaged",
+    when="a file of cached hidden states is truncated or damaged",
     then="a warning names it, and its prompt is encoded again",
 )
 def test_damaged_files_are_encoded_again(damage: str, folder: Path, tmp_path: Path) -> None:
@@ -171,13 +171,13 @@ def test_damaged_files_are_encoded_again(damage: str, folder: Path, tmp_path: Pa
 
 @pytest.mark.behaviour(
     "Text encoders",
-    when="the folder of kept states has text.keep_on_disk_bytes, or cannot be written any more",
-    then="one warning says so, nothing is added, and the run goes on",
+    when="the folder of cached states has reached text.keep_on_disk_bytes, or can no longer be written",
+    then="one warning says so, nothing is added, and the run continues",
 )
 def test_a_full_folder(folder: Path, tmp_path: Path) -> None:
     settings = {"keep": "0", "keep_on_disk": str(tmp_path / "states")}
     encoder = load(folder, **settings, keep_on_disk_bytes="4kB")
-    with pytest.warns(UserWarning, match="as many as text.keep_on_disk_bytes allows; no more are kept") as caught:
+    with pytest.warns(UserWarning, match="as many as text.keep_on_disk_bytes allows; no more are cached") as caught:
         encoder.encode(["red " * n for n in range(1, 12)])
     assert len(caught) == 1
     kept = list((tmp_path / "states").rglob("*.safetensors"))
@@ -187,7 +187,7 @@ def test_a_full_folder(folder: Path, tmp_path: Path) -> None:
         load(folder, keep_on_disk=str(folder / "config.json"))
     disk = DiskStates(tmp_path / "gone", 10**6)
     (tmp_path / "gone").write_text("a file")
-    with pytest.warns(UserWarning, match="cannot write .*; no more are kept there"):
+    with pytest.warns(UserWarning, match="cannot write .*; no more are cached there"):
         disk.put("abc", states(1.0))
     disk.put("abd", states(1.0))
 
@@ -234,8 +234,8 @@ def fill(folder: Path, states: Path, how: str) -> subprocess.Popen[str]:
 
 @pytest.mark.behaviour(
     "Text encoders",
-    when="several processes fill one folder of kept states",
-    then="each prompt is there once and whole",
+    when="several processes fill one folder of cached hidden states",
+    then="each prompt is there once and complete",
 )
 def test_two_processes_fill_one_folder(folder: Path, tmp_path: Path) -> None:
     with fill(folder, tmp_path / "states", "once") as one, fill(folder, tmp_path / "states", "once") as other:
@@ -253,8 +253,8 @@ def test_two_processes_fill_one_folder(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.behaviour(
     "Text encoders",
-    when="a process is killed while it writes kept states",
-    then="what it wrote is whole or absent, and others go on",
+    when="a process is killed while it writes cached hidden states",
+    then="each file is complete or absent, and other processes continue",
 )
 def test_killed_while_writing(folder: Path, tmp_path: Path) -> None:
     plain = load(folder, keep="0")

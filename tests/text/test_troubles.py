@@ -42,8 +42,8 @@ def test_the_table_of_architectures() -> None:
 )
 @pytest.mark.behaviour(
     "Text encoders",
-    when="a chat template wants a list of parts, or a system's message first",
-    then="prompts are written in that form",
+    when="a chat template expects a list of parts, or a system message first",
+    then="prompts are passed in that form",
 )
 def test_chat_templates_that_want_another_form(template: str, tmp_path: Path) -> None:
     save(tmp_path, qwen3, chat_template=template)
@@ -63,8 +63,8 @@ def test_chat_templates_that_want_another_form(template: str, tmp_path: Path) ->
 )
 @pytest.mark.behaviour(
     "Text encoders",
-    when="a chat template raises, or leaves out or changes a prompt",
-    then="it is refused in one line that says to set chat_template=False",
+    when="a chat template raises an error, or leaves out or changes a prompt",
+    then="one line says to set chat_template=False",
 )
 def test_chat_templates_that_lose_the_prompt(template: str, tmp_path: Path) -> None:
     save(tmp_path, qwen3, chat_template=template)
@@ -75,8 +75,8 @@ def test_chat_templates_that_lose_the_prompt(template: str, tmp_path: Path) -> N
 
 @pytest.mark.behaviour(
     "Text encoders",
-    when="prefix or chat template fill max_tokens so that nothing of a prompt is left",
-    then="the prompt is refused; where some of it is left, a warning says how much was cut",
+    when="prefix or chat template take up all of max_tokens, so that nothing of a prompt is left",
+    then="the prompt is refused; if some of it is left, a warning says how much was cut",
 )
 def test_a_prompt_behind_a_long_prefix(tmp_path: Path) -> None:
     save(tmp_path, qwen3, chat_template="user the {{ messages[0].content }}")
@@ -91,15 +91,15 @@ def test_a_prompt_behind_a_long_prefix(tmp_path: Path) -> None:
 @pytest.mark.parametrize("prompt", ["zzz", "yes no", "!"])
 @pytest.mark.behaviour(
     "Text encoders",
-    when="the tokenizer knows nothing of a prompt",
+    when="the tokenizer recognises nothing in a prompt",
     then="the prompt is refused and quoted; among training's captions that is a warning",
 )
 def test_unknown_prompts(prompt: str, tmp_path: Path) -> None:
     save(tmp_path, qwen3)
     encoder = load(tmp_path)
-    with pytest.raises(ValueError, match=f"knows nothing of '{prompt}'"):
+    with pytest.raises(ValueError, match=f"recognises nothing in '{prompt}'"):
         encoder.encode(["a red circle", prompt])
-    with pytest.warns(UserWarning, match=f"knows nothing of '{prompt}'"):
+    with pytest.warns(UserWarning, match=f"recognises nothing in '{prompt}'"):
         encoder.encode(["a red circle", prompt], strict=False)
 
 
@@ -118,7 +118,7 @@ def test_unknown_prompts(prompt: str, tmp_path: Path) -> None:
 @pytest.mark.behaviour(
     "Text encoders",
     when="a language model was saved quantised and the library for it is missing",
-    then="loading refuses it in one line that names the method and what to install",
+    then="one line names the method and what to install",
 )
 def test_quantised(method: str, library: str, settings: dict[str, object], tmp_path: Path) -> None:
     save(tmp_path, qwen3)
@@ -133,14 +133,14 @@ def test_quantised(method: str, library: str, settings: dict[str, object], tmp_p
 @pytest.mark.behaviour(
     "Text encoders",
     when="a tokenizer has more tokens than the language model has embeddings",
-    then="loading refuses it and names both numbers",
+    then="loading stops with an error that names both numbers",
 )
 def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
     save(tmp_path, qwen3)
     other = tokenizer()
     other.add_tokens(["green"])
     other.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has tokens up to 14, but its model embeds 14"):
+    with pytest.raises(ValueError, match="has tokens up to 14, but its model has 14 embeddings"):
         load(tmp_path)
 
 
@@ -152,7 +152,7 @@ def test_special_tokens_that_no_prompt_holds_may_lie_beyond_the_embeddings(tmp_p
     other.save_pretrained(tmp_path)
     encoder = load(tmp_path)
     assert torch.equal(encoder.encode(["red circle", "red"]).hidden, expected)
-    with pytest.raises(ValueError, match=r"gives 1[45], but its model embeds 14"):
+    with pytest.raises(ValueError, match=r"gives token 1[45], but its model has 14 embeddings"):
         encoder.encode(["red <image>"])
 
 

@@ -97,8 +97,8 @@ def encode_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.behaviour(
     "Training",
-    when="codec.keep_on_disk keeps the VAE's latents of all pictures, or of some, and the run is stopped and resumed",
-    then="weights and losses are the same, to the bit, as without",
+    when="codec.keep_on_disk has the latents of all images, or of some, and the run is stopped and resumed",
+    then="weights and losses are bitwise the same as without",
 )
 def test_weights_are_the_same_with_kept_latents(dtype: str, latent_config: Make, tmp_path: Path) -> None:
     cfg = latent_config(dtype, validation=ValidationConfig(every=4, samples=4, batch=2))
@@ -119,8 +119,8 @@ def test_weights_are_the_same_with_kept_latents(dtype: str, latent_config: Make,
 @pytest.mark.parametrize("how", ["squares", "buckets", "mirrored", "workers"])
 @pytest.mark.behaviour(
     "Pictures and captions",
-    when="semroute data encode --latents has encoded a run's pictures into codec.keep_on_disk",
-    then="training and validation encode none with the VAE, cropped to buckets and mirrored ones included",
+    when="semroute data encode --latents has encoded a run's images into codec.keep_on_disk",
+    then="training and validation encode none of them, including those cropped to buckets or mirrored",
 )
 def test_a_run_whose_pictures_are_encoded_encodes_none(
     how: str, latent_config: Make, photos: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -151,8 +151,8 @@ def test_pictures_with_kept_latents_are_not_decoded(latent_config: Make, photos:
 
 @pytest.mark.behaviour(
     "Training",
-    when="several processes train with latents that several processes have kept",
-    then="weights are the same, to the bit, as without",
+    when="several processes train with latents that several processes have cached",
+    then="weights are bitwise the same as without",
 )
 def test_two_processes(latent_config: Make, photos: DataConfig, tmp_path: Path) -> None:
     cfg = latent_config(data=photos)
@@ -202,7 +202,7 @@ def test_what_is_there_is_not_encoded_again(
 @pytest.mark.behaviour(
     "Pictures and captions",
     when="semroute data encode --latents is stopped by Ctrl-C",
-    then="what it has encoded is kept whole, and the next one encodes the rest",
+    then="complete latents are kept, and the next call encodes the rest",
 )
 def test_ctrl_c_keeps_what_is_encoded(
     latent_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -236,8 +236,8 @@ def fails(capsys: pytest.CaptureFixture[str], act: Callable[[], object]) -> str:
 
 @pytest.mark.behaviour(
     "Pictures and captions",
-    when="the folder of kept latents holds those of another VAE, or of the VAE in another floating-point type",
-    then="encoding and training are refused before they begin, and the message names what differs",
+    when="the folder of cached latents belongs to another VAE, or to the VAE in another dtype",
+    then="encoding and training stop before they begin, with a message that names the difference",
 )
 def test_latents_of_another_vae_are_refused(
     latent_config: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -258,7 +258,7 @@ def test_latents_of_another_vae_are_refused(
             start(keeping(wrong, latents), tmp_path / "run")
     assert sorted(latents.iterdir()) == before
     (latents / FACTS).unlink()
-    assert "is no folder of latents" in fails(capsys, lambda: encode(cfg, latents))
+    assert "is not a folder of latents" in fails(capsys, lambda: encode(cfg, latents))
     (latents / FACTS).write_text("[]")
     assert "is damaged: delete the folder" in fails(capsys, lambda: encode(cfg, latents))
 
@@ -276,13 +276,13 @@ def test_latents_of_another_processor_are_used_with_a_message(
         f"were made with torch '1.0' and not '{torch.__version__}': they differ by rounding" in capsys.readouterr().err
     )
     start(keeping(cfg, tmp_path / "none"), tmp_path / "other")
-    assert f"no latents are kept in {tmp_path / 'none'}: semroute data encode --latents" in capsys.readouterr().err
+    assert f"there are no latents in {tmp_path / 'none'}: semroute data encode --latents" in capsys.readouterr().err
 
 
 @pytest.mark.behaviour(
     "Pictures and captions",
     when="latents would be larger than codec.keep_on_disk_bytes, or the disk is full",
-    then="encoding ends with exit code 2 and the reason; latents that are whole stay and are used",
+    then="encoding ends with exit code 2 and the reason; complete latents stay and are used",
 )
 def test_a_full_folder(
     latent_config: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -345,8 +345,8 @@ def test_wrong_arguments(latent_config: Make, tmp_path: Path, capsys: pytest.Cap
     def run_encode(*args: str) -> str:
         return fails(capsys, lambda: main(["data", "encode", *args]))
 
-    assert "the run learns pixels" in run_encode("debug", "--latents", "--keep-on-disk", str(tmp_path / "x"))
-    assert "--text is the encoder of captions" in run_encode("debug", "--latents", "--text", "smollm2")
+    assert "the run trains on pixels" in run_encode("debug", "--latents", "--keep-on-disk", str(tmp_path / "x"))
+    assert "--text is the encoder of the captions" in run_encode("debug", "--latents", "--text", "smollm2")
     write(latent_config(steps=1), tmp_path / "cfg.json")
     assert "give --keep-on-disk, and train with --codec.keep-on-disk" in run_encode(
         str(tmp_path / "cfg.json"), "--latents"

@@ -38,8 +38,8 @@ def keeping(cfg: TrainConfig, memory: str, disk: Path | None = None) -> TrainCon
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.behaviour(
     "Training",
-    when="text.keep or text.keep_on_disk keeps the states of captions, and the run is stopped and resumed",
-    then="weights and losses are the same, to the bit, as without",
+    when="text.keep or text.keep_on_disk caches the states of captions, and the run is stopped and resumed",
+    then="weights and losses are bitwise the same as without",
 )
 def test_weights_are_the_same_with_kept_states(arm: str, dtype: str, tiny_config: Make, tmp_path: Path) -> None:
     cfg = tiny_config(arm, log_every=1, precision="bf16" if dtype == "bfloat16" else "fp32")
@@ -76,8 +76,8 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("how", ["config", "run"])
 @pytest.mark.behaviour(
     "Pictures and captions",
-    when="semroute data encode has read a run's captions into text.keep_on_disk",
-    then="training, validation, previews and sampling of that run read none with the language model",
+    when="semroute data encode has encoded a run's captions into text.keep_on_disk",
+    then="training, validation, previews and sampling of that run encode none of them again",
 )
 def test_a_run_whose_captions_are_encoded_reads_none(
     how: str, tiny_config: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -67,7 +67,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.behaviour(
     "Training",
     when="a finished run is resumed with --steps N",
-    then="it trains on to step N, bitwise as a run of N steps where the learning rate does not depend on the end",
+    then="it trains up to step N, bitwise like a run of N steps if the learning rate does not depend on the end",
 )
 @pytest.mark.parametrize("optim", [OptimConfig(lr=1e-2), OptimConfig(name="muon", lr=1e-2, muon_lr=0.02, warmup=3)])
 def test_a_run_that_is_extended_is_one_that_was_longer(tiny_config: Make, tmp_path: Path, optim: OptimConfig) -> None:
@@ -104,7 +104,7 @@ def test_a_schedule_that_depends_on_the_end_is_told(
 @pytest.mark.behaviour(
     "Training",
     when="a run is resumed after its config.json was edited",
-    then="another number of steps is heeded, and of every other setting it is told that the checkpoint's counts",
+    then="a changed number of steps is used, and a message says that all other edits are ignored",
 )
 def test_an_edited_configuration_is_noticed(
     tiny_config: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -114,12 +114,15 @@ def test_an_edited_configuration_is_noticed(
     path = run / "config.json"
     config = json.loads(path.read_text())
     for change, words in (
-        ({"batch": 8}, "config.json was edited, which is ignored for batch: "),
-        ({"optim": config["optim"] | {"lr": 1.0}}, "config.json was edited, which is ignored for optim.lr: "),
-        ({"steps": 1}, "config.json says 1 steps: ignored, because step 2 is done; the run goes on to step 2"),
+        ({"batch": 8}, "config.json was edited; the edits of batch are ignored, "),
+        ({"optim": config["optim"] | {"lr": 1.0}}, "config.json was edited; the edits of optim.lr are ignored, "),
+        (
+            {"steps": 1},
+            "config.json says 1 steps: ignored, because step 2 is already done; the run continues to step 2",
+        ),
         (
             {"btach": 8},
-            "config.json is ignored, because the checkpoint has the run's settings: unknown setting ",
+            "config.json is ignored, because a run takes its settings from its checkpoint: unknown setting ",
         ),
     ):
         path.write_text(json.dumps(config | change))
@@ -131,7 +134,7 @@ def test_an_edited_configuration_is_noticed(
     assert "config.json is not JSON" in said(capsys)
     path.write_text(json.dumps(config | {"steps": 4}))
     resume(run)
-    assert "config.json says 4 steps: the run goes on to there instead of to step 2" in said(capsys)
+    assert "config.json says 4 steps: the run continues to that step instead of step 2" in said(capsys)
     assert read_state(find_checkpoint(run))["step"] == 4
     resume(run)
     assert said(capsys) == ""
@@ -143,7 +146,7 @@ def test_what_resuming_takes_is_said_where_something_else_is_given(
     for wrong in (["--optim.lr", "1"], ["--out", "x"], ["--batch=8", "--steps", "9"]):
         with pytest.raises(SystemExit):
             main(["train", "--resume", str(tiny_run), *wrong])
-        assert "--steps N, to train on to step N, and --accept-changes" in capsys.readouterr().err
+        assert "--steps N, to train up to step N, and --accept-changes" in capsys.readouterr().err
 
 
 # --- the same data, the same models ---
@@ -151,8 +154,8 @@ def test_what_resuming_takes_is_said_where_something_else_is_given(
 
 @pytest.mark.behaviour(
     "Training",
-    when="a run is resumed after pictures were added or exchanged, or captions, a sidecar, the text encoder or the VAE",
-    then="it is refused in one line that says what changed; --accept-changes goes on",
+    when="a run is resumed after images were added or replaced, or captions, a sidecar, the text encoder or the VAE",
+    then="one line says what changed and stops; --accept-changes resumes anyway",
 )
 @pytest.mark.parametrize("what", ["added", "taken away", "other pictures", "other captions"])
 def test_other_data_are_refused(
@@ -210,7 +213,7 @@ def test_another_text_encoder_behind_the_same_path_is_refused(
         tokenizer = json.loads((encoder / "tokenizer.json").read_text())
         tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:3]
         (encoder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(ValueError, match="the text encoder is another"):
+    with pytest.raises(ValueError, match="the text encoder is a different one"):
         resume(tmp_path / "run")
 
 
@@ -242,7 +245,7 @@ def test_a_run_of_an_earlier_version_goes_on(tiny_config: Make, tmp_path: Path) 
 @pytest.mark.behaviour(
     "Training",
     when="a run that was given relative paths is resumed or sampled from another folder",
-    then="they are taken from the folder where it was started, and resuming says so",
+    then="they are relative to the folder where it was started, and resuming says so",
 )
 def test_relative_paths_are_those_of_the_start(
     tiny_config: Make, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -259,7 +262,7 @@ def test_relative_paths_are_those_of_the_start(
     begin(cfg, Path("run"))
     monkeypatch.chdir(there)
     assert_same(here / whole, resume(here / "run"))
-    assert f"the run began in another folder, {here}: relative paths are taken from there" in said(capsys)
+    assert f"the run was started in another folder, {here}: relative paths start there" in said(capsys)
     assert read_state(find_checkpoint(here / "run"))["config"]["data"]["paths"] == ["photos"]
     assert load_bundle(here / "run", torch.device("cpu")).encoder.shape.width == 64
     monkeypatch.chdir(here)
@@ -284,7 +287,7 @@ def test_a_project_that_moved_as_a_whole_goes_on(
 @pytest.mark.behaviour(
     "Training",
     when="a second process trains into a run's folder",
-    then="it is refused in one line that names host and process of the first, which goes on",
+    then="one line names host and process of the first, which continues",
 )
 def test_a_second_writer_is_refused(tiny_config: Make, tmp_path: Path) -> None:
     run, cfg, refused = tmp_path / "run", tiny_config(steps=5, checkpoint_every=2), []
@@ -305,8 +308,8 @@ def test_a_second_writer_is_refused(tiny_config: Make, tmp_path: Path) -> None:
 
 @pytest.mark.behaviour(
     "Training",
-    when="--out is a folder with files of the user's that have the names of a run's",
-    then="it is refused, and they stay as they are",
+    when="--out is a folder with the user's own files that have the names of a run's files",
+    then="the command stops, and they are not changed",
 )
 @pytest.mark.parametrize(
     ("name", "content"),
@@ -314,7 +317,7 @@ def test_a_second_writer_is_refused(tiny_config: Make, tmp_path: Path) -> None:
 )
 def test_files_of_others_are_never_replaced(tiny_config: Make, tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=f"{name} exists and belongs to no run"):
+    with pytest.raises(ValueError, match=f"{name} exists and does not belong to a run"):
         start(tiny_config(), tmp_path)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: content}
 
@@ -328,7 +331,7 @@ def test_a_language_model_of_others_is_never_replaced(
     cfg = replace(cfg, text=replace(cfg.text, name_or_path="tiny:2x64x1"))
     (tmp_path / "mine" / "text_encoder").mkdir(parents=True)
     (tmp_path / "mine" / "text_encoder" / "weights").write_text("mine")
-    with pytest.raises(ValueError, match="text_encoder exists and is another model than this run's"):
+    with pytest.raises(ValueError, match="text_encoder exists and is not the language model of this run"):
         start(cfg, tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").rglob("*")] == ["text_encoder", "weights"]
     (made,) = (tmp_path / "cache").iterdir()

@@ -158,7 +158,7 @@ def test_stops_at_any_steps_and_rare_averages_change_nothing(tiny_config: Make, 
 @pytest.mark.behaviour(
     "Training",
     when="a signal ends the run: Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU",
-    then="the step is finished, a checkpoint written, and one line says how to go on",
+    then="the step is finished, a checkpoint is written, and one line says how to resume",
 )
 @pytest.mark.parametrize("number", ENDING)
 def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(
@@ -171,7 +171,7 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(
     assert stopped.value.number == number
     message = str(stopped.value)
     assert message.startswith(f"stopped at step 3 of 8 and wrote {out}/checkpoints/step-0000003; ")
-    assert message.endswith(f"go on with: semroute train --resume '{out}'")
+    assert message.endswith(f"resume with: semroute train --resume '{out}'")
     assert [signal.getsignal(n) for n in ENDING] == handlers
 
 
@@ -397,7 +397,9 @@ def test_what_is_written_beside_the_checkpoints_cannot_end_a_run(
 
 
 @pytest.mark.behaviour(
-    "Training", when="the terminal is gone or the disk of its output full", then="the run goes on without its bar"
+    "Training",
+    when="the terminal is closed or the disk of its output is full",
+    then="the run continues without its progress bar",
 )
 def test_output_that_cannot_be_shown_cannot_end_a_run(
     tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -423,7 +425,7 @@ def test_a_run_killed_while_it_wrote_its_first_checkpoint_can_begin_again(tiny_c
 
 def test_a_folder_with_a_run_is_not_begun_again(tiny_config: Make, tiny_run: Path) -> None:
     before = files(tiny_run)
-    with pytest.raises(ValueError, match="already holds a run: go on with `semroute train --resume"):
+    with pytest.raises(ValueError, match="already holds a run: resume it with `semroute train --resume"):
         start(tiny_config(), tiny_run)
     assert files(tiny_run) == before
 

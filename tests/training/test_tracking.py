@@ -75,7 +75,7 @@ def test_tensorboard_shows_numbers_and_pictures(tmp_path: Path) -> None:
 @pytest.mark.behaviour(
     "Training",
     when="metrics, TensorBoard's files, samples or the list of damaged records cannot be written, or a tracker fails",
-    then="that is told once and the run goes on; lines of metrics are written later, if that becomes possible",
+    then="this is reported once and the run continues; lines of metrics are written later if possible",
 )
 def test_rows_that_cannot_be_written_are_written_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "metrics.jsonl"

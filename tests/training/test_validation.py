@@ -181,7 +181,9 @@ def test_the_users_own_held_out_pictures_are_square_and_never_mirrored(folder: P
 
 
 def test_the_users_data_has_no_held_out_part_of_itself(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"validation needs images that are not trained on: give validation\.paths"):
+    with pytest.raises(
+        ValueError, match=r"validation needs images that are not used in training: give validation\.paths"
+    ):
         held_out(CFG, DataConfig(paths=(str(folder),)), 16)
 
 

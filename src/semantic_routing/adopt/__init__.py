@@ -1,4 +1,4 @@
-"""Adoption: routing on text-to-image models that already exist, as diffusers pipelines.
+"""Adoption: routing on pretrained text-to-image models, as diffusers pipelines.
 
 The package itself can be called, so that ``from semantic_routing import adopt`` is the function whichever of the two
 was imported first.

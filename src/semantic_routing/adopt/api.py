@@ -23,7 +23,7 @@ from semantic_routing.text.architecture import find_layers, stack_config
 
 TRANSFORMERS = ("transformer", "transformer_2")
 OTHERS = (*TRANSFORMERS, "controlnet")
-"""Components of pipelines that may get the text besides the one that is adopted."""
+"""Components of pipelines that may receive the text besides the adopted one."""
 
 
 def adopt(
@@ -36,14 +36,28 @@ def adopt(
     text_encoder: nn.Module | None = None,
     transformer: nn.Module | None = None,
 ) -> Routing:
-    """Put routing onto a diffusers pipeline, in place, and return it; until it is trained the pixels stay the same.
+    """Put routing onto a loaded diffusers pipeline, in place, and return it. Until it is trained, pixels stay the same.
 
-    ``arm`` is one of this program's arms, such as "depth", or "reinject", which needs no training (Prompt Reinjection,
-    Yao et al., 2026, arXiv 2602.06886). ``weights`` is "simplex", "gate" or "affine" (``weights.py``). In families
-    whose blocks update the text, ``injection`` says what is added to a block's text while it runs: "swap" the
-    difference between its own text and the original one, "reinject" a learned part of its own text. ``component`` names
-    the transformer in pipelines with two. Training scripts may give ``text_encoder`` and ``transformer`` instead of a
-    pipeline. Raises ValueError for what is not known to work, and then changes nothing.
+        pipe = SanaPipeline.from_pretrained("Efficient-Large-Model/Sana_600M_1024px_diffusers")
+        routing = adopt(pipe, arm="depth")
+        optimizer = torch.optim.AdamW(routing.parameters(), lr=1e-2)  # then train as usual: docs/adopt.md
+        routing.save("routings/mine")
+
+    Args:
+        pipe: A pipeline of a supported family (docs/adopt.md). Training scripts may give ``text_encoder`` and
+            ``transformer`` instead.
+        arm: An arm of ``ARMS``, such as "depth", or "reinject", which needs no training (Prompt Reinjection, Yao et
+            al., 2026, arXiv 2602.06886).
+        weights: How weights are parameterised: "simplex", "gate" or "affine" (``weights.py``). By default "simplex" for
+            learned arms and "gate" for fixed ones.
+        injection: Only for families whose blocks update the text: what is added to a block's text while it runs.
+            "swap" adds the difference between the routed text and the original one, "reinject" a learned part of the
+            routed text.
+        component: Name of the transformer in pipelines that have two.
+        text_encoder: The text encoder, if there is no pipeline.
+        transformer: The transformer, if there is no pipeline.
+
+    Raises ValueError for anything that is not supported; the model is then unchanged.
     """
     target, encoder, family = find_parts(pipe, component, text_encoder, transformer)
     arm = check_arm(arm)
@@ -61,11 +75,15 @@ def load_routing(
     text_encoder: nn.Module | None = None,
     transformer: nn.Module | None = None,
 ) -> Routing:
-    """Put a saved routing onto a pipeline, in place, and return it, in evaluation mode and frozen.
+    """Load a saved routing onto a pipeline, in place, and return it, in evaluation mode and frozen.
 
-    ``source`` is a folder that ``save`` wrote, its file, or a name on the Hugging Face hub. ``scale`` is its strength:
-    0 is the original model. Raises ValueError if there is no such file or it is for another model, and then changes
-    nothing.
+        routing = load_routing(pipe, "routings/mine", scale=1.0)
+        image = pipe("three red apples").images[0]
+
+    ``source`` is a folder that ``Routing.save`` wrote, its file, or a name on the Hugging Face hub. ``scale`` is the
+    strength of the routing: 0 is the original model, 1 what was trained. ``text_encoder`` and ``transformer`` are as
+    for ``adopt``. Raises ValueError if there is no such file, or if it belongs to another model; the model is then
+    unchanged.
     """
     saved, numbers = read_routing(source)
     target, encoder, family = find_parts(pipe, saved.component, text_encoder, transformer)
@@ -94,12 +112,12 @@ def find_parts(
             f"{type(pipe).__name__} has no component {component!r} to adopt; its transformers are: {known}"
         )
     if hasattr(target, "_orig_mod") or any(m._compiled_call_impl is not None for m in target.modules()):
-        raise ValueError(f"{type(target).__name__} is compiled already: call adopt before torch.compile")
+        raise ValueError(f"{type(target).__name__} is already compiled: call adopt before torch.compile")
     family = find_family(target)
     if ATTRIBUTE in target._modules:
         raise ValueError(
-            f"{type(target).__name__} is adopted already, with the arm {getattr(target, ATTRIBUTE).facts.arm!r}: call "
-            f"remove() of that routing first, or go on with it, {component}.{ATTRIBUTE}"
+            f"{type(target).__name__} is already adopted, with the arm {getattr(target, ATTRIBUTE).facts.arm!r}: call "
+            f"remove() of that routing first, or use it, {component}.{ATTRIBUTE}"
         )
     encoder = text_encoder if pipe is None else getattr(pipe, family.encoder, None)
     if encoder is None:
@@ -117,10 +135,10 @@ def find_parts(
 def facts_of(
     target: Any, encoder: Any, family: Family, component: str, arm: str, weights: str, injection: str, pipe: Any = None
 ) -> Facts:
-    """Return the sizes of a routing for these parts; raise ValueError for options and sizes that do not fit."""
+    """Return the sizes of a routing for these parts; raise ValueError for options and sizes that do not match."""
     layers, width, blocks = sizes(target, encoder, family)
     if option := family.refuses(target, layers):
-        raise ValueError(f"this {family.transformer} has {option}, for which adopt does not hold")
+        raise ValueError(f"this {family.transformer} has {option}, which adopt does not support")
     check_parallel(target)
     for listed in family.blocks:
         check_signature(target, listed)
@@ -128,9 +146,7 @@ def facts_of(
         raise ValueError(f"unknown injection {injection!r}; {nearest(injection, list(INJECTIONS))}")
     adds = bool(family.entrance) and family.kind != "read"
     if REINJECT in (arm, injection) and not adds:
-        raise ValueError(
-            f"nothing can be reinjected into {family.transformer}: its blocks do not update the text, so none is lost"
-        )
+        raise ValueError(f"nothing can be reinjected into {family.transformer}: its blocks do not update the text")
     _check_reads(family, layers, encoder)
     _check_width(target, family, width)
     return Facts(
@@ -160,7 +176,7 @@ def sizes(target: Any, encoder: Any, family: Family) -> tuple[int, int, int]:
 
 
 def attach(routing: Routing, pipe: Any, target: Any, encoder: Any, family: Family) -> Routing:
-    """Register all hooks of a routing and hang it into the transformer."""
+    """Register all hooks of a routing and store it in the transformer."""
     device = next((p.device for p in target.parameters() if not p.is_meta), None)  # none has one while offloaded
     if device is not None:
         routing.to(device)
@@ -208,7 +224,7 @@ def _check_reads(family: Family, layers: int, encoder: Any) -> None:
 
 
 def _check_width(target: Any, family: Family, width: int) -> None:
-    """Raise ValueError if the entrance does not read states of this width."""
+    """Raise ValueError if the transformer's text input does not have this width."""
     paths = family.entrance or tuple(blocks.path for blocks in family.blocks)
     modules = [part for path in paths for part in module_at(target, path).modules()]
     found = next((part.in_features for part in modules if hasattr(part, "in_features")), None)

@@ -1,7 +1,7 @@
 """The model card beside the file of a routing.
 
-Its last line has the digest of what stands before it. A card whose digest is right is as it was written, and is
-rewritten with other weights; a README.md that is edited, or was never a card, is the user's own and stays.
+Its last line holds the digest of the text before it. If the digest matches, the card is unedited and is updated with
+new weights; a README.md that was edited, or was never a card, belongs to the user and is not changed.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ tags:
 
 # Routing for {base}
 
-Weights of the {layers} layers of `{encoder}`, and of the state that the model read before, in each of the {blocks}
-blocks of `{transformer}`: {numbers} numbers. They were made with [semantic-routing](https://pypi.org/project/semantic-routing)
+Weights of the {layers} layers of `{encoder}`, and of the hidden state that the model originally reads, in each of the
+{blocks} blocks of `{transformer}`: {numbers} parameters. They were made with [semantic-routing](https://pypi.org/project/semantic-routing)
 {program}, arm `{arm}`, weights `{weights}`, injection `{injection}`.
 
 ```python
 from semantic_routing.adopt import load_routing
 
 routing = load_routing(pipe, "this folder, or its name on the hub", scale=1.0)  # {owner}
-routing.scale = 0.0  # the original model, to the last bit
+routing.scale = 0.0  # the original model, bit for bit
 ```
 
-The numbers change nothing but the text that blocks read. The licence of the base model applies to its pictures.
+The routing changes only the text that blocks read. The licence of the base model applies to its images.
 """
 
 SIGNED = re.compile(r"(.*)\n<!-- written by semantic-routing, sha256 (\w+) -->\n", re.DOTALL)
 
 
 def write_card(path: Path, facts: Facts, numbers: int) -> None:
-    """Write the card of a routing, unless a README that is not a card as it was written lies there."""
+    """Write the card of a routing, unless there is a README that is not an unedited card."""
     if path.exists() or path.is_symlink():
         try:
             found = SIGNED.fullmatch(path.read_text(encoding="utf-8", errors="replace"))
@@ -51,7 +51,7 @@ def write_card(path: Path, facts: Facts, numbers: int) -> None:
         if found is None:
             return
         if found[2] != _digest(found[1]):
-            warnings.warn(f"{path} was edited, and stays: it may describe other weights", stacklevel=4)
+            warnings.warn(f"{path} was edited and is not overwritten: it may describe other weights", stacklevel=4)
             return
     text = card(facts, numbers)
     with written_whole(path) as scratch:

@@ -11,20 +11,20 @@ from semantic_routing.sampling.text_to_image import check_guidance
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """How an adopted pipeline samples images; what is None is the pipeline's own default."""
+    """How an adopted pipeline samples images; None means the pipeline's own default."""
 
     steps: int | None = None
     """Number of sampling steps."""
     guidance: float | None = None
-    """Scale of classifier-free guidance, as the pipeline's guidance_scale."""
+    """Classifier-free guidance scale, the pipeline's guidance_scale."""
     seed: int = 0
-    """Seed; together with prompt index and image index it decides an image's noise."""
+    """Random seed; together with prompt index and image index it determines an image's noise."""
     batch: int = 16
-    """Images of this program's own pipelines that are sampled together; others are sampled one by one."""
+    """Number of images sampled together, for this program's own pipelines; others sample one image at a time."""
     sampler: SamplerName | None = None
-    """Sampler, of this program's own pipelines only."""
+    """Sampler, only for this program's own pipelines."""
     shift: float | None = None
-    """Above 1, more steps near the noise; of this program's own pipelines only."""
+    """Timestep shift, only for this program's own pipelines: above 1, more steps are near the noise."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch"):

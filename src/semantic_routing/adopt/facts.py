@@ -1,4 +1,4 @@
-"""The sizes and choices that a routing's numbers depend on."""
+"""The sizes and choices that a routing's parameters depend on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """All that a routing's numbers depend on; the header of its file."""
+    """Everything that a routing's parameters depend on; the header of its file."""
 
     version: int = 1
     family: str
@@ -18,7 +18,7 @@ class Facts:
     blocks: int
     """Number of blocks, D."""
     slots: int = 1
-    """Rows of weights for each block: states that the entrance reads, joined by channels."""
+    """Rows of weights for each block: one for each state that the text input reads, concatenated by channels."""
     encoder: str
     """Class of the text encoder."""
     width: int
@@ -26,7 +26,7 @@ class Facts:
     layers: int
     """Number of the language model's layers, L; states are the original and layers 1 to L."""
     origin: str
-    """State that the model read before, as the family names it."""
+    """The hidden state that the model originally reads, as the family names it."""
     arm: str
     weights: str
     injection: str = "swap"

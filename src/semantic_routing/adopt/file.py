@@ -1,6 +1,6 @@
-"""The file of a routing: ``routing.safetensors`` of a few kilobytes, whose header says what it was trained for.
+"""The file of a routing: ``routing.safetensors``, a few kilobytes in size, whose header describes the model it is for.
 
-It is a file of its own beside a LoRA: ``load_lora_weights`` of diffusers refuses files with other keys.
+It is separate from a LoRA's file, because ``load_lora_weights`` of diffusers refuses files with other keys.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FREE = ("version", "component", "base_model", "arm", "weights", "injection")
 
 
 def save_routing(facts: Facts, state: Mapping[str, Tensor], folder: Path) -> Path:
-    """Write a routing's numbers and its card to a folder, and return the file; ValueError if it cannot be written."""
+    """Write a routing's parameters and card to a folder, and return the file; ValueError if it cannot be written."""
     if folder.is_file():
         raise ValueError(f"{folder} is a file; expected a folder to write {FILE} to")
     tensors = {f"{PREFIX}{name}": x.detach().float().cpu().clone() for name, x in state.items()}
@@ -45,7 +45,7 @@ def save_routing(facts: Facts, state: Mapping[str, Tensor], folder: Path) -> Pat
 
 
 def read_routing(source: str | Path) -> tuple[Facts, dict[str, Tensor]]:
-    """Return facts and numbers of a file, a folder or a name on the hub; raise ValueError if there is none."""
+    """Return header and parameters of a file, a folder or a name on the hub; ValueError if there is no routing."""
     path = find_file(source)
     try:
         with open_tensors(path) as content:
@@ -54,19 +54,19 @@ def read_routing(source: str | Path) -> tuple[Facts, dict[str, Tensor]]:
     except ValueError as error:
         raise ValueError(f"{error}: fetch or save the routing again") from error
     if not all(bool(x.isfinite().all()) for x in tensors.values()):
-        raise ValueError(f"{path} holds numbers that are not finite: train the routing again")
+        raise ValueError(f"{path} holds NaN or infinity: train the routing again")
     return _facts(metadata, path), tensors
 
 
 def check_shapes(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str | Path) -> None:
-    """Raise ValueError unless the numbers of a file have the names and shapes of a routing's."""
+    """Raise ValueError unless the tensors of a file have the names and shapes that a routing expects."""
     asked, held = ({name: tuple(x.shape) for name, x in tensors.items()} for tensors in (wanted, found))
     if asked != held:
-        raise ValueError(f"the routing in {source} holds numbers {held}, but its header asks for {asked}")
+        raise ValueError(f"the routing in {source} holds tensors {held}, but its header expects {asked}")
 
 
 def find_file(source: str | Path) -> Path:
-    """Return the path of a routing's file; one on the hub is fetched."""
+    """Return the path of a routing's file, which is downloaded if it is on the hub."""
     path = Path(source).expanduser()
     if path.is_file():
         return path
@@ -88,7 +88,7 @@ def find_file(source: str | Path) -> Path:
 
 
 def check_fits(facts: Facts, model: Facts, source: str | Path) -> None:
-    """Raise ValueError unless a routing's facts agree with those of the model it is loaded into."""
+    """Raise ValueError unless a routing's header matches the model that it is loaded into."""
     for field in fields(Facts):
         wanted, found = getattr(facts, field.name), getattr(model, field.name)
         if field.name not in FREE and wanted != found:

@@ -1,11 +1,12 @@
-"""The blocks' hooks: put a block's own text in, and after a block of a stream take the addition off again.
+"""The blocks' hooks: they replace a block's text, or add to it while the block runs and subtract the addition
+afterwards.
 
 The hooks read attributes of the block, and nothing that differs from block to block, so that ``torch.compile`` makes
-one graph for all blocks of a class. A compiled block runs its hooks outside of its graph: there they are not compiled,
-which would make a graph of each; in a transformer that is compiled as a whole they are part of its graph.
+one graph for all blocks of a class. A compiled block runs its hooks outside of its graph. They are not compiled there,
+because that would make one graph for each. In a transformer that is compiled as a whole they are part of its graph.
 
-Gradient checkpointing calls a block again in the backward pass, when its attributes may be those of another forward
-pass; ``bound`` binds them to the call.
+Gradient checkpointing runs a block again in the backward pass, when its attributes may already be those of another
+forward pass; ``bound`` binds them to the call.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ TEXT, ROWS = "_routed_text", "_routed_rows"
 
 
 def set_text(block: Any, text: Tensor | None, rows: Tensor | None = None) -> None:
-    """Set what a block's hooks read."""
+    """Set the attributes that a block's hooks read."""
     setattr(block, TEXT, text)
     setattr(block, ROWS, rows)
 
 
 def install(modules: Iterable[nn.Module], blocks: Blocks, adds: bool) -> list[Any]:
-    """Register the hooks on blocks and return their handles; ``adds`` if their text is an addition to a stream."""
+    """Register the hooks on blocks and return their handles; ``adds`` if their text is added to a stream."""
     _keep_out_of_graphs()
     names = blocks.arguments.split()
     place = names.index(blocks.text)
@@ -45,7 +46,7 @@ def install(modules: Iterable[nn.Module], blocks: Blocks, adds: bool) -> list[An
 
 
 def forget(modules: Iterable[nn.Module]) -> None:
-    """Delete the attributes of the hooks."""
+    """Delete the attributes that the hooks read."""
     for module in modules:
         for name in (TEXT, ROWS):
             if hasattr(module, name):
@@ -68,7 +69,7 @@ def _add(name: str, place: int, block: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _take_off(number: int | None, block: Any, args: Any, output: Any) -> Any:
-    """Take the addition off the text that leaves a block; its update stays."""
+    """Subtract the addition from the text that leaves a block; the block's own update stays."""
     added = block._routed_text
     if added is None:
         return None
@@ -88,7 +89,7 @@ def _sum(stream: Tensor, added: Tensor, rows: Tensor | None, sign: int = 1) -> T
 
 
 def _keep_out_of_graphs() -> None:
-    """Tell torch not to compile the hooks alone; what calls them while it is compiled still takes them along."""
+    """Tell torch not to compile the hooks on their own; they are still compiled as part of a caller's graph."""
     import torch._dynamo  # diffusers has done so before; here it would slow the first import down
 
     skip = getattr(torch._dynamo.eval_frame, "skip_code", None)  # without it each sum is a graph more
@@ -98,7 +99,7 @@ def _keep_out_of_graphs() -> None:
 
 
 def bound(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a checkpointing function that remembers a block's text for the second time that it runs the block."""
+    """Return a checkpointing function that stores a block's text for when the block is run again."""
 
     def with_text(run: Any, *args: Any, **kwargs: Any) -> Any:
         block = getattr(run, "__self__", run)  # some transformers pass ``block.__call__``

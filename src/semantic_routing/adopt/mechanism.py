@@ -1,8 +1,9 @@
-"""The transformer's hooks: take the layers off the text, compute what each block reads, and leave it at the blocks.
+"""The transformer's hooks: they separate the layers from the text, compute each block's text, and leave it at the
+blocks.
 
-Nothing else of a pipeline is touched, so that all pipelines around the same transformer are adopted with it. What
-needs the transformer's weights runs inside of its forward pass, where offloading has brought them: in a hook of the
-last module of the entrance, which runs before any block that reads the text.
+Nothing else of a pipeline is changed, so that all pipelines around the same transformer are adopted with it. Code that
+needs the transformer's weights runs inside of its forward pass, where offloading has loaded them: in a hook of the last
+module of the entrance (the text's way to the transformer's width), which runs before any block that reads the text.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from semantic_routing.adopt.weights import REINJECT
 
 
 class Mechanism:
-    """The hooks of one transformer and what they hold between the beginning and the end of a forward pass."""
+    """The hooks of one transformer and their state between the beginning and the end of a forward pass."""
 
     def __init__(self, family: Family, transformer: nn.Module, routing: Routing, held: Callable[[], tuple[int, ...]]):
         """Prepare hooks; ``held`` returns the layers that the text encoder has recorded last."""
@@ -58,7 +59,7 @@ class Mechanism:
         return self.family.kind == "read"
 
     def narrow(self, other: nn.Module) -> list[Any]:
-        """Register a hook that takes the layers off the text of another component, and return its handle."""
+        """Register a hook that removes the layers from the text of another component, and return its handle."""
         names = arguments_of(other)
 
         def narrowed(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -110,7 +111,7 @@ class Mechanism:
             self._set = False
 
     def _bind_checkpointing(self) -> None:
-        """Wrap the checkpointing function, which may be replaced at any time, unless it is wrapped."""
+        """Wrap the checkpointing function, which may be replaced at any time, unless it is already wrapped."""
         if not (torch.is_grad_enabled() and getattr(self.transformer, "gradient_checkpointing", False)):
             return
         function = self.transformer._gradient_checkpointing_func
@@ -118,7 +119,7 @@ class Mechanism:
             self.transformer._gradient_checkpointing_func = injection.bound(function)  # type: ignore[arg-type, assignment]
 
     def _packed(self, text: Any) -> Prompt | None:
-        """Return a prompt whose channels hold layers, or None for a plain one that is to stay as it is."""
+        """Return a prompt whose channels hold layers, or None for a plain text that is left unchanged."""
         kept = self.layout.layers_behind(text, self.held())
         if kept is None:
             raise ValueError(self._widths(text))
@@ -132,7 +133,7 @@ class Mechanism:
         return prompt
 
     def _plain_is_enough(self) -> bool:
-        """Return whether a text without layers is to be routed; ValueError if it is but its layers are missing."""
+        """Return whether a text without layers can be used as it is; ValueError if routing needs its missing layers."""
         if self._trains_weights():
             raise ValueError(MISSING)
         if self.routing.depends_on_time:
@@ -180,7 +181,7 @@ class Mechanism:
         )
 
     def _set_texts(self) -> None:
-        """Leave at each block the text that it is to read."""
+        """Store at each block the text that it reads."""
         assert self._now is not None
         prompt, given = self._now
         t = self._time(given) if self.routing.depends_on_time else None
@@ -220,7 +221,7 @@ class Mechanism:
         ]
 
     def _check_layers(self, prompt: Prompt, change: Tensor) -> None:
-        """Raise ValueError if a prompt was encoded without a layer that weighs something now, or is to be trained."""
+        """Raise ValueError if a prompt was encoded without a layer that now has a weight or is to be trained."""
         missing = [number for number in range(1, self.routing.facts.layers + 1) if number not in prompt.kept]
         if missing and (self._trains_weights() or bool((change[..., missing] != 0).any())):
             raise ValueError(MISSING)
@@ -249,7 +250,7 @@ class Mechanism:
             yield text
 
     def _embed(self, states: list[Tensor]) -> Tensor:
-        """Take states through the transformer's entrance."""
+        """Apply the transformer's text input to states."""
         text = states[0] if len(states) == 1 else torch.cat(states, -1)
         for module in self.entrance:
             text = module(text)
@@ -275,7 +276,7 @@ NOT_COMPILED = (
 
 
 def readers(family: Family, transformer: nn.Module) -> list[tuple[Any, Blocks]]:
-    """Return the modules that read a text of their own, each with its entry in the family."""
+    """Return the modules that read their own text, each with its entry in the family."""
     found = [(module, blocks) for blocks in family.blocks for module in module_at(transformer, blocks.path)]
     return found[:-1] if family.name == "hidream" else found  # its last projection reads T5
 
@@ -302,7 +303,7 @@ def check_parallel(transformer: Any) -> None:
 
 
 def _fingerprint(module: nn.Module) -> tuple[Any, ...]:
-    """Return what a module's results depend on: its parameters, and the strengths of LoRA adapters in it."""
+    """Return what a module's results depend on: its parameters, and the scales of LoRA adapters in it."""
     tensors = list(module.parameters())
     adapters = [
         (repr(getattr(part, "scaling", None)), repr(getattr(part, "active_adapters", None)), part.disable_adapters)

@@ -1,4 +1,4 @@
-"""The mix of states that keeps each token's own mean and deviation, so that a frozen model can read it."""
+"""The mix of states that keeps each token's original mean and deviation, so that a frozen model can read it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def restyled(
     kept: Sequence[int],
     neutral: Bool[Tensor, "B N"] | None = None,
 ) -> Iterator[Float[Tensor, "B N C"]]:
-    """Yield U_r = H_o + σ_o Σ_l (α_rl - δ_l) LN(H_l) for each row r (Eq. 2, with the moments of H_o given back).
+    """Yield U_r = H_o + σ_o Σ_l (α_rl - δ_l) LN(H_l) for each row r (Eq. 2, rescaled to the moments of H_o).
 
     ``change`` is α - δ over the original state and L layers, S = 1 + L. ``states[origins[r]]`` is the state H_o of row
-    r, and the last ``len(kept)`` states are the layers with these numbers (1 to L); the others weigh nothing. σ_o is
-    the deviation of each token of H_o. Because the weights sum to 1, U is the convex mix of all states after each was
-    given the mean and deviation of H_o's token. Where ``change`` is 0, U is H_o to the last bit; so it is at tokens
-    that are ``neutral``.
+    r, and the last ``len(kept)`` states are the layers with these numbers (1 to L); the other layers have the weight 0.
+    σ_o is the deviation of each token of H_o. Because the weights sum to 1, U is the convex mix of all states after
+    each was rescaled to the mean and deviation of H_o's token. Where ``change`` is 0, and at ``neutral`` tokens, U is
+    bitwise H_o.
     """
     count = states.shape[0]
     own = torch.nn.functional.one_hot(torch.tensor(origins, device=change.device), count).to(change)

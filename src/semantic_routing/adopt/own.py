@@ -1,4 +1,4 @@
-"""Routing on a pipeline of this program: its router's result is the original state, and layers are mixed to it."""
+"""Routing on a pipeline of this program: the router's own mix is the original state, to which layers are mixed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class OwnMechanism:
         return [self.base.register_forward_hook(self._route, with_kwargs=True)]
 
     def forget(self) -> None:
-        """Restore the router's own dependence on time, and its way to mix for several times."""
+        """Restore the router's own dependence on time, and its own mixing for several times."""
         for name in ("depends_on_time", "mix_steps"):
             self.base.__dict__.pop(name, None)
 

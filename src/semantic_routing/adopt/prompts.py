@@ -1,4 +1,4 @@
-"""Prompts as the transformer gets them: states of the original and of the layers, taken apart once for each prompt."""
+"""Prompts as the transformer receives them: original states and layers, separated once per prompt."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class Prompt:
     states: Tensor
     """States [T, B, N, C]: the original ones, then the layers ``kept``."""
     origins: list[int]
-    """Number of each row's original state."""
+    """Index of each row's original state."""
     kept: tuple[int, ...]
-    """Layers that are held, 1 to L."""
+    """Layers that are present, 1 to L."""
     neutral: Tensor | None
     """Tokens [B, N] that keep the original state: padding, and text of another encoder."""
     lengths: list[int]
     """Tokens of each sample."""
     texts: dict[Any, Any] = field(default_factory=dict)
-    """What the blocks read, by all that it depends on."""
+    """What the blocks read, by everything that it depends on."""
 
 
 class Layout:
-    """How states and layers lie in the channels of a text: for each slot the original state, then its layers."""
+    """Position of states and layers in the channels of a text: for each slot the original state, then its layers."""
 
     def __init__(self, slots: int, width: int, layers: int, rows: int) -> None:
         self.slots, self.width, self.layers, self.rows = slots, width, layers, rows
@@ -68,13 +68,13 @@ class Layout:
 
 
 class Prompts:
-    """The last prompts, found again by the very tensors that a pipeline passes at every step."""
+    """Cache of the last prompts, found by the identity of the tensors that a pipeline passes at every step."""
 
     def __init__(self) -> None:
         self._found: list[tuple[list[Any], Any, Prompt]] = []
 
     def get(self, text: Any, key: Any) -> Prompt | None:
-        """Return the prompt of a text that has not changed since it was put here with an equal key."""
+        """Return the prompt of a text, if the text has not changed since it was stored under an equal key."""
         tensors = _tensors(text)
         for references, known, prompt in self._found:
             same = len(references) == len(tensors) and all(r() is x for r, x in zip(references, tensors, strict=True))
@@ -83,13 +83,13 @@ class Prompts:
         return None
 
     def put(self, text: Any, key: Any, prompt: Prompt) -> None:
-        """Keep a prompt until its tensors are gone or newer prompts come."""
+        """Store a prompt until its tensors are gone or newer prompts replace it."""
         tensors = _tensors(text)
         references = [weakref.ref(x, self._drop) for x in tensors]
         self._found = [*self._found[1 - KEPT_PROMPTS :], (references, (key, versions(tensors)), prompt)]
 
     def clear(self) -> None:
-        """Forget all prompts."""
+        """Remove all prompts."""
         self._found = []
 
     def _drop(self, gone: Any) -> None:
@@ -97,7 +97,7 @@ class Prompts:
 
 
 def versions(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    """Return the numbers that torch counts up when a tensor is changed in place; tensors of inference have none."""
+    """Return torch's version counters, which change when a tensor is changed in place; inference tensors have none."""
     return tuple(-1 if x.is_inference() else x._version for x in tensors)
 
 

@@ -1,4 +1,4 @@
-"""The trainable part of an adopted model: which states each block reads, how much of it, and whether it is on."""
+"""The trainable part of an adopted model: which hidden states each block reads, how strongly, and whether it is on."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from semantic_routing.adopt.weights import REINJECT, make_weights
 Injection = Literal["swap", "reinject"]
 INJECTIONS: tuple[Injection, ...] = get_args(Injection)
 REINJECTED = 0.025
-"""Part of the text that the arm ``reinject`` adds to the stream of every block but the first, at a scale of 1."""
+"""Part of the text that the arm ``reinject`` adds to the text of every block but the first, at a scale of 1."""
 ATTRIBUTE = "semantic_routing"
-"""Name under which the transformer holds its routing."""
+"""Name of the attribute under which the transformer holds its routing."""
 
 
 class Routing(nn.Module):
-    """Routing that was put onto a transformer by ``adopt`` or ``load_routing``.
+    """Routing on a pretrained transformer, made by ``adopt`` or ``load_routing``.
 
-    ``parameters()`` are the numbers to train, in float32 whatever type the transformer gets. In training mode, in which
-    ``adopt`` returns it, the text encoder records all layers; in evaluation mode only those that weigh something.
+    ``parameters()`` are what to train; they stay in float32 whatever the dtype of the transformer. In training mode, in
+    which ``adopt`` returns it, the text encoder records all layers; in evaluation mode only those with a weight other
+    than 0.
     """
 
     def __init__(self, facts: Facts) -> None:
@@ -46,17 +47,17 @@ class Routing(nn.Module):
         self._undo: Callable[[], None] | None = None
 
     def weights(self, t: Float[Tensor, " T"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 S"]:
-        """Return the weight of each state in each row: state 0 is the original one, then layers 1 to L.
+        """Return the weights, [B or 1, D or 1, S]: of each row, for the S = 1 + L states. State 0 is the original one.
 
-        There is a row for each block; for each of a block's slots in families that have several; or one row for all.
-        ``t`` is needed by arms that depend on time. The scale is not applied.
+        A row belongs to a block, to one of a block's slots in families that have several, or to all blocks. ``t`` (0
+        noise, 1 data) is needed by arms that depend on time. The scale is not applied.
         """
         with at_hand(self.router):
             return self.router.weights(t)
 
     @property
     def depends_on_time(self) -> bool:
-        """Whether weights depend on the time."""
+        """Whether the weights depend on the time."""
         return self.router.depends_on_time
 
     @property
@@ -73,28 +74,28 @@ class Routing(nn.Module):
         self._enabled = True
 
     def disable(self) -> None:
-        """Turn the routing off: the model is the original one, and the text encoder records nothing."""
+        """Turn the routing off: the model is the original one, and the text encoder records no layers."""
         self._enabled = False
 
     def remove(self) -> None:
-        """Take the routing off the model, which is then as it was before ``adopt``."""
+        """Remove the routing from the model, which is then as it was before ``adopt``."""
         if self._undo is not None:
             undo, self._undo = self._undo, None
             undo()
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``routing.safetensors`` and a model card to a folder, beside what is there; return the file."""
+        """Write ``routing.safetensors`` and a model card into a folder, beside its files; return the file's path."""
         with at_hand(self):
             return save_routing(self.facts, self.state_dict(), Path(folder))
 
     def trains(self) -> bool:
-        """Return whether a gradient of this forward pass is to reach the routing."""
+        """Return whether the gradient of this forward pass must reach the routing."""
         return self._enabled and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
 
     def change(self, t: Tensor | None) -> tuple[Float[Tensor, "B_or_1 R S"], list[int]]:
-        """Return α - δ of each row at the scale, and the blocks whose text differs from the original's.
+        """Return α - δ for each row, times the scale, and the blocks whose text differs from the original one.
 
-        While it is trained these are all blocks, since a gradient is to reach them.
+        During training these are all blocks, because the gradient must reach all of them.
         """
         key = None if self.depends_on_time or self.trains() else self.key()
         if self._active is not None and key is not None and self._active[0] == key:
@@ -121,19 +122,19 @@ class Routing(nn.Module):
             return self.gain * (self._scale if self._enabled else 0.0) != 0
 
     def strength(self, block: int) -> Tensor | None:
-        """Return the part of a block's text that is added to its stream; None where texts are swapped."""
+        """Return the part of a block's text that is added to its stream; None if texts are swapped."""
         if self.gain is None:
             return None
         with at_hand(self):
             return self._scale * self.gain[block]
 
     def key(self) -> tuple[Any, ...]:
-        """Return what texts depend on besides the prompt and the time."""
+        """Return the values that texts depend on besides the prompt and the time."""
         tensors = [*self.parameters(), *self.buffers()]
         return self._scale, self._enabled, tuple(map(id, tensors)), versions(tensors)
 
     def wanted(self) -> tuple[int, ...]:
-        """Return the layers that a text encoder is to record, 1 to L."""
+        """Return the layers, from 1 to L, that the text encoder must record."""
         every = tuple(range(1, self.facts.layers + 1))
         if not self._enabled or self.facts.arm == REINJECT:
             return ()
@@ -144,7 +145,7 @@ class Routing(nn.Module):
         return tuple(layer for layer, weighs in zip(every, used, strict=True) if weighs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Routing:
-        """Move the numbers as the transformer is moved, and keep their type."""
+        """Move the parameters with the transformer but keep their dtype."""
         return super()._apply(lambda x: x.to(device=fn(x).device), recurse)
 
     def extra_repr(self) -> str:
@@ -153,7 +154,7 @@ class Routing(nn.Module):
 
 @contextmanager
 def at_hand(module: nn.Module) -> Iterator[None]:
-    """Bring parameters back that accelerate has offloaded one module at a time, while the context lasts."""
+    """Load parameters that accelerate has offloaded module by module, within the context."""
     with ExitStack() as stack:
         for part in module.modules():
             hook = getattr(part, "_hf_hook", None)

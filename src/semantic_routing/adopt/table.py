@@ -1,4 +1,4 @@
-"""The header and the weights of a routing's file, read without its model."""
+"""The header and the weights of a routing's file, without its model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def weights_at(routing: Routing, times: Sequence[float]) -> Float[Tensor, "T R S
 
 
 def routing_table(source: str | Path, times: Sequence[float], *, as_json: bool = False) -> str:
-    """Return header and weights as text: for each row its heaviest states in percent."""
+    """Return header and weights as text, with the largest weights of each row in percent."""
     routing = open_routing(source)
     facts, weights = routing.facts, weights_at(routing, times)
     if as_json:
@@ -56,7 +56,7 @@ def routing_table(source: str | Path, times: Sequence[float], *, as_json: bool =
         return json.dumps({"header": asdict(facts), "rows": row_names(facts), "at": rows}, indent=2)
     width = max(map(len, asdict(facts)))
     lines = [f"{name:<{width}}  {value}" for name, value in asdict(facts).items() if value != ""]
-    lines.append(f"{'numbers':<{width}}  {sum(p.numel() for p in routing.state_dict().values())}")
+    lines.append(f"{'parameters':<{width}}  {sum(p.numel() for p in routing.state_dict().values())}")
     for time, part in zip(times, weights, strict=False):
         lines += ["", f"weights in percent, t = {time:g}" if routing.depends_on_time else "weights in percent"]
         lines += _rows(facts, part)
@@ -64,7 +64,7 @@ def routing_table(source: str | Path, times: Sequence[float], *, as_json: bool =
 
 
 def _rows(facts: Facts, weights: Float[Tensor, "R S"]) -> list[str]:
-    """Return a line for each row, with its heaviest states; rows that have equal weights share a line."""
+    """Return a line for each row, with its largest weights; rows with equal weights share a line."""
     names, states = row_names(facts), state_names(facts)
     if bool((weights == weights[:1]).all()):
         names, weights = ["all blocks"], weights[:1]

@@ -1,8 +1,8 @@
-"""Weights over states that start exactly at the state which the model read before: gate, simplex and affine forms.
+"""Weights over states that start exactly at the state that the model originally reads: gate, simplex and affine forms.
 
-State 0 is the original state, states 1 to L are the language model's layers, and δ is the one-hot of state 0. A softmax
-cannot start there: its gradient vanishes before its other weights do. Each form turns the output of a router of this
-program into weights that are exactly δ at first, to the last bit, and that a gradient can move.
+State 0 is the original state, states 1 to L are the language model's layers, and δ is the one-hot vector of state 0. A
+softmax cannot start there, because its gradient vanishes before its other weights do. Each form turns the output of a
+router of this program into weights that are bitwise δ at first and that have a gradient.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from semantic_routing.model.routing import FixedRouter, GateRouter, LogitRouter,
 Form = Literal["simplex", "gate", "affine"]
 FORMS: tuple[Form, ...] = get_args(Form)
 REINJECT = "reinject"
-"""The arm without a router: every block reads the original state, added to the stream once more."""
+"""The arm without a router: every block reads the original state, which is added to the text again."""
 
 
 class AdoptedRouter(Router):
-    """Weights over 1 + L states that are the one-hot of state 0 until they are trained."""
+    """Weights over 1 + L states that are the one-hot vector of state 0 until they are trained."""
 
     def __init__(self, base: Router) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class AdoptedRouter(Router):
 class GateForm(AdoptedRouter):
     """δ + g (w - δ) with the weights w of any router and one gate g for each of its rows, 0 at first.
 
-    Convex for 0 <= g <= 1. The first gradient reaches g alone, as it does with the second matrix of a LoRA.
+    Convex for 0 <= g <= 1. The first gradient reaches only g, as it reaches only the second matrix of a LoRA.
     """
 
     def __init__(self, base: Router, rows: int) -> None:
@@ -69,7 +69,7 @@ class SimplexForm(AdoptedRouter):
 
 
 class AffineForm(AdoptedRouter):
-    """δ + z - mean(z) with a router's logits z, 0 at first: weights that sum to 1, of both signs.
+    """δ + z - mean(z) with a router's logits z, 0 at first: weights with the sum 1 that may be negative.
 
     For models whose own mix of layers has weights of both signs.
     """
@@ -107,7 +107,7 @@ class _Project(torch.autograd.Function):
 def project_to_simplex(points: Float[Tensor, "*rows S"]) -> Float[Tensor, "*rows S"]:
     """Return the nearest point of the simplex to each row (Duchi et al., 2008, Algorithm 1).
 
-    The vertices of the simplex are returned as they are, to the last bit.
+    The vertices of the simplex are returned bitwise unchanged.
     """
     ordered = points.sort(-1, descending=True).values
     excess = ordered.cumsum(-1) - 1

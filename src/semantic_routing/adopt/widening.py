@@ -1,7 +1,8 @@
-"""The text encoder's hook: the state that a pipeline reads also carries the language model's layers.
+"""The text encoder's hook: the hidden state that a pipeline reads also carries the language model's layers.
 
-Every pipeline crops, pads, repeats and joins its text without looking at the channels. So the layers travel with the
-state as further channels, ``[.., C] -> [.., C (1 + L)]``, original first, and the transformer's hook takes them off.
+Every pipeline crops, pads, repeats and concatenates its text without looking at the channels. So the layers are passed
+as additional channels of the state, ``[.., C] -> [.., C (1 + L)]``, original first, and the transformer's hook removes
+them again.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ Wanted = Callable[[], tuple[int, ...]]
 
 
 class Widening:
-    """Widens what a text encoder returns, with all layers that any of its routings wants at that time."""
+    """Widens the output of a text encoder by all layers that any of its routings currently needs."""
 
     def __init__(self, encoder: nn.Module, reads: tuple[int, ...]) -> None:
         """Prepare hooks for a text encoder.
 
-        A pipeline reads the entries ``reads`` of its ``hidden_states``, or its last state if there are none.
+        A pipeline reads the entries ``reads`` of its ``hidden_states``, or its last state if ``reads`` is empty.
         """
         self.encoder, self.reads = encoder, reads
         self.held: tuple[int, ...] = ()
@@ -41,7 +42,7 @@ class Widening:
         self._recording: tuple[ExitStack, dict[nn.Module, Tensor], tuple[int, ...]] | None = None
 
     def join(self, wanted: Wanted) -> None:
-        """Record what a routing wants, too; the first one registers the hooks."""
+        """Also record what a routing needs; the first one registers the hooks."""
         self._wanted.append(wanted)
         if len(self._wanted) == 1:
             self._handles = [
@@ -50,7 +51,7 @@ class Widening:
             ]
 
     def leave(self, wanted: Wanted) -> None:
-        """Record no longer what a routing wants; the last one removes the hooks."""
+        """Stop recording what a routing needs; the last one removes the hooks."""
         self._wanted.remove(wanted)
         if not self._wanted:
             for handle in self._handles:
@@ -118,7 +119,7 @@ class Widening:
 
 
 def widening_of(encoder: nn.Module, reads: tuple[int, ...]) -> Widening:
-    """Return the widening of a text encoder: routings of two transformers that read the same states share one."""
+    """Return the widening of a text encoder; routings of two transformers that read the same states share one."""
     for hook in encoder._forward_pre_hooks.values():
         found = getattr(hook, "__self__", None)
         if isinstance(found, Widening) and found.reads == reads:

@@ -1,4 +1,4 @@
-"""Figures of a routing that was put onto another pipeline: weights of each block over the original state and layers."""
+"""Figures of an adopted routing: the weights of the original state and of each layer in each block."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ def compare_routers(names: Sequence[str], models: Sequence[Backbone]) -> Iterato
         if found.shape != weights[0].shape or model.cfg.rows != models[0].cfg.rows:
             raise ValueError(
                 f"{name} has {model.cfg.depth} blocks{_parts(model)} reading {found.shape[2]} layers, {names[0]} has "
-                f"{models[0].cfg.depth}{_parts(models[0])} reading {weights[0].shape[2]}: only models of equal numbers "
-                "can be compared"
+                f"{models[0].cfg.depth}{_parts(models[0])} reading {weights[0].shape[2]}: only models with equal "
+                "numbers of blocks and layers can be compared"
             )
     stack = np.stack(weights)
     kinds = (
@@ -38,7 +38,7 @@ def compare_routers(names: Sequence[str], models: Sequence[Backbone]) -> Iterato
         places = np.arange(len(names), dtype=float)
         yield Drawn(
             name=f"models-{kind}",
-            title=f"Routing of the models, {measure}: {mean_similarity(values):.4f} in the mean over pairs",
+            title=f"Routing of the models, {measure}: {mean_similarity(values):.4f} on average over pairs",
             figure=plot_similarity(values, places, "", names=names, measure=measure),
             rows=names,
             columns=names,

@@ -1,4 +1,4 @@
-"""The page of an analysis: weights with a slider for the time, figures, trajectories, strips of images."""
+"""The HTML page of an analysis: weights with a slider for the time, figures, trajectories, strips of images."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _leads(leads: Sequence[dict[str, Any]]) -> str:
     return (
         "<h2>Lead of the effective time over the nominal one</h2>\n"
         '<p class="soft">The effective time of a step is the time at which the training forward process, built from '
-        f"the final image, is as far from it as the true trajectory is.</p>\n{Table(head, rows).html()}"
+        f"the final image, is as far from it as the sampling trajectory is.</p>\n{Table(head, rows).html()}"
     )
 
 
@@ -127,8 +127,8 @@ def _disagreement(found: dict[str, Any]) -> str:
     correlation = "none" if found["rank_correlation"] is None else f"{found['rank_correlation']:+.2f}"
     return (
         "<h2>Where weight and need disagree</h2>\n"
-        '<p class="soft">Need is what the model loses without the layer in that block. Rank correlation of weight and '
-        f"need over all blocks and layers: {correlation}.</p>\n{Table(head, rows).html()}"
+        '<p class="soft">Need is what the model loses if the block does without the layer. Rank correlation of weight '
+        f"and need over all blocks and layers: {correlation}.</p>\n{Table(head, rows).html()}"
     )
 
 
@@ -144,7 +144,7 @@ def _strips(strips: Sequence[Strip]) -> str:
             f'<div style="display:grid;grid-template-columns:repeat({len(strip.images)},minmax(0,1fr));gap:.5rem">'
             f"{images}</div></div>"
         )
-    return "<h2>What the model takes the image to be, along the way</h2>\n" + "\n".join(cards)
+    return "<h2>The model's estimate of the image during sampling</h2>\n" + "\n".join(cards)
 
 
 def _data_uri(image: UInt8[np.ndarray, "H W 3"]) -> str:

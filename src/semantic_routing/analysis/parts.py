@@ -1,4 +1,4 @@
-"""How the parts of a block differ in what they read: keys from values, and heads from each other."""
+"""How the mixes of a block differ: keys from values, and heads from each other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from semantic_routing.model.dit import DiTConfig
 
 
 def part_figures(weights: Float[np.ndarray, "K L"], cfg: DiTConfig) -> Iterator[Drawn]:
-    """Draw, by block, the semantic centres of keys and values, and the divergences between them and among heads."""
+    """Plot, by block, the semantic centres of keys and values, and the divergences between them and among heads."""
     sides, heads = cfg.strategy.split(cfg.kv_heads)
     parts = weights.reshape(cfg.depth, sides, heads, -1)
     names = ["keys", "values"] if sides == 2 else ["keys and values"]
@@ -35,7 +35,7 @@ def part_figures(weights: Float[np.ndarray, "K L"], cfg: DiTConfig) -> Iterator[
 
 
 def head_divergence(weights: Float[np.ndarray, "D H L"]) -> Float[np.ndarray, " D"]:
-    """Return the Jensen-Shannon divergence of H equally weighted heads in bits: 0 if all read alike, at most log2 H."""
+    """Return the Jensen-Shannon divergence of H equally weighted heads in bits: 0 if all are equal, at most log2 H."""
     p = normalized(weights)
     return np.maximum(entropy(p.mean(1)) - entropy(p).mean(1), 0) / np.log(2)
 

@@ -32,7 +32,7 @@ ALIKE = 0.99
 class Profiles:
     """Weights of a model by time and by block, or part of a block; None for an axis on which they do not depend.
 
-    If they depend on both, these are the marginals: means over the other axis.
+    If they depend on both axes, these are the marginals: means over the other axis.
     """
 
     by_time: Float[np.ndarray, "T L"] | None
@@ -113,7 +113,7 @@ def _effective_curves(weights: Float[np.ndarray, "K L"], effective: Float[np.nda
     of_mean = effective_layers(weights)
     if np.abs(effective - of_mean).max() <= 1e-6:
         return [("effective layers", effective, "-")]
-    return [("of each block and time, in the mean", effective, "-"), ("of the mean weights", of_mean, "--")]
+    return [("of each block and time, on average", effective, "-"), ("of the mean weights", of_mean, "--")]
 
 
 def _wasserstein_figure(weights: Float[np.ndarray, "T L"]) -> Drawn:
@@ -139,9 +139,10 @@ def plot_similarity(
     names: Sequence[str] | None = None,
     measure: str = SIMILARITY,
 ) -> Figure:
-    """Draw a matrix of similarities, its first row on top. The colours run from the smallest, at most 0.99, to 1.
+    """Draw a matrix of similarities, with its first row at the top. The colours run from the smallest, at most 0.99, to
+    1.
 
-    The axes show ``names``, or the places if there are no names.
+    The axes show ``names``, or the indices if there are no names.
     """
     figure, axes = new_axes(5.4, 4.2) if names is None else new_axes(6.0, 4.8)
     step = places[1] - places[0] if len(places) > 1 else 1.0

@@ -66,7 +66,7 @@ def page(r: Results) -> str:
         _section("Accuracy", _accuracy(r.summary)),
         _section("What the blocks read", _routing(r.model)),
         _section("Time", _timings(r)),
-        _section("How to go on", _go_on(r)),
+        _section("Next steps", _go_on(r)),
         _section("How this was made", _provenance(r)),
     )
     return document(title, "".join(sections))
@@ -85,10 +85,10 @@ def _header(r: Results, title: str) -> str:
         tiles["single object"] = _percent(accuracy["single_object"])
     tiles |= {"training": duration(r.timings["train"]), "in all": duration(r.total_seconds)}
     paths = r.config["data"]["paths"]
-    worlds = {SHAPES: "the endless toy world of shapes", WORDS: "the endless world of words"}
-    data = worlds.get(" ".join(paths), f"the pictures of {', '.join(paths)}")
+    worlds = {SHAPES: "the generated toy world of shapes", WORDS: "the generated world of words"}
+    data = worlds.get(" ".join(paths), f"the images of {', '.join(paths)}")
     name = r.config["text"]["name_or_path"]
-    encoder = "a tiny language model, made for this run," if name == "tiny" else name
+    encoder = "a tiny language model, trained for this run," if name == "tiny" else name
     return (
         f"<header>\n<h1>{escape(title)}</h1>\n"
         + '<div class="tiles">'
@@ -155,7 +155,7 @@ def _samples(r: Results) -> str:
             f'<div class="three">{figures}</div></div>'
         )
     return (
-        f"<p>The first {SHOWN} prompts of every tag, not chosen by hand. None of these captions was seen in "
+        f"<p>The first {SHOWN} prompts of every tag, without selection. None of these captions was used in "
         'training. A <span class="yes">✓</span> or <span class="no">✗</span> is the exact checker\'s verdict, '
         f'from the pixels alone.</p>\n<div class="tags">{"".join(cards)}</div>'
     )
@@ -212,7 +212,7 @@ def _accuracy_row(name: str, summary: dict[str, Any]) -> str:
 def _routing(model: Backbone) -> str:
     arm = model.cfg.strategy
     if arm.by_token:
-        return "<p>The weights differ from token to token, so there are none to show without a text.</p>"
+        return "<p>The weights differ from token to token, so they cannot be shown without a prompt.</p>"
     if arm.reads_keys:
         first, last = model.cfg.fusedit_first_layer + 1, model.cfg.fusedit_first_layer + model.cfg.depth
         return (

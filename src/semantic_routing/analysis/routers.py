@@ -29,9 +29,10 @@ TIME = "time t (0 noise, 1 data)"
 
 
 def open_router(path: Path) -> Backbone:
-    """Return the model of a run, checkpoint or exported pipeline on the meta device, with its router's EMA weights.
+    """Return a model from a run, checkpoint or exported pipeline on the meta device, with the EMA weights of its
+    router.
 
-    Only the router is read, so this takes little time and memory for any backbone. ValueError for other folders.
+    Only the router is loaded, so this takes little time and memory for any backbone. ValueError for other folders.
     """
     sizes, found, source = _of_pipeline(path) if (path / PIPELINE).is_file() else _of_checkpoint(path)
     with torch.device("meta"):
@@ -64,7 +65,7 @@ def _of_pipeline(path: Path) -> Opened:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         sizes = DiTConfig(**{field.name: config[field.name] for field in fields(DiTConfig)})
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} is no transformer of semroute export: bad config.json ({error})") from error
+        raise ValueError(f"{folder} is not a transformer of semroute export: bad config.json ({error})") from error
     found: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with open_tensors(file), safe_open(file, "pt") as content:
@@ -74,13 +75,13 @@ def _of_pipeline(path: Path) -> Opened:
 
 
 def routes(model: Backbone) -> bool:
-    """Return whether a model has routing weights that do not depend on the text."""
+    """Return whether a model has routing weights that do not depend on the prompt."""
     return model.cfg.strategy.has_weights
 
 
 @torch.no_grad()
 def routing_weights(model: Backbone, times: Sequence[float]) -> Float[np.ndarray, "T K L"]:
-    """Return the weight of each of L layers in each of K rows at the times (0 noise, 1 data); each row sums to 1.
+    """Return the weight of each of L layers in each of K rows at the times (0 noise, 1 data): [T, K, L]; rows sum to 1.
 
     The rows are the blocks, or the parts of all blocks if a block reads several mixes (``DiTConfig.rows``). Weights are
     repeated along an axis on which they do not depend. ValueError for FuseDiT, which has no router.

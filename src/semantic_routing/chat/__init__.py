@@ -1,1 +1,1 @@
-"""One client of OpenAI-compatible servers."""
+"""A client for OpenAI-compatible servers."""

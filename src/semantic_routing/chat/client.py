@@ -30,7 +30,7 @@ class Usage:
     answered: int = 0
     """Questions that the server answered."""
     cached: int = 0
-    """Questions that were answered from the cache, or by the same question's answer."""
+    """Questions that were answered from the cache, or by the answer to an identical question."""
     failed: int = 0
     """Questions without an answer."""
     prompt_tokens: int = 0
@@ -40,16 +40,16 @@ class Usage:
 
 
 class ChatClient:
-    """Asks one model questions, many at once.
+    """Asks one model questions, many at the same time.
 
-    Every question is answered or reported as a ``Failure``, once. The run itself ends with ValueError for what
-    would fail every question: a refused key, an unknown model, a server that answers nothing.
+    Every question is answered or reported as a ``Failure``, once. The whole run ends with ValueError for anything that
+    would fail every question: a rejected key, an unknown model, a server that does not answer.
     """
 
     def __init__(self, cfg: ChatConfig, clock: Clock | None = None) -> None:
         """Ask as ``cfg`` says; all waits are those of ``clock``, by default the system's."""
         if not cfg.model:
-            raise ValueError("which model should be asked? give the name under which the server knows it")
+            raise ValueError("give the name of the model on the server")
         if not cfg.replay:  # report what is missing before any work is done
             import_openai()
             read_key(cfg)
@@ -118,7 +118,7 @@ class ChatClient:
     async def _answer(
         self, server: Server | None, item: T, make: Callable[[T], Question | Failure]
     ) -> Answer | Failure:
-        """Return the answer to an item's question; equal questions in flight share one request."""
+        """Return the answer to an item's question; identical questions in flight share one request."""
         prepared = await asyncio.to_thread(self._prepare, item, make)
         if isinstance(prepared, Failure):
             self.usage.failed += 1
@@ -156,7 +156,9 @@ class ChatClient:
             self._worked = True
             return found
         if server is None:
-            return Failure(reason="not in the cache", detail=f"no {name}.json in {self.cfg.cache}; ask without replay")
+            return Failure(
+                reason="not in the cache", detail=f"no {name}.json in {self.cfg.cache}; run the command without replay"
+            )
         answer = await self._ask(server, question)
         if isinstance(answer, Answer):
             answer = replace(answer, question=name)
@@ -180,7 +182,7 @@ class ChatClient:
             if failure.final or attempt == cfg.retries:
                 break
             if wait is not None and wait > cfg.longest_wait:
-                failure = replace(failure, detail=f"{failure.detail}; to be asked again in {wait:.0f} seconds")
+                failure = replace(failure, detail=f"{failure.detail}; the server asks to wait {wait:.0f} seconds")
                 break
             if wait is not None:
                 server.pace.pause(wait)
@@ -191,7 +193,7 @@ class ChatClient:
         if self._failures_in_a_row >= (cfg.give_up if self._worked else min(cfg.give_up, FIRST_FAILURES)):
             raise ValueError(
                 f"{cfg.base_url} gave no answer to {self._failures_in_a_row} requests in a row, the last: {failure}; "
-                "see that the server runs and knows the request's parameters, then run the same command again"
+                "check that the server runs and supports the request's parameters, then run the same command again"
             )
         return failure
 

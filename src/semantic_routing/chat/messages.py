@@ -1,7 +1,7 @@
-"""Questions to a vision-language model, what came of them, and a folder that remembers every answer.
+"""Questions to a vision-language model, their answers, and a cache of every answer.
 
-The folder is content-addressed: an entry's name is the SHA-256 of the model, the messages (pictures by their
-SHA-256), the parameters and the template, so the same question is never paid for twice, in any run.
+The cache is content-addressed: an entry's name is the SHA-256 of the model, the messages (images by their SHA-256), the
+parameters and the template, so the same question is never paid for twice, in any run.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One message of a user, and how it is to be answered."""
+    """One message of a user, and the parameters of the request."""
 
     parts: tuple[str | Picture, ...]
     """Texts and pictures in the order in which the model sees them."""
@@ -66,7 +66,7 @@ class Question:
         return {"model": model, "parts": parts, "parameters": dict(self.parameters), "template": self.template}
 
     def message(self) -> dict[str, Any]:
-        """Return the message as the protocol has it."""
+        """Return the message in the format of the protocol."""
         return {
             "role": "user",
             "content": [
@@ -95,9 +95,9 @@ class Answer:
     question: str = ""
     """SHA-256 of the question, its name in the cache."""
     cached: bool = False
-    """Whether it was remembered, and so cost nothing."""
+    """Whether it came from the cache, and so cost nothing."""
     thought: bool = False
-    """Whether the server reported thoughts beside the text."""
+    """Whether the server reported reasoning besides the text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ class Failure:
     detail: str = ""
     """The exact reason."""
     final: bool = False
-    """Whether asking again would bring the same: a picture that does not open, a question that was refused."""
+    """Whether asking again would fail in the same way: an image that cannot be opened, a question that was refused."""
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason

@@ -1,6 +1,6 @@
-"""From a server's reply to an answer, in all dialects of OpenAI's protocol that are met.
+"""From a server's reply to an answer, in all known variants of OpenAI's protocol.
 
-Contents are texts, parts, or nothing beside thoughts; tokens are words, pieces of a tokenizer or bytes;
+Contents are texts, parts, or nothing besides reasoning; tokens are words, pieces of a tokenizer or bytes;
 log-probabilities are rows of objects, or the older lists of tokens with mappings beside them.
 """
 

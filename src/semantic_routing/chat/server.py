@@ -1,4 +1,4 @@
-"""One OpenAI-compatible server: its address, one attempt at one question, and in words what goes wrong with it."""
+"""An OpenAI-compatible server: its address, a single attempt at a question, and clear messages for what goes wrong."""
 
 from __future__ import annotations
 
@@ -27,34 +27,35 @@ KEYLESS = "EMPTY"
 
 @dataclass(frozen=True, kw_only=True)
 class ChatConfig:
-    """A server, a model, and how hard to ask them. The key is in the environment alone."""
+    """A server, a model, and the rate and retries of requests. The API key is read only from the environment."""
 
     base_url: str = "http://127.0.0.1:8000/v1"
-    """The server's address; of most it ends in /v1."""
+    """The server's address, which usually ends in /v1."""
     model: str = ""
-    """Name under which the server knows the model."""
+    """Name of the model on the server."""
     api_key_env: str = USUAL_KEY
     """Name of the environment variable that holds the key; servers without keys need none."""
     concurrency: int = 32
-    """Requests under way at once, of each process."""
+    """Number of concurrent requests of each process."""
     timeout: float = 120.0
-    """Seconds for one request, from sending to the answer's last byte."""
+    """Seconds for one request, from sending to the last byte of the answer."""
     retries: int = 6
-    """Further attempts at a request that failed by overload, timeout, a cut connection or a malformed answer."""
+    """Number of further attempts after overload, a timeout, a broken connection or a malformed answer."""
     first_wait: float = 1.0
-    """Longest wait in seconds before the first retry, doubled with each; the wait itself is drawn evenly below it."""
+    """Longest wait in seconds before the first retry, doubled with each; the wait is drawn uniformly below it."""
     longest_wait: float = 60.0
-    """No wait is longer; a request whose server asks for more by Retry-After fails."""
+    """Longest wait of all in seconds; a request fails if the server asks for more by Retry-After."""
     requests_per_minute: float | None = None
-    """Most requests a minute of each process, evenly spread."""
+    """Largest number of requests per minute of each process, evenly spread."""
     give_up: int = 64
-    """Requests that fail in a row, with no answer between them, after which the run stops; 8 before any answer."""
+    """Number of consecutive failed requests, without an answer between them, that stops the run; 8 before the first
+    answer."""
     extra: str = "{}"
-    """More parameters of every request as a JSON object, such as '{"seed": 1}'; null takes one out."""
+    """Additional parameters of every request as a JSON object, such as '{"seed": 1}'; null removes a parameter."""
     cache: Path | None = None
-    """Folder of answers, so that no question is paid for twice."""
+    """Folder in which answers are cached, so that no question is paid for twice."""
     replay: bool = False
-    """Answer from the cache alone, without a server."""
+    """Answer only from the cache, without a server."""
     prompt_price: float = 0.0
     """Price of a million prompt tokens."""
     completion_price: float = 0.0
@@ -64,18 +65,18 @@ class ChatConfig:
         _check_url(self.base_url)
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
             raise ValueError(
-                "api_key_env is no variable's name; put the key into the environment and name the variable"
+                "api_key_env is not the name of a variable; put the key into an environment variable and give its name"
             )
         for name, least in (("concurrency", 1), ("retries", 0), ("give_up", 1), ("prompt_price", 0),
                             ("completion_price", 0), ("first_wait", 0), ("longest_wait", 0)):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.timeout <= 0:
-            raise ValueError(f"timeout is {self.timeout}; a request needs some seconds")
+            raise ValueError(f"timeout is {self.timeout}; it must be above 0")
         if self.requests_per_minute is not None and self.requests_per_minute <= 0:
             raise ValueError(f"requests_per_minute is {self.requests_per_minute}; it must be above 0")
         if self.replay and self.cache is None:
-            raise ValueError("replay answers from the cache alone; give the cache's folder too")
+            raise ValueError("replay answers only from the cache; give the cache's folder too")
         self.extra_parameters()
 
     def extra_parameters(self) -> dict[str, Any]:
@@ -93,15 +94,17 @@ def _check_url(url: str) -> None:
     parts = urlsplit(url)
     # An address is written into manifests, so nothing secret may be in it; nor is it repeated here.
     if "@" in parts.netloc or parts.query or parts.fragment:
-        raise ValueError("base_url holds credentials or a query; give the key by the variable that api_key_env names")
+        raise ValueError(
+            "base_url contains credentials or a query; give the key in the environment variable that api_key_env names"
+        )
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"base_url is {url!r}; write it like http://127.0.0.1:8000/v1")
+        raise ValueError(f"base_url is {url!r}; write it as http://127.0.0.1:8000/v1")
     if parts.path.rstrip("/").endswith("/completions"):
-        raise ValueError(f"base_url is {url!r}; leave out the end, from /chat on")
+        raise ValueError(f"base_url is {url!r}; leave out /chat and what follows")
 
 
 class Clock:
-    """Time in seconds, and waiting."""
+    """The time in seconds, and waiting."""
 
     def now(self) -> float:
         """Return the time, from an arbitrary beginning."""
@@ -113,7 +116,7 @@ class Clock:
 
 
 class Pace:
-    """When the next request may leave: evenly spread, and not while the server wants a rest."""
+    """When the next request may be sent: evenly spread, and not while the server asks to wait."""
 
     def __init__(self, per_minute: float | None, clock: Clock) -> None:
         self._gap = 60 / per_minute if per_minute else 0.0
@@ -136,23 +139,23 @@ def import_openai() -> Any:
 
 
 def read_key(cfg: ChatConfig) -> str:
-    """Return the key in the environment; ValueError if it cannot be one, or a named variable does not exist.
+    """Return the key from the environment; ValueError if it cannot be a key, or a named variable does not exist.
 
-    Such a name is not repeated: it may be the key itself, given in the name's place.
+    The name is not repeated in the error, because it may be the key itself, given in place of the name.
     """
     key = os.environ.get(cfg.api_key_env)
     if key is None and cfg.api_key_env != USUAL_KEY:
         raise ValueError(
-            "the environment has no variable of the name that api_key_env gives; put the key into one and give its name"
+            "the environment has no variable with the name in api_key_env; put the key into one and give its name"
         )
     key = key or KEYLESS
     if not (key.isascii() and key.isprintable()):
-        raise ValueError(f"the key in {cfg.api_key_env} has characters that no key has; copy it again")
+        raise ValueError(f"the key in {cfg.api_key_env} has invalid characters; copy it again")
     return key
 
 
 class Server:
-    """Connections to a server, and in words what goes wrong on them."""
+    """Connections to a server, with clear messages for what goes wrong."""
 
     def __init__(self, cfg: ChatConfig, clock: Clock) -> None:
         self.cfg = cfg
@@ -173,8 +176,7 @@ class Server:
     async def ask(self, question: Question) -> tuple[Answer | Failure, float | None]:
         """Ask once; return the answer, or the failure with the seconds that the server asks to wait.
 
-        Raises ValueError for what would fail every question.
-        """
+        Raises ValueError for anything that would fail every question."""
         openai = self._openai
         body = {"model": self.cfg.model, "messages": [question.message()], **question.parameters}
         try:
@@ -199,7 +201,7 @@ class Server:
         fix = {
             401: f"put a valid key into the environment variable {self.cfg.api_key_env}",
             402: "the account has no credit left",
-            404: f"see that the address, which mostly ends in /v1, is right and serves {self.cfg.model!r}",
+            404: f"check that the address, which usually ends in /v1, is right and serves {self.cfg.model!r}",
         }.get(status)
         if code == "insufficient_quota":
             fix = "the account has no credit left"
@@ -208,7 +210,7 @@ class Server:
         return Failure(reason=f"HTTP {status}", detail=message, final=status < 500 and status not in (408, 409, 429))
 
     def _clean(self, text: str, longest: int | None = None) -> str:
-        """Return a server's words on one short line, without the key that it may have repeated."""
+        """Return a server's message as one short line, without the key, which it may have repeated."""
         if len(self._key) > len(KEYLESS):
             text = text.replace(self._key, "[key]")
         return text if longest is None else " ".join(text.split())[:longest]

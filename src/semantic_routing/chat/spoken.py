@@ -1,4 +1,4 @@
-"""Answers without their thoughts, and advice if a model's first answers are useless."""
+"""Answers without the model's reasoning, and advice if a model's first answers are useless."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tqdm import tqdm
 from semantic_routing.chat.messages import Answer, Failure
 
 CUT, EMPTY, THOUGHTS, STOPPED = "cut off", "empty answer", "thoughts without an answer", "stopped"
-"""Why an answer says nothing whole."""
+"""Why an answer has no complete text."""
 LENGTH = re.compile(r"length|max|limit|truncat|incomplete", re.IGNORECASE)
 """In a finish_reason: the answer reached its longest. Servers write length, model_length, max_tokens, MAX_TOKENS ..."""
 ENDED = re.compile(r"filter|safety|recitation|refus|prohibited|block|error|abort|cancel|timeout", re.IGNORECASE)
@@ -32,7 +32,7 @@ ENOUGH = 3
 
 
 def spoken(answer: Answer) -> str | Failure:
-    """Return what an answer says, without thoughts, or why that is nothing or not whole."""
+    """Return the text of an answer, without reasoning, or why it is missing or incomplete."""
     text, thought = without_thoughts(answer.text)
     thought = thought or answer.thought
     if LENGTH.search(answer.finish):
@@ -45,9 +45,9 @@ def spoken(answer: Answer) -> str | Failure:
 
 
 def without_thoughts(text: str) -> tuple[str, bool]:
-    """Return what comes after all thoughts, nothing where they do not end; and whether there were any.
+    """Return the text after all reasoning, empty if the reasoning does not end; and whether there was any.
 
-    A server may keep the mark before them to itself, so what is before a closing mark is thought.
+    A server may remove the opening tag, so everything before a closing tag is reasoning.
     """
     closed = [*CLOSE.finditer(text)]
     said = text[closed[-1].end() :] if closed else text
@@ -60,10 +60,10 @@ def without_thoughts(text: str) -> tuple[str, bool]:
 
 
 class FirstAnswers:
-    """Watches a model's first answers; where most say nothing, says once what to set."""
+    """Watches a model's first answers; if most are unusable, prints once which option to set."""
 
     def __init__(self, advice: Mapping[str, str]) -> None:
-        """Take ``advice`` by reason; the empty reason's is for all others."""
+        """``advice`` is by reason; that of the empty reason is for all others."""
         self.advice = advice
         self._useful, self._useless, self._advised = 0, Counter[str](), False
 

@@ -1,1 +1,1 @@
-"""Weights on disk, ours and others'."""
+"""Reads and writes weights, including those of other programs."""

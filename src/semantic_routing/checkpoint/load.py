@@ -59,7 +59,7 @@ def load_training_state(
 
 
 def random_state(rank: int) -> dict[str, Tensor]:
-    """Return the state of this process's random generators; only code that users add draws from them."""
+    """Return the state of this process's random generators, which only user code uses."""
     state = {f"{rank}.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state[f"{rank}.cuda"] = torch.cuda.get_rng_state()
@@ -141,7 +141,7 @@ def _latest_whole(path: Path) -> tuple[Path, dict[str, Any]]:
             first = first or error
             continue
         if first is not None:
-            sys.stderr.write(f"semroute: {first}; going on from {folder}\n")
+            sys.stderr.write(f"semroute: {first}; resuming from {folder}\n")
         return folder, state
     if first is not None:
         raise ValueError(f"no complete checkpoint at {path}: {first}")

@@ -1,4 +1,4 @@
-"""Writing checkpoints: folders of safetensors and JSON that appear whole or not at all.
+"""Writing checkpoints: folders of safetensors and JSON that appear completely or not at all.
 
 A run's folder holds ``checkpoints/step-0001000/`` with the weights, their moving average, the state of optimisers and
 random generators, and ``state.json``. Several processes write their parts of each file (``safetensors_storage.py``). A
@@ -33,10 +33,11 @@ FILES = re.compile(rf"{re.escape(STATE)}|(model|ema|optimizer|random)(-\d{{5}}-o
 
 
 class Saver:
-    """Writes a run's checkpoints on a thread while training goes on, one at a time."""
+    """Writes a run's checkpoints on a thread while training continues, one at a time."""
 
     def __init__(self, run: Path, *, keep: int = 1, keep_every: int = 0, group: ProcessGroup | None = None) -> None:
-        """Keep the latest ``keep`` checkpoints, and for good those of every ``keep_every``-th step, if it is above 0.
+        """Keep the latest ``keep`` checkpoints, and permanently those of every ``keep_every``-th step, if it is above
+        0.
 
         ``group`` is a gloo group that nothing else uses, because it is used on threads; None for a single process.
         """

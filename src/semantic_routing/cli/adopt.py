@@ -1,4 +1,4 @@
-"""``semroute adopt``: trains the routing of a pipeline, samples with it, and shows what a routing's file holds."""
+"""``semroute adopt``: trains the routing of a pipeline, samples with it, and shows the content of routing files."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from semantic_routing.sampling.prompts import read_prompts
 
 @dataclass(frozen=True, kw_only=True)
 class AdoptArguments:
-    """The options of ``semroute adopt train`` beside the settings."""
+    """The options of ``semroute adopt train`` besides the settings."""
 
     data: tuple[str, ...] = ()
-    """Training data, as --data.paths."""
+    """Training data, the same as --data.paths."""
     config: Path | None = None
-    """A run's config.json to start from."""
+    """The config.json of a run to start from."""
     out: Path | None = None
     """Folder of the new run."""
     resume: Path | None = None
-    """Folder of a run to continue, instead of a new one."""
+    """Folder of a run to resume, instead of starting a new one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,29 +51,29 @@ class AdoptSampleArguments:
     pipeline: Annotated[str, tyro.conf.Positional]
     """Folder of a diffusers pipeline, or its name on the Hugging Face hub."""
     out: Path
-    """Folder for the PNG files; complete images that it already holds are kept."""
+    """Folder for the PNG files; complete images that are already there are kept."""
     routing: str | None = None
-    """Folder, file or hub name of a routing; without one the original model is sampled."""
+    """Folder, file or hub name of a routing; without it the original model is sampled."""
     scale: float = 1.0
     """Strength of the routing: 0 is the original model."""
     lora: bool = True
-    """Also load the LoRA beside the routing, if there is one."""
+    """Also load the LoRA in the folder of the routing, if there is one."""
     prompt: tuple[str, ...] = ()
     """Prompts, each in quotation marks."""
     prompts: Path | None = None
     """File of prompts: one per line, or .jsonl or .csv with a column prompt, text or caption."""
     images_per_prompt: int = 1
-    """Images per prompt, each from its own noise."""
+    """Number of images per prompt, each from different noise."""
     negative_prompt: str | None = None
-    """Prompt that guidance moves away from; by default the pipeline's own."""
+    """Prompt that classifier-free guidance moves away from; by default the pipeline's own."""
     height: int | None = None
     """Height of the images in pixels; by default the pipeline's."""
     width: int | None = None
     """Width of the images in pixels; by default the pipeline's."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Type of the weights: bf16, fp32, or auto, which is bf16 if the hardware has it."""
+    """Dtype of the weights: bf16, fp32, or auto, which is bf16 if the hardware supports it."""
     device: str = "auto"
-    """Device: auto, cpu, cuda, cuda:1 or another of torch's names."""
+    """Device: auto, cpu, cuda, cuda:1 or another torch device."""
     sampling: Annotated[Drawing, FLAT] = field(default_factory=Drawing)
     """How the images are sampled."""
 
@@ -84,12 +84,12 @@ class AdoptSampleArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class InfoArguments:
-    """Show the header of a routing's file, and its weights by block."""
+    """Show the header of a routing file, and its weights by block."""
 
     routing: Annotated[str, tyro.conf.Positional]
     """Folder, file or hub name of a routing."""
     times: tuple[float, ...] = (0.0, 0.5, 1.0)
-    """Times (0 noise, 1 data) of the weights, if the routing depends on time."""
+    """Times (0 noise, 1 data) of the weights to show, if the routing depends on time."""
     json: bool = False
     """Print JSON instead of tables."""
 
@@ -109,16 +109,16 @@ def run_train(args: list[str], usage: str) -> Path:
     default = AdoptConfig() if own.config is None else read_config(AdoptConfig, own.config)
     if own.data:
         if any(arg.startswith("--data.paths") for arg in settings):
-            raise ValueError("--data and --data.paths name the same; give one of them")
+            raise ValueError("--data and --data.paths are the same option; give one of them")
         default = replace(default, data=replace(default.data, paths=own.data))
     if not {"-h", "--help"}.isdisjoint(settings):
         sys.stdout.write(f"{usage}\n\n")
     beside = tuple(options(AdoptArguments))
     cfg = parse(AdoptConfig, pipeline + settings, prog="semroute adopt train PIPELINE", default=default, beside=beside)
     if not cfg.pipeline:
-        raise ValueError("which pipeline? name its folder or hub name first: semroute adopt train PIPELINE --out DIR")
+        raise ValueError("give the pipeline's folder or hub name: semroute adopt train PIPELINE --out DIR")
     if own.out is None:
-        raise ValueError("where should the run be written? give --out, such as --out routings/x")
+        raise ValueError("give the folder of the new run, such as --out routings/x")
     return start(cfg, own.out)
 
 

@@ -1,4 +1,4 @@
-"""``semroute analyze``: draws the figures of trained models, of their ablations and of their sampling trajectories."""
+"""``semroute analyze``: plots trained models, their ablations and their sampling trajectories."""
 
 from __future__ import annotations
 
@@ -44,53 +44,54 @@ class TrajectorySampling(SampleConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeArguments:
-    """Draw how much each block reads of each language-model layer, and measure sampling trajectories."""
+    """Plot how much each block reads of each language-model layer, and measure sampling trajectories."""
 
     models: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Runs' folders, checkpoints, exported pipelines, or folders and files of an adopted pipeline's routing; several
-    are drawn separately, and models compared."""
+    """Folders of runs, checkpoints or exported pipelines, or folders or files of adopted routings. Several are plotted
+    separately, and models are compared."""
     out: Path
     """Folder for the figures (.png, .pdf) and their numbers (.csv, .npz)."""
     times: tuple[float, ...] = CHOSEN_TIMES
-    """Times (0 noise, 1 data) at which the weights of time-dependent routing are drawn."""
+    """Times (0 noise, 1 data) at which the weights of time-dependent routing are plotted."""
     blocks: tuple[int, ...] = ()
-    """Blocks, counted from 0, whose weights are drawn one by one; by default the first, the middle and the last."""
+    """Blocks, counted from 0, whose weights are plotted one by one; by default the first, the middle and the last."""
     trajectory: bool = False
     """Sample images and measure how far the trajectory runs ahead of the training forward process (Figure 4)."""
     prompts: Path | None = None
-    """File of prompts for the trajectories, as for semroute sample; by default unseen captions of the toy world.
-    "words" means those of the world of words."""
+    """File of prompts for the trajectories, as for semroute sample. By default they are unseen captions of the toy
+    world; "words" means captions of the world of words."""
     n: int = 64
-    """Number of prompts sampled."""
+    """Number of prompts to sample."""
     guidance: tuple[float, ...] = (1.0, 3.0, 6.0)
-    """Scales of classifier-free guidance; each is measured."""
+    """Classifier-free guidance scales; each is measured."""
     steps: tuple[int, ...] = (50,)
     """Numbers of sampling steps; each is measured."""
     sampling: Annotated[TrajectorySampling, FLAT, tyro.conf.SuppressFixed] = field(default_factory=TrajectorySampling)
     """How the trajectories are sampled."""
     ablate: bool = False
-    """Measure what is lost without each layer in each block, with one layer alone, and with blocks swapped."""
+    """Measure what is lost when a block does without each layer, reads only one layer, or swaps its weights with
+    another."""
     ablation: AblationConfig = field(default_factory=AblationConfig)
-    """What is taken out, and what it is measured by."""
+    """What is ablated, and how the loss is measured."""
     html: bool = False
-    """Also write index.html: one page with everything, and the weights under a slider of time."""
+    """Also write index.html, a page with all figures and a time slider for the weights."""
     device: str = "auto"
-    """Device for the trajectories: auto, cpu, cuda, cuda:1 or another of torch's names."""
+    """Device for the trajectories: auto, cpu, cuda, cuda:1 or another torch device."""
 
     def __post_init__(self) -> None:
         if not self.models:
             raise ValueError(
-                "nothing to analyse: give runs or checkpoints, such as semroute analyze runs/x --out figures"
+                "nothing to analyse: give a run or a checkpoint, such as semroute analyze runs/x --out figures"
             )
         if self.n < 1 or not self.guidance or not self.steps or min(self.steps) < 2:
-            raise ValueError("a trajectory needs n of at least 1, a guidance, and at least 2 steps")
+            raise ValueError("a trajectory needs --n of at least 1, at least one --guidance, and --steps of at least 2")
         for scale in self.guidance:
             check_guidance(scale)
         if not self.times or not all(0 <= time <= 1 for time in self.times):
             raise ValueError("times must be from 0 (noise) to 1 (data); give at least one")
         for name in ("times", "blocks", "guidance", "steps"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise ValueError(f"{name} has a value twice; give each once")
+                raise ValueError(f"{name} has the same value twice; give each value once")
 
 
 def run_analysis(args: AnalyzeArguments) -> list[Path]:
@@ -99,7 +100,7 @@ def run_analysis(args: AnalyzeArguments) -> list[Path]:
     adopted = {path: open_routing(path) for path in args.models if is_routing(path)}
     if adopted and (args.trajectory or args.ablate or args.html or args.blocks):
         raise ValueError(
-            f"{next(iter(adopted))} is a routing without its model: leave out --trajectory, --ablate, --html, --blocks"
+            f"{next(iter(adopted))} is a routing without a model: leave out --trajectory, --ablate, --html, --blocks"
         )
     routers = {path: open_router(path) for path in args.models if path not in adopted}
     folders = _folders(args)
@@ -123,7 +124,7 @@ def _folders(args: AnalyzeArguments) -> dict[Path, Path]:
     if len(set(names)) < len(names):  # such as checkpoints of the same step
         names = ["-".join(part for part in path.parts if part not in ("/", "checkpoints")) for path in args.models]
     if len(set(names)) < len(names):
-        raise ValueError("a model is given twice; give each once")
+        raise ValueError("the same model is given twice; give each model once")
     return {path: args.out / name for path, name in zip(args.models, names, strict=True)}
 
 

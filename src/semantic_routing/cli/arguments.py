@@ -1,4 +1,4 @@
-"""Parses command lines into dataclasses with tyro; every mistake is a ValueError of one line."""
+"""Parses command lines into dataclasses with tyro; every mistake is a ValueError with one line."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ WORDS = {
 
 
 def parse(cls: type[T], args: list[str], *, prog: str, default: T | None = None, beside: tuple[str, ...] = ()) -> T:
-    """Return an instance of the dataclass ``cls``: one option for each field, with dots for nested fields.
+    """Return an instance of the dataclass ``cls``, with one option for each field and dots for nested fields.
 
-    ``default`` replaces the defaults of the fields. ``beside`` names options that the command reads itself, which are
+    ``default`` replaces the defaults of the fields. ``beside`` lists options that the command reads itself; they are
     suggested for unknown names, too.
 
-    Raises ValueError for an option that is unknown (naming the nearest known one) or given twice, and for a value
-    that is missing or wrong. --help ends the process with code 0.
+    Raises ValueError for an option that is unknown (naming the nearest known one) or given twice, and for a value that
+    is missing or wrong. --help ends the process with code 0.
     """
     known = options(cls)
     for name in _names(args, known):
@@ -91,7 +91,7 @@ def _names(args: list[str], known: list[str]) -> list[str]:
 
 
 def _tyro(cls: type, **settings: Any) -> Any:
-    """Call ``tyro.cli`` and raise its complaint as a ValueError of one line.
+    """Call ``tyro.cli`` and turn its error message into a ValueError with one line.
 
     tyro 1.0.17 reports parse errors as objects only through ``tyro._errors``, which is private and announced to change
     in any release. So the text is taken from the box that it prints.
@@ -107,7 +107,9 @@ def _tyro(cls: type, **settings: Any) -> Any:
 
 
 def _unboxed(text: str) -> str:
-    """Return the first part of a box as one line; if the output is not UTF-8, tyro draws its title above a rule."""
+    """Return the first part of a printed box as one line; if the output is not UTF-8, tyro draws its title above a
+    rule.
+    """
     lines = [line.strip("│ ") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
     lines = lines if text.startswith("╭") else lines[2:]
     ends = [i for i, line in enumerate(lines) if line and not line.strip("─-")]
@@ -115,9 +117,9 @@ def _unboxed(text: str) -> str:
 
 
 def _meant(name: str, known: list[str]) -> str | None:
-    """Return the option that an unknown name probably stands for.
+    """Return the option that an unknown name probably means.
 
-    That is the first option of the group ``name``, ours for another program's word, or the nearest spelling.
+    It is the first option of the group ``name``, our name for another program's option, or the nearest spelling.
     """
     if group := [option for option in known if option.startswith(f"{name}.")]:
         return group[0]

@@ -1,4 +1,4 @@
-"""``semroute convert``: turns reference checkpoints into runs, runs into reference checkpoints, arms into others."""
+"""``semroute convert``: converts reference checkpoints to runs and back, and runs to other arms."""
 
 from __future__ import annotations
 
@@ -34,39 +34,40 @@ from semantic_routing.training.recipes import paper
 
 @dataclass(frozen=True, kw_only=True)
 class UpstreamArguments:
-    """Turn a checkpoint of the paper's reference implementation into a run that every command can open."""
+    """Convert a checkpoint of the paper's reference implementation to a run that every command can use."""
 
     src: Annotated[Path, tyro.conf.Positional]
-    """A safetensors or torch file, or a folder with such a file, with its shards, or of DeepSpeed or Accelerate."""
+    """A safetensors or torch file, a folder with it or its shards, or a folder saved by DeepSpeed or Accelerate."""
     config: Path
-    """JSON file of the checkpoint's sizes under the reference's names."""
+    """JSON file with the checkpoint's sizes under the reference's names."""
     arm: str
-    """Conditioning strategy: penultimate, uniform, static, time, depth, joint or fusedit (or B1 ... FuseDiT)."""
+    """Routing strategy: penultimate, uniform, static, time, depth, joint or fusedit (or B1 ... FuseDiT)."""
     out: Path
     """Folder of the run to write."""
     image_size: int = 256
     """Side of an image in pixels."""
     text: TextEncoderConfig = field(default_factory=lambda: paper(DEFAULT_ARM).text)
-    """The language model of its training; the default is the paper's."""
+    """The language model that it was trained with; the default is the paper's."""
     codec: CodecConfig = field(default_factory=lambda: paper(DEFAULT_ARM).codec)
     """The codec between latents and images; the default is the paper's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OursArguments:
-    """Write a run's weights, and a file of their sizes, under the reference implementation's names."""
+    """Convert a run's weights to the reference implementation's names, with a file of their sizes."""
 
     model: Annotated[Path, tyro.conf.Positional]
     """Run's folder, or one of its checkpoints."""
     out: Path
     """Safetensors file to write; its sizes are written to the same name with the ending .json."""
     averaged: bool = True
-    """Write the moving average of the weights, which samples best, or the trained weights with --no-averaged."""
+    """Write the exponential moving average of the weights, which gives the best samples; --no-averaged writes the
+    trained weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArmArguments:
-    """Write a run as the same network under another arm: depth as depth-heads-kv, or back if nothing differs."""
+    """Convert a run to the same network under another arm: depth to depth-heads-kv, or back if that is exact."""
 
     model: Annotated[Path, tyro.conf.Positional]
     """Run's folder, or one of its checkpoints."""
@@ -79,8 +80,8 @@ class ArmArguments:
 def convert_upstream(args: UpstreamArguments) -> Path:
     """Write a run with the reference's weights as its only checkpoint; return that checkpoint.
 
-    The weights are stored once, in float32 as in every run, under both names that a checkpoint has for them. Raises
-    ValueError if the run exists, if ``load_upstream`` does, if a text encoder on this machine does not fit the
+    The weights are stored in float32, as in every run, and only once, under both names that they have in a checkpoint.
+    Raises ValueError if the run exists, if ``load_upstream`` does, if a text encoder on this machine does not match the
     weights, or if the size in pixels does not divide into patches.
     """
     check_writable(args.out)
@@ -123,7 +124,7 @@ def convert_ours(args: OursArguments) -> Path:
 def convert_arm(args: ArmArguments) -> Path:
     """Write a run whose only checkpoint is the same network under another arm; return that checkpoint.
 
-    Raises ValueError if the run to write exists or ``change_arm`` does. Nothing of the optimiser is kept.
+    Raises ValueError if the run to write exists or ``change_arm`` does. The optimiser state is not converted.
     """
     check_writable(args.out)
     with claimed(args.out / LOCK, args.out):
@@ -172,7 +173,7 @@ def _read_sizes(path: Path) -> dict[str, Any]:
 
 
 def _check_text(model: Backbone, text: TextEncoderConfig) -> None:
-    """Raise ValueError if a text encoder on this machine does not fit the weights; one on the hub is not fetched."""
+    """Raise ValueError if a text encoder on this machine does not match the weights; the hub is not asked."""
     name = text.name_or_path
     if re.fullmatch(HUB_NAME, name) and not Path(name).is_dir():
         return

@@ -21,21 +21,21 @@ from semantic_routing.training.encode_arguments import EncodeArguments
 
 @dataclass(frozen=True, kw_only=True)
 class IndexArguments:
-    """Scan data once, so that training can read any record directly, and report what is damaged."""
+    """Scan data once, so that training can read any record directly, and report damaged records."""
 
     paths: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Tar shards, Parquet files, manifests or folders: paths, patterns such as data/{00000..00127}.tar, or URLs."""
     out: Path | None = None
     """Folder of the index; by default .semroute-index in the data's folder. Later scans skip unchanged files."""
     dimensions: bool = False
-    """Read the width and height of every picture, which aspect-ratio buckets need."""
+    """Also read the width and height of every image, which aspect-ratio buckets need."""
     workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     """Number of processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StatsArguments:
-    """Print statistics of captions, their lengths, picture sizes and damaged records."""
+    """Print statistics of captions, their lengths, image sizes and damaged records."""
 
     paths: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Data as for semroute data index, or folders of indices."""
@@ -57,7 +57,7 @@ def index(args: IndexArguments) -> str:
         raise ValueError("semroute data index needs paths of data")
     out = args.out or default_folder(args.paths[0])
     if out is None or (args.out is None and any(default_folder(path) != out for path in args.paths)):
-        raise ValueError("there is no default folder for the index of URLs or of several folders; give --out")
+        raise ValueError("URLs and several folders have no default folder for the index; give --out")
     report = build(args.paths, out, look_inside=args.dimensions, workers=args.workers)
     lines = [f"{report['records']:,} records in {report['files']:,} files of {report['bytes']:,} bytes"]
     if report["damaged_total"]:
@@ -76,7 +76,7 @@ def stats(args: StatsArguments) -> str:
 
 
 def encode(args: EncodeArguments) -> str:
-    """Fill the folder of states or latents and return a summary."""
+    """Fill the folder of cached states or latents and return a summary."""
     # Late, because these import torch and transformers, which the others do not need.
     from semantic_routing.training.encode_latents import encode_latents
     from semantic_routing.training.encode_text import encode_text

@@ -42,17 +42,17 @@ class EvaluateArguments:
     """Arguments of every benchmark that scores images."""
 
     model: Path | None = None
-    """Run's folder, checkpoint, or pipeline of semroute export whose images are sampled and scored."""
+    """Folder of a run, a checkpoint, or a pipeline of semroute export; its images are sampled and scored."""
     images: Path | None = None
-    """Folder of existing images to score instead, in the layout that the benchmark's official tools expect."""
+    """Folder of existing images to score instead, in the layout of the benchmark's official tools."""
     out: Path
-    """Folder for the images and results; a stopped evaluation is resumed."""
+    """Folder for the images and results; a stopped evaluation resumes there."""
     score: bool = True
-    """Score the images, or only sample them with --no-score."""
+    """Score the images; --no-score only samples them."""
     rescore: bool = False
-    """Score again the images that another scorer has scored."""
+    """Score images again that another scorer has already scored."""
     device: str = "auto"
-    """Device: auto, cpu, cuda, cuda:1 or another of torch's names."""
+    """Device: auto, cpu, cuda, cuda:1 or another torch device."""
     sampling: Annotated[SampleConfig, FLAT] = field(default_factory=SampleConfig)
     """How the images are sampled."""
 
@@ -70,7 +70,7 @@ class ShapesArguments(EvaluateArguments):
     n: int = 440
     """Number of prompts, spread evenly over the eleven tags."""
     prompt_seed: int = 0
-    """Seed of the prompts."""
+    """Random seed of the prompts."""
     sampling: Annotated[SampleConfig, FLAT] = field(
         default_factory=lambda: replace(TOY_SAMPLING, batch=SampleConfig.batch)
     )
@@ -115,7 +115,7 @@ class GenEvalArguments(EvaluateArguments):
     clip: str = CLIP
     """CLIP ViT-L/14 for colours: a folder or a name on the hub."""
     variant: str = ""
-    """Label of the score, put before the labels of the models."""
+    """Label of the score, put before the labels of the detector and the colour classifier."""
 
 
 def geneval(args: GenEvalArguments) -> str:
@@ -131,14 +131,14 @@ def geneval(args: GenEvalArguments) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedArguments(EvaluateArguments):
-    """Arguments of the benchmarks that a model judges."""
+    """Arguments of the benchmarks that are scored by a judge model."""
 
     prompts: Path
     """File of the benchmark's prompts."""
     images_per_prompt: int = 1
     """Images per prompt."""
     judge: ChatConfig = field(default_factory=ChatConfig)
-    """The judge's OpenAI-compatible server; its answers are cached in OUT/answers by default."""
+    """The judge's OpenAI-compatible server; its answers are cached, by default in OUT/answers."""
 
     def asked(self) -> ChatConfig:
         """Return the judge's server with a folder for its answers."""
@@ -147,7 +147,9 @@ class JudgedArguments(EvaluateArguments):
 
 @dataclass(frozen=True, kw_only=True)
 class GenAIBenchArguments(JudgedArguments):
-    """Score a model on GenAI-Bench: VQAScore, the probability that a judge says Yes, the image shows its prompt."""
+    """Score a model on GenAI-Bench: VQAScore, the probability that a judge answers Yes when asked if the image shows
+    its prompt.
+    """
 
     prompts: Path
     """File genai_image.json, with 527 or 1600 prompts."""
@@ -156,7 +158,7 @@ class GenAIBenchArguments(JudgedArguments):
     local_judge: str | None = None
     """Judge on this machine instead of a server: a vision-language model of transformers (a folder or a hub name)."""
     template: str = "3.1"
-    """The question: that of t2v_metrics 3.1 or 3.0, or a text with {} for the prompt."""
+    """The question: that of t2v_metrics 3.1 or 3.0, or a text with {} in place of the prompt."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -185,7 +187,7 @@ class DrawBenchArguments(JudgedArguments):
     prompts: Path
     """CSV file with the columns Prompts and Category, or JSON or JSON lines with these keys."""
     template: Path = UNIFIED_REWARD_TEMPLATE
-    """Text file of the request, with {prompt} for the prompt, such as the official one."""
+    """Text file of the request to the judge, with {prompt} in place of the prompt, such as the official one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -203,7 +205,7 @@ def evaluate(benchmark: Benchmark, make_scorer: Callable[[], Scorer], args: Eval
     """Sample the images unless they are given, score them and return the table.
 
     With --no-score return the folder of the images. Under torchrun each process does its share, and only the first
-    returns text.
+    process returns text.
     """
     keep_freed_memory()
     with processes() as job:
@@ -224,7 +226,7 @@ def evaluate(benchmark: Benchmark, make_scorer: Callable[[], Scorer], args: Eval
 
 
 def note_usage(path: Path, usage: Usage) -> None:
-    """Append a judge's requests and their cost to a file with one line for each process of each run."""
+    """Append the requests to a judge and their cost to a file with one line for each process of each run."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"date": datetime.now(UTC).isoformat(timespec="seconds")} | asdict(usage)) + "\n")
 

@@ -27,10 +27,10 @@ def train(args: list[str]) -> None:
     """Train a recipe: semroute train toy --arm depth --steps 2000 --out runs/x
 
     semroute train RECIPE [--arm ARM] [--config FILE] --out DIR [settings]   start a run
-    semroute train --resume DIR [--steps N]                                 resume a run, with --steps up to step N
+    semroute train --resume DIR [--steps N]                                 resume a run, and train up to step N
 
     Every setting of the recipe is an option, such as --batch 32, --optim.lr 3e-4 or --model.depth 8. --data.paths
-    names your own pictures: shards, tables, manifests or folders. --config starts from a run's config.json.
+    are your own images: shards, tables, manifests or folders. --config starts from the config.json of a run.
     """
     from semantic_routing.cli.train import run_train
 
@@ -51,11 +51,11 @@ def evaluate(args: list[str]) -> None:
 
     shapes       captions of the toy world, checked exactly
     words        captions of the world of words, checked exactly
-    geneval      objects, numbers, colours and positions, checked by a detector and CLIP
-    genai-bench  VQAScore by a judge on a server, or by a model on this machine
+    geneval      objects, numbers, colours and positions, checked by an object detector and CLIP
+    genai-bench  VQAScore from a judge on a server, or from a model on this machine
     drawbench    alignment, coherence and style, judged by UnifiedReward on a server
     features     FID, KID and CLIPScore of a folder of images
-    compare      several evaluations: differences, intervals, paired tests
+    compare      several evaluations compared: differences, confidence intervals, paired tests
     """
     if _shows_help(evaluate, args):
         return
@@ -68,10 +68,10 @@ def data(args: list[str]) -> None:
     """Index, inspect and recaption training data: semroute data index data/shards
 
     index      scan data once, so that training can read any record directly
-    stats      print statistics of captions, picture sizes and damaged records
-    recaption  have a model on a server describe every picture
-    preview    draw a contact sheet of pictures and captions
-    encode     keep the hidden states of all captions, or the latents of all pictures, on disk before training
+    stats      print statistics of captions, image sizes and damaged records
+    recaption  write new captions for all images with a model on a server
+    preview    draw a contact sheet of images and captions
+    encode     cache the hidden states of all captions, or the latents of all images, on disk before training
     """
     if _shows_help(data, args or ["--help"]):
         return
@@ -81,7 +81,7 @@ def data(args: list[str]) -> None:
 
 
 def analyze(args: list[str]) -> None:
-    """Draw the routing weights of a model: semroute analyze runs/x --out figures"""
+    """Plot the routing weights of a model: semroute analyze runs/x --out figures"""
     from semantic_routing.cli.analyze import AnalyzeArguments, run_analysis
     from semantic_routing.cli.arguments import parse
 
@@ -90,7 +90,7 @@ def analyze(args: list[str]) -> None:
 
 
 def probe(args: list[str]) -> None:
-    """Measure what each layer of a language model knows: semroute probe ENCODER --out probes/x"""
+    """Measure what each layer of a language model encodes: semroute probe ENCODER --out probes/x"""
     from semantic_routing.cli.arguments import parse
     from semantic_routing.cli.probe import ProbeArguments, run_probe
 
@@ -99,7 +99,7 @@ def probe(args: list[str]) -> None:
 
 
 def quickstart(args: list[str]) -> None:
-    """Train, sample, score and write a report, in minutes: semroute quickstart --out runs/quickstart"""
+    """Train, sample and score a toy model in minutes: semroute quickstart --out runs/quickstart"""
     from semantic_routing.cli.arguments import parse
     from semantic_routing.cli.quickstart import QuickstartArguments, run_quickstart
 
@@ -119,8 +119,9 @@ def plan(args: list[str]) -> None:
 
     semroute plan RECIPE [--gpus N ...] [--gpu H100] [--price-per-gpu-hour P] [--json [FILE]] [settings]
 
-    Memory, time, bottleneck, cost and what failures add, from counted FLOPs and bytes. Settings are those of semroute
-    train, such as --batch 4096 or --parallel.strategy hsdp; all assumptions about the cluster are options, too.
+    Predicts memory, time, bottleneck, cost and the effect of failures from counted FLOPs and bytes. Every setting of
+    semroute train is an option, such as --batch 4096 or --parallel.strategy hsdp, and so are all assumptions about the
+    cluster.
     """
     from semantic_routing.cli.plan import run_plan
 
@@ -128,11 +129,11 @@ def plan(args: list[str]) -> None:
 
 
 def convert(args: list[str]) -> None:
-    """Convert checkpoints of the paper: semroute convert upstream SRC --config FILE --arm ARM --out runs/x
+    """Convert the paper's checkpoints: semroute convert upstream SRC --config FILE --arm ARM --out runs/x
 
-    semroute convert upstream SRC --config FILE --arm ARM --out DIR   turn a reference checkpoint into a run
-    semroute convert ours RUN --out FILE                              write a run under the reference's names
-    semroute convert arm RUN --arm ARM --out DIR                      write a run as the same network of another arm
+    semroute convert upstream SRC --config FILE --arm ARM --out DIR   convert a reference checkpoint to a run
+    semroute convert ours RUN --out FILE                              convert a run to a reference checkpoint
+    semroute convert arm RUN --arm ARM --out DIR                      convert a run to another arm
     """
     if _shows_help(convert, args or ["--help"]):
         return
@@ -142,7 +143,7 @@ def convert(args: list[str]) -> None:
 
 
 def export(args: list[str]) -> None:
-    """Write a diffusers pipeline: semroute export runs/x --out pipelines/x"""
+    """Export a run as a diffusers pipeline: semroute export runs/x --out pipelines/x"""
     from semantic_routing.cli.arguments import parse
     from semantic_routing.common.extras import require_diffusers
 
@@ -168,9 +169,9 @@ def study(args: list[str]) -> None:
 def adopt(args: list[str]) -> None:
     """Train routing on a diffusers pipeline: semroute adopt train PIPELINE --data photos --out routings/x
 
-    train   train a routing, then a LoRA if asked, on a frozen pipeline of PRX, Sana, Z-Image or semroute export
-    sample  sample images from a pipeline, with a routing or without
-    info    show the header of a routing's file, and its weights by block
+    train   train a routing, and optionally a LoRA, on a frozen pipeline of PRX, Sana, Z-Image or semroute export
+    sample  sample images from a pipeline, with or without a routing
+    info    show the header of a routing file, and its weights by block
 
     semroute adopt train PIPELINE --data PATHS --out DIR [settings]   start a run
     semroute adopt train --resume DIR [--steps N]                     resume a run
@@ -245,12 +246,12 @@ def _run(args: list[str]) -> None:
 
 @contextmanager
 def _output() -> Iterator[None]:
-    """Make the standard output safe to write to; if its reader is gone, end the command as SIGPIPE would."""
+    """Make the standard output safe to write to; if its reader has closed it, exit as after SIGPIPE."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed before the command started
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal without our letters
+        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that cannot show all characters
     try:
         try:
             yield
@@ -265,13 +266,13 @@ def _output() -> Iterator[None]:
 
 
 def _drop_output() -> None:
-    """Keep the interpreter from flushing at exit what could not be written."""
+    """Prevent the interpreter from flushing unwritable output again at exit."""
     with open(os.devnull, "wb") as nothing:
         os.dup2(nothing.fileno(), sys.stdout.fileno())
 
 
 def _name_the_user() -> None:
-    """Name a user who is not in passwd, as in containers; libraries need the name for their caches."""
+    """Set a name for a user who is not in passwd, as in containers; libraries need one for their caches."""
     try:
         getpass.getuser()
     except (KeyError, OSError):
@@ -279,7 +280,7 @@ def _name_the_user() -> None:
 
 
 def _json(args: list[str]) -> list[str]:
-    """Return the arguments with the standard output as the file of a --json that names none."""
+    """Return the arguments, in which a --json without a file means the standard output."""
     named = [arg for i, arg in enumerate(args) if arg == "--json" and args[i + 1 : i + 2] and args[i + 1][:2] != "--"]
     return args if named else ["--json=-" if arg == "--json" else arg for arg in args]
 
@@ -298,7 +299,7 @@ def _run_one_of(
     """Run the subcommand ``args[0]`` with its own arguments and print its answer."""
     name = f"semroute {command.__name__}"
     if not args:
-        raise ValueError(f"{name} needs a {what} first; known: {', '.join(known)}")
+        raise ValueError(f"{name} needs a {what}; known: {', '.join(known)}")
     if args[0] not in known:
         raise ValueError(f"unknown {what} {args[0]!r}; {nearest(args[0], list(known))}")
     from semantic_routing.cli.arguments import parse

@@ -17,20 +17,20 @@ from semantic_routing.model.arms import ARMS, PAPER_ARMS, parse_arm
 
 @dataclass(frozen=True, kw_only=True)
 class OverheadArguments:
-    """Measure the cost of a picture with every arm (the paper's Table 4)."""
+    """Measure the cost of one image with every arm (the paper's Table 4)."""
 
     scale: Literal["paper", "toy"] = "paper"
-    """Sizes of the networks and of the picture."""
+    """Sizes of the networks and of the image."""
     arms: tuple[str, ...] = PAPER_ARMS
-    """Conditioning strategies to measure."""
+    """Routing strategies to measure."""
     text_tokens: int = 32
-    """Length of the prompt in tokens, in the counts of this program."""
+    """Length of the prompt in tokens, for the counts of this program."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device for latency and memory; auto measures them only if there is a CUDA device."""
     compile: bool = False
     """Compile the network before it is timed, as semroute sample --compile does."""
     json: Path | None = None
-    """JSON file for the numbers; without a name, or with -, JSON replaces the table on the standard output."""
+    """JSON file for the numbers; without a name, or with -, JSON is printed instead of the table."""
 
 
 def run_overhead(args: OverheadArguments) -> str:

@@ -1,4 +1,4 @@
-"""``semroute plan``: time, memory, cost and bottleneck of a run on GPUs that nobody has rented yet."""
+"""``semroute plan``: predicts time, memory, cost and bottleneck of a run on GPUs before they are rented."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from semantic_routing.training.config import TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class PlanArguments:
-    """The options of ``semroute plan`` beside the recipe's settings."""
+    """The options of ``semroute plan`` besides the recipe's settings."""
 
     gpus: tuple[int, ...] = (8, 64, 512)
     """Numbers of GPUs to plan for."""
     gpu: str = "H100"
-    """Their kind: A100, H100, H200 or B200."""
+    """Type of GPU: A100, H100, H200 or B200."""
     text_tokens: int = 256
-    """Length of prompts in tokens."""
+    """Length of the prompts in tokens."""
     price_per_gpu_hour: float | None = None
-    """Price of an hour of one GPU, for the cost of the run."""
+    """Price per GPU and hour, for the cost of the run."""
     arm: str | None = None
-    """Conditioning strategy of a recipe."""
+    """Routing strategy of the recipe."""
     config: Path | None = None
-    """A run's config.json to plan for, instead of a recipe."""
+    """The config.json of a run to plan for, instead of a recipe."""
     json: Path | None = None
-    """JSON file for the numbers; without a name, or with -, JSON replaces the tables on the standard output."""
+    """JSON file for the numbers; without a name, or with -, JSON is printed instead of the tables."""
     assumed: Annotated[Assumptions, FLAT] = field(default_factory=Assumptions)
     """The cluster."""
 

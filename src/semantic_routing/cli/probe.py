@@ -1,4 +1,4 @@
-"""``semroute probe``: what each layer of a language model knows, and what an average loses, into one folder."""
+"""``semroute probe``: measures what each layer of a language model encodes, and what an average of layers loses."""
 
 from __future__ import annotations
 
@@ -28,41 +28,41 @@ from semantic_routing.toy.worlds import SHAPES, WORLDS
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeArguments:
-    """Measure what each layer of a language model knows, and what an average of its layers loses."""
+    """Measure what each layer of a language model encodes, and what an average of its layers loses."""
 
     encoder: Annotated[str, tyro.conf.Positional]
-    """A language model as text.name_or_path takes it: a folder, a name on the hub; or a run that holds one."""
+    """A language model as for text.name_or_path (a folder or a name on the hub), or a run that contains one."""
     out: Path
     """Folder for the figures (.png, .pdf), their numbers (.csv, .npz), probe.json and index.html."""
     prompts: str = SHAPES
-    """A file of prompts as of semroute sample, or a world's captions: "shapes" of the toy world, "words" of the world
-    of words, which has tasks of its own."""
+    """A file of prompts as for semroute sample, or the captions of a world: "shapes" for the toy world, or "words" for
+    the world of words, which has its own tasks."""
     tokens: int = 20_000
-    """Tokens measured, at most."""
+    """Largest number of tokens to measure."""
     tasks: bool = True
     """Also fit linear probes of colours, shapes, counts and relations."""
     captions: int = 400
-    """Captions of each task."""
+    """Number of captions for each task."""
     layers: str = "all"
-    """Layers measured: "all", a range "6..29" or a list "9,18,27"."""
+    """Layers to measure: "all", a range "6..29" or a list "9,18,27"."""
     prefix: str = ""
     """Instruction put before every prompt."""
     chat_template: bool = False
     """Wrap each prompt as a user's message in the model's own chat template."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Floating-point type of the language model; "auto" is bfloat16 where the device multiplies it in hardware."""
+    """Floating-point type of the language model; "auto" is bfloat16 if the device supports it in hardware."""
     seed: int = 0
-    """Decides captions and folds."""
+    """Random seed of the captions and of the cross-validation folds."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or another that torch knows."""
+    """Device: auto, cpu, cuda, cuda:1 or another torch device."""
 
     def __post_init__(self) -> None:
         if self.tokens < 100 or self.captions < 50:
-            raise ValueError("a probe needs at least 100 tokens and 50 captions a task")
+            raise ValueError("a probe needs at least 100 tokens and 50 captions per task")
 
 
 def run_probe(args: ProbeArguments) -> list[Path]:
-    """Run the command; returns the page and the pictures that it wrote."""
+    """Run the command; return the paths of the page and the figures."""
     check_writable(args.out)
     keep_freed_memory()
     device = pick_device(args.device)

@@ -47,11 +47,11 @@ class QuickstartArguments:
     """Train a toy model, sample from it, score it exactly and write a report."""
 
     out: Path = Path("runs/quickstart")
-    """Folder of the run; a stopped quickstart is resumed."""
+    """Folder of the run; a stopped quickstart resumes there."""
     arm: str = DEFAULT_ARM
-    """Conditioning strategy (B1 B2 B3 S1 S2 S3 FuseDiT, or their names)."""
+    """Routing strategy (B1 B2 B3 S1 S2 S3 FuseDiT, or their names)."""
     text: Literal["tiny", "smollm2"] = "tiny"
-    """Text encoder: a tiny language model that is trained first, or the real SmolLM2-135M, which needs 6 GiB of
+    """Text encoder: a tiny language model that is trained first, or the pretrained SmolLM2-135M, which needs 6 GiB of
     memory."""
     steps: int | None = None
     """Training steps, which make the run repeatable; by default as many as the clock allows, at most 4,200, so that
@@ -59,9 +59,9 @@ class QuickstartArguments:
     prompts: int = 440
     """Number of unseen prompts to score, spread evenly over the eleven tags."""
     guidance: float = TOY_SAMPLING.guidance
-    """Scale of classifier-free guidance."""
+    """Classifier-free guidance scale."""
     seed: int = 42
-    """Seed of the run."""
+    """Random seed of the run."""
 
     def __post_init__(self) -> None:
         if self.prompts < 1:
@@ -80,7 +80,7 @@ def run_quickstart(args: QuickstartArguments) -> Path:
 
 
 def configuration(args: QuickstartArguments) -> TrainConfig:
-    """Return the configuration of the training; without SmolLM2, say so and use the tiny language model."""
+    """Return the training configuration; if SmolLM2 is missing, report it and use the tiny language model."""
     cfg = replace(toy(parse_arm(args.arm)), seed=args.seed, steps=MOST_STEPS)
     if args.text == TINY:
         return cfg
@@ -88,7 +88,7 @@ def configuration(args: QuickstartArguments) -> TrainConfig:
     try:
         shape = text_shape(text)
     except ValueError as error:
-        say(f"{error}; the quickstart goes on with the tiny language model")
+        say(f"{error}; the quickstart uses the tiny language model instead")
         return cfg
     return replace(cfg, text=text, model=replace(cfg.model, text_width=shape.width, text_layers=len(shape.layers)))
 

@@ -1,4 +1,4 @@
-"""``semroute sample``: draws the images of prompts into a folder."""
+"""``semroute sample``: samples images of prompts into a folder."""
 
 from __future__ import annotations
 
@@ -26,25 +26,26 @@ class SampleArguments:
     """Sample images from a trained run."""
 
     model: Annotated[Path, tyro.conf.Positional]
-    """A run's folder, one of its checkpoints, or a pipeline of semroute export."""
+    """Folder of a run (its latest checkpoint is used), one of its checkpoints, or a pipeline of semroute export."""
     out: Path
-    """Folder for the PNG files; complete images that it already holds are kept."""
+    """Folder for the PNG files; complete images that are already there are kept."""
     prompt: tuple[str, ...] = ()
     """Prompts, each in quotation marks."""
     prompts: Path | None = None
     """File of prompts: one per line, or .jsonl or .csv with a column prompt, text or caption."""
     images_per_prompt: int = 1
-    """Images per prompt, each from its own noise."""
+    """Number of images per prompt, each from different noise."""
     negative_prompt: str | None = None
-    """Prompt that guidance moves away from; by default the model's null prompt."""
+    """Prompt that classifier-free guidance moves away from; by default the model's null prompt."""
     height: int | None = None
     """Height of the images in pixels; by default the model's."""
     width: int | None = None
     """Width of the images in pixels; by default the model's."""
     routing: Path | None = None
-    """JSON file of weights that replace the model's own: {"rows": ["block 0", ...], "weights": [[...], ...]}."""
+    """JSON file of routing weights that replace the model's own: {"rows": ["block 0", ...], "weights": [[...],
+    ...]}."""
     device: str = "auto"
-    """Device: auto, cpu, cuda, cuda:1 or another of torch's names."""
+    """Device: auto, cpu, cuda, cuda:1 or another torch device."""
     sampling: Annotated[SampleConfig, FLAT] = field(default_factory=SampleConfig)
     """How the images are sampled."""
 

@@ -1,4 +1,4 @@
-"""``semroute train``: begins a run from a recipe or a configuration, or resumes one."""
+"""``semroute train``: starts a run from a recipe or a configuration, or resumes one."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from semantic_routing.training.config import TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TrainArguments:
-    """The options of ``semroute train`` beside the recipe's settings."""
+    """The options of ``semroute train`` besides the recipe's settings."""
 
     arm: str | None = None
-    """Conditioning strategy of a recipe."""
+    """Routing strategy of the recipe."""
     config: Path | None = None
-    """A run's config.json to start from, instead of a recipe."""
+    """The config.json of a run to start from, instead of a recipe."""
     out: Path | None = None
     """Folder of the new run."""
     resume: Path | None = None
-    """Folder of a run to continue, instead of a new one."""
+    """Folder of a run to resume, instead of starting a new one."""
 
 
 def run_train(args: list[str], usage: str) -> Path:
@@ -42,5 +42,5 @@ def run_train(args: list[str], usage: str) -> Path:
     prog = f"semroute train {recipe or 'RECIPE'}"
     cfg = parse(TrainConfig, settings, prog=prog, default=default, beside=tuple(options(TrainArguments)))
     if own.out is None:
-        raise ValueError("where should the run be written? give --out, such as --out runs/x")
+        raise ValueError("give the folder of the new run, such as --out runs/x")
     return loop.start(cfg, own.out)

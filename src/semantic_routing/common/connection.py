@@ -98,7 +98,7 @@ def _proxy(scheme: str) -> tuple[str | None, str]:
         usable = False
     if not usable:
         raise ValueError(
-            f"{variable} in the environment names a proxy that cannot be used; write it like http://HOST:PORT or "
+            f"{variable} in the environment names an invalid proxy; write it as http://HOST:PORT or "
             "socks5://HOST:PORT, or unset it"
         )
     if parts.scheme.startswith("socks") and find_spec("socksio") is None:

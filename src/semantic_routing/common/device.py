@@ -59,7 +59,7 @@ def cache_folder() -> Path:
         # The XDG specification says to ignore a relative path.
         return (Path(caches) if os.path.isabs(caches) else Path.home() / ".cache") / "semantic-routing"
     except RuntimeError as error:
-        raise ValueError("this user has no home folder to keep a cache in; set SEMROUTE_CACHE to a folder") from error
+        raise ValueError("this user has no home folder for the cache; set SEMROUTE_CACHE to a folder") from error
 
 
 def processor() -> list[str]:

@@ -69,7 +69,9 @@ def _take(lock: Path, what: str | Path) -> int:
             if error.errno not in NO_LOCKS:
                 os.close(handle)
                 raise
-            sys.stderr.write(f"semroute: the disk of {lock.parent} has no locks; let no other command write there\n")
+            sys.stderr.write(
+                f"semroute: the disk of {lock.parent} has no file locks; do not let another command write there\n"
+            )
         if _is_same(handle, lock):
             return handle
         os.close(handle)  # its previous holder has deleted it
@@ -97,11 +99,11 @@ def _holder(lock: Path, patience: float = 1.0) -> str:
             host, pid, since = found["host"], found["pid"], found["since"]
         except (OSError, ValueError, KeyError, TypeError):
             if time.monotonic() > deadline:
-                return f"another process holds {lock}; wait for its end or stop it"
+                return f"another process holds {lock}; wait until it ends, or stop it"
             time.sleep(0.05)
             continue
         where = "" if host == socket.gethostname() else f"; if that machine is gone, delete {lock}"
-        return f"process {pid} on host {host} has used it since {since}; wait for its end or stop it{where}"
+        return f"process {pid} on host {host} has used it since {since}; wait until it ends, or stop it{where}"
 
 
 def _forget() -> None:

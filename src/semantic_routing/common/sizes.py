@@ -16,5 +16,5 @@ def parse_bytes(size: str) -> int:
     """Return the number of bytes that "0", "2GiB" or "500 MB" mean; ValueError for other texts."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|)", size.strip(), re.IGNORECASE)
     if found is None:
-        raise ValueError(f'a size of {size!r} is not understood; write bytes, or such as "2GiB" or "500MB"')
+        raise ValueError(f'the size {size!r} is not understood; write a number of bytes, "2GiB" or "500MB"')
     return int(float(found[1]) * UNITS[found[2].upper()])

@@ -1,4 +1,4 @@
-"""Batch: all that one training step reads, in one form from the worker process to the step. Imports no torch."""
+"""Batch: everything that a training step reads, in one form from the worker process to the step. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Aspect-ratio buckets: less of each image is cropped, and all images of a batch are from one bucket.
 
 As in SDXL (Podell et al., 2023, appendix I), all buckets have about the same area. A record's bucket follows from its
-dimensions in the index. Every bucket is an endless stream with each of its records once an epoch; the bucket of a batch
-is a function of the batch's number (``order.Mixture``, weighted by size).
+dimensions in the index. Every bucket is an endless stream with each of its records once per epoch; the bucket of a
+batch is a function of the batch's number (``order.Mixture``, weighted by size).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PERIOD = 2**14
 def bucket_shapes(size: int, multiple: int, longest: float = 2.0) -> list[tuple[int, int]]:
     """Return all (height, width) in multiples of about ``size`` squared pixels and aspect ratios up to ``longest``."""
     if multiple < 1 or size % multiple:
-        raise ValueError(f"an image size of {size} pixels is no multiple of {multiple}; change one of them")
+        raise ValueError(f"an image size of {size} pixels is not a multiple of {multiple}; change one of them")
     shapes = {(size, size)}
     for width in range(multiple, 2 * size + 1, multiple):
         height = max(round(size * size / width / multiple), 1) * multiple

@@ -21,7 +21,7 @@ class CaptionChoice:
         if weights and len(weights) != len(keys):
             raise ValueError(f"{len(weights)} caption weights for {len(keys)} caption keys; give one for each key")
         if len(set(keys)) < len(keys):
-            raise ValueError(f"caption keys {tuple(keys)} name one twice; give each once")
+            raise ValueError(f"caption keys {tuple(keys)} contain one twice; give each once")
         if not all(0 < weight < float("inf") for weight in weights):
             raise ValueError(f"caption weights {tuple(weights)} must be above 0; leave out unwanted keys")
         self.usual = (prefer, *USUAL) if prefer else USUAL

@@ -44,8 +44,8 @@ class DamageLog:
     """Counts rows and skipped records, and lists each such record once in a JSONL file.
 
     Every process adds its own rows. From time to time all processes exchange their tallies, and each merges all of them
-    in the same order. So all have the same counts and stop at the same step. Every record has its turn once an epoch
-    and is counted then, by the process that loads it.
+    in the same order. So all have the same counts and stop at the same step. Every record is loaded once per epoch and
+    counted then, by the process that loads it.
     """
 
     def __init__(self, path: Path | None, *, most: float, enough: int = 1000) -> None:

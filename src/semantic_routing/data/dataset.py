@@ -24,44 +24,47 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Training data, and how it is read."""
+    """The training data, and how it is read."""
 
     paths: tuple[str, ...] = (SHAPES,)
     """The toy world "shapes", the world of words "words", or WebDataset shards, Parquet files, manifests or folders:
-    paths, patterns or URLs. For your own folder of such a name write "./shapes"."""
+    paths, patterns or URLs. For your own folder with such a name write "./shapes"."""
     weights: tuple[float, ...] = ()
-    """Relative frequency of each path, such as 70 20 10; by default each record of all paths once an epoch."""
+    """Relative frequency of each path, such as 70 20 10; by default every record of all paths is used once per
+    epoch."""
     captions: int = 0
-    """Number of different captions of a world that is drawn, the same for every seed, each with endless pictures; 0
-    draws new captions all the time. A real language model then reads each caption once (text.keep_on_disk)."""
+    """Only for the generated worlds: number of different captions, the same for every seed, each with an unlimited
+    number of images; 0 generates new captions all the time. With a limit, a language model encodes each caption only
+    once (text.keep_on_disk)."""
     index: str = ""
-    """Folder of the index written by `semroute data index`; by default that command's default."""
+    """Folder of the index written by `semroute data index`; by default the same as that command's."""
     caption_keys: tuple[str, ...] = ()
-    """Captions to choose from, such as txt recaption; by default the first of txt, text, caption, prompt."""
+    """Caption keys to choose from, such as txt recaption; by default the first of txt, text, caption, prompt."""
     caption_weights: tuple[float, ...] = ()
-    """Relative frequency of each caption key among those that a record has; by default equal."""
+    """Relative frequency of each caption key among those that a record has; equal by default."""
     sidecar: str = ""
-    """Parquet or JSONL file with key and caption; its captions get the caption key "recaption"."""
+    """Parquet or JSONL file with the columns key and caption; its captions get the caption key "recaption"."""
     buckets: bool = False
-    """Crop to the nearest of several aspect ratios of about equal area; a batch has one of them."""
+    """Crop to the nearest of several aspect ratios with about the same area; all images of a batch have the same
+    one."""
     bucket_multiple: int = 32
     """Sides of buckets are multiples of this number of pixels."""
     flip: bool = False
-    """Mirror half of the images; captions that mention left or right then become wrong."""
+    """Mirror half of the images; captions that mention left or right become wrong."""
     min_side: int = 0
-    """Least pixels of an image's shorter side; smaller images count as damaged."""
+    """Minimum of an image's shorter side in pixels; smaller images count as damaged."""
     max_aspect: float = 16.0
-    """Largest aspect ratio of an image, long side by short side; others count as damaged."""
+    """Maximum aspect ratio of an image, long side by short side; others count as damaged."""
     max_pixels: int = 2**26
-    """Pixels from which an image counts as a decompression bomb."""
+    """Maximum number of pixels of an image; larger images count as decompression bombs."""
     max_damaged: float = 0.1
-    """Largest share of damaged records; above it the run stops."""
+    """Maximum share of damaged records; above it the run stops."""
     window: int = 16
     """Number of open shards, whose records are shuffled together."""
     workers: int = 0
-    """Worker processes of each rank that read and decode; 0 uses the training process."""
+    """Worker processes per rank that read and decode; 0 uses the training process."""
     ahead: int = 2
-    """Batches that each of them prefetches."""
+    """Number of batches that each worker prefetches."""
 
     def __post_init__(self) -> None:
         if not self.paths or not all(self.paths):
@@ -70,11 +73,11 @@ class DataConfig:
             raise ValueError(f"{len(self.weights)} weights for {len(self.paths)} paths; give one for each path")
         for world in WORLDS.keys() & set(self.paths):
             if len(self.paths) > 1 and not self.weights:
-                raise ValueError(f"{WORLDS[world].title} is endless, so it has no share by size: give data.weights")
+                raise ValueError(f"{WORLDS[world].title} is unlimited, so it has no share by size: give data.weights")
             if self.buckets:
                 raise ValueError(f"{WORLDS[world].title} is square; leave out data.buckets")
         if self.captions and not WORLDS.keys() & set(self.paths):
-            raise ValueError("data.captions is for worlds that are drawn; leave it out for your own data")
+            raise ValueError("data.captions is for generated worlds; leave it out for your own data")
         if not 0 <= self.max_damaged <= 1:
             raise ValueError(f"max_damaged is {self.max_damaged}; it must be from 0 to 1")
         for name, least in (("captions", 0), ("window", 1), ("workers", 0), ("ahead", 1), ("bucket_multiple", 1)):
@@ -97,7 +100,7 @@ class DataConfig:
 
 
 class Dataset:
-    """All rows of a run by step and number in the batch: a pure function of configuration and seed."""
+    """All rows of a run by step and index in the batch: a pure function of configuration and seed."""
 
     def __init__(self, cfg: DataConfig, streams: Sequence[Stream], *, image_size: int) -> None:
         """Mix ``streams`` by ``cfg.weights``; see ``open_data``."""
@@ -131,13 +134,13 @@ class Dataset:
 
 
 def open_data(cfg: DataConfig, *, image_size: int, seed: int, latents: KeptLatents | None = None) -> Dataset:
-    """Open the sources of a run; raise ValueError if data is missing, not indexed or without captions.
+    """Open the data sources of a run. Raises ValueError if data is missing, not indexed or without captions.
 
     Args:
         cfg: The data.
         image_size: Side of the square images in pixels.
-        seed: Seed of the run, for the order and the random numbers of samples.
-        latents: Kept latents; pictures that have some are not decoded.
+        seed: Seed of the run, for the order of samples and their random numbers.
+        latents: Cached latents; images that have some are not decoded.
     """
     if image_size < 1:
         raise ValueError(f"the image size is {image_size} pixels; use at least 1")

@@ -1,9 +1,10 @@
-"""Latents of pictures that a VAE has encoded beforehand, kept in a folder: their keys, and reading. Imports no torch.
+"""Cached latents of images that a VAE has encoded before training: their keys, and how they are read. Imports no torch.
 
-The folder holds what one VAE made, in shards that appear whole or not at all (``latents_writer.py``). A shard is a
-safetensors file with three tensors: ``posteriors`` [N, 2, C, h, w], mean and standard deviation of N pictures of one
-size; their ``keys`` [N, 16]; and their ``checksums`` [N]. A picture's key is a digest of all that decides its pixels,
-so a picture that was changed, cropped to another size or mirrored is another one, and data may move.
+The folder holds the output of one VAE, in shards that appear completely or not at all (``latents_writer.py``). A shard
+is a safetensors file with three tensors: ``posteriors`` [N, 2, C, h, w], mean and standard deviation of N images of one
+size; their ``keys`` [N, 16]; and their ``checksums`` [N]. The key of an image is a digest of everything that determines
+its pixels. An image that was changed, cropped to another size or mirrored therefore has another key, and data may be
+moved.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ def _digest(data: bytes, *facts: object) -> bytes:
 
 
 class KeptLatents:
-    """A folder of kept posteriors, memory-mapped; any number of processes may read it. Picklable.
+    """A folder of cached posteriors, memory-mapped; any number of processes may read it. Picklable.
 
-    It holds what was there at the first look. A damaged shard or posterior is reported and counts as absent.
+    It contains what was there at the first access. A damaged shard or posterior is reported and treated as absent.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -91,7 +92,9 @@ class KeptLatents:
         path = self.folder / FACTS
         if not path.exists():
             if next(self.folder.glob(SHARDS), None) is not None:
-                raise ValueError(f"{self.folder} holds safetensors files, but no {FACTS}: it is no folder of latents")
+                raise ValueError(
+                    f"{self.folder} holds safetensors files, but no {FACTS}: it is not a folder of latents"
+                )
             return None
         found = read_json(path, "a folder's facts about its VAE")
         if not isinstance(found, dict) or not all(isinstance(facts, dict) for facts in found.values()):
@@ -141,9 +144,9 @@ def checksum(posterior: np.ndarray) -> int:
 def check_facts(
     folder: Path, found: Mapping[str, Mapping[str, str]], vae: Mapping[str, str], rounding: Mapping[str, str]
 ) -> list[str]:
-    """Compare a folder's facts with those of a VAE; return messages about what changes latents by rounding alone.
+    """Compare a folder's facts with those of a VAE; return messages about what changes latents only by rounding.
 
-    Raises ValueError if the folder's latents are of another VAE, type or tiling.
+    Raises ValueError if the folder's latents belong to another VAE, dtype or tiling.
     """
     other = [
         f"{name} {found['vae'].get(name)} instead of {value}" if len(value) < 40 else f"other {name}"

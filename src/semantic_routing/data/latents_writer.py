@@ -1,4 +1,4 @@
-"""Writer of kept latents (``latents.py``): posteriors in shards of bounded size, written whole or not at all."""
+"""Writer of cached latents (``latents.py``): posteriors in shards of limited size, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class LatentWriter:
         return key in self._keys
 
     def add(self, key: bytes, posterior: Posterior) -> None:
-        """Keep a posterior, which is on the CPU; ValueError if the folder would be too large or cannot be written."""
+        """Add a posterior, which is on the CPU; ValueError if the folder would be too large or cannot be written."""
         if key in self._keys:
             return
         self._keys.add(key)
@@ -66,7 +66,7 @@ class LatentWriter:
         if size + stored.nbytes > self.most:
             raise ValueError(
                 f"{self.folder} holds {size:,} bytes, and {stored.nbytes:,} more exceed {self.most:,}: raise "
-                "codec.keep_on_disk_bytes (--keep-on-disk-bytes); what is there is used and kept"
+                "codec.keep_on_disk_bytes (--keep-on-disk-bytes); existing latents stay usable"
             )
         tensors = {
             "keys": torch.from_numpy(np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES).copy()),

@@ -1,7 +1,7 @@
 """Loads training batches: in the training process, on a prefetch thread, or in worker processes.
 
-All three give the same batches, bit for bit, at any number of ranks and workers: each row is a pure function of its
-step and its number in the global batch, and nothing has a state. Worker processes are Grain's (an extra).
+All three give the same batches, bit for bit, with any number of ranks and workers, because each row is a pure function
+of its step and its index in the global batch, without any state. Worker processes are Grain's (an extra).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Loader:
         return self._source[step].tensors(torch.from_numpy)
 
     def batches(self, first: int = 0) -> Generator[Batch[Tensor], None, None]:
-        """Yield the batches from step ``first`` on without end; closing the generator ends threads and processes."""
+        """Yield the batches from step ``first`` on, endlessly; closing the generator ends threads and processes."""
         if self._workers:
             return _from_workers(replace(self._source, first=first), self._workers, max(self._ahead, 1))
         if self._ahead:
@@ -77,7 +77,7 @@ class Loader:
 
 
 def prefetch(load: Callable[[int], T], start: int = 0, *, ahead: int = 2) -> Generator[T, None, None]:
-    """Yield ``load(start)``, ``load(start + 1)`` ... without end, prefetching ``ahead`` of them on a thread.
+    """Yield ``load(start)``, ``load(start + 1)`` ... endlessly, prefetching ``ahead`` of them on a thread.
 
     An exception of ``load`` is raised here, in its turn. The thread ends when the iterator is closed or dropped, after
     the running ``load``.

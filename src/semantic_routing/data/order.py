@@ -1,7 +1,7 @@
 """The order of training samples as pure functions of (seed, position).
 
-Nothing here has a state, so a run resumes at any step, on any machine, without replaying or saving anything. Grain's
-``MapDataset`` shuffles, too, but its shuffle reads every record from another shard.
+There is no state, so a run resumes at any step, on any machine, without replaying or saving anything. Grain's
+``MapDataset`` also shuffles, but its shuffle reads every record from a different shard.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def locate(seed: int, position: int, length: int) -> tuple[int, int]:
 
 
 class ShardOrder:
-    """An endless stream over the records of shards: each record once an epoch, from few shards at a time.
+    """An endless stream over the records of shards: each record once per epoch, from few shards at a time.
 
     Every epoch permutes the shards, takes them in groups of ``window``, and permutes the records of each group. So at
     most ``window`` shards are open, and everything is a pure function of (seed, position); the tables are only a cache.

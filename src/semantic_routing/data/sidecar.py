@@ -25,9 +25,9 @@ _ROW_GROUPS = 64
 class Sidecar:
     """Captions by record key in a Parquet or JSONL file with ``key`` and ``caption``.
 
-    The sorted hashes of the keys and the places of the rows are written once to ``FILE.lookup.npy`` and memory-mapped,
-    so that all processes share them. Captions stay in the file: JSONL rows are read one at a time; of Parquet the last
-    row groups are cached, which is fast if rows are in about the order of the records.
+    The sorted hashes of the keys and the positions of the rows are written once to ``FILE.lookup.npy`` and
+    memory-mapped, so that all processes share them. Captions stay in the file: JSONL rows are read one at a time; for
+    Parquet the last row groups are cached, which is fast if rows are in about the order of the records.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""Endless streams of images with captions at random access: of records in shards, and of worlds that are drawn."""
+"""Endless streams of images with captions, with random access: from records in shards, and from generated worlds."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from semantic_routing.toy.worlds import WORLDS
 CAPTIONS_SEED = 0
 """Seed of a world's captions where their number is limited."""
 ATTEMPTS = 32
-"""Records that are tried for one row: the first half from its own shard, then from all shards."""
+"""Records tried for one row: the first half from its own shard, then from all shards."""
 Image = UInt8[np.ndarray, "H W 3"]
 Posterior = Shaped[np.ndarray, "2 C h w"]
 
@@ -84,7 +84,7 @@ class WorldStream:
     LENGTH = 2**40
 
     def __init__(self, world: str, seed: int, size: int, latents: KeptLatents | None = None, captions: int = 0) -> None:
-        """``captions`` is how many the world has, the same for every seed, each with endless pictures; 0 for all."""
+        """``captions`` is their number, the same for every seed, with unlimited images each; 0 means no limit."""
         self.name, self.seed, self.size, self.latents, self.limit = world, seed, size, latents, captions
         self.world = WORLDS[world]
         self.turns = Mixture((1.0,))
@@ -97,7 +97,7 @@ class WorldStream:
         return self.LENGTH
 
     def load(self, position: int, bucket: int = 0) -> Row:
-        """Draw the row at a position; it is a function of the sample's number."""
+        """Generate the row at a position; it is a function of the sample's number."""
         epoch, sample = locate(self.seed, position, self.LENGTH)
         drawn = self.draw(sample)
         return with_kept(Row(drawn.image, drawn.caption, self.seed, epoch, sample), self.latents)
@@ -120,7 +120,7 @@ class WorldStream:
             yield from (self.draw(locate(self.seed, place, self.LENGTH)[1]).caption for place in range(count))
 
     def captions(self, count: int) -> list[str]:
-        """Return captions of the evaluation split, which is never trained on."""
+        """Return captions of the evaluation split, which is never used in training."""
         return [drawn.caption for drawn in self.world.prompts(self.seed, count)]
 
 

@@ -1,7 +1,7 @@
 """The base class of benchmarks: prompts with the skills they test, the layout of images, the summary of scores.
 
-Images have the layout of the benchmark's official tools, so either side can score the other's. Most
-benchmarks have one file a prompt, ``<id>.png``; what differs is overridden.
+Images have the layout of the benchmark's official tools, so each program can score the other's images. Most benchmarks
+have one file per prompt, ``<id>.png``; others override that.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class Prompt:
     """One prompt of a benchmark."""
 
     id: str
-    """The benchmark's own name for it; digits."""
+    """The benchmark's own name for the prompt; digits."""
     text: str
     tags: tuple[str, ...]
     """The skills it tests."""
     metadata: dict[str, Any] = field(default_factory=dict)
-    """Whatever else the benchmark's scorer needs to know."""
+    """Other facts that the benchmark's scorer needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Finding:
     scores: dict[str, float | None]
     """By metric; None without a score."""
     reason: str
-    """Why, in a few words."""
+    """The reason, in a few words."""
     answer: str = ""
     """A judge's answer, word for word."""
 
@@ -64,12 +64,12 @@ class Scorer(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that affects the scores in JSON types: models with their hashes, templates, thresholds."""
+        """Everything that affects the scores in JSON types: models with their hashes, templates, thresholds."""
         ...
 
     @property
     def usage(self) -> Usage | None:
-        """Requests to a server so far and their cost; None for a scorer that asks no server."""
+        """Requests to a server so far and their cost; None for a scorer without a server."""
         ...
 
     def score(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Finding]]:
@@ -79,13 +79,15 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """Prompts, the layout of their images and the columns of the table; by default of verdicts with one tag each."""
+    """Prompts, the layout of their images and the columns of the table; the defaults are for verdicts with one tag per
+    prompt.
+    """
 
     name: ClassVar[str] = ""
     metrics: ClassVar[tuple[str, ...]] = (CORRECT,)
     """Names of the scores that each image gets."""
     headline: ClassVar[tuple[str, str]] = (CORRECT, "overall")
-    """Metric and column of the one number that stands for all."""
+    """Metric and column of the benchmark's single overall number."""
 
     prompts: tuple[Prompt, ...]
     images_per_prompt: int = 1
@@ -129,7 +131,7 @@ class Benchmark:
         """Write the other files of the official layout into ``out/images``, after all images are sampled."""
 
     def find(self, folder: Path) -> dict[tuple[int, int], Path]:
-        """Find the images in a folder by (prompt index, image index); ValueError if it is another benchmark's."""
+        """Find the images in a folder by (prompt index, image index); ValueError if it belongs to another benchmark."""
         places = {int(prompt.id): index for index, prompt in enumerate(self.prompts)}
         found: dict[tuple[int, int], Path] = {}
         for path in list_pictures(folder).pictures:
@@ -139,11 +141,13 @@ class Benchmark:
             if int(name) not in places:
                 raise ValueError(
                     f"{path} belongs to no prompt of {self.name}, whose {len(places)} ids go from {min(places):05d} to "
-                    f"{max(places):05d}: these images are of another set of prompts"
+                    f"{max(places):05d}: these images belong to another set of prompts"
                 )
             place = (places[int(name)], int(image or 0))
             if place in found:
-                raise ValueError(f"{found[place]} and {path} are both image {place[1]} of prompt {name}; delete one")
+                raise ValueError(
+                    f"{found[place]} and {path} are both image {place[1]} of prompt {name}; delete one of them"
+                )
             found[place] = path
         return found
 
@@ -159,7 +163,7 @@ class Benchmark:
 def checked_rows(rows: Iterable[Any], path: Path, needs: Mapping[str, type], benchmark: str) -> list[dict[str, Any]]:
     """Return the rows; ValueError unless all have the needed keys with values of the needed types.
 
-    A text of blanks counts as none.
+    A blank text counts as missing.
     """
     checked = []
     for number, row in enumerate(rows, 1):

@@ -1,4 +1,4 @@
-"""Evaluations side by side, as in the paper's Tables 1 and 2: numbers, differences to a baseline, how sure they are."""
+"""Evaluations side by side, as in the paper's Tables 1 and 2: numbers, differences to a baseline, intervals."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ METHOD = (
 
 @dataclass(frozen=True, kw_only=True)
 class CompareArguments:
-    """Line evaluations up: numbers, differences to a baseline, bootstrap intervals, paired tests."""
+    """Compare evaluations: numbers, differences to a baseline, bootstrap intervals, paired tests."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders that semroute evaluate wrote; the first is the baseline if no other is named."""
+    """Folders written by semroute evaluate; by default the first is the baseline."""
     out: Path
-    """A folder for compare.md, compare.csv and compare.tex, or one file with such an ending."""
+    """A folder for compare.md, compare.csv and compare.tex, or a single file with one of these endings."""
     baseline: Path | None = None
-    """The evaluation that differences are to."""
+    """The evaluation to which differences are computed."""
     labels: tuple[str, ...] = ()
     """Names of the rows, one for each folder; by default the folders' names."""
     headlines: bool = False
-    """One number for each benchmark, as in Table 1: folders of several benchmarks, one row for each label."""
+    """Show one number per benchmark, as in Table 1: folders of several benchmarks, one row for each label."""
     anyway: bool = False
-    """Compare also what differs in benchmark details, prompts or judge."""
+    """Compare although benchmark details, prompts or judge differ."""
     resamples: int = 10_000
     """Resamples of the bootstrap and the permutation test."""
     seed: int = 0
-    """Seed of the resampling."""
+    """Random seed of the resampling."""
 
     def __post_init__(self) -> None:
         if self.resamples < 1:
@@ -102,7 +102,7 @@ def open_evaluations(args: CompareArguments) -> tuple[list[Evaluation], str]:
         raise ValueError("nothing to compare: give folders that semroute evaluate wrote")
     if args.baseline is not None and args.baseline.resolve() not in [f.resolve() for f in folders]:
         if args.labels:
-            raise ValueError("with --labels, name the baseline's folder among the others too, so that it has a label")
+            raise ValueError("with --labels, give the baseline's folder among the others too, so that it has a label")
         folders.insert(0, args.baseline)
     labels = args.labels or _labels(folders, by_parent=args.headlines)
     found = []
@@ -110,14 +110,14 @@ def open_evaluations(args: CompareArguments) -> tuple[list[Evaluation], str]:
         facts = read_manifest(folder / MANIFEST)
         if not {"benchmark", "prompt_set", "scorer", "table"} <= facts.keys():
             raise ValueError(
-                f"{folder} is no finished evaluation of semroute evaluate: its {MANIFEST} names no benchmark"
+                f"{folder} is not a finished evaluation of semroute evaluate: its {MANIFEST} names no benchmark"
             )
         records = tuple(read_records(folder / RECORDS))
         found.append(Evaluation(label=label, folder=folder, facts=facts, records=records))
     names = [(e.benchmark, e.label) for e in found]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"two evaluations of {name[0]} are called {name[1]!r}; tell them apart with --labels")
+            raise ValueError(f"two evaluations of {name[0]} are called {name[1]!r}; distinguish them with --labels")
     chosen = folders[0] if args.baseline is None else args.baseline
     return found, next(e.label for e in found if e.folder.resolve() == chosen.resolve())
 
@@ -131,7 +131,7 @@ def _labels(folders: Sequence[Path], *, by_parent: bool) -> list[str]:
 
 
 def _differences(evaluations: Sequence[Evaluation], args: CompareArguments) -> list[str]:
-    """Raise ValueError for evaluations that cannot be compared; list other differences."""
+    """Raise ValueError for evaluations that cannot be compared; return other differences as messages."""
     benchmarks = list(dict.fromkeys(e.benchmark for e in evaluations))
     if len(benchmarks) > 1 and not args.headlines:
         raise ValueError(
@@ -146,7 +146,7 @@ def _differences(evaluations: Sequence[Evaluation], args: CompareArguments) -> l
             if wrong and not args.anyway:
                 raise ValueError(
                     f"{first.folder} and {other.folder} cannot be compared: they differ in {' and '.join(wrong)}; "
-                    "give --anyway to do so all the same"
+                    "give --anyway to compare them nevertheless"
                 )
             differing = wrong + [key for key in TOLD if first.facts.get(key) != other.facts.get(key)]
             if differing:

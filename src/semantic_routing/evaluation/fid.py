@@ -1,8 +1,8 @@
-"""FID, KID and CLIPScore of a folder of images, with feature models that the user supplies.
+"""FID, KID and CLIPScore of a folder of images, with feature models that the user chooses.
 
-The feature model is any vision model of transformers, such as DINOv2 or CLIP. Distances in the features of one
-model cannot be compared with those of another, nor with published FIDs, which are Inception's; so every number
-is labelled with the model's name and the hash of its weights.
+The feature model is any vision model of transformers, such as DINOv2 or CLIP. Distances in the features of one model
+cannot be compared with those of another, nor with published FIDs, which use Inception. So every number is labelled with
+the model's name and the hash of its weights.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class FeaturesArguments:
     """FID and KID between two folders of images, CLIPScore between images and captions."""
 
     images: Path
-    """Folder of images, folders in it included."""
+    """Folder of images, including its subfolders."""
     reference: Path | None = None
     """Folder of real images, for FID and KID."""
     feature_model: str | None = None
@@ -52,19 +52,19 @@ class FeaturesArguments:
     clip: str | None = None
     """CLIP model of transformers, for CLIPScore."""
     captions: Path | None = None
-    """JSON lines with file, seen from their folder, and prompt or caption; by default the images' prompts.jsonl."""
+    """JSON lines with file (relative to their folder) and prompt or caption; by default the images' prompts.jsonl."""
     out: Path | None = None
     """Folder for summary.json, table.md and manifest.json."""
     subset_size: int = 1000
     """Images in each of KID's subsets; fewer if there are fewer images."""
     subsets: int = 100
-    """Subsets of KID."""
+    """Number of random subsets for KID."""
     batch: int = 32
-    """Images that go through a model together."""
+    """Images processed together by a model."""
     seed: int = 0
-    """Seed of KID's subsets."""
+    """Random seed of KID's subsets."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or another that torch knows."""
+    """Device: auto, cpu, cuda, cuda:1 or another torch device."""
 
     def __post_init__(self) -> None:
         for name, least in (("batch", 1), ("subsets", 1), ("subset_size", 2)):
@@ -93,7 +93,7 @@ def evaluate_features(args: FeaturesArguments) -> str:
         summary["kid"] = kid | {"n": len(fake), "reference_n": len(real)}
         identities["feature_model"] = model.identity
         passed_over = {str(listing.folder): dict(listing.passed_over) for listing in listings}
-        notes = [f"Passed over in {listing.folder}: {listing}." for listing in listings if listing.passed_over]
+        notes = [f"Skipped in {listing.folder}: {listing}." for listing in listings if listing.passed_over]
         notes += few_note(min(len(real), len(fake)), real.shape[1])
     if args.clip is not None:
         captions = read_captions(args.captions or args.images / "prompts.jsonl")
@@ -127,7 +127,9 @@ class VisionModel:
                     AutoModel.from_pretrained(name, use_safetensors=True).eval().requires_grad_(False).to(device)
                 )
             except (OSError, ValueError) as error:
-                raise ValueError(f"{name} is no vision model of transformers: {str(error).splitlines()[0]}") from error
+                raise ValueError(
+                    f"{name} is not a vision model of transformers: {str(error).splitlines()[0]}"
+                ) from error
         self.name, self.device = name, device
 
     @property
@@ -154,7 +156,7 @@ class VisionModel:
         """Compute the cosine of each image's and its caption's features; ValueError for a model without text."""
         if not hasattr(self.model, "get_text_features"):
             raise ValueError(
-                f"{self.name} is a {type(self.model).__name__}, which reads no captions; give a CLIP model"
+                f"{self.name} is a {type(self.model).__name__}, which cannot encode captions; give a CLIP model"
             )
         from transformers import AutoTokenizer
 
@@ -187,7 +189,7 @@ def pooled(output: Any) -> Float[Tensor, "B F"]:
 
 
 class _AsTheyAre(nn.Module):
-    """Stands in for torchmetrics' feature model where features are computed already."""
+    """Replaces torchmetrics' feature model for features that are already computed."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -232,13 +234,13 @@ def _check_enough(real: Tensor, fake: Tensor) -> None:
 
 
 def few_note(count: int, width: int) -> list[str]:
-    """Return a warning if too few pictures for features of this width bias the FID; else nothing."""
+    """Return a warning if too few images for features of this width bias the FID; otherwise nothing."""
     enough = max(ENOUGH, width + 1)
     if count >= enough:
         return []
     return [
-        f"FID from {count:,} pictures is biased upwards, the more the fewer there are, and not comparable with an FID "
-        f"from more: give at least {enough:,} of each for {width:,} features. KID is unbiased."
+        f"FID from {count:,} images is biased upwards, more so the fewer there are, and not comparable with an FID "
+        f"from more images: give at least {enough:,} of each for {width:,} features. KID is unbiased."
     ]
 
 
@@ -261,7 +263,7 @@ def images_below(folder: Path) -> list[Path]:
 def _listed(folder: Path) -> Listing:
     found = list_pictures(folder, below=True)
     if not found.pictures:
-        others = f", but files that are passed over: {found}" if found.passed_over else ""
+        others = f", only files that are skipped: {found}" if found.passed_over else ""
         raise ValueError(f"{folder} holds no images ({', '.join(sorted(suffixes()))}){others}")
     return found
 
@@ -286,8 +288,8 @@ def _open(path: Path) -> Image.Image:
             if image.mode != "F":
                 return to_rgb(image)
     except BROKEN as error:
-        raise ValueError(f"{path} does not open as an image; fix or remove it") from error
-    raise ValueError(f"{path} has floating-point pixels, whose range nobody knows; save it with 8 or 16 bits")
+        raise ValueError(f"{path} cannot be opened as an image; fix or remove it") from error
+    raise ValueError(f"{path} has floating-point pixels, whose range is unknown; save it with 8 or 16 bits")
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

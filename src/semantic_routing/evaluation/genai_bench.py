@@ -38,10 +38,10 @@ def aggregate(
 ) -> dict[str, dict[str, Any]]:
     """Return mean, unbiased standard deviation and n, ``{"mean", "std", "n"}``, for each skill and ``all``.
 
-    ``scores`` maps prompts' ids, such as "00012" or "12", to scores; a score of nan or None, or an id that is not
-    there, is a gap: n counts what was scored. ``all`` is over the union of the skills' ids. The mean of no score
-    and the deviation of fewer than two are nan. Raises ValueError if the ids are not those of the skills: some
-    of the skills' ids have no score while other ids have one, as when one side counts from 0 and the other from 1.
+    ``scores`` maps prompts' ids, such as "00012" or "12", to scores. A score of nan or None, or a missing id, counts as
+    a missing score, and n is the number of scored prompts. ``all`` is over the union of the skills' ids. The mean of no
+    score and the deviation of fewer than two are nan. Raises ValueError if the ids are not those of the skills: some of
+    the skills' ids have no score while other ids have one, as when one side counts from 0 and the other from 1.
     """
     known = _by_number(scores)
     tagged = sorted({int(number) for numbers in skills.values() for number in numbers})
@@ -64,7 +64,7 @@ def _by_number(scores: Mapping[Any, SupportsFloat | None]) -> dict[int, float]:
     found: dict[int, float] = {}
     for key, score in scores.items():
         if not str(key).isdecimal():
-            raise ValueError(f"{key!r} is no id of a prompt; ids are digits, such as 00012")
+            raise ValueError(f"{key!r} is not the id of a prompt; ids are digits, such as 00012")
         if int(key) in found:
             raise ValueError(f"prompt {int(key):05d} has two scores")
         found[int(key)] = nan if score is None else float(score)
@@ -120,7 +120,7 @@ class GenAIBench(Benchmark):
 def read_genai_bench(prompts: Path, skills: Path, images_per_prompt: int = 1) -> GenAIBench:
     """Read the official files ``genai_image.json`` and ``genai_skills.json`` of one set.
 
-    Raises ValueError if a file is not of this form, or if the two are not of one set.
+    Raises ValueError if a file does not have this form, or if the two belong to different sets.
     """
     content = read_json(prompts, "the prompts of GenAI-Bench")
     if isinstance(content, dict):
@@ -131,7 +131,8 @@ def read_genai_bench(prompts: Path, skills: Path, images_per_prompt: int = 1) ->
     wrong = [row["id"] for row in rows if not row["id"].isdecimal()]
     if wrong:
         raise ValueError(
-            f"{prompts} holds no prompts of GenAI-Bench: {wrong[0]!r} is no id; ids are digits, such as 00012"
+            f"{prompts} holds no prompts of GenAI-Bench: {wrong[0]!r} is not the id of a prompt; ids are digits, "
+            "such as 00012"
         )
     tagged = _read_skills(skills)
     tags = {
@@ -141,7 +142,7 @@ def read_genai_bench(prompts: Path, skills: Path, images_per_prompt: int = 1) ->
     untagged = sum(not names for names in tags.values())
     if unknown or untagged > UNTAGGED_SHARE * len(tags):
         what = (
-            f"it lists {len(unknown)} ids that are no prompts, such as {unknown[0]}"
+            f"it lists {len(unknown)} ids that are not prompts, such as {unknown[0]}"
             if unknown
             else (f"{untagged} of {len(tags)} prompts have no skill")
         )
@@ -164,5 +165,5 @@ def _read_skills(path: Path) -> dict[str, set[int]]:
         raise ValueError(f"{path} is not genai_skills.json: it must be an object of lists of ids by skill")
     for name, ids in found.items():
         if not isinstance(ids, list) or not all(type(number) is int for number in ids):
-            raise ValueError(f"{path} is not genai_skills.json: {name!r} is no list of whole numbers")
+            raise ValueError(f"{path} is not genai_skills.json: {name!r} is not a list of whole numbers")
     return {name: set(ids) for name, ids in found.items() if name != ALL}

@@ -1,4 +1,4 @@
-"""The pictures of a folder; and how many of its files are passed over, and why."""
+"""The images in a folder, and the number of its files that are skipped, by reason."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from PIL import Image
 
 from semantic_routing.common.images.formats import formats
 
-APPLE, HIDDEN, BROKEN_LINK = "AppleDouble (._ files of macOS)", "hidden", "links to nothing"
+APPLE, HIDDEN, BROKEN_LINK = "AppleDouble (._ files of macOS)", "hidden", "broken links"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """The pictures of a folder and its skipped files."""
+    """The images in a folder and its skipped files."""
 
     folder: Path
     pictures: tuple[Path, ...]
     """By name."""
     passed_over: Mapping[str, int]
-    """Files that are no pictures, by reason, such as ``{".json": 2}``."""
+    """Skipped files by reason, such as ``{".json": 2}``."""
 
     def __str__(self) -> str:
         """Describe the skipped files; empty if there is none."""

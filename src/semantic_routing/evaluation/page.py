@@ -1,6 +1,6 @@
-"""An evaluation as a web page: every image with its prompt, verdict and reason, to be filtered and sorted.
+"""An evaluation as a web page: every image with its prompt, verdict and reason, with filters and sorting.
 
-The page carries its style and its few lines of script; images are relative links, loaded as they come into view.
+Style and script are in the page; images are relative links that load as they come into view.
 """
 
 from __future__ import annotations

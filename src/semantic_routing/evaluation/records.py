@@ -1,6 +1,6 @@
-"""From what was found on single images to a table: records, and their means by tag.
+"""From the results of single images to a table: records, and their means by tag.
 
-An evaluation's folder holds one line for each image in ``records.jsonl``, ``summary.json``, ``table.md``,
+An evaluation's folder holds ``records.jsonl`` with one line for each image, ``summary.json``, ``table.md``,
 ``index.html`` and ``manifest.json``, which says what was evaluated and how.
 """
 
@@ -20,7 +20,7 @@ RECORDS, SUMMARY, TABLE, MANIFEST, PAGE = "records.jsonl", "summary.json", "tabl
 CORRECT = "correct"
 """The score of a verdict: 1 right, 0 wrong."""
 MISSING, UNREADABLE, UNSCORED = "missing", "unreadable", "unscored"
-"""Why a record has no score: there is no image, it does not open, or nobody could judge it."""
+"""Why a record has no score: there is no image, it cannot be opened, or it could not be scored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Record:
     """The result for one image."""
 
     prompt: int
-    """Index of the prompt: with ``image`` it decided the noise."""
+    """Index of the prompt, which together with ``image`` determines the noise."""
     id: str
     """The benchmark's own name of the prompt."""
     image: int
@@ -37,15 +37,15 @@ class Record:
     tags: tuple[str, ...]
     """The skills that the prompt tests."""
     file: str
-    """The image, seen from the evaluation's folder; where it should be if it is missing."""
+    """Path of the image relative to the evaluation's folder; the expected path if the image is missing."""
     scores: dict[str, float | None]
-    """By metric; None if it could not be judged. The metric of a verdict is ``correct``."""
+    """Scores by metric; None if the image could not be scored. The metric of a verdict is ``correct``."""
     reason: str
-    """Why, in a few words."""
+    """The reason, in a few words."""
     answer: str = ""
     """A judge's answer, word for word."""
     gap: str = ""
-    """``missing``, ``unreadable``, ``unscored``, or nothing where all is well."""
+    """Why there is no score: ``missing``, ``unreadable`` or ``unscored``; empty if there is one."""
     sha256: str = ""
     """Of the image's file."""
 
@@ -104,7 +104,7 @@ def reason_note(found: Mapping[str, int]) -> str:
 
 
 def scorer_name(identity: Any) -> str:
-    """Name the scorer in a few words: itself, the model that it asks, the label of a variant."""
+    """Describe the scorer in a few words: its name, the model that it asks, the label of a variant."""
     if not isinstance(identity, dict):
         return "an unknown scorer"
     names = [str(identity[key]) for key in ("scorer", "model", "label") if identity.get(key)]

@@ -55,8 +55,8 @@ def bootstrap(
 ) -> tuple[float, float]:
     """Return the percentile interval of the column's number, or of its difference to ``other``.
 
-    Prompts are drawn with replacement; the two sides of a difference get the same draws, which is what pairs them.
-    nan where resamples keep no scored image of some group.
+    Prompts are drawn with replacement; both sides of a difference get the same draws, so that they are paired. The
+    interval is nan if resamples have no scored image of some group.
     """
     draws = []
     for weights in _draws(sums.totals.shape[1], resamples, seed):
@@ -68,7 +68,8 @@ def bootstrap(
 
 
 def permutation_test(sums: PromptSums, other: PromptSums, *, resamples: int, seed: int) -> float:
-    """Return the two-sided p-value: how often random exchanges of prompts' sides give as large a difference.
+    """Return the two-sided p-value: how often random exchanges of the sides of prompts give a difference at least as
+    large.
 
     The observed arrangement counts as one of them, so p is at least 1 / (resamples + 1).
     """

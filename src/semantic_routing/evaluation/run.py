@@ -1,4 +1,4 @@
-"""A benchmark from start to end: sample its images, or take a folder of them, and score."""
+"""A benchmark from start to end: sample its images, or use a folder of images, and score them."""
 
 from __future__ import annotations
 
@@ -45,8 +45,9 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Sample the benchmark's images into ``out/images``, score them, and return the summary, empty without a scorer.
 
-    Results already in ``out`` are kept, so that a stopped evaluation goes on. Raises ValueError if they belong to
-    another model, sampler, set of prompts or scorer; with ``rescore`` another scorer's scores are replaced.
+    ``bundle`` is what ``load`` returns, ``cfg`` the sampling settings. Results that are already in ``out`` are kept, so
+    that a stopped evaluation resumes. Raises ValueError if they belong to another model, sampler, set of prompts or
+    scorer; with ``rescore`` the scores of another scorer are replaced. ``facts`` are added to the manifest.
     """
     with claimed_by_first(out, job):
         texts = [prompt.text for prompt in benchmark.prompts]
@@ -78,7 +79,15 @@ def evaluate_images(
     rescore: bool = False,
     **facts: Any,
 ) -> dict[str, Any]:
-    """Score a folder of images in the layout of the benchmark's official tools, and return the summary."""
+    """Score a folder of images in the layout of the benchmark's official tools, and return the summary.
+
+        benchmark = read_geneval(Path("evaluation_metadata.jsonl"))  # semantic_routing.evaluation.geneval.benchmark
+        evaluate_images(benchmark, Path("images"), Path("evaluations/mine"), scorer)
+
+    ``scorer`` has ``identity`` and ``score(tasks)`` (``benchmark.py``). Records, summary and table are written to
+    ``out``. Results that are already there are kept; ValueError if they come from another scorer, unless ``rescore``.
+    ``facts`` are added to the manifest.
+    """
     with claimed_by_first(out, job):
         check_scorer(benchmark, out, scorer.identity, rescore=rescore, job=job)
         known = image_origin(benchmark, images) | _facts(benchmark, scorer.identity) | {"images": str(images)} | facts

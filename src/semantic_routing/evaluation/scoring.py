@@ -1,8 +1,8 @@
-"""Scoring a folder of images: resumable by image, split among processes, every score traceable.
+"""Scoring a folder of images: resumable by image, shared among processes, every score traceable.
 
-Findings are appended, line by line, to ``records.part-NN.jsonl``, one file for each process, so that a crash
-loses at most the image in work. When all is done they become ``records.jsonl``, complete and in order. An image is
-known by the hash of its file: one that was exchanged since is scored again.
+Findings are appended, line by line, to ``records.part-NN.jsonl``, one file for each process, so that a crash loses at
+most the image in progress. At the end they become ``records.jsonl``, complete and in order. An image is identified by
+the hash of its file, so an image that was replaced is scored again.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def check_scorer(benchmark: Benchmark, out: Path, identity: dict[str, Any], *, r
         manifest = read_manifest(out / MANIFEST)
         earlier, prompts = manifest.get("scorer"), manifest.get("prompt_set")
         if written and earlier is None:
-            raise ValueError(f"{written[0]} is there already, and of no evaluation; choose another --out")
+            raise ValueError(f"{written[0]} already exists and does not belong to an evaluation; choose another --out")
         if rescore:
             for path in written:
                 path.unlink()
@@ -72,12 +72,12 @@ def check_scorer(benchmark: Benchmark, out: Path, identity: dict[str, Any], *, r
         scored = any(_is_scored(record) for record in _read(written))
         if scored and not same_scorer(earlier, identity):
             raise ValueError(
-                f"{out} was scored, wholly or in part, by {scorer_name(earlier)}, not by {scorer_name(identity)} "
+                f"{out} was scored, at least in part, by {scorer_name(earlier)}, not by {scorer_name(identity)} "
                 f"({_difference(earlier, identity)}); choose another --out, or give --rescore to score all of it again"
             )
         elif scored and any(prompt.metadata for prompt in benchmark.prompts) and prompts != benchmark.prompt_set:
             raise ValueError(
-                f"{out} was scored, wholly or in part, for another set of prompts; choose another --out, or give "
+                f"{out} was scored, at least in part, for another set of prompts; choose another --out, or give "
                 "--rescore to score all of it again"
             )
     job.wait()
@@ -146,13 +146,13 @@ def _finish(benchmark: Benchmark, out: Path, facts: dict[str, Any], files: dict[
     lost = files.keys() - by_place.keys()
     if lost:
         raise ValueError(
-            f"{len(lost)} images were given to the scorer but not answered, such as {min(lost)}; run it again"
+            f"{len(lost)} images were given to the scorer but got no result, such as {min(lost)}; run it again"
         )
     if not any(_is_scored(record) for record in by_place.values()):
         first = min(by_place.values(), key=lambda r: ((UNSCORED, UNREADABLE, MISSING).index(r.gap), r.prompt, r.image))
         raise ValueError(
-            f"none of {len(files)} images could be scored; the first: {first.reason}; fix that and run it again (all "
-            f"reasons: {_part(out, 0)})"
+            f"none of {len(files)} images could be scored; the first: {first.reason}; fix that and repeat the command "
+            f"(all reasons: {_part(out, 0)})"
         )
     # Scores stay where an image moved, or where a prompt is counted for other skills.
     records = [
@@ -182,12 +182,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged; delete it or choose another --out") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} is no manifest; choose another --out")
+        raise ValueError(f"{path} is not a manifest; choose another --out")
     return found
 
 
 def _open(benchmark: Benchmark, place: Place, path: Path | None) -> Task | tuple[str, str]:
-    """Return the task of a readable image, or the name of the gap and its reason."""
+    """Return the task of a readable image, or the kind of missing score and its reason."""
     if path is None:
         return MISSING, "there is no image"
     try:
@@ -195,7 +195,7 @@ def _open(benchmark: Benchmark, place: Place, path: Path | None) -> Task | tuple
         with Image.open(io.BytesIO(data), formats=formats()) as image:
             image.load()
     except BROKEN as error:
-        return UNREADABLE, f"the image does not open ({type(error).__name__})"
+        return UNREADABLE, f"the image cannot be opened ({type(error).__name__})"
     index, number = place
     return Task(
         prompt=benchmark.prompts[index],
@@ -219,7 +219,7 @@ def _is_of(record: Record | None, task: Task) -> bool:
 def _record(
     benchmark: Benchmark, place: Place, file: str, finding: Finding | tuple[str, str], sha256: str = ""
 ) -> Record:
-    """Return the record of a finding, or of a gap and its reason."""
+    """Return the record of a finding, or of a missing score and its reason."""
     index, number = place
     prompt = benchmark.prompts[index]
     if isinstance(finding, Finding):

@@ -1,4 +1,4 @@
-"""The benchmarks of the worlds that are drawn: unseen captions of every tag, images checked exactly."""
+"""The benchmarks of the generated worlds: unseen captions of every tag, and images that are checked exactly."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def shapes_columns(tags: Iterable[str]) -> Columns:
 
 @dataclass(frozen=True)
 class ShapesChecker:
-    """The exact checker as a scorer; it knows what the captions claim."""
+    """The exact checker as a scorer; it has the claims of the captions."""
 
     claims: tuple[tuple[Claim, ...], ...]
     """Of every prompt."""
@@ -85,7 +85,9 @@ class ShapesChecker:
 
 
 def shapes_benchmark(seed: int, n: int, world: str = SHAPES) -> tuple[Shapes, ShapesChecker]:
-    """Return ``n`` unseen captions of a world, spread evenly over its tags, and their checker, by the seed alone."""
+    """Return ``n`` unseen captions of a world, spread evenly over its tags, and their checker; they depend only on the
+    seed.
+    """
     samples = WORLDS[world].prompts(seed, n)
     benchmark = {SHAPES: Shapes, WORDS: Words}[world](
         prompts=tuple(
@@ -109,8 +111,8 @@ def evaluate_shapes(
 ) -> dict[str, Any]:
     """Sample an image for each of ``n`` unseen captions of a world, check them exactly, and return the summary.
 
-    ``seed`` decides the prompts, ``cfg.seed`` the noise. Images that are already in ``out`` are kept, so that a
-    stopped evaluation goes on; ValueError if they belong to another model, sampler or set of prompts.
+    ``seed`` determines the prompts, ``cfg.seed`` the noise. Images that are already in ``out`` are kept, so that a
+    stopped evaluation resumes; ValueError if they belong to another model, sampler or set of prompts.
     """
     benchmark, checker = shapes_benchmark(seed, n, world)
     return evaluate_model(benchmark, bundle, out, cfg, checker, job, rescore=rescore, prompt_seed=seed)

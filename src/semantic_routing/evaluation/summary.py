@@ -43,7 +43,7 @@ def grouped(records: Iterable[Record], column: Column, metric: str) -> list[list
 
 
 def gaps(records: Iterable[Record], metrics: Sequence[str]) -> dict[str, int]:
-    """Count images that are in no mean, by reason: missing, unreadable, or unscored by some metric."""
+    """Count the images that are not in any mean, by reason: missing, unreadable, or unscored by some metric."""
     found = dict.fromkeys([MISSING, UNREADABLE, *(f"{UNSCORED} {metric}" for metric in metrics)], 0)
     for record in records:
         if record.gap in (MISSING, UNREADABLE):
@@ -108,8 +108,8 @@ def _cell(row: Mapping[str, Any]) -> str:
 
 
 def gap_note(found: Mapping[str, int]) -> str:
-    """Return the note under a table with the images that are in none of its means."""
-    return f"\nIn no mean: {', '.join(f'{n} {name}' for name, n in found.items())}.\n" if found else ""
+    """Return the note under a table about images that are not in any of its means."""
+    return f"\nNot in any mean: {', '.join(f'{n} {name}' for name, n in found.items())}.\n" if found else ""
 
 
 def without_nan(value: Any) -> Any:

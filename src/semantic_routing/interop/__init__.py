@@ -1,1 +1,1 @@
-"""Conventions of other programs: the reference's weights, diffusers."""
+"""Conversion to and from other programs: the reference implementation's weights, and diffusers."""

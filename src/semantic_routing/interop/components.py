@@ -35,9 +35,9 @@ class Components(DiffusionPipeline):
     _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer", "transformer", "vae"]
 
     def encode_prompt(self, prompts: str | Sequence[str]) -> TextFeatures:
-        """Encode prompts, in the type and on the device that the transformer needs.
+        """Encode prompts, in the dtype and on the device that the transformer needs.
 
-        A call takes the result as ``prompt_embeds`` or ``negative_prompt_embeds``.
+        A call accepts the result as ``prompt_embeds`` or ``negative_prompt_embeds``.
         """
         reads_keys = (self.config.text or {}).get("keys_and_values", False)
         if self.transformer is not None:
@@ -71,7 +71,7 @@ class Components(DiffusionPipeline):
         return VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     def enable_vae_tiling(self) -> None:
-        """Decode large images in overlapping tiles: less memory, other pixels. Raises ValueError without a VAE."""
+        """Decode large images in overlapping tiles: less memory, different pixels. ValueError without a VAE."""
         self._vae("tile").enable_tiling()
 
     def disable_vae_tiling(self) -> None:
@@ -106,7 +106,7 @@ class Components(DiffusionPipeline):
         """Return the text encoder with its training settings; raise ValueError if the pipeline has none."""
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError(
-                "this pipeline has no text encoder and tokenizer to read prompts: give prompt_embeds and "
+                "this pipeline has no text encoder and tokenizer to encode prompts: give prompt_embeds and "
                 "negative_prompt_embeds, from encode_prompt of a pipeline that has them"
             )
         settings = {name: value for name, value in (self.config.text or {}).items() if name != "keys_and_values"}
@@ -120,7 +120,7 @@ class Components(DiffusionPipeline):
         return PixelCodec() if self.vae is None else VAECodec(self.vae)
 
     def check_components(self) -> Codec:
-        """Return the codec; raise ValueError if components do not fit each other or the transformer is missing."""
+        """Return the codec; raise ValueError if components do not match or the transformer is missing."""
         if self.transformer is None:
             raise ValueError("this pipeline has no transformer to sample with: it can only encode_prompt")
         codec, cfg = self.codec(), self.transformer.backbone.cfg

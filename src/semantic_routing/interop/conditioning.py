@@ -97,5 +97,5 @@ def check_embeds(name: str, features: Any, cfg: DiTConfig, rows: tuple[int, ...]
     if features.mask.dtype != torch.bool or not features.mask.any(1).all():
         raise ValueError(f"the mask of {name} must be True on at least one token of every prompt")
     if not all(x is None or x.isfinite().all() for x in (features.hidden, features.keys, features.values)):
-        raise ValueError(f"{name} holds values that are not finite; encode the prompt again")
+        raise ValueError(f"{name} holds NaN or infinity; encode the prompt again")
     return features

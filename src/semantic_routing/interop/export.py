@@ -66,18 +66,19 @@ The image that `semroute sample --seed 0` samples for prompt 0 starts from the n
 
 @dataclass(frozen=True, kw_only=True)
 class ExportArguments:
-    """Write a trained run as a diffusers pipeline, with a model card."""
+    """Export a trained run as a diffusers pipeline, with a model card."""
 
     model: Annotated[Path, tyro.conf.Positional]
-    """A run's folder, or one of its checkpoints."""
+    """Folder of a run (its latest checkpoint is used), or one of its checkpoints."""
     out: Path
     """Folder to write; it must be new or empty."""
     averaged: bool = True
-    """Write the moving average of the weights, which samples best, instead of the latest weights."""
+    """Export the exponential moving average of the weights, which gives the best samples; --no-averaged exports the
+    latest weights."""
 
 
 def export(args: ExportArguments) -> Path:
-    """Write the pipeline's folder, whole or not at all, and return it."""
+    """Write the pipeline's folder, completely or not at all, and return it."""
     if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
         raise ValueError(f"{args.out} exists already; choose another --out")
     check_writable(args.out)

@@ -1,6 +1,6 @@
-"""Facts that a pipeline needs and no component holds; they are saved in the transformer's configuration.
+"""Facts that a pipeline needs and that no component holds; they are saved in the transformer's configuration.
 
-So a pipeline that is built from another's components samples the same images.
+A pipeline that is built from another pipeline's components therefore samples the same images.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def resolve(transformer: Any, **given: Any) -> dict[str, Any]:
 
 
 def latents_of(codec: Codec) -> dict[str, Any]:
-    """Return the settings that decide the meaning of a codec's latents."""
+    """Return the settings that determine the meaning of a codec's latents."""
     if not isinstance(codec, VAECodec):
         return {"kind": "pixels"}
     return {"kind": "vae", "factor": codec.factor, "shift": codec.shift, "scale": codec.scale}

@@ -41,7 +41,7 @@ def asked_sigmas(steps: Any, sigmas: Numbers | None, timesteps: Numbers | None) 
     if sigmas is None and timesteps is None:
         return whole("num_inference_steps", steps)
     if sigmas is not None and timesteps is not None:
-        raise ValueError("sigmas and timesteps both set the schedule; give one of them")
+        raise ValueError("give either sigmas or timesteps, not both")
     name, given, unit = ("sigmas", sigmas, 1) if timesteps is None else ("timesteps", timesteps, 1000)
     try:
         numbers = [float(number) / unit for number in given]  # type: ignore[union-attr]

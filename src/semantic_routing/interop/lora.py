@@ -1,8 +1,8 @@
 """LoRA adapters of a pipeline's transformer, with the methods that all diffusers pipelines share.
 
-Two things differ from diffusers. An adapter's alpha, which decides its strength, is never guessed: it is written beside
-every pair of matrices, and loading an adapter without one is an error. And the methods also work if ``torch.compile``
-has wrapped the transformer, where those of diffusers would do nothing.
+Two things differ from diffusers. An adapter's alpha, which determines its strength, is never guessed: it is written
+beside every pair of matrices, and loading an adapter without one is an error. And the methods also work if the
+transformer is wrapped by ``torch.compile``, where those of diffusers would have no effect.
 """
 
 from __future__ import annotations

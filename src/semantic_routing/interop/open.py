@@ -17,9 +17,14 @@ PIPELINE = "model_index.json"
 
 
 def load(path: Path | str, device: str = "auto") -> TextToImage:
-    """Load a run (its latest checkpoint), one checkpoint, or an exported pipeline.
+    """Load a run (its latest checkpoint), a single checkpoint, or a pipeline of ``semroute export``, ready to sample.
 
-    ``device`` is auto or a device of torch, such as cpu, cuda, cuda:1 or mps. Raises ValueError if loading fails.
+    ``path`` is the run's folder, one of its ``checkpoints/step-*`` folders, or the pipeline's folder. ``device`` is
+    "auto" or a torch device, such as "cpu", "cuda", "cuda:1" or "mps". The weights are the exponential moving average.
+    Raises ValueError, which names the reason, if loading fails.
+
+        model = load("runs/quickstart")
+        images = model.sample(["a red circle"])  # uint8 [1, H, W, 3]
     """
     return open_model(Path(path), pick_device(device))
 
@@ -35,7 +40,7 @@ def open_model(path: Path, device: torch.device, *, compiled: bool = False) -> T
 
 
 def open_pipeline(path: Path, device: torch.device) -> TextToImage:
-    """Load an exported pipeline as TextToImage, which samples like a run: same samplers, same noise."""
+    """Load an exported pipeline as TextToImage, which samples like a run, with the same samplers and noise."""
     require_diffusers("a pipeline")
     from semantic_routing.interop.pipeline import SemanticRoutingPipeline
     from semantic_routing.text.quiet import quiet_transformers

@@ -40,9 +40,12 @@ OnStepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 class SemanticRoutingPipeline(Components, TransformerLora):
     """Text to image with a language model, the transformer that reads all its layers, and a flow-matching scheduler.
 
-    A model of pixels has no ``vae``. A pipeline without ``text_encoder`` and ``tokenizer`` samples from the result of
-    another one's ``encode_prompt``; a pipeline without ``transformer`` can only encode prompts. Components can be
-    exchanged as in any pipeline; components that do not fit raise a ValueError that names both sides.
+        pipe = SemanticRoutingPipeline.from_pretrained("pipelines/depth")  # written by semroute export
+        image = pipe("a red circle", num_inference_steps=20, guidance_scale=3.0).images[0]
+
+    A pixel model has no ``vae``. A pipeline without ``text_encoder`` and ``tokenizer`` samples from the result of
+    another pipeline's ``encode_prompt``; a pipeline without ``transformer`` can only encode prompts. Components can be
+    exchanged as in any pipeline; a mismatch is a ValueError that names both sides.
     """
 
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "negative_prompt_embeds"]
@@ -64,11 +67,11 @@ class SemanticRoutingPipeline(Components, TransformerLora):
     ) -> None:
         """Combine components; settings that are None are read from the transformer's configuration.
 
-        ``image_size`` is the default side of images in pixels, and ``null_prompt`` the prompt that meant "no prompt" in
-        training. ``text`` holds fields of ``TextEncoderConfig``, ``total_layers`` (the depth of the language model that
-        ``text_encoder`` was cut from), and for fusedit ``keys_and_values=True``. ``precision`` is the type of matrix
-        products with float32 weights, as in training: "auto" is bfloat16 if the hardware has it. Narrower weights run
-        in their own type.
+        ``image_size`` is the default side of images in pixels, and ``null_prompt`` the prompt that replaced dropped
+        prompts in training. ``text`` holds fields of ``TextEncoderConfig``, ``total_layers`` (the depth of the language
+        model before ``text_encoder`` was cut from it), and for fusedit ``keys_and_values=True``. ``precision`` is the
+        dtype of matrix products with float32 weights, as in training: "auto" is bfloat16 if the hardware supports it.
+        Narrower weights run in their own dtype.
         """
         super().__init__()
         facts = resolve(transformer, image_size=image_size, null_prompt=null_prompt, text=text, precision=precision)
@@ -139,9 +142,9 @@ class SemanticRoutingPipeline(Components, TransformerLora):
     ) -> int:
         """Return the number of prompts; raise ValueError for prompts or embeddings that a call cannot take."""
         if prompt is not None and prompt_embeds is not None:
-            raise ValueError("prompt and prompt_embeds exclude each other; give one of them")
+            raise ValueError("give either prompt or prompt_embeds, not both")
         if negative_prompt is not None and negative_prompt_embeds is not None:
-            raise ValueError("negative_prompt and negative_prompt_embeds exclude each other; give one of them")
+            raise ValueError("give either negative_prompt or negative_prompt_embeds, not both")
         cfg = self.transformer.backbone.cfg
         if prompt_embeds is None:
             count = len(self._texts("prompt", prompt))
@@ -156,8 +159,8 @@ class SemanticRoutingPipeline(Components, TransformerLora):
                 raise ValueError(f"{negatives} negative prompts for {count} prompts; give one, or one for each")
         elif self.do_classifier_free_guidance and self.text_encoder is None:
             raise ValueError(
-                "this pipeline has no text encoder to read the null prompt: give negative_prompt_embeds, the result of "
-                f"encode_prompt({self.config.null_prompt!r}), or guidance_scale=1"
+                "this pipeline has no text encoder to encode the null prompt: give negative_prompt_embeds, the result "
+                f"of encode_prompt({self.config.null_prompt!r}), or guidance_scale=1"
             )
         return count
 
@@ -268,7 +271,7 @@ class SemanticRoutingPipeline(Components, TransformerLora):
         except NotFiniteError as error:
             raise NotFiniteError(
                 error.pictures,
-                "the pictures came out as NaN or infinite: the weights (or a LoRA's or the VAE's) are damaged, or too "
+                "the images are NaN or infinite: the weights (or a LoRA's or the VAE's) are damaged, or too "
                 f"large for {self.product_type(x.device)}; check the weights, or load them with dtype=torch.float32",
             ) from error
 

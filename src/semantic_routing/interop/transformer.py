@@ -28,11 +28,11 @@ def _fields_of_config(init: Any) -> Any:
 
 
 class SemanticRoutingTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
-    """A ``Backbone`` with the ``save_pretrained`` and ``from_pretrained`` of diffusers.
+    """A network (``DiT`` or ``FuseDiT``) with the ``save_pretrained`` and ``from_pretrained`` of diffusers.
 
     Its configuration holds the fields of ``DiTConfig`` and the ``facts`` that pipelines need (``facts.py``). Its
-    weights are those of ``backbone``. Time and sign are this program's (``flow.py``); ``SemanticRoutingPipeline``
-    converts them for schedulers.
+    weights are those of ``backbone``. Time and sign are this program's (0 noise, 1 data; data minus noise);
+    ``SemanticRoutingPipeline`` converts them for schedulers.
     """
 
     _no_split_modules: ClassVar[list[str]] = ["Block", "FuseBlock"]
@@ -49,7 +49,7 @@ class SemanticRoutingTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     @classmethod
     def from_backbone(cls, backbone: Backbone) -> SemanticRoutingTransformer:
-        """Wrap a network, whose weights are shared."""
+        """Wrap a network; the weights are shared."""
         with torch.device("meta"):
             transformer = cls(**asdict(backbone.cfg))
         transformer.backbone = backbone

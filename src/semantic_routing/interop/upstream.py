@@ -1,9 +1,9 @@
 """Conversion of checkpoints of the paper's reference implementation to this program's models, and back.
 
 The reference differs in layout (separate projections, a patch convolution), sign (noise - data) and time (its gates
-read sigma = timestep / 1000 = 1 - t). All of that is folded into the weights by ``upstream_rules.py``, so a loaded
-model is simply one of ours. Every tensor of the source is used once and every tensor of the model is filled, or a
-ValueError lists the mismatches. Tensors are read one at a time, so no checkpoint is in memory twice.
+read sigma = timestep / 1000 = 1 - t). ``upstream_rules.py`` folds all of that into the weights, so a loaded model is an
+ordinary one. Every tensor of the source is used once and every tensor of the model is filled, or a ValueError lists the
+mismatches. Tensors are read one at a time, so no checkpoint is in memory twice.
 """
 
 from __future__ import annotations
@@ -50,13 +50,14 @@ def load_upstream(src: Path, config: Mapping[str, Any], arm: str) -> Backbone:
 
 
 def from_upstream(state_dict: Mapping[str, Tensor], config: Mapping[str, Any], arm: str) -> Backbone:
-    """Convert a reference checkpoint to a model in the type of its weights, which are copied.
+    """Convert a reference checkpoint to a model with the dtype of its weights, which are copied.
 
-    ``config`` holds the reference's sizes (``SIZES``), ``rope_theta`` (a number, or one per arm), optionally
-    ``hidden_act`` (silu), and for FuseDiT ``fusedit_first_llm_layer`` and ``text_rope_theta``. The MLP's width is that
-    of the weights. FuseDiT is returned as ``UpstreamFuseDiT``. If the weights of its language model (``llm.*``) are in
-    ``state_dict``, ``config`` also holds ``text_vocab_size``, ``text_intermediate_size`` and ``mrope_section``. Raises
-    ValueError that names both sides if weights, sizes and arm do not match.
+    ``state_dict`` holds the reference's tensors by name. ``config`` holds the reference's sizes (``SIZES``),
+    ``rope_theta`` (a number, or one per arm), optionally ``hidden_act`` (silu), and for FuseDiT
+    ``fusedit_first_llm_layer`` and ``text_rope_theta``. The MLP's width is taken from the weights. FuseDiT is returned
+    as ``UpstreamFuseDiT``. If the weights of its language model (``llm.*``) are in ``state_dict``, ``config`` also
+    holds ``text_vocab_size``, ``text_intermediate_size`` and ``mrope_section``. Raises ValueError, which names both
+    sides, if weights, sizes and arm do not match.
     """
     arm = parse_arm(arm)
     _check_of_paper(arm)
@@ -75,9 +76,9 @@ def from_upstream(state_dict: Mapping[str, Tensor], config: Mapping[str, Any], a
 def to_upstream(model: Backbone) -> dict[str, Tensor]:
     """Convert a model's weights to the reference's state dict: the inverse of ``from_upstream``.
 
-    It is exact, except that the first layer of time gates changes by one rounding in float32 models. (In 16-bit models
-    this layer is stored in float32.) Tensors share memory with the model if possible. Raises ValueError for models that
-    the reference does not have.
+    The conversion is exact, except that the first layer of time gates changes by one rounding in float32 models. (In
+    16-bit models this layer is stored in float32.) Tensors share memory with the model if possible. Raises ValueError
+    for models that the reference does not have.
     """
     cfg = model.cfg
     _check_of_paper(cfg.arm)
@@ -159,9 +160,7 @@ class UpstreamFuseDiT(FuseDiT):
     def read(self, input_ids: Int[Tensor, "B N"], mask: Bool[Tensor, "B N"]) -> TextFeatures:
         """Compute keys and values of all layers of the language model; the hidden states, not needed, have width 0."""
         if self.language_model is None:
-            raise ValueError(
-                "this FuseDiT came without its language model: convert a checkpoint that holds llm.* weights"
-            )
+            raise ValueError("this FuseDiT has no language model: convert a checkpoint that contains llm.* weights")
         from transformers import DynamicCache
 
         cache = DynamicCache()

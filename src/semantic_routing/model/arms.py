@@ -10,34 +10,34 @@ from semantic_routing.common.config import nearest
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One conditioning strategy: how the transformer's blocks read the language model's layers."""
+    """A routing strategy: how the transformer's blocks read the language model's layers."""
 
     name: str
-    """Name in settings and checkpoints."""
+    """Name in configurations and checkpoints."""
     label: str
-    """Label in the paper; the name itself for arms beyond the paper."""
+    """Label in the paper; for arms beyond the paper the same as the name."""
     reads: str
-    """A sentence for reports that says what a block reads."""
+    """Description for reports of what a block reads."""
     paper: bool = True
-    """Whether it is in the paper."""
+    """Whether the paper has this arm."""
     learned: bool = True
     """Whether its router has parameters."""
     by_time: bool = False
-    """Whether weights depend on the time."""
+    """Whether the weights depend on the diffusion time."""
     by_block: bool = False
     """Whether every block has its own weights."""
     by_side: bool = False
-    """Whether a block's keys and its values have weights apart."""
+    """Whether a block's keys and its values have separate weights."""
     by_head: bool = False
     """Whether every key/value head of a block has its own weights."""
     low_rank: bool = False
-    """Whether the heads of a block share its weights up to a few contrasts between layers."""
+    """Whether the heads of a block differ only along a few learned contrasts between layers."""
     by_token: bool = False
     """Whether every token has its own weights, which then depend on the text."""
     time_from: Literal["nominal", "latent"] = "nominal"
-    """Source of a gate's time: given, or estimated from the noisy latent."""
+    """Where a gate's time comes from: the step's time, or an estimate from the noisy latent."""
     reads_keys: bool = False
-    """Whether blocks read a layer's attention keys and values, without a router."""
+    """Whether blocks read a layer's attention keys and values; there is no router then."""
 
     @property
     def title(self) -> str:
@@ -46,17 +46,17 @@ class Arm:
 
     @property
     def takes_clock(self) -> bool:
-        """Whether sampling may give its gates another time than the nominal one (Table 3)."""
+        """Whether sampling can evaluate its gates at another time than the nominal one (Table 3)."""
         return self.by_time and self.time_from == "nominal"
 
     @property
     def has_weights(self) -> bool:
-        """Whether its weights over layers can be shown without a text."""
+        """Whether its weights over layers can be shown without a prompt."""
         return not (self.reads_keys or self.by_token)
 
     @property
     def finer(self) -> bool:
-        """Whether a block reads several mixes of layers: routing finer than a block."""
+        """Whether a block reads several mixes of layers."""
         return self.by_side or self.by_head
 
     def split(self, kv_heads: int) -> tuple[int, int]:
@@ -170,7 +170,7 @@ ARMS: dict[str, Arm] = {
 }
 PAPER_ARMS = tuple(arm.name for arm in ARMS.values() if arm.paper)
 DEFAULT_ARM = "depth"
-"""The paper's best."""
+"""The arm with the best results in the paper."""
 
 
 def parse_arm(name: str) -> str:

@@ -7,5 +7,5 @@ from semantic_routing.model.fusedit import FuseDiT
 
 
 def make_model(cfg: DiTConfig) -> Backbone:
-    """Return a new network for the arm of ``cfg``."""
+    """Return a new network for ``cfg``: a ``FuseDiT`` for the arm "fusedit", else a ``DiT``."""
     return FuseDiT(cfg) if cfg.strategy.reads_keys else DiT(cfg)

@@ -1,4 +1,4 @@
-"""The same network under another arm, where both can say the same: S2 as a finer arm, and back."""
+"""Conversion of a network to another arm that can represent the same routing: S2 as a finer arm, and back."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def changeable(arm: Arm) -> bool:
 def change_arm(model: Backbone, arm: str) -> Backbone:
     """Return a network of another arm with the same routing weights; all other weights are shared.
 
-    A coarser arm is exact as a finer one (uniform, static, depth, then the keys, values and heads of each block apart).
-    Raises ValueError if the other arm cannot have these weights: because blocks or parts of blocks that it does not
-    tell apart differ, or because one of the two arms has no constant logits.
+    Converting a coarser arm to a finer one is exact (uniform, static, depth, then separate keys, values and heads of
+    each block). Raises ValueError if the other arm cannot represent these weights: because blocks or parts of blocks
+    differ that it does not distinguish, or because one of the two arms has no constant logits.
     """
     arm = parse_arm(arm)
     for name in (model.cfg.arm, arm):
@@ -76,7 +76,7 @@ def _router_state(logits: Float[Tensor, "D_or_1 S_or_1 H_or_1 L"], target: Backb
 
 
 def _collapsed(logits: Float[Tensor, "D S H L"], axis: int, arm: str) -> Float[Tensor, "d s h L"]:
-    """Keep the first of an axis along which all weights are equal; ValueError if they are not."""
+    """Keep the first entry of an axis along which all weights are equal; raise ValueError if they are not."""
     weights = logits.double().softmax(-1)
     apart = (weights - weights.narrow(axis, 0, 1)).abs().max().item()
     if apart > ALIKE:

@@ -1,6 +1,6 @@
 """Codecs between images and latents: scaled pixels, or the autoencoder of a latent diffusion model.
 
-Images are uint8 RGB with channels last, as in files. Latents are float32 with channels first and about unit variance.
+Images are uint8 RGB with channels last, as in files. Latents are float32 with channels first and a variance of about 1.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HUB_NAME = r"[\w-][\w.-]*/[\w.-]+"
 
 
 class NotFiniteError(ValueError):
-    """Pictures or latents hold NaN or infinity, which would be drawn as black or white."""
+    """Error for images or latents that hold NaN or infinity, which would be shown as black or white."""
 
     def __init__(self, pictures: list[int], message: str = "") -> None:
         """``pictures`` are their indices in the batch."""
@@ -35,24 +35,26 @@ class NotFiniteError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class CodecConfig:
-    """Kind of a model's latents, and the VAE that makes them."""
+    """The latents of a model: pixels, or the latents of a VAE."""
 
     kind: Literal["pixels", "vae"] = "pixels"
     """Pixels scaled to [-1, 1], or latents of a diffusers ``AutoencoderKL`` such as Stable Diffusion 3's."""
     name_or_path: str = ""
-    """The VAE: a folder written by ``save_pretrained``, or a name on the hub. Safetensors only."""
+    """The VAE: a folder written by ``save_pretrained``, or a name on the hub. Only safetensors are read."""
     subfolder: str = ""
-    """Subfolder of the VAE in that folder or repository; "vae" in a diffusers pipeline."""
+    """Subfolder of the VAE in that folder or repository; it is "vae" in a diffusers pipeline."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Floating-point type of the VAE. 16 bits cost fidelity, and some VAEs overflow in float16."""
+    """Floating-point type of the VAE. 16 bits lower the quality, and some VAEs overflow in float16."""
     tiling: bool = False
-    """Process pictures larger than the VAE's own size in overlapping tiles: less memory, slightly other pixels."""
+    """Process images that are larger than the VAE's own size in overlapping tiles: less memory, slightly different
+    pixels."""
     slicing: bool = False
-    """Process the pictures of a batch one by one: less memory, same pixels."""
+    """Process the images of a batch one by one: less memory, same pixels."""
     keep_on_disk: str = ""
-    """Folder of latents that `semroute data encode --latents` has made beforehand, for training and validation."""
+    """Folder of cached latents, written before training by `semroute data encode --latents`; training and validation
+    read it."""
     keep_on_disk_bytes: str = "500GiB"
-    """Largest size of that folder."""
+    """Maximum size of that folder."""
 
     def __post_init__(self) -> None:
         if self.kind == "vae" and not self.name_or_path:
@@ -63,17 +65,20 @@ class CodecConfig:
 
 
 class Codec(ABC):
-    """Encoder of images to the latents that a diffusion model learns, and decoder back."""
+    """Encoder from images to the latents that a diffusion model generates, and decoder back to images."""
 
     channels: int
     """Channels of a latent, C."""
     factor: int
-    """Side of a latent position, in pixels."""
+    """Side in pixels of the square that one latent position covers."""
     has_posterior: bool
     """Whether ``encode`` samples a posterior, for which training passes noise."""
 
     def latent_shape(self, height: int, width: int | None = None) -> tuple[int, int, int]:
-        """Return the latents' shape (C, h, w) for an image of ``height`` x ``width`` pixels, square by default."""
+        """Return the shape (C, h, w) of the latents of an image of ``height`` x ``width`` pixels, square by default.
+
+        Raises ValueError if the size is not a multiple of ``factor``.
+        """
         width = height if width is None else width
         if min(height, width) < 1 or height % self.factor or width % self.factor:
             raise ValueError(
@@ -86,14 +91,16 @@ class Codec(ABC):
     def encode(
         self, images: UInt8[Tensor, "B H W 3"], noise: Float[Tensor, "B C h w"] | None = None
     ) -> Float[Tensor, "B C h w"]:
-        """Return the latents of images: the posterior's mean, or its sample with standard normal ``noise``."""
+        """Return the latents of uint8 images: the mean of the posterior, or a sample of it with standard normal
+        ``noise``.
+        """
 
     @abstractmethod
     def decode(self, latents: Float[Tensor, "B C h w"]) -> UInt8[Tensor, "B H W 3"]:
         """Return the images of latents, clamped and rounded to uint8; raise NotFiniteError for NaN or infinity."""
 
     def to(self, device: torch.device | str) -> Codec:
-        """Move the codec to a device, on which images and latents must then be."""
+        """Move the codec to a device; images and latents must then be on it."""
         return self
 
 
@@ -105,7 +112,7 @@ def make_codec(config: CodecConfig, device: torch.device | str = "cpu") -> Codec
 
 
 class PixelCodec(Codec):
-    """Pixels scaled to [-1, 1]; decoding inverts encoding exactly."""
+    """Pixels scaled to [-1, 1]. Decoding inverts encoding exactly."""
 
     channels = 3
     factor = 1
@@ -122,7 +129,7 @@ class PixelCodec(Codec):
 
 
 class VAECodec(Codec):
-    """Latents ``(z - shift) * scale`` of a diffusers ``AutoencoderKL``, with shift and scale from its config."""
+    """Latents ``(z - shift) * scale`` of a diffusers ``AutoencoderKL``, with shift and scale from its configuration."""
 
     has_posterior = True
 
@@ -131,7 +138,7 @@ class VAECodec(Codec):
         config = vae.config
         if config.in_channels != 3 or config.out_channels != 3:
             raise ValueError(
-                f"the VAE reads {config.in_channels} channels and draws {config.out_channels}; use one of RGB images"
+                f"the VAE reads {config.in_channels} channels and writes {config.out_channels}; use one for RGB images"
             )
         if config.latents_mean is not None or config.latents_std is not None:
             raise ValueError(
@@ -168,10 +175,11 @@ class VAECodec(Codec):
 
     @torch.no_grad()
     def posterior(self, images: UInt8[Tensor, "B H W 3"]) -> Float[Tensor, "B 2 C h w"]:
-        """Return the mean and the standard deviation of each image's posterior, in the VAE's floating-point type.
+        """Return the mean and the standard deviation of each image's posterior, in the VAE's dtype.
 
-        They do not depend, to the bit, on the rest of the batch: all forward passes of a size have equally many images
-        (the last image fills up the last pass), because the order of a product's sums follows from its shape.
+        They are bitwise independent of the rest of the batch. The order of a product's sums follows from its shape, so
+        all forward passes of one image size have the same number of images, and the last one is filled up with copies
+        of its last image.
         """
         self.latent_shape(*images.shape[1:3])  # the VAE would silently crop odd edges
         size = ON_CPU if images.device.type == "cpu" else ELSEWHERE
@@ -183,7 +191,7 @@ class VAECodec(Codec):
         return torch.cat(found)
 
     def stored(self, posterior: Shaped[Tensor, "B 2 C h w"]) -> Float[Tensor, "B 2 C h w"]:
-        """Return posteriors that were read from a file; numpy holds bfloat16 as integers."""
+        """Convert posteriors that were read from a file; numpy stores bfloat16 as integers."""
         return posterior.view(self.vae.dtype)
 
     def sample(

@@ -1,4 +1,4 @@
-"""What decides a VAE's latents: facts that must be the same, and facts that decide their last bits alone."""
+"""Facts that determine a VAE's latents: those that must be the same, and those that change only the last bits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def vae_facts(codec: VAECodec, cfg: CodecConfig) -> Facts:
 
 
 def rounding_facts(codec: VAECodec, cfg: CodecConfig) -> Facts:
-    """Return the libraries, the processor and what else changes latents by rounding alone."""
+    """Return the libraries, the processor and the other facts that change latents only by rounding."""
     place = next(codec.vae.parameters()).device
     libraries = {name: version(name) for name in ("torch", "diffusers", "pillow")}
     return libraries | {"processor": " ".join(map(str, machine(place))), "slicing": "yes" if cfg.slicing else "no"}

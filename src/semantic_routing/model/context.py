@@ -15,7 +15,9 @@ from semantic_routing.model.packing import Packing
 
 @dataclass(frozen=True)
 class TextContext:
-    """Keys and values of the text for every block's attention, made by ``prepare_text`` and read at every step."""
+    """Keys and values of the text for every block's attention, made by ``prepare_text`` and used at every sampling
+    step.
+    """
 
     keys: tuple[Float[Tensor, "B Hkv N hd"], ...]
     """Keys of block d at index d."""
@@ -49,9 +51,9 @@ def packed_context(keys: tuple[Tensor, ...], values: tuple[Tensor, ...], packing
 
 
 def join_contexts(prompt: TextContext, null: TextContext) -> TextContext:
-    """Concatenate the contexts of prompts and of their null prompts to one batch.
+    """Concatenate the contexts of prompts and of their null prompts into one batch.
 
-    Both are padded to the longer one, or packed if one of them has no mask. One null prompt serves all prompts.
+    Both are padded to the longer one, or packed if one of them has no mask. A single null prompt serves all prompts.
     """
     if prompt.mask is None or null.mask is None:
         return _join_packed(prompt.packed(), null.packed())

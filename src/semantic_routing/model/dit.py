@@ -37,7 +37,7 @@ class DiTConfig:
     """Sizes of a transformer; the defaults are the paper's (Section 4.1)."""
 
     arm: str = DEFAULT_ARM
-    """Conditioning strategy: a name or label of the table in ``arms.py``."""
+    """Routing strategy: a name or a paper label of the table in ``arms.py``, such as "depth" or "S2"."""
     depth: int = 24
     """Number of blocks, D."""
     width: int = 2048
@@ -57,13 +57,14 @@ class DiTConfig:
     channels: int = 16
     """Channels of a latent."""
     text_width: int = 2560
-    """Width of the language model's states, C."""
+    """Width C of the language model's hidden states."""
     text_layers: int = 36
-    """Number of the language model's states, L."""
+    """Number L of the language model's layers that are read."""
     conditioning: Literal["none", "adaln-zero", "adaln-single", "addition"] = "none"
-    """The way in which blocks see the time; in the paper they do not."""
+    """How blocks are conditioned on the time; in the paper they are not."""
     prediction: Literal["velocity", "image"] = "velocity"
-    """Output of the last layer. Callers always get the velocity, which is derived from an image prediction."""
+    """What the last layer predicts. The network always returns the velocity, computed from an image prediction if
+    needed."""
     rope_theta: float = 1e4
     """Base of the rotary frequencies."""
     text_init_std: float = 0.02
@@ -80,7 +81,7 @@ class DiTConfig:
 
     @property
     def strategy(self) -> Arm:
-        """The arm's entry in the table."""
+        """The arm's entry in the table of arms."""
         return ARMS[self.arm]
 
     @property
@@ -96,10 +97,11 @@ class DiTConfig:
 
     @property
     def composed(self) -> bool:
-        """Whether a block applies the text projection and its own as one product (``parts.py``).
+        """Whether a block multiplies the text projection and its own projection into one matrix (``parts.py``).
 
-        Blocks with several mixes do, and so do blocks with one mix each of states that are much wider than a block's
-        keys and values: then the products are fewer in training, and take no time beside a step in sampling.
+        This is done in blocks with several mixes. It is also done in blocks with one mix each if the text is much wider
+        than a block's keys and values: training then needs fewer FLOPs, and in sampling the time is negligible beside a
+        step.
         """
         kind, channels = self.strategy, 2 * self.kv_heads * self.head_dim
         return kind.finer or (kind.by_block and not kind.by_time and self.text_width > 2 * channels)
@@ -185,11 +187,11 @@ class Backbone(nn.Module):
 
     @property
     def depends_on_time(self) -> bool:
-        """Whether the text must be prepared again for every time, instead of once for a prompt."""
+        """Whether the text must be prepared again for every time, instead of once per prompt."""
         return False
 
     def gate_time(self, x: Float[Tensor, "B Ch h w"], t: Float[Tensor, " T"]) -> Float[Tensor, " T_or_B"]:
-        """Return the gate time for ``prepare_text``: ``t``, or an estimate from the noisy latents ``x``."""
+        """Return the time for ``prepare_text``: ``t``, or an estimate from the noisy latents ``x`` if gates use one."""
         return t
 
     @property
@@ -198,20 +200,25 @@ class Backbone(nn.Module):
         return False
 
     def prepare_text(self, features: TextFeatures, t: Float[Tensor, " T"] | None = None) -> TextContext:
-        """Return every block's keys and values for these prompts.
+        """Return the keys and values of these prompts for every block.
 
-        ``t`` is needed if routing depends on time: one for all prompts, or one for each.
+        Samplers call this once per prompt if routing does not depend on time, and otherwise at every step. ``t`` is
+        needed only if routing depends on time: one time for all prompts, or one for each, from 0 (noise) to 1 (data).
         """
         raise NotImplementedError
 
     def prepare_steps(self, features: TextFeatures, times: Float[Tensor, " T"]) -> list[TextContext]:
-        """Return the contexts of these prompts at each of several times."""
+        """Return one context of these prompts for each of several times."""
         return [self.prepare_text(features, t[None]) for t in times]
 
     def forward(
         self, x: Float[Tensor, "B Ch h w"], t: Float[Tensor, " T"], context: TextContext
     ) -> Float[Tensor, "B Ch h w"]:
-        """Return the velocity (data minus noise) at the noisy latents ``x`` and times ``t`` (0 noise, 1 data)."""
+        """Return the velocity (data minus noise), of the shape of ``x``, at the noisy latents ``x`` and times ``t``.
+
+        ``t`` is 0 at the noise and 1 at the data, with one time for each sample or one for all. ``text`` is what
+        ``prepare_text`` returns.
+        """
         cfg, (height, width) = self.cfg, x.shape[2:]
         if height % cfg.patch or width % cfg.patch:
             raise ValueError(f"latents of {height}x{width} do not divide into patches of {cfg.patch}")
@@ -230,7 +237,12 @@ class Backbone(nn.Module):
 
 
 class DiT(Backbone):
-    """The paper's cross-attention transformer; its router mixes the language model's layers for each block."""
+    """The paper's cross-attention transformer. Its router mixes the language model's layers for each block.
+
+    model = DiT(DiTConfig(arm="depth", text_width=encoder.width, text_layers=encoder.num_layers))
+    context = model.prepare_text(encoder.encode(["a red circle"]))  # once per prompt
+    velocity = model(x, t, context)  # x: noisy latents [B, C, h, w], t: times [B], 0 noise, 1 data
+    """
 
     def __init__(self, cfg: DiTConfig) -> None:
         super().__init__(cfg)
@@ -274,7 +286,7 @@ class DiT(Backbone):
         return [self._keys_and_values(mixed, layout) for mixed in steps]
 
     def _keys_and_values(self, mixed: Float[Tensor, "K B N C"], layout: Layout) -> TextContext:
-        """Return the context in which every block attends to its own mix, or to its own mixes (Section 3.3)."""
+        """Return the context in which every block attends to its own mix or mixes (Section 3.3)."""
         blocks, depth = cast(Iterable[Block], self.blocks), len(self.blocks)
         normed = self.text_norm(mixed)
         if self.cfg.composed:

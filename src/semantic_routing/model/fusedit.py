@@ -36,7 +36,9 @@ class FuseBlock(nn.Module):
 
 
 class FuseDiT(Backbone):
-    """The backbone without cross-attention; every block reads one layer of the language model."""
+    """The deep-fusion baseline: a backbone without cross-attention, in which every block reads one layer of the
+    language model.
+    """
 
     block = FuseBlock
 
@@ -70,7 +72,7 @@ def rotate_keys_by_text_length(
     """Rotate a prompt's keys by the 2-D rotary angles of row and column ``-length``; the result is float32.
 
     The reference counts an image's rows and columns from the number of text tokens before it. Rotating the text's keys
-    back by as much gives the same attention scores, once per prompt instead of once per step.
+    back by the same amount gives the same attention scores, and is done once per prompt instead of once per step.
     """
     quarter = keys.shape[-1] // 4
     freqs = theta ** (-torch.arange(quarter, dtype=torch.float32, device=keys.device) / quarter)

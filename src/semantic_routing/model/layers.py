@@ -64,7 +64,7 @@ class RMSNorm(nn.Module):
 def rope_2d(height: int, width: int, head_dim: int, theta: float, device: torch.device) -> Rope:
     """Return cosines and sines of 2-D rotary positions for ``height`` x ``width`` tokens, each [S, hd/2].
 
-    The first half of the rotated pairs turns with the row, the second with the column (Heo et al., 2024). Cached.
+    The first half of the rotated pairs encodes the row, the second the column (Heo et al., 2024). The result is cached.
     """
     return _rope_tables(height, width, head_dim, theta, device)
 
@@ -102,10 +102,10 @@ def attention(
     v: Float[Tensor, "B Hkv N hd"],
     mask: Bool[Tensor, "B N"] | None = None,
 ) -> Float[Tensor, "B H S hd"]:
-    """Apply softmax attention in which H/Hkv query heads share each key head; ``mask`` is True on keys to see.
+    """Apply softmax attention in which H/Hkv query heads share each key head; ``mask`` is True on keys to attend to.
 
-    For training on a CPU the products are written out: the backward pass of torch's fused kernel is several times
-    slower at these sizes. Grouped heads become rows, so that keys and values are not repeated.
+    For training on a CPU the products are written out, because the backward pass of torch's fused kernel is several
+    times slower at these sizes. Grouped heads become rows, so that keys and values are not repeated.
     """
     if q.device.type != "cpu" or not torch.is_grad_enabled():
         m = None if mask is None else mask[:, None, None, :]
@@ -153,10 +153,10 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Grouped-query attention of image tokens to the block's text with QK-norm, without positions.
+    """Grouped-query attention from image tokens to the block's text, with QK-norm and without positions.
 
-    ``prepare`` makes keys and values, which depend on the text alone; ``forward`` reads them. ``prepare_parts`` makes
-    them of several texts, each for its own heads, or for keys or values alone.
+    ``prepare`` computes keys and values, which depend only on the text; ``forward`` reads them. ``prepare_parts``
+    computes them from several texts, each for its own heads, or for keys or values alone.
     """
 
     def __init__(self, width: int, text_width: int, heads: int, kv_heads: int, head_dim: int) -> None:
@@ -176,7 +176,8 @@ class CrossAttention(nn.Module):
     def prepare_parts(
         self, parts: Float[Tensor, "P B N C"], probed: Float[Tensor, "C_plus_1 C"], split: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """Return keys and values, each [B, Hkv, N, hd], of a block whose P normalised mixes have their own readers.
+        """Return keys and values, each [B, Hkv, N, hd], of a block with P normalised mixes, each read by its own
+        channels.
 
         ``probed`` is the text projection of ``basis``; ``split`` is that of the arm (``parts.py``).
         """
@@ -218,7 +219,7 @@ def sinusoidal(t: Float[Tensor, " B"], width: int) -> Float[Tensor, "B width"]:
 
 
 class TimeEmbedding(nn.Module):
-    """Embedding of a time in [0, 1] in the backbone's width: 256 sinusoids of 1000 t and two layers."""
+    """Embedding of a time in [0, 1] in the backbone's width: 256 sinusoids of 1000 t and two linear layers."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

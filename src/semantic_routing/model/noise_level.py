@@ -14,11 +14,11 @@ SCALES = (1, 2, 4)
 
 
 class NoiseLevel(nn.Module):
-    """Estimator of the time t (0 noise, 1 data) of x_t from the differences of neighbours at several scales.
+    """Estimator of the time t (0 noise, 1 data) of x_t from the differences of neighbouring values at several scales.
 
     White noise has the same differences at every distance and averages out over squares; images do neither. Seven
     energies and a hidden layer of 64 suffice for any number of channels and any size from 8 x 8 on. Sums are in
-    float64, so that an estimate does not depend on its batch.
+    float64, so that an estimate does not depend on the batch.
     """
 
     def __init__(self, hidden: int = 64) -> None:

@@ -1,7 +1,7 @@
-"""Routing edited from outside: weights that replace or change a router's own, through the same interface.
+"""Edited routing: weights that replace or change those of a router, with the same interface.
 
-A ``RoutingOverride`` gives some rows weights of its own, as in a file ``{"rows": [...], "weights": [[...]]}``.
-``rerouted`` puts any edit of ``weights(t)`` in a network's place; ablations use it, too.
+A ``RoutingOverride`` replaces the weights of some rows, as in a file ``{"rows": [...], "weights": [[...]]}``.
+``rerouted`` installs any edit of ``weights(t)`` in a network; ablations use it, too.
 """
 
 from __future__ import annotations
@@ -21,32 +21,40 @@ from semantic_routing.model.dit import Backbone, DiT, DiTConfig
 from semantic_routing.model.routing import Router, mix
 
 Edit = Callable[[Float[Tensor, "B K L"]], Float[Tensor, "B K L"]]
-"""Function from the weights of all rows at some times to those that are used; its argument may be changed."""
+"""Function from the weights of all rows at some times to the weights that are used; it may change its argument in
+place."""
 TOLERANCE = 0.011
-"""Largest distance of a row's sum from 1: weights of a file may be rounded to percents."""
+"""Largest distance of a row's sum from 1, because the weights of a file may be rounded to percents."""
 
 
 @dataclass(frozen=True)
 class RoutingOverride:
-    """Weights for some rows of a network's routing; other rows keep their own."""
+    """Routing weights for some rows of a network; other rows keep their own.
+
+    override = RoutingOverride(rows=("block 0",), weights=((0.0, 1.0),))  # block 0 reads only the second of 2 layers
+    with overridden(model.model, override):
+        images = model.sample(["a red circle"])
+    """
 
     rows: tuple[str, ...]
-    """Names of rows, of ``DiTConfig.rows``."""
+    """Names of rows of ``DiTConfig.rows``: "block 3", or "block 3, head 1, values" if a block reads several mixes."""
     weights: tuple[tuple[float, ...], ...]
-    """Weight of each layer in each of these rows: at least 0, and 1 in the sum of a row."""
+    """For each of these rows a weight per layer, first to last: at least 0, with the sum 1."""
 
     def __post_init__(self) -> None:
         if not self.rows or len(self.rows) != len(self.weights):
-            raise ValueError(f"there are {len(self.rows)} rows, but {len(self.weights)} rows of weights: give one each")
+            raise ValueError(
+                f"there are {len(self.rows)} rows, but {len(self.weights)} rows of weights: give one for each"
+            )
         if len(set(self.rows)) < len(self.rows):
-            raise ValueError("a row is named twice; name each once")
+            raise ValueError("a row is given twice; give each once")
         for name, row in zip(self.rows, self.weights, strict=True):
             if len(row) != len(self.weights[0]):
                 raise ValueError(
                     f"{self.rows[0]!r} has {len(self.weights[0])} weights, but {name!r} {len(row)}: give one a layer"
                 )
             if not all(math.isfinite(x) and x >= 0 for x in row) or abs(sum(row) - 1) > TOLERANCE:
-                raise ValueError(f"the weights of {name!r} must be at least 0 and add up to 1, not to {sum(row):g}")
+                raise ValueError(f"the weights of {name!r} must be at least 0 and add up to 1, not {sum(row):g}")
 
     @classmethod
     def from_json(cls, data: Any) -> RoutingOverride:
@@ -77,7 +85,7 @@ class RoutingOverride:
             raise ValueError(f"the weights of arm {cfg.arm!r} depend on the text: give all rows, {', '.join(cfg.rows)}")
 
     def router(self, cfg: DiTConfig, own: Router) -> EditedRouter:
-        """Return ``own`` with these rows; ValueError if they do not fit."""
+        """Return ``own`` with the weights of these rows replaced; raise ValueError if rows or layers do not match."""
         self.check(cfg)
         places = torch.tensor([cfg.rows.index(name) for name in self.rows])
         table = torch.tensor(self.weights, dtype=torch.float64)
@@ -94,7 +102,7 @@ class EditedRouter(Router):
     """A router whose weights are edited after it has computed them."""
 
     def __init__(self, own: Router, cfg: DiTConfig, edit: Edit, *, constant: bool = False) -> None:
-        """``constant`` says that the edit leaves nothing of the router's own weights, which are then not computed."""
+        """``constant`` says that the edit replaces all of the router's weights, which are then not computed."""
         super().__init__()
         self.own, self.edit = own, edit
         self.shape = (len(cfg.rows), cfg.text_layers)
@@ -115,7 +123,7 @@ class EditedRouter(Router):
 
 @contextmanager
 def rerouted(model: Backbone, router: Router) -> Iterator[None]:
-    """Put ``router`` in the place of a network's own while the context lasts; ValueError if it has none."""
+    """Replace a network's router within the context; raise ValueError if the network has none."""
     if not isinstance(model, DiT):
         raise ValueError(f"arm {model.cfg.arm!r} has no routing weights to override")
     own = model.router

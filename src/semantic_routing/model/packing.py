@@ -27,7 +27,7 @@ class Packing(NamedTuple):
 
 
 def can_pack(x: Tensor) -> bool:
-    """Return whether variable-length attention reads ``x``: on a GPU, in 16 bits, before or after autocast."""
+    """Return whether variable-length attention supports ``x``: on a GPU, in 16 bits, before or after autocast."""
     if x.device.type != "cuda":
         return False
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
@@ -48,7 +48,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, features: TextFeatures) -> Layout:
-        """Choose the layout for prompts: packed if attention can read that."""
+        """Choose the layout for prompts: packed if attention supports it."""
         hidden, mask = features.hidden, features.mask
         if features.positions is not None:
             return cls(mask, arrived=features.positions)
@@ -66,7 +66,7 @@ class Layout(NamedTuple):
         return x.flatten(-3, -2).index_select(-2, self.positions).unsqueeze(-3)
 
     def samples(self) -> Int[Tensor, " T"]:
-        """Return the prompt of each token that arrived packed; those that fill up belong to the last."""
+        """Return the prompt of each token that arrived packed; filler tokens belong to the last prompt."""
         assert self.mask is not None
         assert self.arrived is not None
         B, N = self.mask.shape

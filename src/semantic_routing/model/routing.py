@@ -21,24 +21,28 @@ from semantic_routing.model.layers import sinusoidal
 
 
 class Router(nn.Module):
-    """Convex weights over language-model layers as a function of time (Eq. 2 and 3)."""
+    """Weights over the language model's layers, at least 0 and with the sum 1, as a function of time (Eq. 2 and 3)."""
 
     depends_on_time = False
 
     def weights(self, t: Float[Tensor, " T"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 L"]:
-        """Return the softmax-normalised float32 weights; ``t`` is needed only if ``depends_on_time``."""
+        """Return the softmax weights in float32, [B or 1, D or 1, L]: samples, blocks (or a block's mixes), layers.
+
+        An axis of size 1 is one that the weights do not depend on. ``t`` (0 noise, 1 data) is needed only if
+        ``depends_on_time``.
+        """
         raise NotImplementedError
 
     def forward(
         self, hidden: Float[Tensor, "L B N C"], t: Float[Tensor, " T"] | None = None
     ) -> Float[Tensor, "D_or_1 B N C"]:
-        """Return the text that each block reads (Eq. 2)."""
+        """Return the text that each block reads, a mix of the hidden states of all layers (Eq. 2)."""
         return mix(self.weights(t), hidden)
 
     def mix_tokens(
         self, hidden: Float[Tensor, "L 1 T C"], t: Float[Tensor, " B"], samples: Int[Tensor, " T"]
     ) -> Float[Tensor, "D_or_1 1 T C"]:
-        """Return the text of packed tokens, each with the weights at the time of its sample."""
+        """Return the text of packed tokens, each mixed with the weights at its sample's time."""
         return mix(self.weights(t)[samples], hidden.transpose(1, 2)).transpose(1, 2)
 
     def mix_steps(
@@ -70,7 +74,7 @@ class FixedRouter(Router):
 
 
 class LogitRouter(Router):
-    """Learned logits: one vector for all blocks (B3, Eq. 6), one for each (S2, Eq. 9), or several for each."""
+    """Learned logits: one vector for all blocks (B3, Eq. 6), one per block (S2, Eq. 9), or several per block."""
 
     def __init__(self, layers: int, rows: int) -> None:
         super().__init__()
@@ -85,18 +89,19 @@ class LogitRouter(Router):
 
 
 class LowRankRouter(Router):
-    """Logits of a block's keys and values by head: the block's own, and departures along contrasts that all share.
+    """Logits of a block's keys and values by head: the block's own logits plus offsets along contrasts shared by all
+    blocks.
 
     logits[block, part] = base[block] + loadings[block, part] @ contrasts, with ``RANK`` contrasts between layers. A
-    part (the keys or the values of one head) gets 1 / (2 Hkv) of its block's gradient, and an optimiser such as AdamW
-    moves every parameter at the same rate however small its gradient is: L free logits a part drift along L noisy
-    directions. Here the evidence of all blocks and heads decides which contrasts matter, and a part learns ``RANK``
-    numbers. S2 is the case without loadings. At the paper's size these are 2,544 parameters instead of the 13,824 of
+    part (the keys or the values of one head) gets 1 / (2 Hkv) of its block's gradient. An optimiser such as AdamW moves
+    every parameter at the same rate, however small its gradient is, so L free logits per part drift along L noisy
+    directions. Here the gradients of all blocks and heads determine the contrasts, and a part learns only ``RANK``
+    numbers. S2 is the case without loadings. At the paper's size there are 2,544 parameters instead of the 13,824 of
     ``depth-heads-kv``.
 
-    The contrasts start as the first cosines over the layers (shallow against deep, middle against both ends, ...), of
-    mean 0, orthogonal, and of a size at which logits move as fast as if they were parameters. The rest starts at zero,
-    so routing starts as the uniform average.
+    The contrasts start as the first cosines over the layers (shallow against deep, middle against both ends, ...). They
+    have mean 0, are orthogonal, and are scaled so that logits move as fast as if they were parameters. Everything else
+    starts at zero, so routing starts as the uniform average.
     """
 
     RANK = 4
@@ -192,7 +197,11 @@ class AttentionRouter(Router):
 
 
 def make_router(arm: str, layers: int, depth: int, width: int, kv_heads: int = 1) -> Router:
-    """Return a router of an arm for ``layers`` language-model layers of ``width``, ``depth`` blocks and their heads."""
+    """Return the router of an arm for ``layers`` language-model layers of width ``width`` and ``depth`` blocks.
+
+    ``kv_heads`` is the number of a block's key/value heads, which some arms route separately. Raises ValueError for
+    arms without a router.
+    """
     if arm == "penultimate":
         if layers < 2:
             raise ValueError(f"the penultimate arm needs at least 2 language-model layers, not {layers}")
@@ -215,11 +224,13 @@ def make_router(arm: str, layers: int, depth: int, width: int, kv_heads: int = 1
 
 
 def mix(weights: Float[Tensor, "B_or_1 D_or_1 L"], hidden: Float[Tensor, "L B N C"]) -> Float[Tensor, "D_or_1 B N C"]:
-    """Compute sum_l w_l LayerNorm(H_l) for every block (Eq. 2).
+    """Compute sum_l w_l LayerNorm(H_l) for every block (Eq. 2): [D or 1, B, N, C].
 
-    LayerNorm has no affine part and eps 1e-5. Sums are in float32; the result has the dtype of ``hidden``. If
-    ``hidden`` needs no gradient (a frozen language model), one fused kernel reads each state once in the forward pass
-    and once in the backward pass, without normalised copies.
+    ``weights`` [B or 1, D or 1, L] are those of ``Router.weights``, and ``hidden`` [L, B, N, C] those of
+    ``TextFeatures.hidden``. LayerNorm has no affine part and eps 1e-5. Sums are in float32, and the result has the
+    dtype of ``hidden``. If ``hidden`` needs no gradient (a frozen language model), one fused kernel reads each state
+    once in the forward pass and once in the backward pass, without storing normalised copies. Otherwise plain torch is
+    used.
     """
     if weights.shape[-1] != hidden.shape[0]:
         raise ValueError(f"weights for {weights.shape[-1]} layers, but {hidden.shape[0]} layers of hidden states")

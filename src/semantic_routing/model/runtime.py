@@ -70,15 +70,15 @@ GRAPHS = 32
 
 
 def autocast(device: torch.device, bf16: bool) -> torch.autocast | nullcontext[None]:
-    """Return a context in which matrix products run in bfloat16, or one without effect."""
+    """Return a context in which matrix products run in bfloat16, or a context without effect."""
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
 @contextmanager
 def rounded_once(model: nn.Module, bf16: bool) -> Iterator[None]:
-    """Keep the weights of linear layers in bfloat16 while the context lasts, instead of casting them at every step.
+    """Round the weights of linear layers to bfloat16 once within the context, instead of casting them at every step.
 
-    Sharded weights stay as they are: they are gathered in bfloat16.
+    Sharded weights are left alone: they are gathered in bfloat16.
     """
     if not bf16:
         yield
@@ -104,10 +104,10 @@ def rounded_once(model: nn.Module, bf16: bool) -> Iterator[None]:
 
 
 def compile_network(model: Backbone) -> None:
-    """Compile a network for sampling; it recompiles for every picture size and, on a CPU, text length.
+    """Compile a network for sampling; it recompiles for every image size and, on a CPU, text length.
 
-    On a CPU, one graph covers the network and one its text, because the code between the blocks costs as much as they
-    do. On a GPU, all blocks share one small graph, and samplers capture them together as a CUDA graph.
+    On a CPU there is one graph for the network and one for its text, because the code between the blocks costs as much
+    as the blocks. On a GPU, all blocks share one small graph, and samplers capture them together as a CUDA graph.
     """
     allow_graphs()
     if model.proj_out.weight.device.type == "cuda":

@@ -1,6 +1,6 @@
-"""Clocks: functions from the nominal time of a sampling step to the time that the routing gates are given.
+"""Clocks: functions from the nominal time of a sampling step to the time at which the routing gates are evaluated.
 
-Only the gates' time changes; the path, the network's own time and the steps stay the same.
+Only the gates' time changes. The path, the network's own time and the steps stay the same.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ def shifted(t: Float[Tensor, " T"], size: float = SIZE, start: float = START) ->
 
 
 def tabulated(times: Float[Tensor, " S"], values: Float[Tensor, " S"]) -> Clock:
-    """Interpolate a measured curve linearly, from (0, 0) to (1, 1); an example is the effective time of each step.
+    """Interpolate a measured curve linearly, from (0, 0) to (1, 1), such as the effective time of each step.
 
-    Raises ValueError unless ``times`` rise and all numbers are from 0 to 1.
+    Raises ValueError unless ``times`` increase and all numbers are from 0 to 1.
     """
     times, values = times.double(), values.double()
     if times.ndim != 1 or times.shape != values.shape or len(times) < 1:
         raise ValueError(f"a clock needs as many values as times, not {tuple(values.shape)} for {tuple(times.shape)}")
     inside = all(bool((x.isfinite() & (x >= 0) & (x <= 1)).all()) for x in (times, values))
     if not inside or (times.diff() <= 0).any():
-        raise ValueError("a clock's times must rise, and its times and values must be from 0 to 1")
+        raise ValueError("a clock's times must increase, and its times and values must be from 0 to 1")
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
     inner = (times > 0) & (times < 1)
     nominal = torch.cat([ends[:1], times[inner], ends[1:]])

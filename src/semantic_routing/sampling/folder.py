@@ -31,12 +31,12 @@ TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 
 def claimed_by_first(out: Path, job: Processes) -> AbstractContextManager[None]:
-    """Lock a folder against other commands; the first process of the job does so for all."""
+    """Lock a folder against other commands; the first process of the job holds the lock for all."""
     return claimed(out / LOCK, out) if job.first else nullcontext()
 
 
 def request(bundle: TextToImage, prompts: Sequence[str], cfg: SampleConfig) -> dict[str, Any]:
-    """Return all settings that decide a folder's images; the batch size is not among them."""
+    """Return all settings that determine a folder's images; the batch size is not among them."""
     return {
         "weights_sha256": weights_sha256(bundle.model),
         "null_prompt": bundle.null_prompt,
@@ -66,7 +66,9 @@ def weights_sha256(model: Backbone) -> str:
 
 
 def claim_folder(out: Path, identity: dict[str, Any], job: Processes = ALONE, **facts: Any) -> None:
-    """Write the manifest of the images to come; raise ValueError if the folder holds images of another request."""
+    """Write the manifest of the images before they are sampled; raise ValueError if the folder holds images of another
+    request.
+    """
     if job.first:
         _claim(out, identity, facts)
     job.wait()
@@ -112,7 +114,7 @@ def sample_missing(
 ) -> None:
     """Sample, in batches, the images (prompt index, image index) whose files are missing or incomplete.
 
-    ``cfg`` holds the model's settings of sampling, and the size ``batch`` of the batches.
+    ``cfg`` holds the sampling settings of the model, and the batch size ``batch``.
 
     Each process of the job samples its share and returns when all are done.
     """

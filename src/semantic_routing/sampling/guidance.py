@@ -26,13 +26,13 @@ def text_velocity(
     """Return the model's velocity for these prompts.
 
     ``clock`` maps the nominal time to the gate time. ``times``, if known, are all times of the sampler's steps, in
-    order: see ``TextPlan``.
+    order (see ``TextPlan``).
     """
     return reading(model, TextPlan(model, features, clock=clock, times=times).at)
 
 
 def reading(model: Backbone, text: Contexts) -> Velocity:
-    """Return the model's velocity, which asks ``text`` for the context of each step; replays a CUDA graph if it can."""
+    """Return the model's velocity, with each step's context from ``text``; replay a CUDA graph if possible."""
     network = CUDAGraphRunner(model) if model.use_cuda_graph else model
     return lambda x, t: network(x, t, text(x, t)).float()
 
@@ -45,10 +45,12 @@ def guided(
     clock: Clock | None = None,
     times: Float[Tensor, " T"] | None = None,
 ) -> Velocity:
-    """Return the velocity with classifier-free guidance (Ho & Salimans, 2022), ``null + scale * (prompt - null)``.
+    """Return the velocity with classifier-free guidance (Ho & Salimans, 2022): ``null + scale * (prompt - null)``.
 
-    Prompts and null prompts run as one batch. ``null`` holds one null prompt for all prompts, or one for each. At scale
-    1 only the prompts are computed.
+    ``features`` and ``null`` are encoded prompts and null prompts; ``null`` holds one null prompt for all prompts, or
+    one for each. Both run as one batch. At scale 1 only the prompts are computed. ``clock`` maps the nominal time to
+    the time at which time-dependent routing is evaluated. ``times``, if known, are all times of the sampler's steps,
+    which lets the text of several steps be prepared together.
     """
     if scale == 1:
         return text_velocity(model, features, clock, times)
@@ -67,7 +69,9 @@ def guided(
 
 
 def extrapolated(both: Velocity, scale: float) -> Velocity:
-    """Return the guided velocity; ``both`` takes the samples twice, with their prompts and then with null prompts."""
+    """Return the guided velocity; ``both`` is called with the samples twice, for their prompts and for the null
+    prompts.
+    """
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         prompt, nothing = both(torch.cat([x, x]), t).chunk(2)
@@ -77,7 +81,7 @@ def extrapolated(both: Velocity, scale: float) -> Velocity:
 
 
 def join(features: TextFeatures, null: TextFeatures) -> TextFeatures:
-    """Concatenate prompts and their null prompts to one batch, padded to the longer of the two."""
+    """Concatenate prompts and their null prompts into one batch, padded to the longer of the two."""
     batch, length = features.mask.shape
     longest = max(length, null.mask.shape[1])
     pairs = [(features.hidden, null.hidden, 2), (features.keys, null.keys, 2), (features.values, null.values, 2)]

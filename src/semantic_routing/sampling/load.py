@@ -25,7 +25,7 @@ TEXT_ENCODER = "text_encoder"
 
 
 def locate_encoder(cfg: TextEncoderConfig, run: Path) -> TextEncoderConfig:
-    """Point the configuration at the run's own copy if its text encoder was made for the run."""
+    """Point the configuration at the run's own copy of its text encoder if that was trained for the run."""
     if tiny_sizes(cfg.name_or_path) is None:
         return cfg
     folder = run / TEXT_ENCODER
@@ -61,11 +61,11 @@ def load_model(folder: Path, *, averaged: bool = True, state: dict[str, Any] | N
 
 
 def load_bundle(path: Path, device: torch.device, *, averaged: bool = True, compiled: bool = False) -> TextToImage:
-    """Load a run's latest checkpoint, or one checkpoint, with text encoder and codec.
+    """Load a run's latest checkpoint, or a single checkpoint, with its text encoder and codec.
 
-    ``averaged`` loads the moving average of the weights, which samples best; ``compiled`` compiles the network. Raises
-    ValueError if there is no checkpoint, if it is damaged, or if its weights, text encoder or codec do not fit its
-    configuration.
+    ``averaged`` loads the exponential moving average of the weights, which gives the best samples; ``compiled``
+    compiles the network. Raises ValueError if there is no checkpoint, if it is damaged, or if its weights, text encoder
+    or codec do not match its configuration.
     """
     folder, state = open_checkpoint(path)
     config = read_run_config(folder, state)

@@ -13,7 +13,7 @@ from semantic_routing.text.config import TextEncoderConfig
 from semantic_routing.toy.worlds import WORLDS
 
 KEY, FOLDER = "origins", "folder"
-"""Keys of ``state.json``: the origins of a run's data and models, and in it the folder in which the run started."""
+"""Keys of ``state.json``: the origins of a run's data and models, and within it the folder in which the run started."""
 Named = TypeVar("Named", TextEncoderConfig, CodecConfig)
 
 

@@ -1,4 +1,4 @@
-"""Routing weights from a file, in the place of a model's own."""
+"""Routing weights from a file, in place of a model's own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from semantic_routing.model.override import RoutingOverride, rerouted
 
 
 def read_override(path: Path, cfg: DiTConfig) -> RoutingOverride:
-    """Read a file of routing weights; ValueError, which names the file, if it does not fit this network."""
+    """Read a file of routing weights; raise ValueError, which names the file, if they do not fit this network."""
     data = read_json(path, "a file of routing weights")
     try:
         override = RoutingOverride.from_json(data)
@@ -22,8 +22,12 @@ def read_override(path: Path, cfg: DiTConfig) -> RoutingOverride:
 
 
 def overridden(model: Backbone, override: RoutingOverride | None) -> AbstractContextManager[None]:
-    """Return a context in which the network reads the override's weights; without one, nothing changes."""
+    """Return a context in which ``model`` uses the weights of ``override``; with None, nothing changes.
+
+    ``model`` is the network, ``TextToImage.model``. Raises ValueError if rows or layers do not match the network.
+    """
     if override is None:
         return nullcontext()
-    assert isinstance(model, DiT)  # checked when the file was read
+    override.check(model.cfg)
+    assert isinstance(model, DiT)  # all arms with rows are
     return rerouted(model, override.router(model.cfg, model.router))

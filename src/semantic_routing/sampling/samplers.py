@@ -30,11 +30,11 @@ RENOISE_ONCE = "ancestral"
 
 
 def schedule(steps: int, shift: float = 1.0) -> Float[Tensor, " steps_plus_1"]:
-    """Return times from 0 to 1 in float32; ``shift`` > 1 puts more of them near the noise (Esser et al., 2024).
+    """Return ``steps`` + 1 times from 0 (noise) to 1 (data) in float32.
 
-    In terms of the noise level sigma = 1 - t the shift is ``shift * sigma / (1 + (shift - 1) * sigma)``. Times are
-    rounded to multiples of 2^-24. Then t, 1 - t and their steps are exact, and samplers that count in sigma take the
-    same steps.
+    ``shift`` > 1 puts more of them near the noise (Esser et al., 2024): the noise level sigma = 1 - t becomes ``shift *
+    sigma / (1 + (shift - 1) * sigma)``. Times are rounded to multiples of 2^-24. Then t, 1 - t and their differences
+    are exact, and samplers that work with sigma take the same steps.
     """
     if steps < 1:
         raise ValueError(f"sampling needs at least 1 step, not {steps}")
@@ -51,7 +51,14 @@ def euler(
     noise: Noise | None = None,
     callback: Callback | None = None,
 ) -> Float[Tensor, " B *shape"]:
-    """Integrate with Euler's method: first order, one evaluation per step; ``noise`` is not used."""
+    """Integrate with Euler's method: first order, one evaluation of ``velocity`` per step.
+
+    ``x`` is the noise at ``times[0]``, and ``times`` those of ``schedule``. ``callback(step, t, x, velocity)`` is
+    called at every step. ``noise`` is not used. All samplers have this signature:
+
+        model_velocity = guided(model, encoder.encode(prompts), encoder.encode([""]), scale=3.0)
+        latents = euler(model_velocity, noise_for(0, [(0, 0)], shape), schedule(50))
+    """
     for i, (t, step) in enumerate(zip(times[:-1], times.diff(), strict=True)):
         v = velocity(x, t[None].to(x.device))
         if callback is not None:
@@ -68,9 +75,9 @@ def heun(
     noise: Noise | None = None,
     callback: Callback | None = None,
 ) -> Float[Tensor, " B *shape"]:
-    """Integrate with Heun's method: second order, the mean of the velocities at both ends of a step.
+    """Integrate with Heun's method: second order, with the mean of the velocities at both ends of a step.
 
-    The last step is Euler's, because no noise is left to estimate at t = 1. ``noise`` is not used.
+    The last step is an Euler step, because no noise is left to estimate at t = 1. ``noise`` is not used.
     """
     for i, (t, step) in enumerate(zip(times[:-1], times.diff(), strict=True)):
         v = velocity(x, t[None].to(x.device))
@@ -120,10 +127,11 @@ def renoise(
     noise: Noise | None = None,
     callback: Callback | None = None,
 ) -> Float[Tensor, " B *shape"]:
-    """Predict the image, then noise it again to the next time (Song et al., 2023, Algorithm 1).
+    """Predict the image, then add new noise for the next time (multistep consistency sampling, Song et al., 2023,
+    Algorithm 1).
 
-    All noise is replaced at every step, so a later step can fix errors of an earlier one. It does not converge to the
-    data distribution but seeks modes: a Gaussian of standard deviation 0.40 is sampled with 0.28.
+    All noise is replaced at every step, so a later step can correct errors of an earlier one. The samples do not
+    converge to the data distribution but favour its modes: a Gaussian of standard deviation 0.40 is sampled with 0.28.
     """
     noise = noise or (lambda step: torch.randn_like(x))
     for i, (t, s) in enumerate(pairwise(times.to(x.device))):
@@ -139,11 +147,11 @@ SAMPLERS: dict[str, Sampler] = {"euler": euler, "heun": heun, "euler-ancestral":
 
 
 def sampler_name(spelling: SamplerSpelling) -> SamplerName:
-    """Resolve a sampler's name in settings; the old name of renoise is accepted with a warning."""
+    """Return a sampler's current name; the old name of renoise is accepted with a warning."""
     if spelling != "ancestral":
         return spelling
     warnings.warn(
-        "the sampler once called ancestral is now called renoise and is used; the true ancestral step is "
+        'the sampler "ancestral" is now called renoise, and renoise is used; the true ancestral sampler is '
         "euler-ancestral",
         FutureWarning,
         stacklevel=4,
@@ -154,10 +162,11 @@ def sampler_name(spelling: SamplerSpelling) -> SamplerName:
 def noise_for(
     seed: int, images: Sequence[tuple[int, int]], shape: tuple[int, ...], step: int | None = None
 ) -> Float[Tensor, " B *shape"]:
-    """Return the noise of images (prompt index, image index); each depends only on its indices and ``seed``.
+    """Return standard normal noise for images, given as (prompt index, image index): [B, *shape].
 
-    So an image is the same in any batch, in any order and on any number of processes. Without ``step`` it is the
-    starting noise; with ``step`` it is the noise that a stochastic sampler adds after that step.
+    The noise of an image depends only on its two indices, ``seed`` and ``step``. An image is therefore the same in any
+    batch, in any order and on any number of processes. Without ``step`` it is the starting noise; with ``step`` it is
+    the noise that a stochastic sampler adds after that step.
     """
     return torch.stack([_noise(seed, prompt, image, step, shape) for prompt, image in images])
 
@@ -167,7 +176,7 @@ def _noise(seed: int, prompt: int, image: int, step: int | None, shape: tuple[in
 
 
 def generator_for(seed: int, prompt: int, image: int, step: int | None = None) -> torch.Generator:
-    """Return a generator in a state that depends on an image's indices, ``seed`` and ``step`` alone."""
+    """Return a random generator whose state depends only on an image's indices, ``seed`` and ``step``."""
     name = f"{seed}/{prompt}/{image}" if step is None else f"{seed}/{prompt}/{image}/{step}"
     digest = blake2b(name.encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,4 +1,4 @@
-"""TextPlan: the text context of a batch of prompts at any time, prepared as rarely as routing allows."""
+"""TextPlan: the text context of a batch of prompts at any time, prepared as rarely as the routing allows."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ PLANNED_BYTES = 2**28
 
 
 class TextPlan:
-    """Prepares prompts for a network, as often as its arm needs.
+    """Prepares the text of prompts for a network, as often as its arm needs.
 
-    * Once, if routing ignores time.
-    * For several of ``times`` at once, if routing depends on time: as many as fit ``budget`` bytes. The hidden states
-      are then read once for all of these steps.
+    * Once, if routing does not depend on time.
+    * For several of ``times`` together, if routing depends on time: as many as fit into ``budget`` bytes. The hidden
+      states are then read once for all of these steps.
     * At every step, if ``times`` are not known or routing estimates the time from the latents.
     """
 

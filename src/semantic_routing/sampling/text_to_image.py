@@ -28,24 +28,27 @@ MOST_GUIDANCE = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """Settings of sampling; the defaults are the paper's."""
+    """Settings of sampling; the defaults are the paper's (50 Euler steps, guidance scale 6)."""
 
     steps: int = 50
     """Number of sampling steps."""
     guidance: float = 6.0
     """Scale of classifier-free guidance; 1 turns it off."""
     sampler: SamplerSpelling = "euler"
-    """euler and heun integrate the flow; euler-ancestral replaces part of the noise, renoise all (seeks modes)."""
+    """euler and heun integrate the flow; euler-ancestral replaces part of the noise at every step, and renoise all of
+    it, which favours modes."""
     shift: float = 1.0
-    """Above 1, more steps near the noise."""
+    """Timestep shift: above 1, more of the steps are near the noise."""
     clock: str = NOMINAL
-    """The time given to time-dependent routing: nominal, shifted (Eq. 11), shifted:SIZE, or a calibration file."""
+    """Time at which time-dependent routing is evaluated: nominal (the step's own time), shifted (Eq. 11), shifted:SIZE,
+    or a calibration file."""
     seed: int = 0
-    """Seed; together with prompt index and image index it decides an image's noise."""
+    """Random seed. An image's noise depends only on the seed, its prompt index and its image index."""
     batch: int = 64
     """Images sampled together."""
     compile: bool = False
-    """Compile the network: a slower start and faster steps. Pixels differ by rounding, also between batch sizes."""
+    """Compile the network: it starts more slowly and its steps are faster. Pixels differ by rounding, also between
+    batch sizes."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sampler", sampler_name(self.sampler))
@@ -66,7 +69,7 @@ def check_guidance(scale: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TextToImage:
-    """A trained network with the text encoder and codec that sampling needs."""
+    """A trained network with its text encoder and codec, which samples images from prompts. ``load`` returns one."""
 
     model: Backbone
     encoder: TextEncoder
@@ -76,7 +79,7 @@ class TextToImage:
     size: tuple[int, int] | None = None
     """Height and width of the images, if they are not both ``image_size``."""
     null_prompt: str = ""
-    """The prompt that means "no prompt" in guidance; it replaced dropped prompts in training."""
+    """The prompt that stands for "no prompt" in guidance; it replaced dropped prompts in training."""
     bf16: bool = False
     """Whether matrix products run in bfloat16."""
     checkpoint: Path | None = None
@@ -95,16 +98,17 @@ class TextToImage:
         return self.model.proj_out.weight.device
 
     def encode(self, prompts: Sequence[str], *, strict: bool = True, packed: bool = False) -> TextFeatures:
-        """Encode prompts, on the network's device; ``strict`` and ``packed`` are those of ``TextEncoder.encode``.
+        """Encode prompts and put the features on the network's device.
 
-        Without autocast the features have the type of the network's weights.
+        ``strict`` and ``packed`` are those of ``TextEncoder.encode``. Without autocast, the features have the dtype of
+        the network's weights.
         """
         keys = self.model.cfg.strategy.reads_keys
         features = self.encoder.encode(list(prompts), with_kv=keys, strict=strict, packed=packed)
         return features.to(self.device, None if self.bf16 else self.model.proj_out.weight.dtype)
 
     def null_features(self) -> TextFeatures:
-        """Return the features of the null prompt, which is encoded once."""
+        """Return the features of the null prompt, which is encoded only once."""
         if self.null_prompt not in self._encoded:
             self._encoded[self.null_prompt] = self.encode([self.null_prompt])
         return self._encoded[self.null_prompt]
@@ -116,11 +120,12 @@ class TextToImage:
         cfg: SampleConfig | None = None,
         callback: Callback | None = None,
     ) -> UInt8[Tensor, "B H W 3"]:
-        """Sample one image for each prompt, with values from 0 to 255.
+        """Sample one image for each prompt: uint8 RGB, [B, H, W, 3].
 
-        ``images`` holds (prompt index, image index) of each, which decide its noise; by default prompts are numbered
-        from 0, with one image each. ``callback`` is called at every step. Raises NotFiniteError, which names the prompt
-        and the step, if an image is NaN or infinite.
+        ``images`` holds the (prompt index, image index) of each image, which determine its noise together with
+        ``cfg.seed``. By default prompts are numbered from 0, with one image each. ``cfg`` defaults to
+        ``SampleConfig()``. ``callback(step, t, x, velocity)`` is called at every step. Raises NotFiniteError, which
+        names the prompt and the step, if an image is NaN or infinite.
         """
         cfg = cfg or SampleConfig()
         images = images or [(i, 0) for i in range(len(prompts))]
@@ -147,15 +152,17 @@ class TextToImage:
         callback: Callback | None = None,
         features: TextFeatures | None = None,
     ) -> Float[Tensor, " B *latent"]:
-        """Sample the latents of ``sample``'s images; ``callback`` is called at every step.
+        """Sample the latents of the images of ``sample``, [B, C, h, w]; ``callback`` is called at every step.
 
-        ``features`` are the encoded prompts, if they are at hand.
+        ``features`` are the encoded prompts, if you already have them.
         """
         shape = latent_shape(self.codec, self.model.cfg, *self.pixels)
         x = noise_for(cfg.seed, images, shape).to(self.device)
         clock = parse_clock(cfg.clock)
         if clock is not None and not self.model.cfg.strategy.takes_clock:
-            raise ValueError(f"--clock {cfg.clock}: the routing of arm {self.model.cfg.arm} has no clock; leave it out")
+            raise ValueError(
+                f"--clock {cfg.clock}: the routing of arm {self.model.cfg.arm} takes no clock; leave it out"
+            )
 
         def fresh(step: int) -> Tensor:
             return noise_for(cfg.seed, images, shape, step).to(self.device)

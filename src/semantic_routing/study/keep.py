@@ -1,6 +1,6 @@
-"""What a study keeps of a finished run, in kilobytes: its verdicts and its routing weights.
+"""What a study stores of a finished run, in a few kilobytes: its verdicts and its routing weights.
 
-The tables are made of these files alone. With them a study goes on where its runs and pictures are no more.
+The tables are made only from these files, so a study can continue after its runs and images have been deleted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def kept_file(args: StudyArguments, job: Job) -> Path:
 
 
 def keep(args: StudyArguments, job: Job) -> None:
-    """Keep a finished run: its verdicts under every clock, and its routing weights if its arm has any."""
+    """Store the verdicts of a finished run under every clock, and its routing weights if its arm has any."""
     records = {clock: read_records(evaluation_folder(args, job, clock) / RECORDS) for clock in ("", *job.clocks)}
     weights = None
     if ARMS[job.arm].has_weights:
@@ -46,7 +46,7 @@ def write_kept(
     records: Mapping[str, Sequence[Record]],
     weights: Float[np.ndarray, "T K L"] | None,
 ) -> None:
-    """Write what is kept of a run: its records by clock, "" for the nominal one, and its weights at ``TIMES``."""
+    """Write what is stored of a run: its records by clock, "" for the nominal one, and its weights at ``TIMES``."""
     path = kept_file(args, job)
     facts = {
         "manifest": manifest(run=job.name, steps=job.config.steps, seed=job.config.seed, prompts=args.n),
@@ -60,7 +60,7 @@ def write_kept(
 
 
 def kept_records(args: StudyArguments, job: Job, clock: str = "") -> list[Record]:
-    """Return the records of a finished run, with their prompts, tags and verdicts alone."""
+    """Return the records of a finished run, with only their prompts, tags and verdicts."""
     facts = _facts(args, job)
     verdicts = zip(facts["prompts"].items(), facts["correct"][clock or NOMINAL], strict=True)
     return [

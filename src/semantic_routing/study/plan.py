@@ -28,7 +28,7 @@ CALIBRATION = ("--n", "128", "--seed", "1")
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Defaults of a study by recipe."""
+    """Defaults of a study, by recipe."""
 
     arms: tuple[str, ...]
     """As ``StudyArguments.arms``."""
@@ -54,32 +54,34 @@ SCALES = {
 
 @dataclass(frozen=True, kw_only=True)
 class StudyArguments:
-    """Train and score every arm with equal budget, data order and noise, and compare them."""
+    """Train and score every arm with the same budget, data order and noise, and compare them."""
 
     scale: Annotated[Literal["toy", "words", "small", "small-words"], tyro.conf.Positional]
-    """Recipe of the runs: toy and words take minutes a run on two CPU cores; small and small-words, of the same two
-    worlds, compare all arms on one GPU."""
+    """Recipe of the runs: with toy and words a run takes minutes on two CPU cores; small and small-words, on the
+    same two worlds, compare all arms on one GPU."""
     out: Path
-    """Folder of the runs, evaluations and results. A stopped study resumes from it."""
+    """Folder of the runs, evaluations and results. A stopped study resumes there."""
     arms: tuple[str, ...] = ()
-    """Strategies, by name or by the paper's label, such as S2, or B3:2 for two seeds of it; the first is the baseline.
-    By default penultimate, uniform and depth at scale toy, uniform, penultimate, depth and depth-kv at scale words, and
-    all seven of the paper at the others."""
+    """Routing strategies by name or by the paper's label, such as S2, or B3:2 for two seeds of it; the first is the
+    baseline. By default penultimate, uniform and depth at scale toy, uniform, penultimate, depth and depth-kv at
+    scale words, and all seven of the paper at the others."""
     seeds: int | None = None
-    """Runs of each arm that names no number of its own, by default 1 at scale toy, 5 at scale words and 3 at the
-    others. A seed sets initial weights, data order, noise, times and dropout; they are the same for all arms."""
+    """Number of runs of each arm without a number of its own, by default 1 at scale toy, 5 at scale words and 3 at
+    the others. A seed sets initial weights, data order, noise, times and dropout; they are the same for all
+    arms."""
     steps: int | None = None
-    """Training steps of each run, by default the recipe's."""
+    """Training steps of each run, by default those of the recipe."""
     n: int = 2530
-    """Prompts for the scores of each run, spread evenly over the eleven tags: the standard error is below a point."""
+    """Number of prompts that score each run, spread evenly over the eleven tags; by default enough for a standard
+    error below one percentage point."""
     router_rates: tuple[float, ...] = (1.0,)
-    """Learning rates of the routers, in multiples of the recipe's; each learned arm runs with each of them."""
+    """Learning rates of the routers, as multiples of the recipe's; each learned arm is trained with each of them."""
     clocks: tuple[str, ...] = ("shifted", CALIBRATED)
-    """Clocks for further scores of S1 and S3, which replace the nominal time of their gates: shifted (Eq. 11),
-    shifted:SIZE, a file of times, or calibrated, which measures a file for each run."""
+    """Clocks for additional scores of S1 and S3: times for the gates instead of the nominal one. They are shifted
+    (Eq. 11), shifted:SIZE, a file of times, or calibrated, which measures a file for each run."""
     devices: tuple[str, ...] = ()
-    """Devices of the runs, such as cuda:0 cuda:1; by default all GPUs, or the CPU. "cpu cpu" runs two at a time, each
-    on half of the cores: for small networks that is faster than one at a time."""
+    """Devices of the runs, such as cuda:0 cuda:1; by default all GPUs, or the CPU. "cpu cpu" runs two at a time,
+    each on half of the cores, which for small networks is faster than one at a time."""
 
     def __post_init__(self) -> None:
         given = [value for value in (self.seeds, self.n, self.steps) if value is not None]
@@ -88,10 +90,10 @@ class StudyArguments:
         if len(self.all_arms) < len(self._arms):
             raise ValueError("an arm is given twice; name each arm once")
         if self.seeds_of[self.all_arms[0]] < max(self.seeds_of.values()):
-            raise ValueError("the first arm is the baseline: give it as many seeds as the others")
+            raise ValueError("the first arm is the baseline: give it at least as many seeds as the others")
         for clock in self.clocks:
             if clock != CALIBRATED and parse_clock(clock) is None:
-                raise ValueError("every study scores with the nominal clock; give --clocks others only")
+                raise ValueError("every study scores with the nominal clock anyway; give --clocks only others")
         if not self.router_rates or not all(0 < rate < math.inf for rate in self.router_rates):
             raise ValueError("router_rates must be finite numbers above 0: multiples of the recipe's rate")
 
@@ -106,7 +108,7 @@ class StudyArguments:
         for arm in self._arms:
             name, _, count = arm.partition(":")
             if ":" in arm and not (count.isdecimal() and int(count)):
-                raise ValueError(f"{arm!r} is not an arm with a number of seeds, such as {name or 'B3'}:2")
+                raise ValueError(f"{arm!r} is not an arm with a number of seeds; write it as {name or 'B3'}:2")
             found[parse_arm(name)] = int(count) if count else self.seeds or SCALES[self.scale].seeds
         return found
 
@@ -153,7 +155,7 @@ class Stage:
 
 
 def jobs(args: StudyArguments) -> list[Job]:
-    """Return every run, seed by seed: a study that is stopped has then compared all arms."""
+    """Return every run, seed by seed, so that even a study that is stopped early compares all arms."""
     found = []
     for seed in args.all_seeds:
         for arm in (arm for arm, seeds in args.seeds_of.items() if seed < seeds):
@@ -210,7 +212,7 @@ def _evaluation(job: Job, args: StudyArguments, clock: str) -> Stage:
 
 
 def _options(how: SampleConfig) -> list[str]:
-    """Return a sampling as options of semroute evaluate and analyze."""
+    """Return sampling settings as options of semroute evaluate and analyze."""
     names = ("sampler", "steps", "guidance", "shift", "batch")
     return [word for name in names for word in (f"--{name}", str(getattr(how, name)))]
 

@@ -1,4 +1,6 @@
-"""Runs the commands of a study, one run at a time on each device, under a live table. It can be stopped and resumed."""
+"""Runs the commands of a study, one run at a time on each device, and shows a live table. It can be stopped and
+resumed.
+"""
 
 from __future__ import annotations
 
@@ -48,9 +50,9 @@ class Progress:
 
 
 def run_study(args: StudyArguments) -> None:
-    """Run the stages that are missing. Finished stages are kept.
+    """Run the stages that are missing; finished stages are kept.
 
-    Raises Interrupted after a signal and TrainingFailed if runs failed. ValueError if the folder holds a study with
+    Raises Interrupted after a signal, TrainingFailed if runs failed, and ValueError if the folder holds a study with
     other settings or is in use by another process.
     """
     check_writable(args.out)
@@ -72,7 +74,7 @@ def run_study(args: StudyArguments) -> None:
         one = failed[0]
         raise TrainingFailed(
             f"{len(failed)} of {len(every)} runs failed, the first {one.job.name} while {one.stage}: {one.error} "
-            f"(its log is {_log(args, one.job)}); the same command tries them again"
+            f"(its log is {_log(args, one.job)}); repeat the command to try them again"
         )
 
 

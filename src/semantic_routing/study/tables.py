@@ -1,4 +1,4 @@
-"""The results of a study as Markdown tables and as one page: its Tables 1 to 4."""
+"""The results of a study as Markdown tables and as an HTML page: Tables 1 to 4."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from semantic_routing.study.results import Number, Pairs, Row, read_pairs, read_
 METHOD = (
     "Accuracies in percent, the mean over seeds; every run has the same budget, and for one seed the same backbone, "
     "data order and noise; prompts and sampling noise are the same for all. Brackets are 95 % intervals: first over "
-    "prompts (paired bootstrap, seeds averaged: would other prompts say the same of these runs?), then over seeds "
-    "(Student's t: would other runs?). p: paired permutation test over prompts."
+    "prompts (paired bootstrap, seeds averaged: would other prompts give the same result for these runs?), "
+    "then over seeds (Student's t: would other runs give it?). p: paired permutation test over prompts."
 )
 
 
@@ -62,7 +62,7 @@ def sections(rows: Sequence[Row], pairs: Pairs, stability: dict[str, float]) -> 
     nominal, clocked = [r for r in rows if not r.clock], [r for r in rows if r.clock]
     found = [("Table 1: strategies", _strategies(nominal)), ("Table 2: by skill", _skills(nominal))]
     if clocked:
-        found.append(("Table 3: gates told another time", _clocks(clocked)))
+        found.append(("Table 3: gates with other clocks", _clocks(clocked)))
     if len(pairs) > 1:
         found.append(("Table 4: one strategy minus another", _pairs(pairs)))
     if stability:
@@ -138,7 +138,7 @@ def accuracy_figure(rows: Sequence[Row]) -> Drawn:
 
 
 def accuracy_bars(bars: Mapping[str, tuple[str, Number]], *, title: str) -> Drawn:
-    """Draw accuracies as bars, each with its label, by name: intervals over prompts, and a point for each seed."""
+    """Draw accuracies as labelled bars, by name, with the interval over prompts and a point for each seed."""
     labels, numbers = zip(*bars.values(), strict=True)
     figure, axes = new_axes(6.4, 0.9 + 0.42 * len(bars))
     places = np.arange(len(bars))

@@ -1,4 +1,4 @@
-"""Configurations of language models: their text layers, the sizes of their features, and what cannot be read."""
+"""Configurations of language models: their text layers, the sizes of their features, and what is not supported."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from semantic_routing.text.quiet import first_line
 from semantic_routing.text.source import HUB_NAME, INSTALL, SMOLLM2, Source, find_source
 
 UNFIT = {
-    "convbert": "its states depend on padding",
-    "fnet": "its states depend on padding",
-    "gemma3n_text": "its layers hold four states",
-    "mobilebert": "its states depend on padding",
-    "nemotron_h": "its last state is not always the model's own",
-    "nystromformer": "its states depend on padding",
-    "yoso": "its states depend on padding",
-    "flaubert": "its layers are no modules",
-    "xlm": "its layers are no modules",
+    "convbert": "its hidden states depend on padding",
+    "fnet": "its hidden states depend on padding",
+    "gemma3n_text": "its layers have four hidden states each",
+    "mobilebert": "its hidden states depend on padding",
+    "nemotron_h": "its last hidden state is not always the model's output",
+    "nystromformer": "its hidden states depend on padding",
+    "yoso": "its hidden states depend on padding",
+    "flaubert": "its layers are not separate modules",
+    "xlm": "its layers are not separate modules",
 }
-"""Architectures that transformers loads and whose features would be wrong."""
+"""Architectures that transformers loads but whose features would be wrong."""
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Names that configurations have for their number of experts."""
 
@@ -33,7 +33,7 @@ def text_shape(config: TextEncoderConfig) -> TextShape:
 
 
 def model_config(name: str, source: Source) -> Any:
-    """Load a model's configuration; of a multimodal model that of all parts."""
+    """Load a model's configuration; for a multimodal model that of all parts."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -60,7 +60,7 @@ def stack_config(model_config: Any) -> Any:
 
 
 def is_encoder(model_config: Any) -> bool:
-    """Return whether an encoder reads the text: one whose decoder is left out, or one saved alone."""
+    """Return whether the text is encoded by an encoder: one whose decoder is left out, or one saved alone."""
     alone = any(name.endswith("EncoderModel") for name in model_config.architectures or ())
     return model_config.is_encoder_decoder or alone
 
@@ -115,6 +115,8 @@ def positions(model: nn.Module) -> int | None:
 
 
 def has_experts(model: Any) -> bool:
-    """Return whether tokens are sent to experts, whose products' shapes depend on the other tokens of the batch."""
+    """Return whether the model is a mixture of experts, whose products have shapes that depend on the other tokens of
+    the batch.
+    """
     stack = stack_config(model.config)
     return any((getattr(stack, name, None) or 0) > 1 for name in EXPERTS)

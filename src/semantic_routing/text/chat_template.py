@@ -10,14 +10,17 @@ from typing import Any
 def in_chat(tokenizer: Any, texts: Sequence[str], name: str, *, strict: bool = True) -> list[str]:
     """Write each text as a user's message.
 
-    ValueError if the template leaves texts out or, unless ``strict`` is off, changes one; then that is a warning.
+    Raises ValueError if the template leaves a text out or changes it; with ``strict=False`` a changed text is only a
+    warning.
     """
     form = _form(tokenizer, name)
     return [_whole(tokenizer, form, text, name, strict) for text in texts]
 
 
 def _form(tokenizer: Any, name: str) -> int:
-    """Return the index of the first of ``_messages`` that the template renders with its text; ValueError if none."""
+    """Return the index of the first of ``_messages`` with which the template renders the text; raise ValueError if none
+    works.
+    """
     from jinja2 import TemplateError
 
     reason = "it leaves the prompt out"
@@ -27,7 +30,7 @@ def _form(tokenizer: Any, name: str) -> int:
                 return form
         except (TemplateError, TypeError) as error:
             reason = " ".join(str(error).split())
-    raise ValueError(f"the chat template of {name!r} cannot write a prompt ({reason}): set chat_template=False")
+    raise ValueError(f"the chat template of {name!r} cannot format a prompt ({reason}): set chat_template=False")
 
 
 def _render(tokenizer: Any, form: int, text: str) -> str:
@@ -46,7 +49,7 @@ def _whole(tokenizer: Any, form: int, text: str, name: str, strict: bool) -> str
 
 
 def _messages(text: str) -> list[list[dict[str, Any]]]:
-    """Return the forms that chat templates take: a text, a list of parts, a text after a system message."""
+    """Return the forms of messages that chat templates accept: a text, a list of parts, a text after a system text."""
     system = [{"role": "system", "content": ""}]
     plain: list[dict[str, Any]] = [{"role": "user", "content": text}]
     listed: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "text", "text": text}]}]

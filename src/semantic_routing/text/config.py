@@ -12,32 +12,33 @@ from semantic_routing.common.sizes import parse_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoderConfig:
-    """The language model that reads prompts, its layers that are used, and how prompts are prepared."""
+    """The language model that encodes prompts, which of its layers are used, and how prompts are prepared."""
 
     name_or_path: str
     """A folder written by ``save_pretrained`` (safetensors), a GGUF file or a folder with one, a name on the Hugging
     Face hub, NAME:FILE.gguf for a GGUF file there, or "smollm2"."""
     layers: str | tuple[int, ...] = "all"
-    """Layers to return, counted from 1: "all", a range "6..29" (both ends included), or a list "9,18,27"."""
+    """Layers to use, counted from 1: "all", a range "6..29" (both ends included), or a list "9,18,27"."""
     max_tokens: int = 512
-    """Longer prompts are cut to this length, with a warning."""
+    """Maximum length of a prompt in tokens; longer prompts are cut, with a warning."""
     buckets: tuple[int, ...] = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-    """A prompt is padded to the smallest of these lengths that holds it, so that few shapes occur."""
+    """A prompt is padded to the smallest of these lengths that holds it, so that few different shapes occur."""
     prefix: str = ""
-    """Instruction put before every prompt, the empty one included, such as "Describe this image. "."""
+    """Instruction put before every prompt, including the empty one, such as "Describe this image. "."""
     chat_template: bool = False
     """Wrap prefix and prompt as a user's message in the model's own chat template."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Floating-point type of weights and states; "auto" is the stored weights' type, and float32 for GGUF files."""
+    """Floating-point type of weights and hidden states; "auto" is the type of the stored weights, and float32 for GGUF
+    files."""
     offload: bool = False
-    """Keep the weights in main memory and move them to the device only while they read prompts."""
+    """Keep the weights in main memory and move them to the device only while prompts are encoded."""
     keep: str = "auto"
-    """Main memory for states of prompts already read, such as "2GiB"; "0" keeps none, and "auto" is 1GiB on a CPU and
-    0 on a GPU."""
+    """Main memory for caching hidden states, such as "2GiB"; "0" turns the cache off, and "auto" is 1GiB on a CPU and 0
+    on a GPU."""
     keep_on_disk: str = ""
-    """Folder that keeps states for later runs and other processes, too; none by default."""
+    """Folder in which hidden states are cached for later runs and other processes; none by default."""
     keep_on_disk_bytes: str = "50GiB"
-    """Size of that folder from which on nothing is added."""
+    """Maximum size of that folder; once it is reached, nothing more is added."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -67,7 +68,7 @@ class TextShape:
 def resolve_layers(layers: str | Sequence[int], total: int) -> tuple[int, ...]:
     """Return the layers that "all", "6..29", "9,18,27" or a list of numbers selects in a model of ``total`` layers.
 
-    ValueError unless they are a strictly increasing choice from 1..total.
+    Raises ValueError unless they are strictly increasing and from 1 to ``total``.
     """
     if isinstance(layers, str):
         text = layers.replace(" ", "")

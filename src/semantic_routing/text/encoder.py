@@ -1,8 +1,9 @@
 """A frozen language model that turns prompts into ``TextFeatures``.
 
-Decoders and encoders of Hugging Face, from a folder, a GGUF file or the hub; of a multimodal model only the text half
-is loaded. Layer ``l`` is the output of decoder layer ``l``; the model's last layer is its own ``last_hidden_state``,
-after the final norm. Layers above the highest one asked for are never built, and the language-model head is never run.
+Decoders and encoders of Hugging Face are loaded from a folder, a GGUF file or the hub; of a multimodal model only the
+text part is loaded. Layer ``l`` is the output of decoder layer ``l``; the model's last layer is its own
+``last_hidden_state``, after the final norm. Layers above the highest one asked for are never built, and the
+language-model head is never run.
 """
 
 from __future__ import annotations
@@ -54,10 +55,14 @@ Row = tuple[int, ...]
 
 
 class TextEncoder:
-    """A frozen language model; ``encode`` returns the states of the chosen layers for a batch of prompts."""
+    """A frozen language model; ``encode`` returns the hidden states of the chosen layers for a batch of prompts.
+
+    encoder = TextEncoder.from_pretrained("Qwen/Qwen3-0.6B")
+    features = encoder.encode(["a red circle", ""])  # hidden [L, B, N, C], mask [B, N]
+    """
 
     def __init__(self, model: nn.Module, tokenizer: Any, config: TextEncoderConfig, shape: TextShape) -> None:
-        """Prefer ``from_pretrained``. ``model`` holds the layers up to ``shape.layers[-1]`` and no more."""
+        """Use ``from_pretrained`` instead. ``model`` holds the layers up to ``shape.layers[-1]`` and no more."""
         find_layers(model)  # an unknown architecture is an error now rather than at the first prompt
         self.config = config
         self.shape = shape
@@ -77,10 +82,10 @@ class TextEncoder:
 
     @classmethod
     def from_pretrained(cls, config: TextEncoderConfig | str | Path, device: torch.device | str = "cpu") -> TextEncoder:
-        """Load the text model that ``config``, or a bare path or hub name, describes.
+        """Load the text model that ``config``, or just a path or a hub name, describes.
 
-        ValueError if there is no such model, its weights are not safetensors or GGUF or do not fill it, or it lacks a
-        layer asked for.
+        Raises ValueError if there is no such model, if its weights are incomplete or neither safetensors nor GGUF, or
+        if it lacks a layer asked for.
         """
         if not isinstance(config, TextEncoderConfig):
             config = TextEncoderConfig(name_or_path=str(config))
@@ -94,10 +99,10 @@ class TextEncoder:
 
     @classmethod
     def from_model(cls, model: nn.Module, tokenizer: Any, config: TextEncoderConfig, total_layers: int) -> TextEncoder:
-        """Wrap a text model of transformers that was loaded elsewhere, and freeze it. No states are kept.
+        """Wrap and freeze a text model of transformers that is already loaded. No hidden states are cached.
 
-        ``total_layers`` is the depth of the language model that it was cut from. ValueError if the model has fewer
-        layers than ``config`` asks for.
+        ``total_layers`` is the depth of the language model before any layers were cut off. Raises ValueError if the
+        model has fewer layers than ``config`` asks for.
         """
         held = stack_config(model.config)
         shape = shape_of(config, held, total_layers)
@@ -110,12 +115,12 @@ class TextEncoder:
 
     @property
     def num_layers(self) -> int:
-        """Number L of layers returned."""
+        """Number L of layers that ``encode`` returns."""
         return len(self.shape.layers)
 
     @property
     def width(self) -> int:
-        """Width C of a state."""
+        """Width C of a hidden state."""
         return self.shape.width
 
     @property
@@ -137,15 +142,15 @@ class TextEncoder:
 
     @property
     def device(self) -> torch.device:
-        """The device that reads prompts, where features are put."""
+        """The device on which prompts are encoded and features are returned."""
         device = self._reads_on or next(self.model.parameters()).device
         # Weights that accelerate offloaded layer by layer are on the meta device; its hooks move what they read.
         return torch.device("cpu") if device.type == "meta" else device
 
     def to(self, device: torch.device | str) -> TextEncoder:
-        """Move the weights, for example ``to("cpu")`` to make room on a GPU, and return the encoder.
+        """Move the weights, for example ``to("cpu")`` to free memory on a GPU, and return the encoder.
 
-        With ``offload`` they stay in main memory until there are prompts to read.
+        With ``offload`` they stay in main memory until prompts are encoded.
         """
         if self.config.offload:
             self._reads_on = torch.device(device)
@@ -155,7 +160,7 @@ class TextEncoder:
         return self
 
     def compile(self) -> TextEncoder:
-        """Compile the layers, with a graph for each length of prompts, and return the encoder.
+        """Compile the layers, with one graph for each length of prompts, and return the encoder.
 
         It starts more slowly and runs faster. States differ from uncompiled ones by rounding.
         """
@@ -166,7 +171,9 @@ class TextEncoder:
         return self
 
     def unload(self) -> None:
-        """Free the weights and the states kept in memory. Features already made stay valid; encoding is an error."""
+        """Free the weights and the states cached in memory. Existing features stay valid; ``encode`` raises
+        RuntimeError.
+        """
         self._model = None
         self._store.clear()
         gc.collect()  # transformers' modules sit in reference cycles
@@ -177,18 +184,19 @@ class TextEncoder:
     def encode(
         self, prompts: Sequence[str], *, with_kv: bool = False, strict: bool = True, packed: bool = False
     ) -> TextFeatures:
-        """Return the states of the chosen layers for each prompt; with ``with_kv`` also attention keys and values.
+        """Return the hidden states of the chosen layers for each prompt: ``hidden`` [L, B, N, C] and ``mask`` [B, N].
 
-        With ``packed`` the states have no padding (``TextFeatures.positions``), and there are no keys and values.
+        With ``with_kv`` attention keys and values are returned too. With ``packed`` the states have no padding
+        (``TextFeatures.positions``), and there are no keys and values.
 
-        A prompt's features do not depend, to the bit, on the rest of its batch, nor on states that were kept:
-        forward passes have one shape for each length (``_chunks``). Padding is on the right, masked, and zero. Keys
-        are as the model's attention uses them (after its own norm and rotary embedding, before heads are repeated).
-        A prompt without any token ("" where the tokenizer adds none) becomes the one token that begins, or else ends
-        or pads, a text: this is the null prompt.
+        A prompt's features are bitwise independent of the rest of its batch and of the cache, because forward passes
+        have one shape for each length (``_chunks``). Padding is on the right, masked, and zero. Keys are those that the
+        model's attention uses (after its own norm and rotary embedding, before heads are repeated). A prompt without
+        any token ("" if the tokenizer adds none) becomes a single token: the one that begins a text, or else the one
+        that ends or pads it. This is the null prompt.
 
-        A prompt that does not reach the model, because the tokenizer knows nothing of it or the chat template changes
-        it, is a ValueError; if not ``strict``, as in training on captions of all sorts, a warning.
+        If a prompt does not reach the model, because the tokenizer knows none of its characters or the chat template
+        changes it, this is a ValueError, or a warning with ``strict=False``, as in training on captions of any kind.
         """
         if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError("encode expects a non-empty list of prompts, such as ['a red circle']")
@@ -214,25 +222,27 @@ class TextEncoder:
         return self._packed(batch) if packed else self._batch(batch)
 
     def position(self, prompt: str, end: int) -> int:
-        """Return the position of the token that holds the character before ``end`` of a prompt.
+        """Return the position of the token that holds the last character before ``end`` of a prompt.
 
-        ValueError if the tokenizer does not say which characters its tokens hold.
+        Raises ValueError if the tokenizer does not say which characters its tokens hold.
         """
         return self._tokens.position(prompt, end)
 
     def state_bytes(self, prompts: Sequence[str], *, with_kv: bool = False) -> float:
-        """Return the mean bytes of a prompt's states, without encoding the prompts."""
+        """Return the mean number of bytes of a prompt's states, without encoding the prompts."""
         rows = self._tokens(prompts, strict=False)
         width = self.width + (2 * self.shape.kv_heads * self.shape.head_dim if with_kv else 0)
         weights = next(self.model.parameters())
         return sum(map(len, rows)) / len(rows) * self.num_layers * width * weights.element_size()
 
     def _chunks(self, rows: Sequence[Row]) -> Iterator[list[Row]]:
-        """Yield the prompts of each forward pass: those of one bucket, the last chunk filled up with its last prompt.
+        """Yield the prompts of each forward pass: those of one bucket, with the last chunk filled up by its last
+        prompt.
 
-        The order of a product's sums follows from its shape. One shape for each bucket makes a prompt's states the
-        same in every batch. Experts make products of their own shapes: there a prompt is read alone. Weights that are
-        sharded need as many forward passes on every process: there all prompts are read at once.
+        The order of a product's sums follows from its shape, so one shape for each bucket makes a prompt's states the
+        same in every batch. Mixture-of-experts models have products of varying shapes, so their prompts are encoded one
+        at a time. Sharded weights need the same number of forward passes on every process, so there all prompts are
+        encoded at once.
         """
         if isinstance(self.model, FSDPModule):
             yield [*rows]
@@ -266,7 +276,8 @@ class TextEncoder:
         ]
         if any(getattr(state, "shape", None) != (*ids.shape, self.shape.width) for state in taken):
             raise ValueError(
-                f"{type(self.model).__name__} is not a supported text encoder: its layers hold no one state"
+                f"{type(self.model).__name__} is not a supported text encoder: a layer's output is not a single hidden "
+                "state"
             )
         hidden = torch.stack(taken)
         keys, values = self._keys(options.get("past_key_values")) if with_kv else (None, None)
@@ -275,7 +286,7 @@ class TextEncoder:
             yield States(hidden[:, i, :n], *pair)
 
     def _batch(self, found: Sequence[States]) -> TextFeatures:
-        """Return prompts' states as one batch, padded with zeros to the bucket of the longest."""
+        """Return the states of prompts as one batch, padded with zeros to the bucket of the longest prompt."""
         mask = self._mask(found)
         length = mask.shape[1]
 
@@ -307,7 +318,7 @@ class TextEncoder:
         return TextFeatures(hidden.to(device), mask.to(device), positions=positions.to(device))
 
     def _mask(self, found: Sequence[States]) -> Bool[Tensor, "B N"]:
-        """Return the mask of prompts that are padded to the bucket of the longest."""
+        """Return the mask of prompts that are padded to the bucket of the longest prompt."""
         lengths = torch.tensor([states.hidden.shape[1] for states in found])
         return torch.arange(self._bucket(int(lengths.max()))) < lengths[:, None]
 
@@ -339,13 +350,17 @@ class TextEncoder:
         """Return keys and values of the layers returned; ValueError unless all are those of one kind of attention."""
         held = [] if cache is None else cache.layers
         if len(held) < self.shape.layers[-1]:
-            raise ValueError(f"{self.config.name_or_path} keeps no keys and values of each layer, which fusedit reads")
+            raise ValueError(
+                f"{self.config.name_or_path} does not keep keys and values for each layer, which fusedit reads"
+            )
         cached = [held[i - 1] for i in self.shape.layers]
         keys: list[Any]
         values: list[Any]
         keys, values = ([getattr(c, name, None) for c in cached] for name in ("keys", "values"))
         if len({getattr(x, "shape", None) for x in (*keys, *values)}) > 1 or keys[0] is None:
-            raise ValueError(f"the layers of {self.config.name_or_path} have unlike keys, which fusedit cannot read")
+            raise ValueError(
+                f"the layers of {self.config.name_or_path} have keys of different shapes, which fusedit cannot read"
+            )
         return torch.stack(keys), torch.stack(values)
 
     @contextmanager

@@ -15,11 +15,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """The states of a frozen language model for a batch of prompts.
+    """The hidden states of a frozen language model for a batch of prompts, from ``TextEncoder.encode``.
 
-    Layer ``l`` (1..L) is the output of decoder layer ``l``; the embedding output is left out and the last
-    layer is taken after the final norm. Deep fusion (FuseDiT) reads the attention keys and values of the
-    layers instead; they are there only when the encoder was asked for them.
+    Layer ``l`` (1..L) is the output of decoder layer ``l``; the embedding output is left out, and the last layer is
+    taken after the final norm. Deep fusion (FuseDiT) reads the attention keys and values of the layers instead; they
+    are present only if the encoder was asked for them.
     """
 
     hidden: Float[Tensor, "L B_or_1 N_or_T C"]
@@ -31,8 +31,8 @@ class TextFeatures:
     values: Float[Tensor, "L B Hkv N hd"] | None = None
     """Attention values of each layer."""
     positions: Int[Tensor, " T"] | None = None
-    """Of packed prompts, whose states are [L, 1, T, C] without padding: the place of every token in the flattened mask.
-    States that only fill up T are at B N."""
+    """Only for packed prompts, whose states are [L, 1, T, C] without padding: each token's index in the flattened mask.
+    States that only fill up T have the index B N."""
 
     def __post_init__(self) -> None:
         if self.positions is None and self.hidden.shape[1:3] != self.mask.shape:
@@ -49,7 +49,7 @@ class TextFeatures:
         return TextFeatures(self.hidden[:, prompts], self.mask[prompts], keys, values)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextFeatures:
-        """Return the features on another device or in another floating-point type."""
+        """Return the features on another device or in another dtype."""
 
         def move(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.to(device=device, dtype=dtype)

@@ -1,7 +1,7 @@
-"""The header of a GGUF file, and copies of the file without the vocabulary and tensors that are not needed.
+"""The header of a GGUF file, and copies of the file without the vocabulary and the tensors that are not needed.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. A file is data alone: nothing in it is run.
-The readers that transformers uses spend seconds on the vocabulary's strings; a copy without them opens at once.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. A file holds only data; nothing in it is run. The
+readers that transformers uses spend seconds on the vocabulary's strings; a copy without them opens at once.
 """
 
 from __future__ import annotations
@@ -57,9 +57,10 @@ class Header:
         return self.metadata["general.architecture"].value
 
     def copy(self, path: Path, wanted: Callable[[str], bool], *, data: bool) -> None:
-        """Write a copy without the vocabulary; with the tensors whose name is ``wanted``, or with their names alone.
+        """Write a copy without the vocabulary; of the tensors whose name is ``wanted`` with the data, or only their
+        names.
 
-        Instead of the tokens it has their number.
+        The tokens are replaced by their number.
         """
         count = self.metadata[TOKENS].value
         entries = [e.raw for key, e in self.metadata.items() if key not in VOCABULARY]
@@ -129,7 +130,9 @@ class _Cursor:
 
 
 def read_header(path: Path) -> Header:
-    """Read a GGUF file's metadata and table of tensors; ValueError if it is none, truncated, or has no tokenizer."""
+    """Read a GGUF file's metadata and table of tensors; raise ValueError if it is not a GGUF file, truncated, or lacks
+    a tokenizer.
+    """
     require("gguf", what=f"the GGUF file {path}", extra="gguf")
     try:
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Everything that decides a text encoder's states to the bit, as one name."""
+"""A digest of everything that determines a text encoder's states bit for bit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def encoder_identity(model: Any, shape: TextShape) -> str:
 
 
 def machine(device: torch.device) -> tuple[object, ...]:
-    """Return what decides the order of a sum on a device: the kind of processor, and a CPU's number of threads."""
+    """Return what determines the order of a sum on a device: the kind of processor and, for a CPU, the number of
+    threads.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device), torch.version.cuda
     return device.type, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()

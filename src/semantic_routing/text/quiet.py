@@ -1,4 +1,4 @@
-"""Transformers without its progress bars, and its errors in one line."""
+"""Transformers without progress bars, and its errors as one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Places of a text encoder's files: a folder, a name on the hub, a GGUF file, or a model known by a short name."""
+"""Where a text encoder's files are: a folder, a name on the hub, a GGUF file, or a model known by a short name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SUFFIX = ".gguf"
 
 @dataclass(frozen=True)
 class Source:
-    """A model's folder or hub name, and the GGUF file in it that holds everything, if one does."""
+    """A model's folder or hub name, and the name of its GGUF file if it is one."""
 
     place: str
     file: str | None = None

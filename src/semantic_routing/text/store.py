@@ -1,7 +1,7 @@
-"""States of prompts that a text encoder has already read, kept in main memory and on disk.
+"""Cache of the hidden states of prompts, in main memory and on disk.
 
-A prompt's states depend on nothing but its tokens (``TextEncoder.encode``), so kept ones are, to the bit, those that
-the model would put out again. Both places are bounded in bytes.
+A prompt's states depend only on its tokens (``TextEncoder.encode``), so cached states are bitwise those that the model
+would compute again. Both caches have a maximum size in bytes.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class States(NamedTuple):
     values: Float[Tensor, "L Hkv n hd"] | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that there are, by name."""
+        """Return the tensors that are present, by name."""
         return {name: x for name, x in self._asdict().items() if x is not None}
 
     def copied(self) -> States:
-        """Return a copy in main memory that shares nothing with a batch."""
+        """Return a copy in main memory that shares no memory with a batch."""
         return States(**{name: x.to("cpu", copy=True).contiguous() for name, x in self.tensors().items()})
 
     @property
@@ -51,10 +51,10 @@ class States(NamedTuple):
 
 
 class StateStore:
-    """States by key: the most recently used ones in memory, and all on disk until its folder is full."""
+    """Cached states by key: the most recently used ones in memory, and all of them on disk until its folder is full."""
 
     def __init__(self, memory: int, disk: DiskStates | None = None) -> None:
-        """``memory`` is the most bytes in main memory, where 0 keeps none."""
+        """``memory`` is the maximum number of bytes in main memory; 0 turns this cache off."""
         self.memory, self.disk = memory, disk
         self._kept: OrderedDict[str, States] = OrderedDict()
         self._size = 0
@@ -62,11 +62,11 @@ class StateStore:
 
     @property
     def active(self) -> bool:
-        """Whether anything is kept."""
+        """Whether anything is cached."""
         return bool(self.memory or self.disk)
 
     def get(self, key: str) -> States | None:
-        """Return kept states, in main memory; None for a key that is not kept."""
+        """Return cached states, in main memory; None if there are none under this key."""
         with self._lock:
             if (found := self._kept.get(key)) is not None:
                 self._kept.move_to_end(key)
@@ -77,7 +77,7 @@ class StateStore:
         return found
 
     def put(self, key: str, states: States) -> None:
-        """Keep a copy of states; the least recently used ones in memory make room."""
+        """Cache a copy of states; the least recently used ones in memory are dropped to make room."""
         if self.active:
             states = states.copied()
             self._remember(key, states)
@@ -85,7 +85,7 @@ class StateStore:
                 self.disk.put(key, states)
 
     def clear(self) -> None:
-        """Forget the states in memory."""
+        """Empty the cache in memory."""
         with self._lock:
             self._kept.clear()
             self._size = 0
@@ -101,13 +101,14 @@ class StateStore:
 
 
 class DiskStates:
-    """States in a folder, one safetensors file a prompt, which any number of processes read and write at once.
+    """States in a folder, one safetensors file per prompt; any number of processes can read and write it at the same
+    time.
 
-    A file appears under its name when it is whole. A damaged one is reported and counts as absent.
+    A file appears under its name only when it is complete. A damaged one is reported and treated as absent.
     """
 
     def __init__(self, root: Path, most: int) -> None:
-        """Keep states in ``root`` until its files have ``most`` bytes; ValueError if it cannot be written."""
+        """Cache states in ``root`` until its files have ``most`` bytes; raise ValueError if it cannot be written."""
         check_writable(root)
         self.root, self.most = root, most
         self._size = self._added = most  # unknown until the first scan
@@ -118,7 +119,7 @@ class DiskStates:
         return self.root / key[:2] / f"{key}.safetensors"
 
     def get(self, key: str) -> States | None:
-        """Return kept states, memory-mapped; None if they are absent or damaged, with a warning for the latter."""
+        """Return cached states, memory-mapped; None if they are absent or damaged, with a warning if damaged."""
         path = self._path(key)
         try:
             with safe_open(path, framework="pt") as file:
@@ -134,7 +135,7 @@ class DiskStates:
         return None
 
     def put(self, key: str, states: States) -> None:
-        """Write states, unless the folder is full or cannot be written, which one warning reports."""
+        """Write states, unless the folder is full or cannot be written; one warning reports that."""
         path = self._path(key)
         if self._full or not self._has_room(states.size):
             return
@@ -162,7 +163,7 @@ class DiskStates:
 
     def _stop(self, reason: str) -> None:
         self._full = True
-        warnings.warn(f"{reason}; no more are kept there", stacklevel=2)
+        warnings.warn(f"{reason}; no more are cached there", stacklevel=2)
 
 
 def _checksum(states: States) -> str:
@@ -182,5 +183,5 @@ def _sizes(folder: Path) -> Iterator[int]:
 
 
 def state_key(*facts: object) -> str:
-    """Return the name of the states that ``facts`` determine."""
+    """Return the key under which the states that ``facts`` determine are cached."""
     return blake2b(repr(facts).encode(), digest_size=20).hexdigest()

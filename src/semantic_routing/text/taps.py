@@ -1,6 +1,6 @@
-"""States of a model's layers, taken by hooks.
+"""Hidden states of a model's layers, recorded by hooks.
 
-``output_hidden_states`` is not used: the meaning of its last entry changed between transformers releases.
+``output_hidden_states`` is not used, because the meaning of its last entry changed between transformers releases.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CALL: ContextVar[dict[nn.Module, Any] | None] = ContextVar("_CALL", default=Non
 
 @contextmanager
 def recorded(modules: nn.ModuleList) -> Iterator[dict[nn.Module, Tensor]]:
-    """Collect the outputs of ``modules`` in this thread while the context lasts."""
+    """Record the outputs of ``modules`` in this thread within the context."""
     with _LOCK:
         for module in modules:
             if module not in _TAPPED:

@@ -1,4 +1,4 @@
-"""Prompts as token ids: the tokenizer of a language model, with what comes before a prompt and what is cut."""
+"""Prompts as token ids: the tokenizer of a language model, what is put before a prompt, and where prompts are cut."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check_sizes(model: Any, tokenizer: Any, config: TextEncoderConfig) -> None:
     last = max({*tokenizer.get_vocab().values()} - special | {*tokenizer("")["input_ids"]})
     if last >= rows:
         raise ValueError(
-            f"the tokenizer of {config.name_or_path!r} has tokens up to {last}, but its model embeds {rows}: "
+            f"the tokenizer of {config.name_or_path!r} has tokens up to {last}, but its model has {rows} embeddings: "
             "it belongs to another model"
         )
     if (known := positions(model)) is not None and known < config.max_tokens:
@@ -58,10 +58,10 @@ def check_sizes(model: Any, tokenizer: Any, config: TextEncoderConfig) -> None:
 
 
 class PromptTokenizer:
-    """Turns prompts into the token ids that a model reads."""
+    """Converts prompts to the token ids that a model reads."""
 
     def __init__(self, tokenizer: Any, config: TextEncoderConfig, rows: int, limit: int) -> None:
-        """``rows`` is the number of the model's token embeddings, ``limit`` the most tokens of a prompt."""
+        """``rows`` is the number of the model's token embeddings, ``limit`` the most tokens that a prompt may have."""
         tokenizer.truncation_side = "right"
         self.tokenizer, self.config, self.rows, self.limit = tokenizer, config, rows, limit
         pad = tokenizer.pad_token_id or 0
@@ -80,14 +80,15 @@ class PromptTokenizer:
         found = [tuple(row) or (self._null_token,) for row in rows]
         if (largest := max(map(max, found))) >= self.rows:
             raise ValueError(
-                f"the tokenizer of {self.config.name_or_path!r} gives {largest}, but its model embeds {self.rows}"
+                f"the tokenizer of {self.config.name_or_path!r} gives token {largest}, but its model has {self.rows} "
+                "embeddings: it belongs to another model"
             )
         return found
 
     def position(self, prompt: str, end: int) -> int:
-        """Return the position of the token that holds the character before ``end`` of a prompt.
+        """Return the position of the token that holds the last character before ``end`` of a prompt.
 
-        ValueError if the tokenizer does not say which characters its tokens hold.
+        Raises ValueError if the tokenizer does not say which characters its tokens hold.
         """
         (text,), special = self._texts([prompt], strict=True)
         at = text.rfind(prompt) + end - 1
@@ -98,11 +99,13 @@ class PromptTokenizer:
             spans = found["offset_mapping"]
         holding = [token for token, (first, last) in enumerate(spans) if first <= at < last]
         if not holding:
-            raise ValueError(f"the tokenizer of {self.config.name_or_path!r} names no token of {prompt[:end]!r}")
+            raise ValueError(
+                f"the tokenizer of {self.config.name_or_path!r} does not say which token ends {prompt[:end]!r}"
+            )
         return holding[-1]
 
     def _texts(self, prompts: Sequence[str], *, strict: bool) -> tuple[list[str], bool]:
-        """Return the prompts in their prefix and chat template, and True if special tokens are still to be added."""
+        """Return the prompts with prefix and chat template, and whether special tokens are still to be added."""
         texts = [self.config.prefix + prompt for prompt in prompts]
         if not self.config.chat_template:
             return texts, True
@@ -128,7 +131,7 @@ class PromptTokenizer:
             rows[i] = cut["input_ids"]
 
     def _check_known(self, prompts: Sequence[str], rows: Sequence[list[int]], strict: bool, stacklevel: int) -> None:
-        """Raise ValueError, or warn, if the tokenizer knows nothing of a prompt that is not blank."""
+        """Raise ValueError, or warn, if the tokenizer recognises nothing in a prompt that is not blank."""
         if self.config.prefix or self.config.chat_template:  # whose tokens do not count
             rows = self.tokenizer([*prompts], add_special_tokens=False, verbose=False)["input_ids"]
         special = {*self.tokenizer.all_special_ids}
@@ -140,13 +143,13 @@ class PromptTokenizer:
         ]
         if not lost:
             return
-        message = f"the tokenizer of {self.config.name_or_path!r} knows nothing of {lost[0][:80]!r}"
+        message = f"the tokenizer of {self.config.name_or_path!r} recognises nothing in {lost[0][:80]!r}"
         if strict:
             raise ValueError(message)
         warnings.warn(message, stacklevel=stacklevel)
 
     def _check_room(self, text: str, prompt: str, special: bool) -> None:
-        """Raise ValueError if prefix and chat template before a prompt fill all tokens that are kept."""
+        """Raise ValueError if prefix and chat template take up all tokens, so that nothing of a prompt is left."""
         before = text[: max(0, text.rfind(prompt))]
         if prompt and before and len(self.tokenizer(before, add_special_tokens=special)["input_ids"]) >= self.limit:
             raise ValueError(

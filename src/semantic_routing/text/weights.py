@@ -36,9 +36,9 @@ LIBRARIES = {
 
 
 def load_model(config: TextEncoderConfig, source: Source, model_config: Any, keep: int) -> nn.Module:
-    """Load the text model with its first ``keep`` layers; the other weights of the files are never kept.
+    """Load the text model with its first ``keep`` layers; other weights in the files are not kept in memory.
 
-    ValueError, which names the file's fault, if the weights are not whole or do not fit ``model_config``.
+    Raises ValueError, which names the fault, if the weights are incomplete or do not match ``model_config``.
     """
     stack = stack_config(model_config)
     cut_layers(stack, keep)
@@ -51,7 +51,7 @@ def load_model(config: TextEncoderConfig, source: Source, model_config: Any, kee
         else:
             model, report = _load_safetensors(config, source.place, model_config, quantised)
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"no whole safetensors weights in {config.name_or_path!r}: {first_line(error)}") from error
+        raise ValueError(f"no complete safetensors weights in {config.name_or_path!r}: {first_line(error)}") from error
     except (ImportError, RuntimeError, ValueError, AssertionError) as error:
         if quantised:
             raise ValueError(_unread(config, quantised, error)) from error
@@ -69,7 +69,7 @@ def load_model(config: TextEncoderConfig, source: Source, model_config: Any, kee
 def _load_safetensors(
     config: TextEncoderConfig, place: str, model_config: Any, quantised: dict[str, Any]
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Load a folder's or the hub's safetensors, and transformers' report."""
+    """Load safetensors from a folder or the hub; also return transformers' loading report."""
     from transformers import AutoModel, AutoModelForTextEncoding
 
     stack, encoder = stack_config(model_config), is_encoder(model_config)
@@ -111,7 +111,7 @@ def _quantisation(*configs: Any) -> dict[str, Any]:
 
 
 def _unread(config: TextEncoderConfig, quantised: dict[str, Any], error: Exception) -> str:
-    """Return the message for quantised weights that cannot be read here."""
+    """Return the error message for quantised weights that cannot be loaded here."""
     method = quantised.get("quant_method", "bitsandbytes" if any("load_in" in key for key in quantised) else "unnamed")
     method = str(getattr(method, "value", method))
     need = LIBRARIES.get(method.removesuffix("_4bit").removesuffix("_8bit"), "what this method needs")

@@ -1,1 +1,1 @@
-"""The toy world, in which everything is known: scenes of shapes, their captions and an exact checker."""
+"""The toy world: scenes of shapes with captions and an exact checker."""

@@ -1,8 +1,8 @@
 """Samples of the toy world: captions, the claims they make, and scenes in which the claims hold.
 
-A sample is a pure function of ``(seed, index)``. Its tag, one of eleven skills, decides the wording, the claims and the
-scene; details that the caption does not mention are random. The first six tags are GenEval's (Ghosh et al., 2023), the
-other five follow the harder skills of GenAI-Bench (Li et al., 2024). ``toy/checker.py`` tests the claims on pixels.
+A sample is a pure function of ``(seed, index)``. Its tag, one of eleven skills, determines the wording, the claims and
+the scene; details that the caption does not mention are random. The first six tags are GenEval's (Ghosh et al., 2023),
+the other five follow the harder skills of GenAI-Bench (Li et al., 2024). ``toy/checker.py`` tests the claims on pixels.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Exact checker of the toy world: tells from pixels alone whether a picture shows what its caption claims.
+"""Exact checker of the toy world: determines from pixels alone whether an image shows what its caption claims.
 
 The background is the border's median colour. Every pixel is a blend of the background and one of the palette's colours;
 connected pixels of one colour make an object. An object gets the name of the drawn shape that overlaps it best. If no
-shape fits well it is a ``blob``, which satisfies no claim: a weak model's smudge never passes for a circle.
+shape fits well it is a ``blob``, which satisfies no claim, so a weak model's smudge never passes for a circle.
 
-Lengths are in pixels of a 32 x 32 picture; other sizes are first resized to that.
+Lengths are in pixels of a 32 x 32 image; other sizes are first resized to that.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Further pictures of a caption: other scenes in which its claims hold."""
+"""Further images for a caption: other scenes in which its claims hold."""
 
 from __future__ import annotations
 

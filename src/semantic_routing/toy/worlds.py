@@ -1,4 +1,4 @@
-"""The worlds that are drawn: what each of them offers to training, evaluation and analysis, by name."""
+"""The generated worlds, by name: what each offers to training, evaluation and analysis."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Ask(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """An endless set of pictures with captions that are checked exactly."""
+    """An unlimited set of images with captions that are checked exactly."""
 
     title: str
     """Its name in sentences."""

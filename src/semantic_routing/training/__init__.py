@@ -1,1 +1,1 @@
-"""Recipes, the step, the loop, parallelism from outside."""
+"""Training: recipes, the training step, the loop, and parallelism applied from outside."""

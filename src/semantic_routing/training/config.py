@@ -36,43 +36,45 @@ class RunConfig:
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     """When the run counts as hung."""
     steps: int = 500_000
-    """Training steps."""
+    """Number of training steps."""
     batch: int = 512
     """Global batch size: images per step, of all processes together."""
     accumulate: int = 1
     """Gradient accumulation: microbatches into which each process splits its share of a batch."""
     seed: int = 42
-    """Seed of initial weights, order, noise, times and dropout."""
+    """Random seed of initial weights, data order, noise, times and prompt dropout."""
     prompt_dropout: float = 0.1
-    """Share of prompts replaced by the null prompt."""
+    """Share of dropped prompts, which are replaced by the null prompt."""
     ema_decay: float = 0.99
-    """Decay of the moving average of the weights per update, reached gradually over the first updates."""
+    """Decay of the exponential moving average of the weights per update; it is reached gradually over the first
+    updates."""
     ema_every: int = 100
-    """Steps between updates of the moving average."""
+    """Steps between updates of the exponential moving average."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Type of matrix products; "auto" is bf16 if the hardware has it."""
+    """Precision of matrix products; "auto" is bf16 if the hardware supports it."""
     max_bad_steps: int = 5
-    """Consecutive steps without a finite loss and gradient that stop the run; fewer are skipped and counted."""
+    """Number of consecutive steps with a NaN or infinite loss or gradient that stops the run; fewer are skipped and
+    counted."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     track: tuple[Service, ...] = ()
-    """Services that also get the metrics: tensorboard (always, if it is installed), wandb, trackio."""
+    """Services that also receive the metrics: tensorboard (always, if it is installed), wandb, trackio."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; the last step always writes one."""
     keep: int = 2
-    """Latest checkpoints kept."""
+    """Number of latest checkpoints to keep."""
     keep_every: int = 0
-    """Checkpoints at multiples of this step are never deleted; 0 is none."""
+    """Checkpoints at multiples of this step are never deleted; 0 turns this off."""
     preview_every: int = 0
-    """Steps between sample grids in the run's samples folder; 0 is none."""
+    """Steps between sample grids in the run's samples folder; 0 turns them off."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """The loss on held-out images."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or another device of torch."""
+    """Device: auto, cpu, cuda, cuda:1 or another torch device."""
 
     @property
     def last_step(self) -> int:
-        """Number of steps at whose end the run is done."""
+        """The step at which the run ends."""
         return self.steps
 
     def __post_init__(self) -> None:
@@ -92,7 +94,9 @@ class RunConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
 
     def share(self, processes: int) -> int:
-        """Return each process's images per step; raise ValueError if they do not divide into equal microbatches."""
+        """Return the number of images per step of each process; ValueError if they do not divide into equal
+        microbatches.
+        """
         if self.batch % (processes * self.accumulate):
             raise ValueError(
                 f"a batch of {self.batch} does not divide among {processes} processes with accumulate="
@@ -103,25 +107,26 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(RunConfig):
-    """All settings of a run; recipes return complete ones, and every checkpoint has a copy."""
+    """All settings of a run. Recipes return complete ones, and every checkpoint holds a copy."""
 
     minutes: float = 0.0
     """Time limit of the training: it ends after so many minutes if ``steps`` take longer, and the learning rate decays
     by the clock. Such a run cannot be repeated exactly. 0 for no limit."""
     model: DiTConfig = field(default_factory=DiTConfig)
-    """The transformer. Its text width and layers are taken from the text encoder."""
+    """The transformer. Its text width and number of text layers are taken from the text encoder."""
     text: TextEncoderConfig = field(default_factory=lambda: TextEncoderConfig(name_or_path=TINY))
-    """The frozen language model; the name "tiny" trains a small one first."""
+    """The frozen language model; for the name "tiny" a small one is trained first."""
     codec: CodecConfig = field(default_factory=CodecConfig)
-    """The encoder of images into latents."""
+    """The codec between images and latents."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """The distribution of the run over the processes of torchrun."""
+    """How the run is distributed over the processes of torchrun."""
     null_prompt: str = ""
-    """The null prompt: trained as "no prompt", and used by classifier-free guidance."""
+    """The null prompt: it replaces dropped prompts in training, and classifier-free guidance uses it."""
     compile: bool = False
-    """Use torch.compile: on the blocks, on one CPU on the whole network; slower start, faster steps."""
+    """Use torch.compile: on the blocks, on a single CPU on the whole network. The start is slower, and steps are
+    faster."""
     preview: SampleConfig = field(default_factory=lambda: SampleConfig(steps=20, batch=16))
-    """Sampling of the grids."""
+    """Sampling settings of the sample grids."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

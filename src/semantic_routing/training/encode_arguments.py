@@ -12,21 +12,21 @@ from semantic_routing.model.arms import DEFAULT_ARM
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeArguments:
-    """Encode a run's captions beforehand, or with --latents its pictures, into the folder that the run reads.
+    """Encode a run's captions, or with --latents its images, before training, into the folder that the run reads.
 
-    Captions are kept in the folder text.keep_on_disk of the run, pictures in its codec.keep_on_disk.
+    Hidden states of captions are cached in the run's folder text.keep_on_disk, latents of images in codec.keep_on_disk.
     """
 
     run: Annotated[str, tyro.conf.Positional]
     """A run's folder, a configuration (config.json), or a recipe."""
     arm: str = DEFAULT_ARM
-    """Arm of a recipe."""
+    """Routing strategy of the recipe."""
     latents: bool = False
-    """Encode the pictures with the run's VAE, and not the captions."""
+    """Encode the images with the run's VAE, instead of the captions."""
     text: str = ""
     """Text encoder instead of the run's: text.name_or_path."""
     keep_on_disk: str = ""
-    """Folder, if the run does not name one."""
+    """Folder of the cache, if the run does not name one."""
     keep_on_disk_bytes: str = ""
     """Most bytes in it, if not the run's."""
     steps: int = 0
@@ -36,10 +36,10 @@ class EncodeArguments:
     device: str = ""
     """auto, cpu, cuda, ...; by default the run's."""
     size_only: bool = False
-    """Report the size and encode nothing."""
+    """Report the size, but encode nothing."""
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.steps < 0:
             raise ValueError(f"batch is {self.batch} and steps {self.steps}; expected at least 1, and at least 0")
         if self.latents and self.text:
-            raise ValueError("--text is the encoder of captions: leave it out with --latents")
+            raise ValueError("--text is the encoder of the captions: leave it out with --latents")

@@ -1,4 +1,4 @@
-"""``semroute data encode --latents``: the posteriors of a run's pictures, made before it begins and kept on disk."""
+"""``semroute data encode --latents``: the posteriors of a run's images, computed before training and cached on disk."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ Job = Callable[[], list[Picture]]
 
 
 def encode_latents(args: EncodeArguments) -> str:
-    """Encode the pictures whose latents are not in the folder yet; returns a summary, on the first process alone.
+    """Encode the images whose latents are not in the folder yet; return a summary, only on the first process.
 
     Under torchrun every process encodes its share. Raises ValueError, before anything is encoded, for a run without a
-    VAE, a folder of another VAE's latents, and one that would become too large.
+    VAE, for a folder with latents of another VAE, and if the folder would become too large.
     """
     cfg = configuration(args)
     if cfg.codec.kind != "vae":
-        raise ValueError("the run learns pixels: latents can be kept for a run with a VAE (codec.kind vae)")
+        raise ValueError("the run trains on pixels: latents can only be cached for a run with a VAE (codec.kind vae)")
     kept = kept_latents(cfg.codec)
     if kept is None:
-        raise ValueError("the run keeps no latents on disk: give --keep-on-disk, and train with --codec.keep-on-disk")
+        raise ValueError("the run caches no latents on disk: give --keep-on-disk, and train with --codec.keep-on-disk")
     with open_world() as world:
         device = world.everywhere(lambda: pick_device(cfg.device))
         codec = world.everywhere(lambda: make_codec(cfg.codec, device))
@@ -75,7 +75,7 @@ def encode_latents(args: EncodeArguments) -> str:
 
 
 def _begin(kept: KeptLatents, codec: VAECodec, cfg: TrainConfig) -> list[str]:
-    """Note the VAE in an empty folder, or check that another folder's latents are its own; return messages."""
+    """Record the VAE in an empty folder, or check that an existing folder belongs to it; return messages."""
     if kept.facts() is not None:
         return check_kept(cfg.codec, codec)
     write_text(kept.folder / FACTS, facts_file(vae_facts(codec, cfg.codec), rounding_facts(codec, cfg.codec)))
@@ -83,9 +83,9 @@ def _begin(kept: KeptLatents, codec: VAECodec, cfg: TrainConfig) -> list[str]:
 
 
 def picture_counts(data: Dataset, cfg: TrainConfig) -> Counter[tuple[int, int]]:
-    """Return the number of pictures of each height and width that a run may read; duplicates count.
+    """Return the number of images of each height and width that a run may read; duplicates count.
 
-    Of the toy world, which has no end, those of the run's steps.
+    For the generated worlds, which are unlimited, these are the images of the run's steps.
     """
     counts: Counter[tuple[int, int]] = Counter()
     for stream in data.streams:
@@ -99,7 +99,7 @@ def picture_counts(data: Dataset, cfg: TrainConfig) -> Counter[tuple[int, int]]:
 
 
 def posterior_bytes(counts: Counter[tuple[int, int]], codec: VAECodec) -> int:
-    """Return the bytes of the posteriors of pictures."""
+    """Return the number of bytes of the posteriors of images."""
     return sum(n * 2 * prod(codec.latent_shape(*shape)) for shape, n in counts.items()) * codec.vae.dtype.itemsize
 
 
@@ -123,16 +123,17 @@ def _drawn(load: Callable[[int], Row], number: int) -> list[Picture]:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encoder of pictures into a folder."""
+    """Encoder of images into a folder."""
 
     codec: VAECodec
     device: torch.device
     writer: LatentWriter
 
     def run(self, work: Iterator[Job], pictures: int, batch: int, world: World) -> tuple[int, int, int]:
-        """Encode this process's share of the work, ``batch`` pictures at a time.
+        """Encode this process's share of the work, ``batch`` images at a time.
 
-        Returns the numbers, over all processes, of pictures encoded, of those kept already, and of unusable records.
+        Returns, summed over all processes, the numbers of images that were encoded, that were in the folder already,
+        and of unusable records.
         """
         share = islice(work, world.rank, None, world.count)
         with tqdm(
@@ -162,7 +163,7 @@ class Encoder:
         return self.writer.written, there, bad
 
     def _add(self, pictures: dict[bytes, np.ndarray]) -> int:
-        """Encode pictures of one size, hand them to the writer and forget them; return their number."""
+        """Encode images of one size and pass them to the writer; return their number."""
         if not pictures:
             return 0
         images = torch.from_numpy(np.stack([*pictures.values()])).to(self.device)

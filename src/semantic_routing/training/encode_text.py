@@ -1,4 +1,4 @@
-"""``semroute data encode``: the states of a run's captions, encoded before it begins and kept on disk."""
+"""``semroute data encode``: the hidden states of a run's captions, computed before training and cached on disk."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def encode_text(args: EncodeArguments) -> str:
     """Encode the captions that are not in the folder yet; returns a summary."""
     cfg = configuration(args)
     if not cfg.text.keep_on_disk:
-        raise ValueError("the run keeps no states on disk: give --keep-on-disk, and train with --text.keep-on-disk")
+        raise ValueError("the run caches no states on disk: give --keep-on-disk, and train with --text.keep-on-disk")
     if cfg.parallel.text_encoder == "sharded":
-        raise ValueError("a sharded text encoder keeps no states: train with another parallel.text_encoder")
+        raise ValueError("a sharded text encoder caches no states: train with another parallel.text_encoder")
     data = open_data(cfg.data, image_size=cfg.image_size, seed=cfg.seed)
     found = distinct_captions(data, cfg)
     encoder, with_kv = _encoder(cfg, data), cfg.model.strategy.reads_keys
@@ -91,7 +91,7 @@ def configuration(args: EncodeArguments) -> TrainConfig:
 def distinct_captions(data: Dataset, cfg: TrainConfig) -> list[str]:
     """Return every caption that a run may read, each once: of training, validation and previews, and the null prompt.
 
-    Of a world that is drawn, which has no end, those of the run's steps.
+    For the generated worlds, which are unlimited, these are the captions of the run's steps.
     """
     found = dict.fromkeys([cfg.null_prompt])
     if cfg.preview_every:

@@ -1,4 +1,6 @@
-"""The latents of a training batch: kept ones where there are any, else those that the codec makes of the images."""
+"""The latents of a training batch: cached ones if there are any, otherwise those that the codec computes from the
+images.
+"""
 
 from __future__ import annotations
 
@@ -15,29 +17,31 @@ from semantic_routing.model.codec_identity import rounding_facts, vae_facts
 
 
 def latents_folder(cfg: CodecConfig) -> Path:
-    """Return the folder of a run's kept latents."""
+    """Return the folder of a run's cached latents."""
     return Path(cfg.keep_on_disk).expanduser()
 
 
 def kept_latents(cfg: CodecConfig) -> KeptLatents | None:
-    """Open the latents that a run keeps; None if it keeps none."""
+    """Open the cached latents of a run; None if it has none."""
     return KeptLatents(latents_folder(cfg)) if cfg.keep_on_disk else None
 
 
 def check_kept(cfg: CodecConfig, codec: Codec) -> list[str]:
-    """Return messages about a run's kept latents; raise ValueError if they are of another VAE than the run's."""
+    """Return messages about a run's cached latents; raise ValueError if they belong to another VAE than the run's."""
     kept = kept_latents(cfg)
     if kept is None:
         return []
     assert isinstance(codec, VAECodec)
     facts = kept.facts()
     if facts is None:
-        return [f"no latents are kept in {kept.folder}: semroute data encode --latents makes them beforehand"]
+        return [f"there are no latents in {kept.folder}: semroute data encode --latents writes them before training"]
     return check_facts(kept.folder, facts, vae_facts(codec, cfg), rounding_facts(codec, cfg))
 
 
 def batch_latents(codec: Codec, batch: Batch[Tensor], device: torch.device | None = None) -> Float[Tensor, "B C h w"]:
-    """Return a batch's latents on ``device``, by default the images'; only images without kept ones are encoded."""
+    """Return the latents of a batch on ``device``, by default that of the images; only images without cached latents
+    are encoded.
+    """
     device = device or batch.images.device
     noise = None if batch.posterior_noise is None else batch.posterior_noise.to(device)
     if batch.posteriors is None or batch.kept is None:

@@ -1,4 +1,4 @@
-"""The training loop: on one process or on those that torchrun starts, exactly resumable, never half-written.
+"""The training loop, on one process or on several started by torchrun; a run can be resumed exactly.
 
     semroute train toy --out runs/x
     torchrun --nproc-per-node 8 -m semantic_routing train paper --out runs/x
@@ -70,11 +70,13 @@ OnStep = Callable[[int], None]
 
 
 def start(cfg: TrainConfig, out: Path, on_step: OnStep | None = None) -> Path:
-    """Start the run ``cfg`` in the folder ``out``, train it to its last step and return the last checkpoint.
+    """Train ``cfg`` in the new folder ``out`` up to its last step, and return the folder of the last checkpoint.
+
+        train(replace(recipes.toy("depth"), steps=2000), Path("runs/depth"))
 
     ``on_step`` is called after each step with the number of finished steps. Raises ValueError for mistakes of the user,
-    before anything is written; Interrupted after a signal such as SIGTERM; TrainingFailed if loss or weights stay
-    without finite values. All processes end together, and the first one raises.
+    before anything is written; Interrupted after a signal such as SIGTERM; TrainingFailed if the loss or the weights
+    remain NaN or infinite. All processes of a job end together, and the first one raises.
     """
     with open_world() as world, claimed_run(world, out):
         world.on_first(partial(check_new, out))
@@ -99,14 +101,16 @@ class ResumeArguments:
     steps: int | None = None
     """Train to this step instead of the run's last step."""
     accept_changes: bool = False
-    """Resume although data, captions, text encoder or VAE have changed since the run was started."""
+    """Resume although data, captions, text encoder or VAE have changed since the run started."""
 
 
 def resume(out: Path, on_step: OnStep | None = None, *, steps: int | None = None, accept_changes: bool = False) -> Path:
-    """Resume the run in the folder ``out`` from its latest complete checkpoint, as ``start`` would have gone on.
+    """Resume the run in the folder ``out`` from its latest complete checkpoint, and return the last checkpoint's
+    folder.
 
-    At the same world size the run ends bitwise as if it had never stopped. ``steps`` replaces the run's last step.
-    Raises ValueError if data or models have changed, unless ``accept_changes``.
+    With the same number of processes, the result is bitwise that of a run that never stopped. ``steps`` replaces the
+    run's last step. Raises ValueError if data or models have changed, unless ``accept_changes``; otherwise the same
+    errors as ``train``.
     """
     with open_world() as world:
         run = world.on_first(partial(run_of, out))
@@ -116,7 +120,7 @@ def resume(out: Path, on_step: OnStep | None = None, *, steps: int | None = None
             asked, words = world.on_first(partial(going_on, run, folder, steps, TRAIN))
             cfg = located_run(asked, then.get(FOLDER))
             if cfg != asked:
-                words.append(f"the run began in another folder, {then[FOLDER]}: relative paths are taken from there")
+                words.append(f"the run was started in another folder, {then[FOLDER]}: relative paths start there")
             world = arrange(world, cfg.parallel, cfg.device)
             data = world.everywhere(partial(_open_data, cfg))
             trainer = world.everywhere(lambda: Trainer(cfg, run, world))
@@ -249,7 +253,7 @@ class Loop:
         if number and not last:
             trainer.finish_writing()
             message = f"stopped at step {trainer.step} of {cfg.last_step} and wrote {checkpoints(trainer.out)[-1]}; "
-            message += f"go on with: {trainer.again} {shlex.quote(str(trainer.out))}"
+            message += f"resume with: {trainer.again} {shlex.quote(str(trainer.out))}"
             world.fail(Interrupted(message, number))
 
     def beat(self, phase: Phase) -> None:

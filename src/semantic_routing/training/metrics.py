@@ -1,8 +1,9 @@
 """Metrics of a run: seconds by activity, images per second, MFU, memory, routing entropy.
 
-Model FLOPs utilisation (MFU; Chowdhery et al., 2022) is the share of the hardware's peak that the matrix products of
-the trained network need. Its forward pass is counted on the meta device, and its backward pass taken as twice that.
-Frozen networks and the recomputation of activation checkpointing are not counted. A CPU has no known peak, so no MFU.
+Model FLOPs utilisation (MFU; Chowdhery et al., 2022) is the share of the hardware's peak FLOP/s that the matrix
+products of the trained network use. The FLOPs of the forward pass are counted on the meta device, and those of the
+backward pass are taken as twice that. Frozen networks and the recomputation of activation checkpointing are not
+counted. The peak of a CPU is unknown, so there is no MFU.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ match counts."""
 
 
 def reproducible(row: Mapping[str, int | float | None]) -> dict[str, int | float | None]:
-    """Remove from a row of metrics what differs between two equal runs: seconds, speeds and memory."""
+    """Remove from a row of metrics what differs between two identical runs: seconds, speeds and memory."""
     return {name: x for name, x in row.items() if not name.endswith("_s") and name not in ("mfu", "memory")}
 
 
@@ -138,7 +139,7 @@ def routing_entropy(model: Backbone) -> dict[str, float]:
     """Return the entropy of the blocks' routing weights in nats, and exp of it, the effective number of layers.
 
     Both are means over blocks and, if routing depends on time, over ``flow.FIXED_TIMES``. Arms whose weights need a
-    text give nothing. A collective call if parameters are sharded.
+    prompt return nothing. This is a collective call if parameters are sharded.
     """
     if not isinstance(model, DiT) or not model.cfg.strategy.has_weights:
         return {}

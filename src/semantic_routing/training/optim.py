@@ -23,25 +23,25 @@ class OptimConfig:
     """Optimiser and learning-rate schedule; the defaults are the paper's (Section 4.1)."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """AdamW for all weights, or Muon for the blocks' matrices and AdamW for the rest."""
+    """AdamW for all weights, or Muon for the matrices of the blocks and AdamW for the rest."""
     lr: float = 1e-4
     """Learning rate of AdamW."""
     muon_lr: float = 0.02
-    """Learning rate of Muon: a step is an orthogonal matrix times this and max(1, sqrt(rows/columns))."""
+    """Learning rate of Muon; an update is an orthogonal matrix times this and max(1, sqrt(rows/columns))."""
     router_lr: float | None = None
-    """Learning rate of the router; None is ``lr``."""
+    """Learning rate of the router; by default ``lr``."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates of the first and second moments."""
+    """AdamW's decay rates of the first and the second moment."""
     momentum: float = 0.95
     """Muon's momentum."""
     weight_decay: float = 1e-4
-    """Decoupled weight decay of all weights except the router's."""
+    """Decoupled weight decay of all weights except those of the router."""
     clip: float = 1.0
-    """Gradient clipping: largest norm of the gradient of all weights."""
+    """Gradient clipping: largest norm of the gradient of all weights together."""
     warmup: int = 0
-    """Steps of linear warmup."""
+    """Steps of linear learning-rate warmup."""
     decay: Literal["constant", "cosine", "linear"] = "constant"
-    """Schedule after warmup: constant, or a decay to zero at the last step."""
+    """Learning-rate schedule after the warmup: constant, or a decay to zero at the last step."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "muon_lr", "router_lr", "weight_decay", "warmup"):
@@ -55,9 +55,9 @@ class OptimConfig:
 
 
 def make_optimizers(model: nn.Module, cfg: OptimConfig, blocks: str = "blocks.") -> list[Optimizer]:
-    """Make the optimisers of a model's weights; every group keeps its peak rate under ``base_lr``.
+    """Make the optimisers of a model's weights; every parameter group stores its peak learning rate as ``base_lr``.
 
-    With Muon, ``blocks`` is the name prefix of the weights whose matrices it takes.
+    With Muon, ``blocks`` is the name prefix of the weights whose matrices it updates.
     """
     router, matrices, others = list[Tensor](), list[Tensor](), list[Tensor]()
     for name, p in model.named_parameters():

@@ -1,7 +1,7 @@
 """Digests of a run's data, language model and codec, to recognise them when the run is resumed.
 
-None of these is in the run's folder. So every checkpoint records the number of data records, digests of some of them
-and of some of the frozen models' weights. Paths and dates of files do not count: data that only moved are the same.
+These are not in the run's folder. So every checkpoint records the number of data records, digests of some of them, and
+digests of some of the frozen models' weights. Paths and dates of files are not compared, so data may be moved.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def spread(count: int, most: int) -> Sequence[int]:
 
 
 def accept(run: Path, found: list[str], accepted: bool, again: str) -> list[str]:
-    """Return messages about changed data or models; raise ValueError if there are any and the user accepts none.
+    """Return messages about changed data or models; raise ValueError if there are any and the user has not accepted
+    them.
 
     ``again`` is the command that resumes the run.
     """
@@ -117,4 +118,4 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
                 others = [what for what in ("pictures", "captions") if old[what] != new[what]]
                 found += [f"{new['path']} holds other {' and '.join(others)}"] if others else []
     other = [what for what in ("text encoder", "VAE", "transformer") if what in then and then[what] != now.get(what)]
-    return found + [f"the {what} is another" for what in other]
+    return found + [f"the {what} is a different one" for what in other]

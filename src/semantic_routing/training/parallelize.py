@@ -37,7 +37,7 @@ from semantic_routing.text.encoder import TextEncoder
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """The distribution of a run over the processes of torchrun, and its trade of time for memory."""
+    """How a run is distributed over the processes of torchrun, and how it trades time for memory."""
 
     strategy: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"
     """fsdp shards weights, gradients and optimiser states over all processes, ddp replicates them, hsdp shards within
@@ -47,19 +47,22 @@ class ParallelConfig:
     reshard_after_forward: bool = True
     """fsdp, hsdp: free a block's gathered weights after its forward pass and gather them again for its backward."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """Recomputed in a block's backward pass: nothing, all except matrix products and attention, or everything."""
+    """What is recomputed in a block's backward pass: nothing, all except matrix products and attention, or
+    everything."""
     text_encoder: Literal["replicated", "sharded", "cpu"] = "replicated"
-    """Place of the frozen language model: on every device, sharded over all of them, or in host memory."""
+    """Where the frozen language model is: on every device, sharded over all of them, or in host memory."""
 
     def __post_init__(self) -> None:
         if self.shard_size < 0:
-            raise ValueError(f"shard_size is {self.shard_size}; use 0 for the processes of one machine")
+            raise ValueError(f"shard_size is {self.shard_size}; use 0 for the number of processes of one machine")
         if self.shard_size and self.strategy != "hsdp":
             raise ValueError(f"shard_size is for the strategy hsdp, not {self.strategy}")
 
 
 def arrange(world: World, cfg: ParallelConfig, device: str = "auto") -> World:
-    """Set up this process's device and the mesh of all; raise ValueError if the world size does not fit ``cfg``."""
+    """Set up this process's device and the mesh of all devices; raise ValueError if the world size does not match
+    ``cfg``.
+    """
     own, shape = world.everywhere(lambda: (pick_device(device), mesh_shape(cfg, world.count)))
     if shape is None:
         return replace(world, device=own)
@@ -178,7 +181,8 @@ def _keep_products(ctx: SelectiveCheckpointContext, op: Any, *args: Any, **kwarg
 def place_encoder(encoder: TextEncoder, cfg: ParallelConfig, world: World, *, compiled: bool) -> TextEncoder:
     """Place the frozen language model as ``cfg`` says; if it is sharded, all processes must encode together.
 
-    ``compiled`` compiles it if it runs on a CPU. On a GPU a large model's products leave nothing to gain.
+    ``compiled`` compiles it if it runs on a CPU. On a GPU compiling does not help, because a large model's time is
+    spent in matrix products.
     """
     if compiled and (cfg.text_encoder == "cpu" or world.device.type == "cpu"):
         encoder.compile()

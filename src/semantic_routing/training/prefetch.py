@@ -31,7 +31,7 @@ def one_ahead(make: Callable[[S], T], items: Iterable[S], device: torch.device) 
 
 
 def _hand_over(made: T, side: torch.cuda.Stream) -> T:
-    """Let the current stream wait for the side stream, and keep the memory of ``made`` until it is used."""
+    """Make the current stream wait for the side stream, and keep the memory of ``made`` until it is used."""
     current = torch.cuda.current_stream()
     current.wait_stream(side)
     for x in tensors_in(made):

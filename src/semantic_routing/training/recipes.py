@@ -1,4 +1,4 @@
-"""Recipes: functions from an arm to a complete ``TrainConfig``."""
+"""Recipes: functions from an arm, such as "depth", to a complete ``TrainConfig``."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from semantic_routing.training.optim import OptimConfig
 from semantic_routing.training.parallelize import ParallelConfig
 
 TOY_SAMPLING = SampleConfig(sampler="renoise", steps=100, guidance=3.0, shift=4.0, batch=110)
-"""Sampling of toy models: most steps are close to the noise, where the scene is decided."""
+"""Sampling settings of toy models: most steps are close to the noise, where the content of the scene is decided."""
 WORDS_SAMPLING = replace(TOY_SAMPLING, steps=25, batch=133)
-"""Sampling of models of the world of words, with a batch of seven pictures a tag."""
+"""Sampling settings of models of the world of words, with a batch of seven images per tag."""
 SMALL_SAMPLING = replace(TOY_SAMPLING, batch=506)
-"""The same for small models, with the batch size of a GPU."""
+"""The same for small models, with a batch size for a GPU."""
 
 GATE_RATE = 2e-5
 """Learning rate of gates. AdamW moves a gate's logits through all of its 512 hidden channels, a hundred times faster
 than logits that are parameters: at the network's rate gates collapse onto one layer (docs/log.md)."""
 
 KEPT_STATES = "~/.cache/semantic-routing/states"
-"""Folder of a real language model's states, which all runs of a study read."""
+"""Folder of a real language model's hidden states, which all runs of a study share."""
 
 
 def toy(arm: str) -> TrainConfig:
@@ -70,7 +70,7 @@ def toy(arm: str) -> TrainConfig:
 def debug(arm: str) -> TrainConfig:
     """Train in seconds on any machine: two blocks and a language model of two layers, which learn almost nothing.
 
-    It checks that an installation, a data set or a change runs from end to end; the tests use it, too.
+    Use it to check that an installation, a data set or a change works from end to end; the tests use it, too.
     """
     model = DiTConfig(
         arm=arm, depth=2, width=32, heads=2, kv_heads=1, head_dim=32, mlp_width=48, patch=8, channels=3,
@@ -94,9 +94,9 @@ def debug(arm: str) -> TrainConfig:
 
 
 def words(arm: str) -> TrainConfig:
-    """Train in minutes on two CPU cores: the world of words with SmolLM2, which reads each of 16,384 captions once.
+    """Train in minutes on two CPU cores: the world of words with SmolLM2, which encodes each of 16,384 captions once.
 
-    Their states take 12 GB in the cache of the user, where the runs of all arms and seeds find them.
+    The hidden states take 12 GB in the user's cache folder, where the runs of all arms and seeds share them.
     """
     cfg = toy(arm)
     model = replace(cfg.model, text_width=576, text_layers=30, text_init_std=576**-0.5)
@@ -128,7 +128,7 @@ def small(arm: str) -> TrainConfig:
 
 
 def small_words(arm: str) -> TrainConfig:
-    """Train 41 million parameters on the world of words with SmolLM2, on one GPU, which reads every caption."""
+    """Train 41 million parameters on the world of words with SmolLM2 on one GPU, which encodes every caption."""
     cfg, own = small(arm), words(arm).model
     model = replace(cfg.model, text_width=own.text_width, text_layers=own.text_layers, text_init_std=own.text_init_std)
     if arm == "fusedit":
@@ -138,7 +138,9 @@ def small_words(arm: str) -> TrainConfig:
 
 
 def paper(arm: str) -> TrainConfig:
-    """Train as in Section 4.1: 2.24 billion parameters, Qwen3-VL-4B-Instruct, SD3 autoencoder, 256x256, batch 512."""
+    """Train as in Section 4.1 of the paper: 2.24 billion parameters, Qwen3-VL-4B-Instruct, SD3's VAE, 256x256, batch
+    512.
+    """
     return TrainConfig(
         data=DataConfig(paths=("shards",), workers=8),
         image_size=256,

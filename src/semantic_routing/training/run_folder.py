@@ -49,7 +49,9 @@ class Kind(Generic[C]):
         """Return the configuration of the run that wrote a checkpoint; ValueError for a run of another kind."""
         config = read_state(checkpoint).get("config")
         if not isinstance(config, dict) or not self.needs <= config.keys():
-            raise ValueError(f"{checkpoint} was not written by {self.command}: resume it with the command that did")
+            raise ValueError(
+                f"{checkpoint} was not written by {self.command}: resume it with the command that wrote it"
+            )
         return from_dict(self.config, config)
 
 
@@ -58,7 +60,7 @@ TRAIN = Kind(TrainConfig, "semroute train", frozenset({"model", "text", "codec",
 
 @contextmanager
 def claimed_run(world: World, out: Path) -> Iterator[None]:
-    """Lock a run's folder against other jobs while the context lasts; the first process holds the lock for all."""
+    """Lock a run's folder against other jobs within the context; the first process holds the lock for all."""
     with ExitStack() as held:
 
         def claim() -> None:
@@ -81,22 +83,22 @@ def latest(path: Path) -> Path:
     """Return the checkpoint to resume; raise ValueError if ``path`` is an older one."""
     folder = find_checkpoint(path)
     if folder == path and folder != find_checkpoint(folder.parent.parent):
-        raise ValueError(f"{folder} is not its run's latest checkpoint; move later ones away to go on from there")
+        raise ValueError(f"{folder} is not its run's latest checkpoint; to resume from it, move the later ones away")
     return folder
 
 
 def check_new(out: Path, kind: Kind = TRAIN) -> None:
     """Raise ValueError if a folder has a run, or other files that a run would replace."""
     if checkpoints(out):
-        raise ValueError(f"{out} already holds a run: go on with `{kind.again} {out}` or choose another --out")
+        raise ValueError(f"{out} already holds a run: resume it with `{kind.again} {out}` or choose another --out")
     check_writable(out)
     there = [out / name for name in (*WRITTEN, *kind.writes) if (out / name).exists()]
     if there and not _begun(out, kind):
-        raise ValueError(f"{there[0]} exists and belongs to no run: choose another --out, or move it away")
+        raise ValueError(f"{there[0]} exists and does not belong to a run: choose another --out, or move it away")
 
 
 def _begun(out: Path, kind: Kind) -> bool:
-    """Return whether a run started here and ended before its first checkpoint."""
+    """Return whether a run was started here and ended before its first checkpoint."""
     try:
         read_config(kind.config, out / CONFIG)
         return kind.needs <= json.loads((out / CONFIG).read_text(encoding="utf-8")).keys()
@@ -111,7 +113,7 @@ def keep_encoder(made: Path, out: Path) -> None:
         _, other, missing = filecmp.cmpfiles(made, kept, names, shallow=False)
         if not other and not missing:
             return
-        raise ValueError(f"{kept} exists and is another model than this run's: choose another --out")
+        raise ValueError(f"{kept} exists and is not the language model of this run: choose another --out")
     with written_whole(kept) as scratch:
         shutil.copytree(made, scratch)
 
@@ -119,8 +121,9 @@ def keep_encoder(made: Path, out: Path) -> None:
 def going_on(run: Path, checkpoint: Path, steps: int | None, kind: Kind[C]) -> tuple[C, list[str]]:
     """Return the configuration of a resumed run, and messages about it.
 
-    It is the checkpoint's, with ``steps`` as the last step if given. ``config.json`` may change the last step; messages
-    report its other changes, which are ignored. Raises ValueError for a last step that is past.
+    It is the checkpoint's configuration, with ``steps`` as the last step if given. An edited ``config.json`` may change
+    the last step; messages report its other changes, which are ignored. Raises ValueError for a last step that is
+    already done.
     """
     cfg = kind.read(checkpoint)
     done = read_state(checkpoint)["step"]
@@ -128,19 +131,19 @@ def going_on(run: Path, checkpoint: Path, steps: int | None, kind: Kind[C]) -> t
     if edited is not None and steps is None and edited.steps != cfg.steps:
         if edited.steps >= done:
             steps = edited.steps
-            what = f"the run goes on to there instead of to step {cfg.steps}"
+            what = f"the run continues to that step instead of step {cfg.steps}"
         else:
-            what = f"ignored, because step {done} is done; the run goes on to step {cfg.steps}"
+            what = f"ignored, because step {done} is already done; the run continues to step {cfg.steps}"
         words.append(f"{run / CONFIG} says {edited.steps} steps: {what}")
     if steps is None or steps == cfg.steps:
         return cfg, words
     if steps < max(done, 1):
-        raise ValueError(f"step {steps} is past: {checkpoint} has {done} steps done; give --steps a larger number")
+        raise ValueError(f"step {steps} is already done: {checkpoint} is at step {done}; give --steps a larger number")
     if cfg.optim.decay != "constant":
         before, after = (set_rates([], cfg.optim, min(done, end), min(done / end, 1)) for end in (cfg.steps, steps))
         words.append(
             f"the {cfg.optim.decay} decay of the learning rate now ends at step {steps} instead of {cfg.steps}: after "
-            f"step {done} the rate goes on at {after:.3g} of its peak instead of {before:.3g}"
+            f"step {done} it continues at {after:.3g} of its peak instead of {before:.3g}"
         )
     return replace(cfg, steps=steps), words
 
@@ -153,12 +156,13 @@ def _edited(run: Path, cfg: C, kind: Kind[C]) -> tuple[C | None, list[str]]:
     try:
         edited = read_config(kind.config, path)
     except ValueError as error:
-        return None, [f"{path} is ignored, because the checkpoint has the run's settings: {error}"]
+        return None, [f"{path} is ignored, because a run takes its settings from its checkpoint: {error}"]
     other = [name for name in differing(to_dict(cfg), to_dict(edited)) if name != "steps"]
     if not other:
         return edited, []
     return edited, [
-        f"{path} was edited, which is ignored for {', '.join(other)}: a run keeps the settings of its checkpoint. "
+        f"{path} was edited; the edits of {', '.join(other)} are ignored, because a run keeps the settings of its "
+        "checkpoint. "
         f"For other settings start a new run: {kind.command} --config {shlex.quote(str(path))} --out DIR"
     ]
 
@@ -175,7 +179,7 @@ def differing(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> l
 
 
 def note_steps(run: Path, cfg: RunConfig) -> None:
-    """Write the run's last step into ``config.json``, so that the next resumption ends there, too."""
+    """Write the run's last step into ``config.json``, so that it also applies when the run is resumed again."""
     path = run / CONFIG
     try:
         edited = read_config(type(cfg), path)

@@ -1,8 +1,8 @@
 """Steps: the state of a run (weights, moving average, optimisers, counts) and one training step, for any loss.
 
-What a step reads depends only on the configuration and the step's number: order, noise, times and prompt dropout are
-functions of (seed, sample, epoch). So a run that stops at a checkpoint and resumes ends with bitwise the same weights
-at the same world size, and with the same up to rounding at another.
+The data of a step depends only on the configuration and the step number: order, noise, times and prompt dropout are
+functions of (seed, sample, epoch). A run that stops at a checkpoint and resumes therefore ends with bitwise the same
+weights at the same world size, and with the same weights up to rounding at another.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from semantic_routing.training.watchdog import Phase
 
 @runtime_checkable
 class Prepared(Protocol):
-    """A microbatch after the frozen models."""
+    """A microbatch after the frozen models have processed it."""
 
     @property
     def skipped(self) -> list[tuple[Skipped, ...]]:
@@ -50,9 +50,10 @@ class Prepared(Protocol):
 
 
 class Steps(ABC):
-    """The state of a run on one process: what is trained, its average, optimisers, finished steps, skipped records.
+    """The state of a run on one process: the trained model, its moving average, optimisers, finished steps, skipped
+    records.
 
-    A kind of run says what is trained, on what and by which loss.
+    Subclasses, one for each kind of run, define the model, the data and the loss.
     """
 
     title: str
@@ -60,7 +61,7 @@ class Steps(ABC):
     again: str = "semroute train --resume"
     """Command that resumes such a run."""
     model: nn.Module
-    """What is trained, and what checkpoints hold."""
+    """The trained model, which checkpoints contain."""
     codec: Codec
     optimizers: list[Optimizer]
     ema: dict[str, Tensor]
@@ -119,7 +120,7 @@ class Steps(ABC):
         """Return the validation loss of the averaged weights; a collective call."""
 
     def facts(self) -> dict[str, float]:
-        """Return what is logged of the weights; a collective call."""
+        """Return additional metrics of the weights; a collective call."""
         return {}
 
     def flops(self, part: Any) -> int:
@@ -139,10 +140,10 @@ class Steps(ABC):
         self.seconds = state.get("seconds", 0)
 
     def advance(self, inputs: Sequence[Prepared], beat: Callable[[Phase], None] = lambda phase: None) -> Row:
-        """Take one optimiser step over all processes' microbatches; return its metrics, which are those of all.
+        """Take one optimiser step over the microbatches of all processes; return its metrics, which cover all of them.
 
-        ``beat`` is called with each phase of the step. If loss or gradient is not finite, only the step's number and
-        the count of skipped steps change; too many of those in a row raise TrainingFailed.
+        ``beat`` is called with each phase of the step. If the loss or the gradient is NaN or infinite, only the step
+        number and the count of skipped steps change; too many such steps in a row raise TrainingFailed.
         """
         rate = self._set_rates()
         mean = torch.zeros((), device=self.world.device)
@@ -233,7 +234,7 @@ class Steps(ABC):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Put the averaged weights into the model while the context lasts."""
+        """Put the averaged weights into the model within the context."""
         own = self._shards()
         trained = [x.clone() for x in own]
         torch._foreach_copy_(own, [local(x) for x in self.ema.values()])

@@ -1,7 +1,7 @@
 """A tiny Qwen3 and its tokenizer, trained here on captions by next-token prediction.
 
-It replaces a real language model where no weights can be downloaded. ``save_pretrained`` writes it into a cache folder,
-and ``TextEncoder.from_pretrained(folder)`` reads it like a real one.
+It replaces a pretrained language model where no weights can be downloaded. ``save_pretrained`` writes it into a cache
+folder, and ``TextEncoder.from_pretrained(folder)`` loads it like any other.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def tiny_lm(
     steps: int = 200,
     cache_dir: Path | str | None = None,
 ) -> Path:
-    """Train a language model on ``captions`` and return its folder; a second call with the same arguments finds it.
+    """Train a language model on ``captions`` and return its folder; a second call with the same arguments reuses it.
 
     The folder is in ``cache_dir`` (default: ``device.cache_folder``), named by a hash of arguments and captions. It
     holds the model, the tokenizer and ``training.json`` with the held-out loss. The same arguments give the same
@@ -95,9 +95,9 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 
 def training_corpus(data: Dataset, size: int = 20_000) -> list[str]:
-    """Return the texts that a run's language model learns from: stories of the toy world, and the run's captions.
+    """Return the texts on which a run's language model is trained: stories of the toy world, and the run's captions.
 
-    Of the world of words they are captions of training, without held-out words.
+    For the world of words these are training captions, without held-out words.
     """
     toy = [story(CORPUS_SEED, index) for index in range(size)]
     if data.cfg.paths == (SHAPES,):
@@ -187,7 +187,7 @@ def _model(vocabulary: int, layers: int, width: int) -> Any:
 
 
 def _batches(rows: list[list[int]], seed: int) -> Iterator[Int[Tensor, "B N"]]:
-    """Yield batches in random order without end, each of captions of similar length, to have little padding."""
+    """Yield batches endlessly in random order, each of captions of similar length, to have little padding."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(rows), generator=generator).tolist()

@@ -1,7 +1,7 @@
 """Writes a run's metrics: always to ``metrics.jsonl``, and to TensorBoard, wandb or trackio.
 
-Only the first process of a job has a ``Tracker``. Credentials are left to the services (login commands, environment
-variables): none is read here, and those in addresses of a configuration are not sent.
+Only the first process of a job has a ``Tracker``. Credentials are handled by the services (login commands, environment
+variables): this program reads none, and those in URLs of a configuration are not sent.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Tracker:
     def __init__(self, out: Path, step: int, services: Sequence[Service] = (), config: Any = None) -> None:
         """Continue after ``step``: later lines of the file are removed, because those steps will be logged again.
 
-        TensorBoard's files are written if it is installed; the other ``services`` also get ``config``, the run's
-        nested settings. Raises ValueError if a service is not installed or refuses.
+        TensorBoard's files are written if it is installed; the other ``services`` also receive ``config``, the run's
+        nested settings. Raises ValueError if a service is not installed or refuses the connection.
         """
         self.path = out / METRICS
         self.troubles = Troubles()
@@ -92,9 +92,9 @@ class Tracker:
         self._on_boards(lambda board: board.close())
 
     def write(self, row: Row) -> None:
-        """Append one step's metrics, including ``step``; numbers that are not finite are null in the file.
+        """Append one step's metrics, including ``step``; NaN and infinite numbers are null in the file.
 
-        If writing fails, that is reported once, and the row is written with the next one that can be.
+        A failure to write is reported once, and the row is written together with the next one that can be written.
         """
         finite = {name: value for name, value in row.items() if math.isfinite(value)}
         self._pending.append(json.dumps({name: finite.get(name) for name in row}) + "\n")
@@ -161,9 +161,10 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of Weights & Biases, which every resumption continues.
+    """A run of Weights & Biases, which is continued when the training run is resumed.
 
-    Steps are a column instead of wandb's own counter, which drops steps that are repeated after a crash.
+    The step is logged as a column instead of wandb's own counter, because that drops steps that are repeated after a
+    crash.
     """
 
     troubles = SERVICES_OWN

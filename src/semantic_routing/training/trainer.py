@@ -1,4 +1,4 @@
-"""Trainer: the runs of ``semroute train``, whose steps train a network and its router from the flow's velocity."""
+"""Trainer: the runs of ``semroute train``, which train a network and its router to predict the flow's velocity."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from semantic_routing.training.validation import HeldOut, held_out, validate
 
 @dataclass(frozen=True)
 class Inputs:
-    """A microbatch after the frozen models: what the network reads."""
+    """A microbatch after the frozen models have processed it: the inputs of the network."""
 
     features: TextFeatures
     latents: Float[Tensor, "B C h w"]
@@ -67,9 +67,10 @@ def prepare(bundle: TextToImage, batch: Batch[Tensor], cfg: TrainConfig) -> Inpu
 
 
 def flow_loss(bundle: TextToImage, inputs: Inputs, cfg: TrainConfig) -> Float[Tensor, ""]:
-    """Return the velocity loss of a microbatch: noise the latents, predict, compare.
+    """Return the velocity loss of a microbatch: add noise to the latents, predict, compare.
 
-    A network that estimates the time from the noisy latents also learns that, from the estimate's own error alone.
+    A network that estimates the time from the noisy latents also learns the estimate, only from the estimate's own
+    error.
     """
     t, latents, noise = inputs.t, inputs.latents, inputs.noise
     noisy = path(latents, noise, t)
@@ -90,9 +91,9 @@ class Trainer(Steps):
     def __init__(
         self, cfg: TrainConfig, out: Path, world: World | None = None, text: TextEncoderConfig | None = None
     ) -> None:
-        """Build a run in the folder ``out``, with initial weights that are a function of the seed.
+        """Build a run in the folder ``out``, with initial weights that depend only on the seed.
 
-        ``text`` locates the text encoder if it is not in ``out`` yet. Raises ValueError if the parts do not fit.
+        ``text`` locates the text encoder if it is not in ``out`` yet. Raises ValueError if the parts do not match.
         """
         super().__init__(cfg, out, world)
         self.title, self.limit = f"Training {cfg.model.arm}", 60 * cfg.minutes
@@ -148,7 +149,7 @@ class Trainer(Steps):
 
 
 def _check_latents(latent: tuple[int, int, int], model: DiTConfig) -> None:
-    """Raise ValueError if the codec's latents do not fit the transformer's channels and patch size."""
+    """Raise ValueError if the codec's latents do not match the transformer's channels and patch size."""
     channels, height, width = latent
     if channels != model.channels:
         raise ValueError(f"the codec's latents have {channels} channels, but model.channels is {model.channels}")

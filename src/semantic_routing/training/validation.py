@@ -1,7 +1,7 @@
 """Validation: the loss on held-out images, at fixed times and with fixed noise.
 
-The training loss is too noisy to compare runs: every step has other images, times and noise. Here these are a function
-of the configuration, so two values differ only if the networks do.
+The training loss is too noisy to compare runs: every step has other images, times and noise. In validation these are
+fixed by the configuration, so two values differ only if the networks do.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class ValidationConfig:
     """Data and interval of validation."""
 
     every: int = 0
-    """Steps between validations; 0 is none."""
+    """Steps between validations; 0 turns validation off."""
     paths: tuple[str, ...] = ()
-    """Held-out data, in the form of data.paths; the toy world and the world of words have their own."""
+    """Held-out data, in the form of data.paths. The toy world and the world of words have their own."""
     samples: int = 512
     """Number of images."""
     batch: int = 64
@@ -52,7 +52,7 @@ class ValidationConfig:
     times: tuple[float, ...] = FIXED_TIMES
     """Times at which the loss of every image is computed, from 0 (noise) to 1 (data)."""
     seed: int = 0
-    """Seed of the choice of images and of their noise."""
+    """Random seed of the choice of images and of their noise."""
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.samples < 1 or self.batch < 1:
@@ -65,15 +65,16 @@ class ValidationConfig:
 
 
 def held_out(cfg: ValidationConfig, data: DataConfig, image_size: int, latents: KeptLatents | None = None) -> HeldOut:
-    """Open the held-out images of a run on ``data``: those of ``cfg.paths``, or a world's evaluation split.
+    """Open the held-out images of a run on ``data``: those of ``cfg.paths``, or the evaluation split of a generated
+    world.
 
-    They are square and never mirrored. Raises ValueError if there are none: only the user knows which of their images
-    are not trained on.
+    They are square and never mirrored. Raises ValueError if there are none, because only the user knows which images
+    are not used in training.
     """
     if not cfg.paths or cfg.paths[0] in WORLDS:
         found = [name for name in data.paths if name in WORLDS and cfg.paths in ((), (name,))]
         if not found:
-            raise ValueError("validation needs images that are not trained on: give validation.paths")
+            raise ValueError("validation needs images that are not used in training: give validation.paths")
         world = WORLDS[found[0]]
         drawn = world.prompts(cfg.seed, cfg.samples, world.trained_tags)
         return lambda i: with_kept(
@@ -94,8 +95,9 @@ def validate(
 ) -> dict[str, float]:
     """Return the velocity's mean squared error: ``val_loss``, and at each time ``val_loss_t0.05`` ...
 
-    A collective call: each process computes its share, and all get the result. It is nan if images cannot be read any
-    more, which ``troubles`` reports once. ``errors`` computes the errors of a model other than a ``TextToImage``.
+    This is a collective call: each process computes its share, and all get the result. It is NaN if images can no
+    longer be read, which ``troubles`` reports once. ``errors`` computes the errors of a model other than a
+    ``TextToImage``.
     """
     sums = error_sums(bundle, pictures, cfg, job, troubles, errors)
     if job.count > 1:
@@ -116,8 +118,8 @@ def error_sums(
 ) -> Float64[Tensor, " T"]:
     """Sum the errors of one process's share of the images at each time.
 
-    Sharding and compilation need equally many forward passes on all processes, and batches of one size: incomplete
-    batches are padded with rows that do not count.
+    With sharding and compilation all processes need the same number of forward passes and batches of one size, so
+    incomplete batches are padded with rows that do not count.
     """
     share = -(-cfg.samples // job.count)
     batch = min(cfg.batch, share)

@@ -42,9 +42,10 @@ class WatchdogConfig:
     """Time limits after which a job counts as hung."""
 
     timeout: float | None = None
-    """Seconds without progress after which the job ends. 0: never. None: 600 with several processes, else never."""
+    """Seconds without progress after which the job is ended. 0: never. None: 600 with several processes, otherwise
+    never."""
     grace: float = 3600.0
-    """The same, if longer, for slow phases: the first step (compilation), checkpoints, samples, validation."""
+    """The same limit, if longer, for slow phases: the first step (compilation), checkpoints, samples, validation."""
 
     def __post_init__(self) -> None:
         if (self.timeout or 0) < 0 or self.grace <= 0:
@@ -92,11 +93,12 @@ class Seen:
 
 
 def hung(seen: Sequence[Seen], now: float, excused: float, timeout: float, grace: float) -> list[Seen]:
-    """Return the processes to blame if one is stuck for too long: those furthest behind of all that are stuck.
+    """Return the processes that caused a hang: those furthest behind of all that are stuck; none if no process is
+    stuck.
 
-    Processes wait for each other, so a process in a slow phase excuses all, and ``timeout`` counts from ``excused``,
-    the end of the last slow phase. All stop almost together, and notes arrive out of order, so a process without
-    progress for half the timeout counts as stuck.
+    Processes wait for each other, so a process in a slow phase excuses all others, and ``timeout`` counts from
+    ``excused``, the end of the last slow phase. All processes stop at almost the same time, and notes arrive out of
+    order, so a process without progress for half the timeout counts as stuck.
     """
     if not any(now - one.moved > grace or now - max(one.moved, excused) > timeout for one in seen):
         return []

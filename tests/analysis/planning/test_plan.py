@@ -90,7 +90,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ([], "semroute plan needs a recipe first"),
+        ([], "semroute plan needs a recipe"),
         (["papr"], "unknown recipe 'papr'; did you mean 'paper'?"),
         (["paper", "--gpu", "H10"], "unknown GPU 'H10'; did you mean 'H100'?"),
         (["paper", "--gpus", "12"], "12 GPUs do not fill machines of 8"),

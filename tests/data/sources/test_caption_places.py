@@ -31,7 +31,7 @@ def captions(path: Path) -> list[str]:
 @pytest.mark.behaviour(
     "Pictures and captions",
     when="captions are next to pictures as .TXT, .caption (kohya) or photo.jpg.txt",
-    then="they are read like photo.txt, which takes precedence over the others",
+    then="they are read like photo.txt, which takes precedence",
 )
 @pytest.mark.parametrize(
     ("shot", "names", "expected"),
@@ -104,7 +104,7 @@ def test_hugging_faces_image_folder(tmp_path: Path, ending: str, inside: str):
     [
         (b"name;text\na.jpg;x\n", r'list\.csv, line 2: "image" is missing .* the fields: name, text'),
         (b"file_name;text\na.jpg;\n", r'line 2: "text" is empty text'),
-        (b"file_name,text\nb.jpg,x\n", r"line 2: file_name 'b\.jpg' is no file"),
+        (b"file_name,text\nb.jpg,x\n", r"line 2: file_name 'b\.jpg' is not a file"),
         ("file_name,text\na.jpg,caf\xe9\n".encode("latin-1"), "byte 25 is not UTF-8"),
         (b"file_name,text\n", "is empty"),
     ],
@@ -124,7 +124,7 @@ def test_tables_may_be_separated_by_semicolons_or_tabs(tmp_path: Path):
 @pytest.mark.behaviour(
     "Pictures and captions",
     when="captions are in a column or field of another name",
-    then="refused before training, with the names of the fields and the setting that chooses one (--data.caption-keys)",
+    then="an error before training lists the fields and the setting that chooses one (--data.caption-keys)",
 )
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "json", "csv", "tar", "folder"])
 def test_a_caption_of_another_name_is_hinted_at(tmp_path: Path, kind: str):

@@ -90,7 +90,7 @@ def test_a_folder_without_usable_pictures_is_refused(tmp_path: Path):
 @pytest.mark.behaviour(
     "Pictures and captions",
     when="names in a tar have dots before their ending (photo.v1.jpg)",
-    then="by WebDataset's rule such pictures make no records; each is counted, with advice to rename it",
+    then="by WebDataset's rule they do not form records; each is counted, with advice to rename it",
 )
 @pytest.mark.parametrize(
     ("names", "records", "lost"),
@@ -253,7 +253,7 @@ def test_an_index_of_the_earlier_version_loads(tmp_path: Path):
 @pytest.mark.behaviour(
     "Pictures and captions",
     when='a folder of pictures has the name of the toy world ("shapes")',
-    then='every command takes the bare name for the toy world, and says so; the folder is "./shapes"',
+    then='every command takes the bare name to mean the toy world, and says so; write "./shapes" for the folder',
 )
 def test_shapes_is_the_toy_world_to_every_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

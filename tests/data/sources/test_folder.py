@@ -75,7 +75,7 @@ def test_a_manifest_may_be_in_another_folder_than_its_images(folder: Path, tmp_p
     ]
     source = ManifestRecords(write(elsewhere, rows), root=folder)
     assert [source.read(index).captions["text"][0] for index in range(4)] == ["red", "blue", "absolute", "up"]
-    with pytest.raises(ValueError, match=r"'a\.png' is no file in"):
+    with pytest.raises(ValueError, match=r"'a\.png' is not a file in"):
         ManifestRecords(elsewhere)
 
 
@@ -100,12 +100,12 @@ def test_relative_paths_and_byte_order_marks_and_blank_lines(folder: Path, monke
         ({"image": "a.png", "text": " "}, '"text" is empty text'),
         ({"image": "a.png", "text": {"en": "x"}}, '"text" is an object'),
         ({"image": "a.png", "text": "\ud800"}, "surrogate"),
-        ({"image": "no.png", "text": "x"}, "'no.png' is no file"),
-        ({"image": "deep", "text": "x"}, "'deep' is no file"),
-        ({"image": "a\0.png", "text": "x"}, "is no file"),
+        ({"image": "no.png", "text": "x"}, "'no.png' is not a file"),
+        ({"image": "deep", "text": "x"}, "'deep' is not a file"),
+        ({"image": "a\0.png", "text": "x"}, "is not a file"),
         ({"image": "../secret.png", "text": "x"}, "is outside"),
         ({"image": "deep/../../secret.png", "text": "x"}, "is outside"),
-        ({"image": "/nowhere/a.png", "text": "x"}, "'/nowhere/a.png' is no file"),
+        ({"image": "/nowhere/a.png", "text": "x"}, "'/nowhere/a.png' is not a file"),
         ({"image": ".", "text": "x"}, "is outside"),
         (["a.png", "x"], "found a list"),
         (None, "found missing or null"),

@@ -113,8 +113,8 @@ TEXT_ARRAYS = {
 
 @pytest.mark.behaviour(
     "Pictures and captions",
-    when="a Parquet file's columns are categories, views, lists of one picture, extension or fixed-size types",
-    then="they are read as the pictures and captions that they are",
+    when="a Parquet file's columns are categories, views, lists of one image, extension or fixed-size types",
+    then="they are read as images and captions",
 )
 @pytest.mark.parametrize("kind", [*IMAGE_ARRAYS, *TEXT_ARRAYS])
 @pytest.mark.parametrize("kept", [2**29, 0])
@@ -150,7 +150,7 @@ def test_a_row_of_several_pictures_is_damaged(tmp_path: Path):
     ("columns", "said"),
     [
         ({"image": [[1, 2]], "text": ["a"]}, r"no column of pictures.*image \(list<element: int64>\), text \(string\)"),
-        ({"image": ["a.png"], "text": ["a"]}, r"image .a\.png. is no file"),  # a manifest
+        ({"image": ["a.png"], "text": ["a"]}, r"image .a\.png. is not a file"),  # a manifest
         ({"image": pa.nulls(1), "text": ["a"]}, r"no column of pictures.*image \(null\)"),
         ({"image": [b"a"], "text": [{"en": "a"}]}, r"column 'text' is of the type struct<en: string>"),
         ({"image": [b"a"], "key": ["k"], "caption": [[["a"]]]}, r"column 'caption' is of the type list<"),
@@ -250,7 +250,7 @@ sys.exit(5)
 @pytest.mark.behaviour(
     "Surroundings",
     when="a command ends, with an error or without, soon after it read Parquet from disk or a URL",
-    then="it ends with its own exit code: no thread of Arrow is left to abort it",
+    then="it ends with its own exit code, because no thread of Arrow is left that could abort it",
 )
 def test_no_thread_of_arrow_outlives_a_read(tmp_path: Path):
     path = write(tmp_path / "a.parquet", {"image": [os.urandom(2**20) for _ in range(4)], "text": ["a"] * 4})

@@ -184,8 +184,8 @@ def test_nothing_paid_for_is_lost_when_the_process_is_killed(tmp_path: Path) -> 
 
 @pytest.mark.behaviour(
     "Pictures and captions",
-    when="a model that writes captions thinks first, or never stops thinking",
-    then="its thoughts are no part of a caption; an answer of thoughts only is a failure with its reason",
+    when="a model that writes captions reasons first, or never stops reasoning",
+    then="its reasoning is not part of a caption; an answer with only reasoning counts as failed",
 )
 def test_thoughts_are_no_captions(server: ChatServer, tmp_path: Path) -> None:
     told = {1: "[[thinks]]", 2: "[[parts]]", 3: "[[thinking]]", 4: "[[length]]"}
@@ -201,8 +201,8 @@ def test_thoughts_are_no_captions(server: ChatServer, tmp_path: Path) -> None:
 
 @pytest.mark.behaviour(
     "Pictures and captions",
-    when="no picture got a caption",
-    then="exit code 2 and the first reason; no file is written, and the same output works with other settings",
+    when="no image got a caption",
+    then="exit code 2 and the first reason; no file is written, and the same output can be used with other settings",
 )
 @pytest.mark.parametrize(
     ("fault", "reason", "setting"),
@@ -231,7 +231,7 @@ def test_captioning_fails_if_every_picture_fails(
 
 def test_another_request_into_the_same_parts_is_refused(server: ChatServer, tmp_path: Path) -> None:
     path, out = shard(tmp_path / "0.tar", [encoded(800)]), tmp_path / "captions.parquet"
-    with pytest.raises(ValueError, match=r"which model"):
+    with pytest.raises(ValueError, match="give the name of the model"):
         recaption(arguments(server, [path], out, model=""))
     with pytest.raises(ValueError, match=r"serves 'mistyped'"):
         recaption(arguments(server, [path], out, model="mistyped"))

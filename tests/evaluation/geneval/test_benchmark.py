@@ -124,7 +124,9 @@ def test_folders_of_other_prompts_are_refused(prompts, tmp_path):
     benchmark = read_geneval(prompts)
     images = folder_of(benchmark, tmp_path / "images", images=1)
     (images / "00001" / "metadata.jsonl").write_text(json.dumps(entry("counting", "cat")))
-    with pytest.raises(ValueError, match=r"asks for 'a photo of a cat, counting', which is no prompt .* another set"):
+    with pytest.raises(
+        ValueError, match=r"asks for 'a photo of a cat, counting', which is not a prompt .* another set"
+    ):
         benchmark.find(images)
     (images / "00001").rename(images / "00006")
     (images / "00006" / "metadata.jsonl").unlink()
@@ -147,7 +149,7 @@ def test_an_image_that_is_there_twice_is_refused(prompts, tmp_path):
     images = folder_of(benchmark, tmp_path / "images", images=1)
     samples = images / "00002" / "samples"
     (samples / "0.png").write_bytes((samples / "00000.png").read_bytes())
-    with pytest.raises(ValueError, match=r"0.png and .*00000.png are both image 0 of a prompt; delete one"):
+    with pytest.raises(ValueError, match=r"0.png and .*00000.png are both image 0 of the same prompt; delete one"):
         benchmark.find(images)
     (samples / "0.png").unlink()
     folder_of(benchmark, tmp_path / "images", digits=4, images=1)
@@ -174,8 +176,11 @@ def test_an_image_that_the_detector_cannot_take_is_a_gap(prompts, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"00001": {"id": "00001", "prompt": "a"}}', "jsonl:1 is no prompt of GenEval: it has no 'tag'"),
-        ('{"prompt": "a", "tag": "counting", "include": [{"class": "unicorn", "count": 1}]}', "jsonl:1 is no prompt"),
+        ('{"00001": {"id": "00001", "prompt": "a"}}', "jsonl:1 is not a prompt of GenEval: it has no 'tag'"),
+        (
+            '{"prompt": "a", "tag": "counting", "include": [{"class": "unicorn", "count": 1}]}',
+            "jsonl:1 is not a prompt",
+        ),
         ("Prompts,Category\na,b\n", "is not the prompts of GenEval: line 1 is not JSON"),
         ("", "geneval has no prompts"),
     ],

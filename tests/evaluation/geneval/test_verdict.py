@@ -311,7 +311,7 @@ GOOD = {"tag": "position", "prompt": "", "include": [{"class": "cat", "count": 1
     [
         ({"tag": "style"}, "no 'tag'"),
         ({"prompt": 1}, "lacks 'prompt'"),
-        ({"include": [{"class": "unicorn", "count": 1}]}, "no class"),
+        ({"include": [{"class": "unicorn", "count": 1}]}, "has a class that GenEval does not know"),
         ({"include": [{"class": "cat", "count": 0}]}, "count of cat"),
         ({"include": [{"class": "cat", "count": 1, "color": "mauve"}]}, "'mauve' is not one of the colours"),
         ({"include": [{"class": "cat", "count": 1, "position": ["left of", 0]}]}, "no object before it"),

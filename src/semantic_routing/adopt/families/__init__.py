@@ -15,7 +15,7 @@ __all__ = ["FAMILIES", "Blocks", "Family", "find_family"]
 
 
 def find_family(transformer: Any) -> Family:
-    """Return the family of a transformer; raise ValueError for a class that is not known, and name those that are."""
+    """Return the family of a transformer; raise ValueError, which lists the known ones, for an unknown class."""
     name = type(transformer).__name__
     for family in FAMILIES.values():
         if family.transformer == name:

@@ -1,4 +1,4 @@
-"""The fields of a family: where a kind of pipeline reads its text, and where its transformer's blocks read it."""
+"""The fields of a family: where a kind of pipeline encodes its text, and where its transformer's blocks read it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Place = Callable[[Any, Mapping[str, Any], Sequence[int]], list[tuple[int, int]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """A list of blocks of one class, or of projections, and the argument with which they get the text."""
+    """A list of blocks of one class, or of projections, and the argument that holds their text."""
 
     path: str
     """Name of the list in the transformer."""
@@ -87,7 +87,7 @@ def arguments_of(module: nn.Module) -> tuple[str, ...]:
 
 
 def check_signature(transformer: nn.Module, blocks: Blocks) -> None:
-    """Raise ValueError if the blocks' arguments are not those that the family was written for."""
+    """Raise ValueError if the blocks' arguments differ from those that the family was written for."""
     for block in module_at(transformer, blocks.path):
         found = " ".join(arguments_of(block))
         if found != blocks.arguments:

@@ -1,4 +1,4 @@
-"""Pipelines of this program: their router is asked first, and what it gives is the original state of each block."""
+"""Pipelines of this program: the mix of their router is the original state of each block."""
 
 from __future__ import annotations
 

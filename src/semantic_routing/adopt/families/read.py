@@ -1,4 +1,4 @@
-"""Families whose blocks read the text as an argument, which no block updates: each block gets a text of its own."""
+"""Families whose blocks read the text as an argument and do not update it: each block gets its own text."""
 
 from __future__ import annotations
 

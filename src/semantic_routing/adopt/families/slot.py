@@ -1,4 +1,4 @@
-"""Families that read several layers already: each place that reads a layer, a slot, gets its own row of weights."""
+"""Families that already read several layers: each input that reads a layer, a slot, gets its own row of weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Families whose blocks update the text: a block reads the stream with an addition, which is then taken off again."""
+"""Families whose blocks update the text: a block reads its text plus an addition, which is then subtracted again."""
 
 from __future__ import annotations
 

@@ -16,19 +16,19 @@ from semantic_routing.training.config import RunConfig
 from semantic_routing.training.optim import OptimConfig
 
 ROUTER_RATE = 1e-2
-"""Default learning rate of router numbers."""
+"""Default learning rate of the routing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeepConfig:
-    """Where texts that have been read are kept; a set that does not fit is read again in every epoch."""
+    """Where encoded captions are cached; if they do not fit, they are encoded again in every epoch."""
 
     keep: str = "2GiB"
-    """Main memory for texts, such as "2GiB"; "0" keeps none."""
+    """Main memory for caching encoded captions, such as "2GiB"; "0" turns the cache off."""
     keep_on_disk: str = ""
-    """Folder that keeps texts for later runs, too; none by default."""
+    """Folder in which encoded captions are also cached for later runs; none by default."""
     keep_on_disk_bytes: str = "50GiB"
-    """Size of that folder from which on nothing is added."""
+    """Maximum size of that folder; once it is reached, nothing more is added."""
 
     def __post_init__(self) -> None:
         parse_bytes(self.keep)
@@ -37,14 +37,14 @@ class KeepConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
-    """A LoRA on the projections of the text, trained after the routing."""
+    """A LoRA on the projections of the text, which is trained after the routing."""
 
     rank: int = 0
-    """Rank of the LoRA; 0 trains none."""
+    """Rank of the LoRA; 0 trains no LoRA."""
     steps: int = 1000
     """Training steps of the LoRA, after those of the routing."""
     alpha: float | None = None
-    """Strength times rank; by default the rank."""
+    """The LoRA's alpha, its strength times its rank; by default the rank."""
 
     def __post_init__(self) -> None:
         if self.rank < 0 or self.steps < 1:
@@ -57,22 +57,23 @@ class LoraSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class AdoptConfig(RunConfig):
-    """All settings of a run that trains an adopted pipeline; every checkpoint has a copy."""
+    """All settings of a run that trains an adopted pipeline; every checkpoint holds a copy."""
 
     LEAST_IMAGE: ClassVar[int] = 0
 
     pipeline: Annotated[str, tyro.conf.Positional] = ""
     """Folder of a diffusers pipeline, or its name on the Hugging Face hub."""
     arm: str = DEFAULT_ARM
-    """Arm of the routing."""
+    """Routing strategy."""
     weights: Form | None = None
-    """Form of the weights; by default simplex for learned arms and gate for fixed ones."""
+    """How the weights are parameterised; by default simplex for learned arms and gate for fixed ones."""
     injection: Injection = "swap"
-    """What is added to a stream of text: swap the difference to the original text, reinject a learned part of it."""
+    """Only for blocks that update the text. What is added to a block's text: swap adds the difference from the
+    original text, reinject a learned part of the routed text."""
     image_size: int = 0
-    """Side of the square training images, in pixels; 0 is the pipeline's own."""
+    """Side of the square training images, in pixels; 0 means the pipeline's own size."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(router_lr=ROUTER_RATE, betas=(0.9, 0.99)))
-    """The optimiser: router_lr is the rate of the routing, and lr that of the LoRA."""
+    """The optimiser: router_lr is the learning rate of the routing, and lr that of the LoRA."""
     scheduler_shift: bool = True
     """Take time.shift from the pipeline's scheduler."""
     steps: int = 1000
@@ -80,9 +81,9 @@ class AdoptConfig(RunConfig):
     batch: int = 16
     """Images per step."""
     ema_every: int = 1
-    """Steps between updates of the moving average."""
+    """Steps between updates of the exponential moving average."""
     text: KeepConfig = field(default_factory=KeepConfig)
-    """Where texts are kept."""
+    """Where encoded captions are cached."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     """The LoRA."""
     compile: bool = False
@@ -92,7 +93,7 @@ class AdoptConfig(RunConfig):
     checkpoint_every: int = 250
     """Steps between checkpoints; the last step always writes one."""
     preview: Drawing = field(default_factory=lambda: Drawing(batch=4))
-    """Sampling of the grids; batch is the number of images."""
+    """Sampling settings of the sample grids; batch is the number of images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""The choice of where texts are kept, by their number and size."""
+"""Decides where encoded captions are cached, from their number and size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MEASURED = 8
 
 
 def caption_count(data: Dataset) -> int | None:
-    """Return about how many captions a run reads; None for a world that is drawn without end."""
+    """Return approximately how many captions a run reads; None for a generated world, which is unlimited."""
     total = 0
     for stream in data.streams:
         if isinstance(stream, WorldStream) and not stream.limit:
@@ -25,22 +25,22 @@ def caption_count(data: Dataset) -> int | None:
 
 
 def decide(cfg: KeepConfig, count: int | None, size: float) -> tuple[KeepConfig, str]:
-    """Return the settings for ``count`` texts of ``size`` bytes each, and a sentence that says so.
+    """Return the cache settings for ``count`` texts of ``size`` bytes each, and a sentence that explains them.
 
-    In memory are all texts or none: of a part, few would be read again before they are dropped.
+    In memory either all texts are cached or none, because of a part, few would be used again before they are dropped.
     """
     if count is None:
-        words = f"captions have no end: each is encoded when it is read, {_written(size)} a caption"
+        words = f"the number of captions is unlimited: each is encoded when it is read, {_written(size)} per caption"
         return replace(cfg, keep="0", keep_on_disk=""), words
     total = count * size
-    words = f"texts of {count:,} captions take about {_written(total)}"
+    words = f"the states of {count:,} captions take about {_written(total)}"
     if cfg.keep_on_disk:
         kept = "" if total <= parse_bytes(cfg.keep_on_disk_bytes) else f", up to {cfg.keep_on_disk_bytes} of them"
-        words = f"{words}: kept in {cfg.keep_on_disk}{kept}"
+        words = f"{words}: cached in {cfg.keep_on_disk}{kept}"
         return (cfg if total <= parse_bytes(cfg.keep) else replace(cfg, keep="0")), words
     if total <= parse_bytes(cfg.keep):
-        return cfg, f"{words}: kept in memory"
-    return replace(cfg, keep="0"), f"{words}, more than text.keep ({cfg.keep}): encoded in every epoch again"
+        return cfg, f"{words}: cached in memory"
+    return replace(cfg, keep="0"), f"{words}, more than text.keep ({cfg.keep}): encoded again in every epoch"
 
 
 def _written(size: float) -> str:

@@ -1,4 +1,4 @@
-"""The LoRA on a pipeline's projections of text: adapters of peft, in a file that the pipeline's own loader reads.
+"""The LoRA on a pipeline's text projections: adapters of peft, in a file that the pipeline's own loader reads.
 
 peft's adapters are used, through the transformers' ``add_adapter``, because they are what ``load_lora_weights`` of
 diffusers loads; the project's pipelines do the same (``interop/lora.py``).
@@ -38,7 +38,7 @@ def check_lora(transformer: Any) -> None:
 
 
 def add_lora(transformer: Any, cfg: LoraSettings, seed: int) -> dict[str, nn.Parameter]:
-    """Add a LoRA that changes nothing yet, switched off, and return its parameters in float32 by name."""
+    """Add a LoRA that has no effect yet, turned off, and return its parameters in float32 by name."""
     from peft import LoraConfig
 
     targets = TARGETS[find_family(transformer).name]
@@ -54,7 +54,7 @@ def add_lora(transformer: Any, cfg: LoraSettings, seed: int) -> dict[str, nn.Par
 
 
 def switch_lora(transformer: Any, parameters: dict[str, nn.Parameter], *, on: bool) -> None:
-    """Switch a LoRA on, to be trained, or off."""
+    """Turn a LoRA on, to be trained, or off."""
     if on:
         transformer.enable_adapters()
     else:
@@ -64,7 +64,7 @@ def switch_lora(transformer: Any, parameters: dict[str, nn.Parameter], *, on: bo
 
 
 def save_lora(pipe: Any, folder: Path) -> None:
-    """Write a LoRA as the pipeline's ``load_lora_weights`` reads it, completely or not at all."""
+    """Write a LoRA for the pipeline's ``load_lora_weights``, completely or not at all."""
     from semantic_routing.interop.lora import adapter_of
 
     layers, metadata = adapter_of(pipe.transformer, None)

@@ -17,9 +17,10 @@ OWN_CLASS = "SemanticRoutingPipeline"
 
 
 def open_pipe(name: str, device: torch.device, precision: str = "auto") -> Any:
-    """Load a pipeline onto a device, frozen; raise ValueError if there is none or it needs code of its own.
+    """Load a pipeline onto a device and freeze it; raise ValueError if there is none or it needs custom code.
 
-    ``precision`` decides the type of the weights. Pipelines of this program keep their own; their products follow it.
+    ``precision`` determines the dtype of the weights. Pipelines of this program keep theirs; it applies to their
+    products.
     """
     require_diffusers("a pipeline")
     from diffusers import DiffusionPipeline
@@ -28,7 +29,7 @@ def open_pipe(name: str, device: torch.device, precision: str = "auto") -> Any:
     path = Path(name).expanduser()
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise ValueError(
-            f"{path} is no diffusers pipeline: it has no model_index.json; export a run with semroute export"
+            f"{path} is not a diffusers pipeline: it has no model_index.json; export a run with semroute export"
         )
     place = str(path) if path.is_dir() else name
     bar = logging.is_progress_bar_enabled()
@@ -42,7 +43,7 @@ def open_pipe(name: str, device: torch.device, precision: str = "auto") -> Any:
 
                 pipe = SemanticRoutingPipeline.from_pretrained(place)
             elif isinstance(found, list):
-                raise RuntimeError(f"it is a pipeline with code of its own ({cls}), which is not run")
+                raise RuntimeError(f"it is a pipeline with custom code ({cls}), which is not run")
             else:
                 dtype = torch.bfloat16 if use_bfloat16(precision, device) else torch.float32
                 pipe = DiffusionPipeline.from_pretrained(place, torch_dtype=dtype, use_safetensors=True)
@@ -55,13 +56,13 @@ def open_pipe(name: str, device: torch.device, precision: str = "auto") -> Any:
 
 
 def lora_beside(routing: Path) -> Path | None:
-    """Return the file of the LoRA beside the file of a routing, if there is one."""
+    """Return the file of the LoRA in the folder of a routing's file, if there is one."""
     lora = routing.parent / LORA_FILE
     return lora if lora.is_file() else None
 
 
 def load_results(pipe: Any, routing: Path, scale: float = 1.0, *, lora: bool = True) -> None:
-    """Load the file of a routing onto a pipeline, and the LoRA beside it, if there is one and it is wanted."""
+    """Load the file of a routing onto a pipeline, and the LoRA in the same folder, if there is one and it is wanted."""
     load_routing(pipe, routing, scale=scale)
     if lora and (file := lora_beside(routing)) is not None:
         pipe.load_lora_weights(str(file.parent), weight_name=file.name)

@@ -74,7 +74,7 @@ class OwnSubject(Subject):
 
 
 def as_bundle(pipe: Any, device: torch.device, precision: str = "auto") -> TextToImage:
-    """Return a pipeline of this program as ``TextToImage``, with the routing that was put onto it, if any."""
+    """Return a pipeline of this program as ``TextToImage``, with its routing, if it was adopted."""
     chosen = pipe.config.precision if precision == "auto" else precision
     return TextToImage(
         model=pipe.transformer.backbone,
@@ -89,10 +89,11 @@ def as_bundle(pipe: Any, device: torch.device, precision: str = "auto") -> TextT
 def open_adopted(
     pipeline: str | Path, routing: str | Path, device: str = "auto", *, scale: float = 1.0, lora: bool = True
 ) -> TextToImage:
-    """Load a pipeline of this program with the results of ``semroute adopt train``, to sample or score it as any model.
+    """Load a pipeline of this program with the results of ``semroute adopt train``, to sample or score it like any
+    model.
 
-    The LoRA beside the routing is loaded, too, unless ``lora`` is False. Raises ValueError for other pipelines and for
-    a routing of another model.
+    A LoRA in the folder of the routing is loaded, too, unless ``lora`` is False. Raises ValueError for other pipelines
+    and for a routing of another model.
     """
     where = pick_device(device)
     pipe = open_pipe(str(pipeline), where)

@@ -43,9 +43,9 @@ from semantic_routing.training.validation import held_out
 def start(cfg: AdoptConfig, out: Path, on_step: OnStep | None = None, *, pipe: Any = None) -> Path:
     """Train a pipeline's routing, and a LoRA if ``cfg`` asks for one, in the folder ``out``; return the folder.
 
-    ``pipe`` is the pipeline ``cfg.pipeline`` if it is loaded already; it is frozen and adopted. ``on_step`` is called
+    ``pipe`` is the pipeline ``cfg.pipeline`` if it is already loaded; it is frozen and adopted. ``on_step`` is called
     after each step with the number of finished steps. Raises ValueError for mistakes of the user, before anything is
-    written; Interrupted after a signal such as SIGTERM; TrainingFailed if the loss stays without finite values.
+    written; Interrupted after a signal such as SIGTERM; TrainingFailed if the loss remains NaN or infinite.
     """
     world = _alone(cfg)
     with claimed_run(world, out):
@@ -67,8 +67,8 @@ def resume(
 ) -> Path:
     """Resume the run in the folder ``out`` from its latest complete checkpoint; return the folder.
 
-    The run ends bitwise as if it had never stopped. ``steps`` replaces the last step of a run without a LoRA. Raises
-    ValueError if data or models have changed, unless ``accept_changes``.
+    The result is bitwise that of a run that never stopped. ``steps`` replaces the last step of a run without a LoRA.
+    Raises ValueError if data or models have changed, unless ``accept_changes``.
     """
     run = run_of(out)
     with claimed_run(World(), run):
@@ -90,7 +90,7 @@ def resume(
 
 
 def _opened(cfg: AdoptConfig, out: Path, world: World, pipe: Any) -> tuple[AdoptTrainer, Dataset]:
-    """Open a run's pipeline and data, and adopt the pipeline last, so that an error leaves it as it was."""
+    """Open a run's pipeline and data, and adopt the pipeline last, so that it is unchanged after an error."""
     pipe = open_pipe(cfg.pipeline, world.device, cfg.precision) if pipe is None else frozen(pipe.to(world.device))
     subject = make_subject(pipe, world.device, cfg.precision, cfg.text)
     cfg = resolved(cfg, subject)

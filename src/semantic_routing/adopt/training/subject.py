@@ -1,4 +1,4 @@
-"""Subject: an adopted pipeline in this program's conventions for images, texts, times and velocities."""
+"""Subject: an adopted pipeline with this program's conventions for images, texts, times and velocities."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from semantic_routing.model.codec import Codec
 from semantic_routing.training.latents import batch_latents
 
 Captions = Sequence[str | None]
-"""Captions; None is no prompt."""
+"""Captions; None stands for no prompt."""
 
 
 class Subject(ABC):
-    """A pipeline that can be trained and sampled; its own conventions appear only in its class."""
+    """A pipeline that can be trained and sampled; only its class knows the pipeline's own conventions."""
 
     pipe: Any
     codec: Codec
@@ -34,7 +34,7 @@ class Subject(ABC):
     size: tuple[int, int] | None = None
     """Height and width of sampled images, if they are not both ``image_size``."""
     negative_prompt: str | None = None
-    """Prompt that guidance moves away from, if it is not the pipeline's own."""
+    """Prompt that classifier-free guidance moves away from, if it is not the pipeline's own."""
     patch: int
     """Side of a patch in latent positions."""
     checkpoints: bool = False
@@ -67,7 +67,7 @@ class Subject(ABC):
 
     @abstractmethod
     def keep(self, count: int | None, captions: Sequence[str]) -> str:
-        """Keep the texts of ``count`` captions (None: without end) if they fit; return what is kept and its size.
+        """Cache the texts of ``count`` captions (None: unlimited) if they fit; return the settings used and the size.
 
         ``captions`` are some of them, whose sizes are measured.
         """
@@ -84,7 +84,7 @@ class Subject(ABC):
     def sample(
         self, prompts: Sequence[str], images: Sequence[tuple[int, int]], cfg: Drawing
     ) -> UInt8[Tensor, "B H W 3"]:
-        """Sample one image for each prompt; ``images`` holds (prompt index, image index), which decide its noise."""
+        """Sample one image for each prompt; ``images`` holds (prompt index, image index), which determine the noise."""
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Sana, PRX and Z-Image as subjects: how each reads text, counts time and calls what it predicts."""
+"""Sana, PRX and Z-Image as subjects: how each encodes text, defines time and what it predicts."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class DiffusersSubject(Subject):
         return words
 
     def _identity(self) -> str:
-        """Return a digest of all that decides a text, except the caption."""
+        """Return a digest of everything that determines an encoded text, except the caption."""
         pipe = self.pipe
         layers = len(find_layers(pipe.text_encoder)[0])
         shape = TextShape(layers=tuple(range(1, layers + 1)), total_layers=layers, width=0, kv_heads=0, head_dim=0)
@@ -66,7 +66,7 @@ class DiffusersSubject(Subject):
         )
 
     def texts(self, captions: Captions) -> list[Text]:
-        """Return each caption's text, which does not depend on the others: all forward passes have one shape."""
+        """Return each caption's encoded text, independent of the others, because all forward passes have one shape."""
         found: dict[str | None, Tensor] = {}
         for caption in dict.fromkeys(captions):
             kept = self._store.get(_key(caption))
@@ -98,7 +98,7 @@ class DiffusersSubject(Subject):
         if cfg.sampler is not None or cfg.shift is not None:
             name = type(self.pipe).__name__
             raise ValueError(
-                f"sampler and shift are of this program's own pipelines; a {name} has a scheduler: leave them out"
+                f"sampler and shift are only for this program's own pipelines; {name} has a scheduler: leave them out"
             )
         drawn = [self._draw(prompt, image, cfg) for prompt, image in zip(prompts, images, strict=True)]
         if bad := [i for i, image in enumerate(drawn) if not np.isfinite(image).all()]:
@@ -188,7 +188,7 @@ class PRXSubject(DiffusersSubject):
 
 
 class ZImageSubject(DiffusersSubject):
-    """Z-Image: the time is ours, 0 noise and 1 data, and the transformer predicts data minus noise."""
+    """Z-Image: the time is this program's, 0 noise and 1 data, and the transformer predicts data minus noise."""
 
     def __init__(self, pipe: Any, device: torch.device, keep: KeepConfig) -> None:
         super().__init__(pipe, device, keep)
@@ -211,7 +211,7 @@ SUBJECTS: dict[str, type[DiffusersSubject]] = {"sana": SanaSubject, "prx": PRXSu
 
 
 def real_tokens(embeds: Float[Tensor, "B N W"], mask: Tensor) -> list[Text]:
-    """Return each text's tokens without padding; of a text without any, the first position."""
+    """Return each text's tokens without padding; for an empty text the first position."""
     real = mask.bool().clone()
     real[~real.any(1), 0] = True
     return [text[own].contiguous() for text, own in zip(embeds, real, strict=True)]
@@ -220,7 +220,7 @@ def real_tokens(embeds: Float[Tensor, "B N W"], mask: Tensor) -> list[Text]:
 def padded(texts: Sequence[Text]) -> tuple[Float[Tensor, "B N W"], Bool[Tensor, "B N"]]:
     """Return texts as one batch, padded with zeros on the right, and the mask of real tokens.
 
-    The families that it serves give text no positions, so that the side of the padding does not matter.
+    The families that use it give text no positions, so the side of the padding does not matter.
     """
     embeds = pad_sequence(list(texts), batch_first=True)
     lengths = torch.tensor([len(text) for text in texts], device=embeds.device)
@@ -228,9 +228,9 @@ def padded(texts: Sequence[Text]) -> tuple[Float[Tensor, "B N W"], Bool[Tensor, 
 
 
 def scheduler_shift(config: Any, tokens: int) -> float:
-    """Return the shift a of a scheduler, which takes a noise level s to a s / (1 + (a - 1) s).
+    """Return the shift a of a scheduler, which maps a noise level s to a s / (1 + (a - 1) s).
 
-    Some schedulers' shift grows with an image's number of tokens.
+    In some schedulers the shift depends on an image's number of tokens.
     """
     if config.get("use_dynamic_shifting"):
         low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)

@@ -1,4 +1,4 @@
-"""AdoptTrainer: steps that train the routing of a frozen pipeline, then a LoRA on its projections of text."""
+"""AdoptTrainer: steps that train the routing of a frozen pipeline, then a LoRA on its text projections."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ ADOPT = Kind(
 
 @dataclass(frozen=True)
 class Inputs:
-    """A microbatch after the frozen models."""
+    """A microbatch after the frozen models have processed it."""
 
     texts: Any
     latents: Float[Tensor, "B C h w"]
@@ -54,7 +54,9 @@ class Inputs:
 
 
 class Trained(nn.Module):
-    """All that is trained; the names of the routing's numbers begin with ``router.``, so that they have its rate."""
+    """All trained parameters; those of the routing have names that begin with ``router.``, so that they get its
+    learning rate.
+    """
 
     def __init__(self, routing: Routing, lora: dict[str, nn.Parameter]) -> None:
         super().__init__()
@@ -63,14 +65,15 @@ class Trained(nn.Module):
 
 
 class AdoptTrainer(Steps):
-    """A run that trains an adopted pipeline; its parameters outside of the routing and the LoRA never change."""
+    """A run that trains an adopted pipeline; parameters outside of the routing and the LoRA never change."""
 
     cfg: AdoptConfig
     title = "Training the routing"
     again = ADOPT.again
 
     def __init__(self, cfg: AdoptConfig, out: Path, world: World, subject: Subject) -> None:
-        """Adopt a frozen pipeline; raise ValueError, and change nothing, if it cannot be trained with these settings.
+        """Adopt a frozen pipeline; ValueError, with the pipeline unchanged, if it cannot be trained with these
+        settings.
 
         ``cfg`` holds the image size and the shift (``resolved``).
         """
@@ -98,7 +101,7 @@ class AdoptTrainer(Steps):
 
     @property
     def trains_lora(self) -> bool:
-        """Whether the routing is done, so that the step trains the LoRA."""
+        """Whether the routing is finished, so that the step trains the LoRA."""
         return self.step >= self.cfg.steps
 
     def prepare(self, batch: Batch[Tensor]) -> list[Inputs]:
@@ -132,7 +135,7 @@ class AdoptTrainer(Steps):
 
     @torch.no_grad()
     def _begin_lora(self) -> None:
-        """Freeze the averaged routing and switch the LoRA on; at later steps this changes nothing."""
+        """Freeze the averaged routing and turn the LoRA on; at later steps this changes nothing."""
         for name, p in self.model.named_parameters():
             if name.startswith("router."):
                 p.copy_(self.ema[name])
@@ -146,7 +149,7 @@ class AdoptTrainer(Steps):
 
     @torch.no_grad()
     def _average(self) -> None:
-        """Move the average of what the step has trained; each of the two parts has its own rising decay."""
+        """Update the average of what the step has trained; the decay of routing and LoRA rises separately."""
         step, trained = self.step, "router."
         if self.step > self.cfg.steps:
             step, trained = self.step - self.cfg.steps, "lora."
@@ -179,7 +182,7 @@ class AdoptTrainer(Steps):
 
     @torch.no_grad()
     def facts(self) -> dict[str, float]:
-        """Return how far the weights are from the original state: half of the sum of all changes, a mean over rows."""
+        """Return how far the weights are from the original state: half the sum of all changes, averaged over rows."""
         weights = self.routing.weights(torch.tensor(FIXED_TIMES, device=self.world.device))
         change = weights.clone()
         change[..., 0] -= 1

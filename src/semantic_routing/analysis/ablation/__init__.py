@@ -1,1 +1,1 @@
-"""Ablations of routing: what a model loses without a layer in a block, with one layer alone, with blocks swapped."""
+"""Ablations of routing: what a model loses without a layer, with only one layer, or with two blocks swapped."""

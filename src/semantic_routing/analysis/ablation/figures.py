@@ -18,7 +18,7 @@ from semantic_routing.model.dit import DiTConfig
 
 TITLES = {
     "without": "Need of each layer: what is lost without it",
-    "alone": "What is lost with each layer alone",
+    "alone": "What is lost with only one layer",
     "swap": "What is lost when two blocks exchange their weights",
 }
 LISTED = 12
@@ -28,9 +28,9 @@ LISTED = 12
 def ablation_figures(
     cfg: DiTConfig, weights: Float[np.ndarray, "K L"], measured: Sequence[Measured], name: str
 ) -> Iterator[Drawn]:
-    """Draw a heat map of need for each kind and tag, those by layer beside the weights.
+    """Draw a heat map of need for each kind and tag; those of layers are beside the weights.
 
-    ``name`` is what was measured. A dot marks cells whose 95 % interval leaves out 0. Cells without a number are empty.
+    ``name`` is what was measured. A dot marks cells whose 95 % interval excludes 0. Cells without a number are empty.
     """
     layers = [f"layer {layer + 1}" for layer in range(cfg.text_layers)]
     blocks = [f"block {block}" for block in range(cfg.depth)]
@@ -52,7 +52,7 @@ def ablation_figures(
 def grid(
     measured: Sequence[Measured], rows: Sequence[str], columns: Sequence[str], *, mirrored: bool = False
 ) -> tuple[Float[np.ndarray, "R C"], Bool[np.ndarray, "R C"]]:
-    """Arrange needs by row and column, nan where there is none, and whether their intervals leave out 0."""
+    """Arrange needs by row and column, nan where there is none, and whether their intervals exclude 0."""
     need, sure = np.full((len(rows), len(columns)), np.nan), np.zeros((len(rows), len(columns)), dtype=bool)
     for one in measured:
         place = rows.index(one.row), columns.index(one.other)

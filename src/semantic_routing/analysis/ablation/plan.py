@@ -23,7 +23,7 @@ KINDS: dict[Kind, str] = {
 
 @dataclass(frozen=True)
 class Ablation:
-    """One change of the routing; everything else stays as it is."""
+    """One change of the routing; everything else is unchanged."""
 
     kind: Kind
     row: int
@@ -38,7 +38,7 @@ class Ablation:
         return cfg.rows[self.row], f"layer {self.other + 1}"
 
     def edit(self, weights: Float[Tensor, "B K L"], depth: int) -> Float[Tensor, "B K L"]:
-        """Return the changed weights of all rows, at all times; the argument is changed."""
+        """Return the changed weights of all rows, at all times; the argument is changed in place."""
         if self.kind == "swap":
             blocks = weights.unflatten(1, (depth, -1)).clone()
             blocks[:, [self.row, self.other]] = blocks[:, [self.other, self.row]]
@@ -56,7 +56,7 @@ class Ablation:
 def plan(cfg: DiTConfig, weights: Float[np.ndarray, "T K L"], kinds: Sequence[Kind]) -> list[Ablation]:
     """Return the ablations of these kinds for a model with these weights at some times.
 
-    Left out are layers without which nothing would be read, and swaps of blocks that read alike.
+    Ablations that would leave nothing to read are left out, and so are swaps of blocks with equal weights.
     """
     rows, layers = range(len(cfg.rows)), range(cfg.text_layers)
     found: list[Ablation] = []

@@ -1,4 +1,4 @@
-"""Measuring every ablation of a model, paired with the model as it is; the table grows by whole ablations."""
+"""Measures every ablation of a model, paired with the unchanged model, and adds the results to a table."""
 
 from __future__ import annotations
 
@@ -39,13 +39,14 @@ PROMPTS = {"accuracy": 110, "loss": 256}
 
 @dataclass(frozen=True, kw_only=True)
 class AblationConfig:
-    """What is taken out, and what it is measured by."""
+    """What is ablated, and how the loss is measured."""
 
     score: Literal["auto", "accuracy", "loss"] = "auto"
-    """accuracy: of images, by the exact checker of the toy world; loss: the velocity loss on held-out images; auto is
-    accuracy if the model was trained on a world with a checker, else loss."""
+    """accuracy: of sampled images, by the exact checker of the toy world; loss: the velocity loss on held-out
+    images; auto is accuracy if the model was trained on a world with a checker, otherwise loss."""
     kinds: tuple[Kind, ...] = tuple(KINDS)
-    """without: a layer taken out of a row; alone: one layer alone in a row; swap: two blocks exchange their weights."""
+    """without: a layer is removed from a row; alone: a row reads only one layer; swap: two blocks exchange their
+    weights."""
     n: int | None = None
     """Number of prompts, by default 110 for accuracy and 256 for the loss."""
     paths: tuple[str, ...] = ()
@@ -53,17 +54,17 @@ class AblationConfig:
     times: tuple[float, ...] = FIXED_TIMES
     """Times of the loss, from 0 (noise) to 1 (data)."""
     seed: int = 0
-    """Seed of the prompts and of the loss's noise."""
+    """Random seed of the prompts and of the loss's noise."""
     batch: int = 64
     """Images per forward pass for the loss; does not change the result."""
     sampling: SampleConfig = field(default_factory=lambda: replace(TOY_SAMPLING, steps=25))
-    """Sampling of the images for accuracy."""
+    """Sampling settings of the images for accuracy."""
 
     def __post_init__(self) -> None:
         if self.n is not None and self.n < 2:
             raise ValueError(f"ablation.n is {self.n}; an interval needs at least 2 prompts")
         if not self.kinds or self.batch < 1 or not self.times or not all(0 <= time <= 1 for time in self.times):
-            raise ValueError("an ablation needs a kind, a batch of at least 1, and times from 0 to 1")
+            raise ValueError("an ablation needs at least one kind, a batch of at least 1, and times from 0 to 1")
 
 
 class Measured(NamedTuple):
@@ -85,7 +86,7 @@ class Measured(NamedTuple):
 
 
 def make_score(bundle: TextToImage, cfg: AblationConfig) -> Score:
-    """Return the measure that the configuration asks for; ValueError if the data for it are missing."""
+    """Return the measure that the configuration asks for; ValueError if the data for it is missing."""
     world = world_of(bundle, cfg.paths)
     kind = cfg.score if cfg.score != "auto" else "loss" if world is None else "accuracy"
     n = cfg.n or PROMPTS[kind]
@@ -99,12 +100,12 @@ def make_score(bundle: TextToImage, cfg: AblationConfig) -> Score:
 def run_ablation(bundle: TextToImage, cfg: AblationConfig, out: Path) -> tuple[Score, list[Measured]]:
     """Measure all ablations and return them with their score; ``ablation.csv`` in ``out`` grows with each.
 
-    A stopped command goes on from there. Raises ValueError if the folder holds ablations with other settings, or if the
+    A stopped command resumes from there. Raises ValueError if the folder holds ablations with other settings, or if the
     model has no routing weights.
     """
     model = bundle.model
     if not isinstance(model, DiT) or not routes(model):
-        raise ValueError(f"arm {model.cfg.arm!r} has no routing weights to take out")
+        raise ValueError(f"arm {model.cfg.arm!r} has no routing weights to ablate")
     todo = plan(model.cfg, routing_weights(model, TIMES), cfg.kinds)
     with claimed(out / LOCK, out):
         _claim(out, bundle, cfg)
@@ -150,7 +151,7 @@ def interval(differences: Float[np.ndarray, " N"]) -> tuple[float, float]:
 
 
 def read_table(path: Path, tags: int) -> list[Measured]:
-    """Read the ablations of a table that have rows for all ``tags``; a line that was cut off is left out."""
+    """Read the ablations of a table that have rows for all ``tags``; a line that was cut off is ignored."""
     if not path.is_file():
         return []
     by_ablation: dict[tuple[str, str, str], list[Measured]] = {}

@@ -1,6 +1,6 @@
-"""What an ablation is measured by: the exact checker's accuracy, or the velocity loss, for each prompt.
+"""How an ablation is scored: the exact checker's accuracy, or the velocity loss, for each prompt.
 
-Prompts, images, noise and times are the same for every routing, and the text encoder reads the prompts once.
+Prompts, images, noise and times are the same for every routing, and the prompts are encoded once.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Accuracy:
 
 @dataclass
 class Loss:
-    """The velocity's mean squared error on held-out images, the mean over fixed times."""
+    """The velocity's mean squared error on held-out images, averaged over fixed times."""
 
     bundle: TextToImage
     rows: Sequence[Row]
@@ -125,6 +125,6 @@ def loss(bundle: TextToImage, paths: Sequence[str], n: int, seed: int, times: Se
         return Loss(bundle, rows, [sample.tag for sample in samples], times, batch)
     own = tuple(paths) or tuple(bundle.config.get("validation", {}).get("paths", ()))
     if not own:
-        raise ValueError("the loss needs images that were not trained on: give them as --ablation.paths")
+        raise ValueError("the loss needs images that were not used in training: give them as --ablation.paths")
     read = held_out(ValidationConfig(paths=own, samples=n, seed=seed), DataConfig(), bundle.image_size)
     return Loss(bundle, [read(place) for place in range(n)], [""] * n, times, batch)

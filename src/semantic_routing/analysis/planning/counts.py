@@ -48,9 +48,9 @@ class Counts:
     image_flops: int
     """FLOPs of the blocks for one image, forward."""
     encoder_flops: int
-    """FLOPs of the language model for one prompt; 0 if its states are kept on disk."""
+    """FLOPs of the language model for one prompt; 0 if its states are cached on disk."""
     codec_flops: int
-    """FLOPs of the autoencoder's encoder for one image; 0 if its latents are kept on disk."""
+    """FLOPs of the autoencoder's encoder for one image; 0 if its latents are cached on disk."""
     codec_wide: bool
     """Whether the autoencoder runs in float32."""
     update_flops: int

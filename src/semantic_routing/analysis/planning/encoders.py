@@ -1,4 +1,4 @@
-"""The sizes of the language models that recipes read, as far as a plan needs them."""
+"""The sizes of the language models that recipes use, as far as a plan needs them."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ class EncoderSizes:
 
 
 def encoder_sizes(text: TextEncoderConfig, model: DiTConfig) -> EncoderSizes:
-    """Return the sizes of a run's language model; only for models that no recipe names is a configuration read.
+    """Return the sizes of a run's language model; a configuration is read only for models that no recipe names.
 
-    Raises ValueError if the configuration cannot be had, or has no attention or no gated MLP.
+    Raises ValueError if the configuration cannot be loaded, or has no attention or no gated MLP.
     """
     tiny, paper = tiny_sizes(text.name_or_path), SCALES["paper"]
     if tiny is not None:

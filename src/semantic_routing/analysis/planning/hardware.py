@@ -35,13 +35,14 @@ class Assumptions:
     """What a plan assumes about a cluster; the defaults are assumptions too, with their sources."""
 
     utilisation: float = 0.4
-    """Share of the peak that matrix products reach. Assumed; a metric ``mfu`` of your own run replaces it."""
+    """Share of the peak FLOP/s that matrix products reach. Assumed; the metric ``mfu`` of one of your runs gives a
+    better value."""
     usable_memory: float = 0.9
     """Share of a GPU's memory to plan with; the rest is for CUDA, workspaces and fragmentation. Assumed."""
     node: int = 8
-    """GPUs of a machine."""
+    """GPUs per machine."""
     network_gb: float = 50.0
-    """GB a second that a GPU sends to other machines: one 400 Gb/s adapter each."""
+    """GB per second that a GPU sends to other machines: one 400 Gb/s adapter each."""
     start_us: float = 8.4
     """Microseconds to start a collective: NCCL's own model of a ring (src/graph/tuning.cc, baseLat, Simple)."""
     hop_us: float = 3.4
@@ -49,22 +50,22 @@ class Assumptions:
     network_hop_us: float = 9.6
     """Microseconds of a ring's step between machines (the same, hwLat, network)."""
     host_gb: float = 50.0
-    """GB a second from a GPU to host memory: PCIe 5 x16 carries 64 at most. Assumed."""
+    """GB per second from a GPU to host memory: PCIe 5 x16 transfers at most 64. Assumed."""
     decode_ms: float = 3.34
-    """Milliseconds of one worker process for a picture: twice the 1.67 ms that two of them took together for 512x384
-    JPEG to 256x256 (benchmarks/loader_speed.py, docs/log.md). Larger pictures take longer."""
+    """Milliseconds of one worker process per image: twice the 1.67 ms that two of them took together for 512x384
+    JPEG to 256x256 (benchmarks/loader_speed.py, docs/log.md). Larger images take longer."""
     record_kb: float = 150.0
-    """Kilobytes of a picture with its caption in the shards. Assumed."""
+    """Kilobytes of an image with its caption in the shards. Assumed."""
     storage_node_gb: float = 2.0
-    """GB a second between a machine and the shared storage. Assumed."""
+    """GB per second between a machine and the shared storage. Assumed."""
     storage_gb: float = 40.0
-    """GB a second of the shared storage in all. Assumed."""
+    """GB per second of the shared storage in total. Assumed."""
     gpu_hours_per_failure: float = 16_384 * 54 * 24 / 419
-    """GPU hours from one unexpected end to the next: 419 in 54 days on 16,384 H100 (The Llama 3 Herd of Models,
+    """GPU hours from one unexpected failure to the next: 419 in 54 days on 16,384 H100 (The Llama 3 Herd of Models,
     arXiv:2407.21783, Section 3.3.4)."""
     hang_share: float = 0.1
-    """Share of failures in which nothing crashes and all processes wait. Assumed, near the share of network failures
-    there (8.4 %)."""
+    """Share of failures in which no process crashes and all processes wait. Assumed, near the share of network
+    failures there (8.4 %)."""
     restart_s: float = 180.0
     """Seconds from the end of all processes to the first byte read: scheduler, imports, process group. Assumed."""
 
@@ -77,7 +78,7 @@ class Assumptions:
                 raise ValueError(f"{name} is {getattr(self, name)}; it is a share, from 0 to 1")
 
     def nodes(self, gpus: int) -> int:
-        """Return the number of machines; ValueError if they would not be full."""
+        """Return the number of machines; ValueError if the GPUs do not fill them."""
         if gpus > self.node and gpus % self.node:
             raise ValueError(f"{gpus} GPUs do not fill machines of {self.node}: give a multiple, or another --node")
         return max(1, gpus // self.node)

@@ -38,7 +38,7 @@ class Layout:
 def lay_out(cfg: TrainConfig, counts: Counts, gpu: Gpu, gpus: int, assumed: Assumptions) -> Layout:
     """Choose the largest microbatch that fits, with at least ``cfg.accumulate`` of them; ValueError if none divides.
 
-    A run that does not fit even with one image at a time is laid out so, and marked.
+    A run that does not fit even with one image per microbatch gets that layout, marked as not fitting.
     """
     shards = check_groups(cfg, gpus, assumed)
     nodes, images = assumed.nodes(gpus), cfg.share(gpus)

@@ -33,10 +33,10 @@ def counted(cfg: TrainConfig, counts: Counts, tokens: int) -> Table:
     rows = {
         "weights of the transformer": f"{counts.parameters:,}",
         "weights of the language model, of the autoencoder": f"{counts.encoder:,}, {counts.codec:,}",
-        "products an image: transformer, forward and backward": f"{counts.train_flops / TERA:.2f} TFLOP",
-        "products an image: language model": f"{counts.encoder_flops / TERA:.2f} TFLOP",
-        "products an image: autoencoder": f"{counts.codec_flops / TERA:.2f} TFLOP",
-        "saved for backward an image: no, selective, full activation checkpointing": f"{kept} GB",
+        "FLOPs per image: transformer, forward and backward": f"{counts.train_flops / TERA:.2f} TFLOP",
+        "FLOPs per image: language model": f"{counts.encoder_flops / TERA:.2f} TFLOP",
+        "FLOPs per image: autoencoder": f"{counts.codec_flops / TERA:.2f} TFLOP",
+        "saved for backward per image: no, selective, full activation checkpointing": f"{kept} GB",
         "a prefetched image": f"{counts.ahead / GB:.2f} GB",
         "a checkpoint": f"{counts.states / GB:.1f} GB",
     }
@@ -47,7 +47,14 @@ def counted(cfg: TrainConfig, counts: Counts, tokens: int) -> Table:
 def layouts(plans: Sequence[Plan], gpu: str, assumed: Assumptions) -> Table:
     """Return the layout and the memory of each GPU."""
     usable = assumed.usable_memory * GPUS[gpu].memory / GB
-    head = ("GPUs", "GPUs a shard group", "images a GPU", "at once", "--accumulate", f"memory (GB of {usable:.0f})")
+    head = (
+        "GPUs",
+        "GPUs per shard group",
+        "images per GPU",
+        "per microbatch",
+        "--accumulate",
+        f"memory (GB of {usable:.0f})",
+    )
     return Table(
         head,
         [
@@ -120,11 +127,11 @@ def assumptions(cfg: TrainConfig, gpu: str, assumed: Assumptions) -> str:
     card = GPUS[gpu]
     return (
         f"Derived from counts, not measured. Assumed: {gpu} with products at {assumed.utilisation:.0%} of "
-        f"{card.peak / TERA:.0f} TFLOP/s; links at {card.nvlink / GB:.0f} GB/s a GPU inside a machine of "
+        f"{card.peak / TERA:.0f} TFLOP/s; links at {card.nvlink / GB:.0f} GB/s per GPU inside a machine of "
         f"{assumed.node} and {assumed.network_gb:g} GB/s between machines, rings with {assumed.hop_us:g} and "
-        f"{assumed.network_hop_us:g} us a step; {assumed.decode_ms:g} ms for a picture in each of "
-        f"{max(1, cfg.data.workers)} workers a GPU; storage at {assumed.storage_node_gb:g} GB/s a machine and "
+        f"{assumed.network_hop_us:g} us per step; {assumed.decode_ms:g} ms per image in each of "
+        f"{max(1, cfg.data.workers)} workers per GPU; storage at {assumed.storage_node_gb:g} GB/s per machine and "
         f"{assumed.storage_gb:g} GB/s in all; an unexpected end every {assumed.gpu_hours_per_failure:,.0f} GPU hours, "
-        f"{assumed.hang_share:.0%} of them hangs; {assumed.restart_s:g} s and the reading of checkpoint and networks "
+        f"{assumed.hang_share:.0%} of them hangs; {assumed.restart_s:g} s plus the loading of checkpoint and networks "
         f"to start again; means of {RUNS} simulated runs."
     )

@@ -20,7 +20,7 @@ GUIDED = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run does, in seconds."""
+    """What happens in a run, in seconds."""
 
     steps: int
     step: float
@@ -40,7 +40,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Failure:
-    """A failure, or the absence of any if ``after`` is infinite."""
+    """A failure, or none if ``after`` is infinite."""
 
     after: float
     """Seconds since the start or the last restart."""
@@ -50,7 +50,7 @@ class Failure:
 
 @dataclass
 class Account:
-    """Where the time of a run went, in seconds."""
+    """How the time of a run was spent, in seconds."""
 
     total: float = 0.0
     saving: float = 0.0
@@ -64,12 +64,12 @@ class Account:
 
 
 def play(run: Run, failures: Iterable[Failure] = ()) -> Account:
-    """Play the run event by event, with these failures in their order."""
+    """Simulate the run event by event, with these failures in their order."""
     return _Play(run, iter(failures)).play()
 
 
 class _Play:
-    """The state of a run that is played."""
+    """The state of a simulated run."""
 
     def __init__(self, run: Run, failures: Iterator[Failure]) -> None:
         self.run, self.failures, self.account = run, failures, Account()
@@ -145,7 +145,7 @@ def random_failures(seed: int, mean: float, hang_share: float) -> Iterator[Failu
 
 
 def cost_of_one(run: Run, times: int = 101) -> float:
-    """Return the seconds that one crash adds, on average over moments spread evenly over the run.
+    """Return the seconds that one crash adds, averaged over moments spread evenly over the run.
 
     ``times`` is a prime, so that the moments fall on all phases of the interval between checkpoints.
     """
@@ -155,7 +155,7 @@ def cost_of_one(run: Run, times: int = 101) -> float:
 
 
 def run_of(cfg: TrainConfig, counts: Counts, layout: Layout, gpu: Gpu, assumed: Assumptions, step: float) -> Run:
-    """Return what a run does, from counted bytes and FLOPs, with steps of ``step`` seconds."""
+    """Return the events of a run, from counted bytes and FLOPs, with steps of ``step`` seconds."""
     storage = assumed.storage(layout.nodes)
     read = (counts.states + layout.nodes * counts.frozen) / storage
     return Run(
@@ -182,11 +182,11 @@ def _pauses(cfg: TrainConfig, counts: Counts, layout: Layout, rate: float) -> tu
 
 
 def detection(cfg: TrainConfig, gpus: int) -> float:
-    """Return the mean seconds from a hang to the end of all processes; without a watchdog the longest wait of all.
+    """Return the mean seconds from a hang to the end of all processes; without a watchdog the longest possible wait.
 
-    Notes are written and read once a poll, so progress is seen half a poll late and its absence another half; then the
-    alarm gives all processes two polls for their stacks. Hangs in the slow phases, such as the first step, take up to
-    ``watchdog.grace`` and are left out.
+    Notes are written and read once per poll, so progress is seen half a poll late and its absence another half poll
+    late; then the alarm gives all processes two polls to write their stacks. Hangs in the slow phases, such as the
+    first step, take up to ``watchdog.grace`` and are left out.
     """
     timeout = cfg.watchdog.seconds(gpus)
     if not timeout:

@@ -26,7 +26,7 @@ UPDATE_BYTES = 4 * FLOAT + 3 * FLOAT + FLOAT
 
 @dataclass(frozen=True, kw_only=True)
 class Seconds:
-    """Seconds of the parts of one step on each GPU, alone."""
+    """Seconds of the parts of one step on each GPU, each part alone."""
 
     load: float = 0.0
     """Reading and decoding of the step's pictures."""
@@ -56,7 +56,7 @@ class Seconds:
     """Norm, clipping and update of the weights."""
 
     def without(self, *names: str) -> Seconds:
-        """Return the same step if parts that begin with these names took no time."""
+        """Return the same step with parts that begin with these names taking no time."""
         gone = {field.name: 0.0 for field in fields(self) if field.name.startswith(names)}
         return replace(self, **gone)
 
@@ -97,12 +97,12 @@ def seconds_of(cfg: TrainConfig, counts: Counts, layout: Layout, gpu: Gpu, assum
 
 @dataclass(frozen=True)
 class StepTime:
-    """A step within a run that goes on undisturbed."""
+    """A step in the middle of an undisturbed run."""
 
     seconds: float
     """Seconds from one step's end to the next."""
     busy: dict[str, float]
-    """Share of that in which each resource works."""
+    """Share of that time in which each resource works."""
 
     @property
     def bottleneck(self) -> str:

@@ -1,1 +1,1 @@
-"""``semroute probe``: the knowledge of each layer of a language model, and the loss of an average of its layers."""
+"""``semroute probe``: what each layer of a language model encodes, and what an average of its layers loses."""

@@ -1,4 +1,4 @@
-"""Linear probes: which of a few answers a state stands for, by ridge regression onto one column for each answer."""
+"""Linear probes: classify a hidden state by ridge regression, with one output for each answer."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 FOLDS = 10
 RIDGES = tuple(10.0**k for k in range(-4, 5, 2))
-"""Ridges tried, as shares of the mean eigenvalue of the kernel matrix."""
+"""Ridges to try, as shares of the mean eigenvalue of the kernel matrix."""
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The share of prompts, outside of its fitting folds, that a probe answers correctly."""
+    """The share of prompts that a probe answers correctly, each by a probe that was fitted without it."""
 
     mean: float
     error: float
@@ -26,10 +26,10 @@ class Accuracy:
 def cross_validate(
     x: Float[Tensor, "N C"], answers: Int[np.ndarray, " N"], allowed: Bool[np.ndarray, "N K"], seed: int
 ) -> Accuracy:
-    """Return the accuracy of a linear probe, each prompt answered by a probe fitted without its fold.
+    """Return the accuracy of a linear probe by cross-validation.
 
-    Of ten folds one is answered, the next chooses the ridge and the others fit. ``allowed`` are the answers among which
-    a prompt's is looked for.
+    Of ten folds one is tested, the next chooses the ridge and the others fit. ``allowed`` are the answers among which a
+    prompt's answer is chosen.
     """
     fold = np.random.default_rng(seed).permutation(len(x)) % FOLDS
     kernel = x.double() @ x.double().T

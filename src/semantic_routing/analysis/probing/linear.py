@@ -43,7 +43,9 @@ def fold_prompts(prompt: Int[Tensor, " T"], seed: int) -> Folds:
     """Split tokens by their prompts: 14, 3 and 3 of 20. Raises ValueError for fewer than 8 prompts."""
     names = prompt.unique()
     if len(names) < 8:
-        raise ValueError(f"{len(names)} prompts are too few to hold any out: give at least 8, better 1,000")
+        raise ValueError(
+            f"{len(names)} prompts are too few to hold some out: give at least 8, and 1,000 or more for good estimates"
+        )
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
     fold = torch.zeros(int(names.max()) + 1, dtype=torch.long)
     twentieths = torch.arange(len(names)) * 20 // len(names)
@@ -93,7 +95,7 @@ def centred(states: Float[Tensor, "T C"], folds: Folds) -> list[Float[Tensor, "n
 def predict_layers(hidden: Float[Tensor, "L T C"], folds: Folds, only: Sequence[int] | None = None) -> Linear:
     """Predict every layer from every layer and from the uniform average of all, the last source.
 
-    ``only`` leaves the sources with these indices; -1 is the average. Rows of the others are NaN.
+    ``only`` restricts the sources to these indices; -1 is the average. The rows of other sources are NaN.
     """
     layers = len(hidden)
     wanted = range(layers + 1) if only is None else [index % (layers + 1) for index in only]

@@ -1,4 +1,4 @@
-"""A probe's results as figures, tables, two sentences, and one page that needs no network."""
+"""A probe's results as figures, tables, a summary of two sentences, and one self-contained page."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MASSIVE = 1000.0
 
 @dataclass(frozen=True)
 class Reading:
-    """A task's accuracy at one place, by source: each layer, then the average."""
+    """A task's accuracy at one position, for each layer and then the average."""
 
     task: str
     place: str
@@ -37,7 +37,7 @@ class Reading:
 
     @property
     def name(self) -> str:
-        """The task and the place."""
+        """The task and the position."""
         return f"{self.task}, at the {self.place}"
 
 
@@ -57,7 +57,7 @@ class Norms:
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """All that was measured of one language model."""
+    """Everything that was measured of one language model."""
 
     encoder: str
     prompts: str
@@ -74,7 +74,7 @@ class Probe:
     readings: list[Reading]
 
     def summary(self) -> dict[str, Any]:
-        """Return the numbers as JSON holds them."""
+        """Return the numbers in a form that JSON can hold."""
         return {
             "encoder": self.encoder,
             "prompts": self.prompts,
@@ -103,12 +103,12 @@ class Probe:
 
 
 def verdict(probe: Probe) -> str:
-    """Say in two sentences what the average and the penultimate layer lose."""
+    """Summarise in two sentences what the average and the penultimate layer lose."""
     from_average, from_penultimate = 1 - probe.inner.r2[-1], 1 - probe.inner.r2[-3]
     worst, lost = int(from_average.argmax()), int(from_penultimate.argmax())
     first = (
         f"The average of the {len(probe.layers)} layers loses up to {from_average.max():.0%} of a layer's variance "
-        f"(layer {probe.layers[worst]}; {from_average.mean():.0%} in the mean), the penultimate layer up to "
+        f"(layer {probe.layers[worst]}; {from_average.mean():.0%} on average), the penultimate layer up to "
         f"{from_penultimate.max():.0%} (layer {probe.layers[lost]}; {from_penultimate.mean():.0%})."
     )
     if not probe.readings:
@@ -124,7 +124,7 @@ def verdict(probe: Probe) -> str:
 
 
 def figures(probe: Probe) -> Iterator[Drawn]:
-    """Draw what was measured, by layer."""
+    """Plot the measurements by layer."""
     names = [f"layer {layer}" for layer in probe.layers]
     lines = {
         "average, without first tokens": probe.inner.r2[-1],
@@ -160,7 +160,7 @@ def _lines(
     name: str, title: str, label: str, lines: dict[str, Float[np.ndarray, " L"]], probe: Probe,
     limits: tuple[float, float] | None = None, *, log: bool = False,
 ) -> Drawn:  # fmt: skip
-    """Draw values by layer; constant ones as dashes."""
+    """Plot values by layer; constant ones as dashes."""
     figure, axes = new_axes(7.2, 3.4, title)
     colors = iter(matplotlib.colormaps["tab10"].colors)  # type: ignore[attr-defined]
     for legend, values in lines.items():
@@ -180,7 +180,7 @@ def _lines(
 
 
 def _map(name: str, title: str, values: Float[np.ndarray, "S L"], names: Sequence[str]) -> Drawn:
-    """Draw a source in each row, a target in each column."""
+    """Plot a matrix with a source in each row and a target in each column."""
     rows = [*names, "average"][: len(values)]
     figure, axes = new_axes(6.2, 5.2, title)
     low = max(0.0, float(np.nanmin(values)))
@@ -210,7 +210,7 @@ def write_page(path: Path, probe: Probe, drawn: Sequence[Drawn]) -> Path:
         "the prompts to fit, 15 % to choose the ridge, 15 % to report."
     )
     body = (
-        f'<h1>What the layers of {escape(probe.encoder)} know</h1>\n<p class="soft">{escape(about)}</p>\n'
+        f'<h1>What the layers of {escape(probe.encoder)} encode</h1>\n<p class="soft">{escape(about)}</p>\n'
         f"<p>{escape(verdict(probe))}</p>\n{_table(probe)}\n"
         f'<h2>By layer</h2>\n<div class="maps">{cards}</div>\n'
     )

@@ -22,12 +22,12 @@ from semantic_routing.text.encoder import TextEncoder
 def probe_encoder(
     encoder: TextEncoder, prompts: Sequence[str], *, source: str, tokens: int, tasks: Sequence[Task] = (), seed: int = 0
 ) -> Probe:
-    """Measure every layer of ``encoder`` on the prompts, at most ``tokens`` tokens of them, and on the tasks.
+    """Measure every layer of ``encoder`` on at most ``tokens`` tokens of the prompts, and on the tasks.
 
-    ``source`` names the prompts. Raises ValueError for an encoder of fewer than two layers or too few prompts.
+    ``source`` is a name for the prompts. Raises ValueError for an encoder of fewer than two layers or too few prompts.
     """
     if encoder.num_layers < 2:
-        raise ValueError("a probe compares layers: the text encoder must return at least 2, such as --layers all")
+        raise ValueError("a probe compares layers: choose at least 2, such as --layers all")
     states = token_states(encoder, prompts, most=tokens)
     inner = states.without_first()
     return Probe(
@@ -55,7 +55,7 @@ def _norms(states: TokenStates) -> Norms:
 
 
 def _read(encoder: TextEncoder, task: Task, seed: int) -> list[Reading]:
-    """Fit the probes of a task at each of its places, for every layer and the average."""
+    """Fit the probes of a task at each of its positions, for every layer and the average."""
     tokens = np.array(
         [[encoder.position(prompt, ends[i]) for ends in task.ends.values()] for i, prompt in enumerate(task.prompts)]
     )
@@ -76,7 +76,7 @@ def _read(encoder: TextEncoder, task: Task, seed: int) -> list[Reading]:
 
 @contextmanager
 def one_thread_each() -> Iterator[ThreadPoolExecutor]:
-    """Yield a pool of as many threads as torch uses; each of them computes alone, which suits small matrices."""
+    """Yield a pool of as many threads as torch uses; each computes alone, which is faster for small matrices."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,6 @@
-"""Questions about captions that a linear probe answers from one token's state: colours, shapes, counts, relations."""
+"""Questions about captions that a linear probe answers from one token's hidden state: colours, shapes, counts,
+relations.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ COLOR_WORDS = Path(__file__).with_name("color_words.txt")
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One question, asked of many prompts at the same few places."""
+    """One question, asked about many prompts at the same few positions."""
 
     name: str
     """The question, such as "count"."""
@@ -33,7 +35,7 @@ class Task:
 
     @property
     def chance(self) -> float:
-        """Accuracy of a guess."""
+        """Accuracy of a random guess."""
         return 1 / (len(self.choices[0]) if self.choices else len(set(self.answers)))
 
 
@@ -69,7 +71,9 @@ def word_tasks(per_task: int, seed: int) -> Iterator[Task]:
 
 
 def list_tasks() -> Iterator[Task]:
-    """Yield what colour a thing has and what shape a name means, each word once: a probe is judged on unseen ones."""
+    """Yield which colour a thing has and which shape a name means, each word once, so that a probe is tested on unseen
+    words.
+    """
     for name, question, template in (
         ("things", "color of unseen things", "the color of {}"),
         ("shapes", "shape of unseen names", "a drawing of {}"),
@@ -112,7 +116,7 @@ def _binding(samples: list[Sample]) -> Iterator[Task]:
 
 
 def color_word_task(template: str = "the color of {}") -> Task:
-    """Return the question which colour a word means that no probe was fitted on, such as scarlet or otter."""
+    """Return the question which colour a word means, such as scarlet or otter; probes are fitted on others."""
     words, answers = [], []
     for line in COLOR_WORDS.read_text(encoding="utf-8").splitlines():
         color, _, rest = line.partition(":")
@@ -125,7 +129,7 @@ def color_word_task(template: str = "the color of {}") -> Task:
 
 
 Place = Callable[[int, str], int]
-"""Finds the end of a place in a caption: of (index, caption)."""
+"""Function from (index, caption) to the end of a position in the caption."""
 
 
 def _task(
@@ -162,12 +166,12 @@ def _words(words: Sequence[str]) -> Place:
 
 
 def _names(name: str, reading: str) -> list[str]:
-    """Return the words of a list for a reading, the longest first."""
+    """Return the words of a list with a given meaning, the longest first."""
     return sorted((word.text for word in words(name) if word.reading == reading), key=len, reverse=True)
 
 
 def _said(names: Sequence[Sequence[str]]) -> Place:
-    """Find the longest of each caption's possible names that it has as whole words."""
+    """Find the longest of each caption's possible names that it contains as whole words."""
 
     def find(index: int, caption: str) -> int:
         found = (re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", caption) for name in names[index])
@@ -181,7 +185,7 @@ def _nouns(kinds: Sequence[Kind]) -> Place:
 
 
 def _relation(relations: Sequence[Relation]) -> Place:
-    """Find the words that say where, the longest that the caption holds."""
+    """Find the words for a relation, the longest that the caption contains."""
 
     def find(index: int, caption: str) -> int:
         said = [words for words in PLACES[relations[index].where] if f" {words} " in caption]

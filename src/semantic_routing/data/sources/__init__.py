@@ -1,1 +1,1 @@
-"""One file a format: what records a source holds."""
+"""Data sources, one file per format."""

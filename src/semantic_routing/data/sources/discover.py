@@ -1,13 +1,10 @@
-"""Finds out what a path of data means: its kind, its files, and what is left out.
+"""Determines what a path of data means: its kind, its files, and what is left out.
 
 A folder's kind depends on all files below it. The first of these that it holds decides:
 
-1. tar shards
-2. Parquet files with pictures
-3. a manifest with a name in ``MANIFESTS``
-4. pictures with captions in files next to them
-5. a manifest with a name in ``TABLES``, or the only manifest in a subfolder, such as Hugging Face's ``train``
-6. pictures
+1. tar shards 2. Parquet files with pictures 3. a manifest with a name in ``MANIFESTS`` 4. pictures with captions in
+files next to them 5. a manifest with a name in ``TABLES``, or the only manifest in a subfolder, such as Hugging Face's
+``train`` 6. pictures
 
 Other files that look like data are counted by reason, as are splits other than ``train``.
 """
@@ -63,12 +60,13 @@ def refuse_world(path: str) -> None:
     """Raise ValueError if a path of data is the name of a toy world."""
     if path in WORLDS:
         raise ValueError(
-            f"{path!r} is {WORLDS[path].title}, which is drawn and has no files; a folder of that name is ./{path}"
+            f"{path!r} is {WORLDS[path].title}, which is generated and has no files; for a folder of that name write "
+            f"./{path}"
         )
 
 
 def discover(path: str) -> Data:
-    """Find out what a path, pattern or URL means; ValueError if it has no data, or files of several kinds."""
+    """Determine what a path, pattern or URL means; ValueError if it has no data, or files of several kinds."""
     refuse_world(path)
     paths = expand(path)
     if len(paths) == 1 and is_folder(paths[0]):
@@ -81,12 +79,14 @@ def discover(path: str) -> Data:
         hint = "unpack it to .tar: a compressed one has no random access" if ".tar." in other or ".tgz" in other else ""
         raise ValueError(f"{other} is not {', '.join(ENDINGS)}; {hint or 'give such files or a folder'}")
     if len(kinds) > 1:
-        raise ValueError(f"{path!r} means files of several kinds ({', '.join(sorted(kinds))}); give each its own path")
+        raise ValueError(
+            f"{path!r} matches files of several kinds ({', '.join(sorted(kinds))}); give each as its own path"
+        )
     kind = kinds.pop()
     if kind == PARQUET and len(paths) == 1 and _has_pictures(paths[0]) is False and _names_pictures(paths[0]):
         kind = MANIFEST
     if kind == MANIFEST and len(paths) > 1:
-        raise ValueError(f"{path!r} means several manifests; give each its own path")
+        raise ValueError(f"{path!r} matches several manifests; give each as its own path")
     return Data(kind, paths, {})
 
 

@@ -138,7 +138,7 @@ def checked(row: Any, root: str) -> str:
         _check_text(row.get("text"))
     path = picture_path(name, root)
     if not is_url(path) and not os.path.isfile(path):  # asking for every URL takes too long
-        raise MissingPicture(f"{field} {name!r} is no file in {root!r}; correct the path or take the row out")
+        raise MissingPicture(f"{field} {name!r} is not a file in {root!r}; correct the path or take the row out")
     return name
 
 

@@ -1,1 +1,1 @@
-"""The commands of semroute data other than index: stats, preview and recaption."""
+"""The subcommands of semroute data other than index: stats, preview and recaption."""

@@ -1,4 +1,4 @@
-"""``semroute data preview``: a contact sheet of pictures and captions as training will see them."""
+"""``semroute data preview``: a contact sheet of images and captions as training will see them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INK, FAINT, PAPER = "#1f2328", "#6e7781", "#ffffff"
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewArguments:
-    """Draw a contact sheet of cropped pictures and the captions chosen for them."""
+    """Draw a contact sheet of cropped images and the captions chosen for them."""
 
     paths: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Tar shards, Parquet files, manifests, folders or "shapes", as for training."""
@@ -30,17 +30,17 @@ class PreviewArguments:
     index: str = ""
     """Folder of the index, if it is not in the data's folder."""
     caption_keys: tuple[str, ...] = ()
-    """Caption keys to choose from; default: the first of txt, text, caption, prompt."""
+    """Caption keys to choose from; by default the first of txt, text, caption, prompt."""
     sidecar: str = ""
     """Parquet or JSONL file with key and caption."""
     size: int = 256
-    """Side of the pictures in pixels."""
+    """Side of the images in pixels."""
     count: int = 24
-    """Number of pictures: the first ones that a run with this seed trains on."""
+    """Number of images: the first ones that a run with this seed trains on."""
     columns: int = 6
-    """Pictures in a row."""
+    """Images per row."""
     seed: int = 42
-    """Seed of the run."""
+    """Random seed of the run."""
 
     def __post_init__(self) -> None:
         if min(self.size, self.count, self.columns) < 1:

@@ -1,4 +1,4 @@
-"""``semroute data recaption``: a model on a server describes every picture, into a sidecar Parquet file of captions.
+"""``semroute data recaption``: a model on a server describes every image, into a sidecar Parquet file of captions.
 
 ``OUT.parts`` next to that file holds the request, the parts (see ``caption_parts.py``) and every answer that is not yet
 in a part. A restart therefore requests only what is missing, and nothing is paid for twice.
@@ -40,18 +40,18 @@ INSTRUCTION = (
 OLD_CAPTION = "\n\nThe picture was found with this text, which may help, say little or be wrong: "
 """Text before a record's own caption."""
 ANSWERS = "answers"
-NO_THINKING = 'switch thinking off, as by --extra \'{"chat_template_kwargs": {"enable_thinking": false}}\''
+NO_THINKING = 'turn reasoning off, for example with --extra \'{"chat_template_kwargs": {"enable_thinking": false}}\''
 ADVICE = {
-    CUT: f"give --max-tokens more than now, or {NO_THINKING}",
+    CUT: f"raise --max-tokens, or {NO_THINKING}",
     THOUGHTS: NO_THINKING,
-    "": "see that the model takes pictures and knows the request's parameters, which --extra adds and takes out",
+    "": "check that the model accepts images and supports the request's parameters, which --extra adds and removes",
 }
 """Advice by reason, if the first answers hold no caption."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecaptionArguments:
-    """Have every picture described by a model on an OpenAI-compatible server; writes a sidecar of captions."""
+    """Let a model on an OpenAI-compatible server describe every image; writes a sidecar file of captions."""
 
     paths: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Tar shards, Parquet files, manifests or folders: paths, patterns or URLs; or folders of indices."""
@@ -64,15 +64,15 @@ class RecaptionArguments:
     show_caption: bool = False
     """Show the old caption to the model, too."""
     pixels: int = 768 * 768
-    """Pixels to which larger pictures are reduced before they are sent."""
+    """Longer side in pixels to which larger images are reduced before they are sent."""
     quality: int = 90
-    """Quality of the JPEG that is sent, 1 to 100."""
+    """Quality of the JPEG that is sent, from 1 to 100."""
     max_tokens: int = 512
-    """Longest caption in tokens; one that is cut off counts as failed."""
+    """Maximum length of a caption in tokens; one that is cut off counts as failed."""
     part_rows: int = 1000
-    """Records of a part."""
+    """Records per part."""
     max_failed: float = 0.1
-    """Share of records without a caption above which the command fails, after it wrote the others."""
+    """Share of records without a caption above which the command fails, after it has written the others."""
     server: Annotated[ChatConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=ChatConfig)
 
     def __post_init__(self) -> None:
@@ -161,7 +161,7 @@ def _read_instruction(path: Path) -> str:
 
 
 def _row(position: int, key: str, answer: Answer | Failure) -> CaptionRow:
-    """Make a row of an answer; thoughts are no part of its caption."""
+    """Make a row of an answer; the model's reasoning is not part of its caption."""
     if isinstance(answer, Answer):
         caption = spoken(answer)
         if isinstance(caption, str):

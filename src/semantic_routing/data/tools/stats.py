@@ -1,4 +1,4 @@
-"""``semroute data stats``: counts of records and damage, lengths of captions, and sizes of pictures."""
+"""``semroute data stats``: counts of records and damage, lengths of captions, and sizes of images."""
 
 from __future__ import annotations
 

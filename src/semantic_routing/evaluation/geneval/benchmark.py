@@ -52,8 +52,8 @@ class GenEval(Benchmark):
     def find(self, folder: Path) -> dict[tuple[int, int], Path]:
         """Find all images in the folders of prompts; ValueError if a folder belongs to no prompt.
 
-        As for the official scorer, a folder's prompt is what its metadata says; without them, it is the one with the
-        folder's number.
+        As in the official scorer, a folder's prompt is the one in its metadata; without metadata it is the prompt with
+        the folder's number.
         """
         if not folder.is_dir():
             raise ValueError(f"there is no folder of images {folder}")
@@ -66,7 +66,9 @@ class GenEval(Benchmark):
                     continue
                 image = index, int(path.stem)
                 if image in found:
-                    raise ValueError(f"{found[image]} and {path} are both image {image[1]} of a prompt; delete one")
+                    raise ValueError(
+                        f"{found[image]} and {path} are both image {image[1]} of the same prompt; delete one of them"
+                    )
                 found[image] = path
         return found
 
@@ -80,8 +82,8 @@ class GenEval(Benchmark):
                 return index
             if not isinstance(text, str) or text not in by_text:
                 raise ValueError(
-                    f"{metadata} asks for {text!r}, which is no prompt of this benchmark: these images are of another "
-                    "set of prompts"
+                    f"{metadata} asks for {text!r}, which is not a prompt of this benchmark: these images belong to "
+                    "another set of prompts"
                 )
             return by_text[text]
         if index >= len(self.prompts):
@@ -110,7 +112,7 @@ def read_geneval(path: Path, images_per_prompt: int = IMAGES_PER_PROMPT) -> GenE
         try:
             check_metadata(row)
         except ValueError as error:
-            raise ValueError(f"{path}:{number} is no prompt of GenEval: {error}") from error
+            raise ValueError(f"{path}:{number} is not a prompt of GenEval: {error}") from error
     return GenEval(
         prompts=tuple(
             Prompt(id=f"{index:05d}", text=row["prompt"], tags=(row["tag"],), metadata=row)
@@ -122,7 +124,7 @@ def read_geneval(path: Path, images_per_prompt: int = IMAGES_PER_PROMPT) -> GenE
 
 @dataclass(frozen=True, kw_only=True)
 class GenEvalScorer:
-    """The verdicts of ``verdict.py`` as a scorer; its answers are the detections that decided them."""
+    """The verdicts of ``verdict.py`` as a scorer; its answers are the detections that determined them."""
 
     detector: Detector
     colors: ColorClassifier

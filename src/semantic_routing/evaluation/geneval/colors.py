@@ -1,8 +1,8 @@
 """GenEval's colours: CLIP compares an object, cut out by its mask, with sentences about each colour.
 
-The official scorer runs OpenAI's ViT-L/14 in half precision through open_clip; here it is float32 through
-transformers, so that only near ties can fall otherwise. Pictures are prepared by Pillow with torchvision's
-arithmetic: the shorter side resized to the network's size, bicubic and antialiased, and the middle cut out.
+The official scorer runs OpenAI's ViT-L/14 in half precision through open_clip; here it is float32 through transformers,
+so results can differ only for near ties. Images are prepared by Pillow with torchvision's arithmetic: the shorter side
+is resized to the network's size, bicubic and antialiased, and the middle is cut out.
 """
 
 from __future__ import annotations

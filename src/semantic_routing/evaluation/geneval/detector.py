@@ -1,13 +1,13 @@
-"""Mask2Former as GenEval runs it: mmdetection's preparation of a picture and reading of the answer, without mmdet.
+"""Mask2Former as GenEval runs it: mmdetection's preprocessing and postprocessing, without mmdet.
 
-Pictures are resized with the fixed-point arithmetic of OpenCV's ``INTER_LINEAR``, so pixels are equal to those of
-the official scorer, bit by bit (compared with OpenCV 4.10 and 5.0); decoding is Pillow's. Answers are read as
-mmdetection 2.x's ``MaskFormerFusionHead`` does, not as transformers' own post-processor, which resizes to 384,
-lets objects overwrite each other and rounds scores.
+Images are resized with the fixed-point arithmetic of OpenCV's ``INTER_LINEAR``, so pixels are bitwise those of the
+official scorer (compared with OpenCV 4.10 and 5.0); decoding is Pillow's. Outputs are processed as in mmdetection 2.x's
+``MaskFormerFusionHead``, not as in transformers' own post-processor, which resizes to 384, lets objects overwrite each
+other and rounds scores.
 
-mmdetection enlarges masks in two steps, to the padded input and, after a crop, to the picture. Both are linear
-and act on rows and columns alike, so here they are one sparse product a side, taken in blocks that fit a
-processor's cache and only where a mask can be positive.
+mmdetection enlarges masks in two steps, to the padded input and, after a crop, to the image. Both are linear and act on
+rows and columns alike, so here they are one sparse product per axis, computed in blocks that fit a processor's cache
+and only where a mask can be positive.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of a picture on its way into the network."""
+    """Sizes of an image on its way into the network."""
 
     original: Size
     resized: Size

@@ -1,13 +1,13 @@
 """The official detector's weights, as mmdetection 2.x saved them, by the names and shapes of transformers.
 
 The names are those of the checkpoints that transformers publishes, such as
-facebook/mask2former-swin-small-coco-instance; every release of it reads those. Each tensor of the file goes to
-one place or, where transformers keeps query, key and value apart, to three. Two things differ beyond names:
-mmdetection merges patches in the order of ``nn.Unfold``, and it stores the table of window positions, which
-transformers works out for itself; the table is compared with that and left out.
+facebook/mask2former-swin-small-coco-instance, which every release of it can load. Each tensor of the file goes to one
+place or, where transformers separates query, key and value, to three. Two things differ besides names: mmdetection
+merges patches in the order of ``nn.Unfold``, and it stores the table of window positions, which transformers computes;
+the table is compared with that and left out.
 
-The map was made from the sources of both (mmdetection 2.x, mmcv 1.x, transformers 5.23) and is tested by modules
-with small sizes and by the names and shapes of the full model. The file itself was not at hand.
+The mapping was made from the sources of both (mmdetection 2.x, mmcv 1.x, transformers 5.23). It is tested by modules
+with small sizes and by the names and shapes of the full model. The file itself was not available.
 """
 
 from __future__ import annotations
@@ -116,20 +116,20 @@ def read_mmdet(path: Path) -> Mapping[str, Tensor]:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
-            f"{path} is damaged, or holds more than tensors and plain values and is refused, since reading it could "
-            "run code; fetch it again, or save its 'state_dict' as safetensors where you trust it"
+            f"{path} is damaged, or holds more than tensors and plain values and is refused, because loading it "
+            "could run code; download it again or, if you trust it, save its 'state_dict' as safetensors"
         ) from error
     tensors = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ValueError(f"{path} has no tensors under 'state_dict'; it is no checkpoint of mmdetection")
+        raise ValueError(f"{path} has no tensors under 'state_dict'; it is not a checkpoint of mmdetection")
     return tensors
 
 
 def convert_mmdet(source: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename mmdetection's tensors to transformers' names.
 
-    Raises ValueError for a name that is not of a Mask2Former on Swin, or windows that are counted otherwise.
-    Whether the model is filled, transformers tells when it loads them.
+    Raises ValueError for a name that does not belong to a Mask2Former on Swin, or windows that are numbered
+    differently. Missing tensors are reported by transformers when it loads them.
     """
     converted: dict[str, Tensor] = {}
     unknown = []

@@ -1,4 +1,4 @@
-"""GenEval's two models from a folder, the hub, or mmdetection's file, each with what identifies it."""
+"""GenEval's two models from a folder, the hub, or mmdetection's file, each with its identity."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ UNUSED = ("criterion.empty_weight", "encoder.swin.layernorm.weight", "encoder.sw
 def load_geneval_models(
     detector: str | Path = DETECTOR, clip: str | Path = CLIP, device: torch.device | str = "cpu"
 ) -> tuple[Mask2FormerDetector, ClipColors]:
-    """Load the detector and the classifier of colours onto a device.
+    """Load the detector and the colour classifier onto a device.
 
     Each is a folder written by ``save_pretrained`` or a name on the Hugging Face hub; the detector may also be
-    mmdetection's file of weights. Raises one ValueError that says what is wrong with either.
+    mmdetection's file of weights. Raises a ValueError that says what is wrong with either.
     """
     loaded: list[Any] = []
     problems = []
@@ -60,7 +60,7 @@ def load_detector(place: str | Path, device: torch.device | str = "cpu") -> Mask
 
 
 def load_colors(place: str | Path, device: torch.device | str = "cpu") -> ClipColors:
-    """Load the classifier of colours; it is labelled a variant unless it is OpenAI's ViT-L/14 by name."""
+    """Load the colour classifier; it is labelled a variant unless it is OpenAI's ViT-L/14 by name."""
     from transformers import CLIPModel, CLIPTokenizer
 
     folder = _folder(place, "CLIP", "")
@@ -77,7 +77,7 @@ def load_colors(place: str | Path, device: torch.device | str = "cpu") -> ClipCo
 
 
 def _folder(place: str | Path, what: str, other: str) -> Path:
-    """Return the folder of a model, fetched from the hub or found in its cache."""
+    """Return the folder of a model, downloaded from the hub or found in its cache."""
     from huggingface_hub import snapshot_download
 
     if Path(place).is_dir():

@@ -1,10 +1,10 @@
-"""GenEval's verdict: from the objects found in a picture to whether it shows what its prompt says, and why not.
+"""GenEval's verdict: from the objects found in an image to whether it shows its prompt, and if not, why.
 
-The rules are those of the official scorer (djghosh13/geneval, evaluation/evaluate_images.py). What finds objects
-and what names their colours are plugged in: any ``Detector`` and ``ColorClassifier`` will do. Verdicts are pure
-functions of what those found.
+The rules are those of the official scorer (djghosh13/geneval, evaluation/evaluate_images.py). The object detector and
+the colour classifier can be exchanged: any ``Detector`` and ``ColorClassifier`` will do. Verdicts are pure functions of
+their results.
 
-Boxes are ``[x1, y1, x2, y2]`` in pixels, y downwards; where a score is known it follows as a fifth number.
+Boxes are ``[x1, y1, x2, y2]`` in pixels, y downwards; if a score is known, it is the fifth number.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ class ColorClassifier(Protocol):
 def score_image(
     image: Image.Image, metadata: Mapping[str, Any], detector: Detector, colors: ColorClassifier
 ) -> dict[str, Any]:
-    """Judge if a picture shows its prompt: ``correct``, ``reason`` and the ``detections`` that decided it.
+    """Decide whether an image shows its prompt: ``correct``, ``reason`` and the ``detections`` that determined it.
 
-    ``evaluate_detections`` gives the same verdict on those detections. Only colours that the verdict needs are
-    asked for and stored.
+    ``evaluate_detections`` gives the same verdict for those detections. Only colours that the verdict needs are
+    computed and stored.
     """
     image = ImageOps.exif_transpose(image).convert("RGB")
     threshold = COUNTING_THRESHOLD if metadata["tag"] == "counting" else THRESHOLD
@@ -109,10 +109,10 @@ def keep_confident(
     max_objects: int = MAX_OBJECTS,
     max_overlap: float = 1.0,
 ) -> dict[str, list[Detection]]:
-    """Keep the objects that count, the most confident first; of equal scores, the later one.
+    """Keep the objects that count, the most confident first; among equal scores, the later one comes first.
 
-    The score must exceed ``threshold``. With ``max_overlap`` below GenEval's 1, an object is also dropped where
-    its box overlaps a better one by that much or more.
+    The score must exceed ``threshold``. With ``max_overlap`` below GenEval's 1, an object is also dropped if its box
+    overlaps a better one by at least that much.
     """
     kept = {}
     for name, objects in found.items():
@@ -140,10 +140,10 @@ def _area(box: Box) -> float:
 
 
 def relative_position(box_a: Box, box_b: Box) -> set[str]:
-    """Return the place of A seen from B: none, one or two of ``RELATIONS``.
+    """Return the position of A relative to B: none, one or two of ``RELATIONS``.
 
-    Centres count as level along an axis while they are apart by less than ``POSITION_MARGIN`` of the summed
-    sizes; the rest, over the distance of the centres, must exceed a half.
+    Centres count as level along an axis if they differ by less than ``POSITION_MARGIN`` of the summed sizes; the
+    remainder, divided by the distance of the centres, must exceed a half.
     """
     corners = np.array([box_a[:4], box_b[:4]], dtype=np.float64).reshape(2, 2, 2)
     center_a, center_b = corners.mean(axis=1)
@@ -160,12 +160,12 @@ def relative_position(box_a: Box, box_b: Box) -> set[str]:
 def evaluate_detections(
     detections: Mapping[str, Sequence[Mapping[str, Any]]], metadata: Mapping[str, Any]
 ) -> tuple[bool, str]:
-    """Return the verdict on a picture's objects, and its faults, one per line; "" if there is none.
+    """Return the verdict on an image's objects, and its faults, one per line; "" if there are none.
 
-    ``detections`` has for each class the objects that count, the most confident first, as ``{"box": [x1, y1, x2,
-    y2, score], "color": name}``; a colour is needed only where the prompt names one. ``metadata`` is a line of
-    GenEval's file of prompts. Raises ValueError if a colour that is needed is missing, or a position is
-    relative to an object that is not named before.
+    ``detections`` has for each class the objects that count, the most confident first, as ``{"box": [x1, y1, x2, y2,
+    score], "color": name}``; a colour is needed only if the prompt names one. ``metadata`` is a line of GenEval's file
+    of prompts. Raises ValueError if a needed colour is missing, or if a position is relative to an object that is not
+    named before.
     """
     faults = []
     groups: list[Sequence[Mapping[str, Any]] | None] = []
@@ -228,9 +228,9 @@ def check_metadata(metadata: object) -> None:
     clauses = [*include, *exclude]
     for number, clause in enumerate(clauses):
         if not isinstance(clause, dict) or clause.get("class") not in CLASSES:
-            raise ValueError(f"object {number} is of no class that GenEval knows")
+            raise ValueError(f"object {number} has a class that GenEval does not know")
         if not isinstance(clause.get("count"), int) or clause["count"] < 1:
-            raise ValueError(f"the count of {clause['class']} is no positive number")
+            raise ValueError(f"the count of {clause['class']} is not a positive number")
         if clause.get("color", COLORS[0]) not in COLORS:
             raise ValueError(f"{clause['color']!r} is not one of the colours {', '.join(COLORS)}")
         match clause.get("position"):

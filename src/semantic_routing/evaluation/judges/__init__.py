@@ -1,1 +1,1 @@
-"""Models that judge pictures."""
+"""Models that judge images."""

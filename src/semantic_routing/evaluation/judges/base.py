@@ -1,6 +1,6 @@
 """Vision-language models as judges, over an OpenAI-compatible server: VQAScore and UnifiedReward.
 
-An answer that cannot be read is a gap with its reason and never a number.
+An answer that cannot be parsed is recorded as a missing score with its reason, and never as a number.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from semantic_routing.evaluation.benchmark import Finding, Task
 
 PROMPT = "{prompt}"
 NO_THINKING = (
-    'switch thinking off, as by --judge.extra \'{"chat_template_kwargs": {"enable_thinking": false}}\' on vLLM and '
-    'SGLang or \'{"reasoning_effort": "none"}\' elsewhere, or judge with a model that does not think'
+    'turn reasoning off, such as with --judge.extra \'{"chat_template_kwargs": {"enable_thinking": false}}\' on vLLM '
+    'and SGLang or \'{"reasoning_effort": "none"}\' elsewhere, or use a judge that does not reason first'
 )
 
 
@@ -31,11 +31,11 @@ def open_rgb(path: Path) -> Image.Image | Failure:
         with Image.open(path, formats=formats()) as image:
             return to_rgb(image)
     except BROKEN as error:
-        return Failure(reason="the image does not open", detail=f"{path}: {error}", final=True)
+        return Failure(reason="the image cannot be opened", detail=f"{path}: {error}", final=True)
 
 
 def read_picture(path: Path, quality: int | None = None) -> Picture | Failure:
-    """Encode an image file to be sent: JPEG of that quality, or lossless PNG."""
+    """Encode an image file for a request: as JPEG of that quality, or as lossless PNG."""
     image = open_rgb(path)
     return image if isinstance(image, Failure) else Picture.encode(image, quality)
 
@@ -43,7 +43,7 @@ def read_picture(path: Path, quality: int | None = None) -> Picture | Failure:
 def checked_template(template: str, place: str, what: str) -> str:
     """Return the template; ValueError if it has no place for the prompt."""
     if place not in template:
-        raise ValueError(f"{what} has no {place}; write it where the prompt belongs")
+        raise ValueError(f"{what} has no {place}; write it in place of the prompt")
     return template
 
 

@@ -26,7 +26,9 @@ SPELLINGS = (YES, "yes", "YES", " Yes", " yes", "No", "no", "NO", " No", " no")
 """Spellings of the first token of an answer."""
 LEAST_MASS = 0.01
 """Probability that these must have together. Less than of a server's judge: over the whole vocabulary it is exact."""
-ADVICE = {"": "VQAScore needs a judge whose first word is yes or no: one tuned for instructions that does not think"}
+ADVICE = {
+    "": "VQAScore needs a judge whose first word is yes or no: an instruction-tuned model that does not reason first"
+}
 
 
 class LocalVQAJudge:
@@ -37,16 +39,17 @@ class LocalVQAJudge:
     def __init__(
         self, model: Any, processor: Any, *, name: str, weights: str = "", template: str = VQA_TEMPLATES["3.1"]
     ) -> None:
-        """
+        """Wrap a loaded model.
+
         Args:
-            model: An image-text-to-text model of transformers; it stays on its device, in its dtype.
+            model: An image-text-to-text model of transformers; it keeps its device and dtype.
             processor: Its processor, with a chat template.
-            name: What manifests call it.
-            weights: What tells its weights from others of that name, such as their hash.
-            template: The question, with {} in the prompt's place.
+            name: Its name in manifests.
+            weights: What distinguishes its weights from others of that name, such as their hash.
+            template: The question, with {} in place of the prompt.
         """
         if getattr(processor, "chat_template", None) is None:
-            raise ValueError(f"{name} has no chat template; judge with an instruction-tuned model")
+            raise ValueError(f"{name} has no chat template; use an instruction-tuned model as the judge")
         self.model, self.processor, self.name, self.weights = model.eval(), processor, name, weights
         self.template = checked_template(template, "{}", "the template")
         spelled = [processor.tokenizer(name, add_special_tokens=False)["input_ids"] for name in SPELLINGS]

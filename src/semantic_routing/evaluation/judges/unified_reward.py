@@ -29,9 +29,9 @@ UNIFIED_REWARD_TEMPLATE = Path(__file__).with_name("unified_reward.txt")
 UNIFIED_REWARD_PARAMETERS = {"temperature": 0, "max_tokens": 1024}
 JPEG_QUALITY = 95
 REWARD_ADVICE = {
-    CUT: f"let answers be longer, as by --judge.extra '{{\"max_tokens\": 8192}}', or {NO_THINKING}",
+    CUT: f"allow longer answers, for example with --judge.extra '{{\"max_tokens\": 8192}}', or {NO_THINKING}",
     THOUGHTS: NO_THINKING,
-    "": "judge with a UnifiedReward model, and give the request that it was trained with by --template",
+    "": "use a UnifiedReward model as the judge, and give the request that it was trained with as --template",
 }
 """Settings to try if a judge's first answers are useless, by reason."""
 SCORE = re.compile(
@@ -46,7 +46,7 @@ class UnifiedRewardJudge:
     """UnifiedReward 2.0 (Wang et al., 2025): a reward model that writes three scores from 1 to 5."""
 
     def __init__(self, cfg: ChatConfig, template: Path = UNIFIED_REWARD_TEMPLATE) -> None:
-        """Take a ``template``, a text file with {prompt} in the prompt's place."""
+        """``template`` is a text file with {prompt} in place of the prompt."""
         self.client = ChatClient(cfg)
         try:
             text = template.read_text(encoding="utf-8")
@@ -87,7 +87,7 @@ class UnifiedRewardJudge:
 
 
 def parse_scores(text: str) -> tuple[dict[str, float | None], str]:
-    """Return the last score of each aspect, None if it is no number from 1 to 5, and the reasons."""
+    """Return the last score of each aspect, None if it is not a number from 1 to 5, and the reasons."""
     written = {match[1].lower(): match for match in SCORE.finditer(text)}
     scores: dict[str, float | None] = dict.fromkeys(ASPECTS)
     reasons = []

@@ -41,7 +41,7 @@ class VQAJudge:
     """VQAScore (Lin et al., 2024): the probability that a model says Yes to a question about the image."""
 
     def __init__(self, cfg: ChatConfig, template: str = VQA_TEMPLATES["3.1"]) -> None:
-        """Take a ``template`` with {} in the prompt's place."""
+        """``template`` has {} in place of the prompt."""
         self.client = ChatClient(cfg)
         self.template = checked_template(template, "{}", "the template")
         self._seen = self._blind = 0
@@ -58,7 +58,7 @@ class VQAJudge:
         return self.client.usage
 
     def score(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Finding]]:
-        """Yield every task with its finding, in order of arrival; ValueError if the server has no logprobs."""
+        """Yield every task with its finding, in order of arrival; ValueError if the server returns no logprobs."""
         return _judged(self.client, tasks, self._question, self._read, (VQASCORE,))
 
     def _question(self, task: Task) -> Question | Failure:
@@ -73,22 +73,22 @@ class VQAJudge:
             self._blind += 1
             if not self._seen and self._blind >= ENOUGH_BLIND:
                 raise ValueError(
-                    f"{self.client.cfg.base_url} answers without logprobs, which VQAScore is made of; serve the model "
-                    "with them, as vLLM and SGLang do, or judge with a model on this machine"
+                    f"{self.client.cfg.base_url} answers without logprobs, which VQAScore needs; serve the model "
+                    "with vLLM or SGLang, which return them, or use a model on this machine as the judge"
                 )
             return Finding(scores={VQASCORE: None}, reason="the answer has no logprobs", answer=answer.text)
         self._seen += 1
         thinks = not answer.logprobs or without_thoughts(answer.text)[1]
-        score, reason = (None, "the judge thinks before it answers") if thinks else p_yes(answer.logprobs)
+        score, reason = (None, "the judge reasons before it answers") if thinks else p_yes(answer.logprobs)
         self._first.note("" if score is not None else reason)
         return Finding(scores={VQASCORE: score}, reason=reason, answer=answer.text)
 
 
 def p_yes(logprobs: Sequence[tuple[str, float]]) -> tuple[float | None, str]:
-    """Return P(Yes) from the first token's likeliest choices, or None and the reason.
+    """Return P(Yes) from the most likely first tokens, or None and the reason.
 
-    The sum over all spellings of yes; without any, 1 minus that of no. Neither is a judgement where yes and
-    no together are hardly likely.
+    It is the sum over all spellings of yes or, if there are none, 1 minus that of no. If yes and no together are very
+    unlikely, there is no score.
     """
     if any(not logprob <= TOLERANCE for _, logprob in logprobs):
         return None, "out of scale: not log-probabilities"

@@ -1,1 +1,1 @@
-"""The world of words: the toy world's pictures under captions of hundreds of words, a third of them held out."""
+"""The world of words: the toy world's images with captions from a vocabulary of hundreds of words, a third held out."""

@@ -1,9 +1,9 @@
-"""The words of the world of words: plain lists, each word with its one reading, and a fixed third held out.
+"""The words of the world of words: plain lists, each word with its single meaning, and a fixed third held out.
 
-A list is a text file of lines ``word: reading``; lines that begin with ``#`` say what was left out of it. Readings are
-the toy world's own names: ``scarlet: red``, ``coin: circle``. The first word of a reading is its plain name, and is
-always trained on. Words that share a part with meaning, such as ``sugar cube`` and ``ice cube``, are a family:
-they are held out together, so no part of a held-out word is ever seen in training.
+A list is a text file of lines ``word: reading``; lines that begin with ``#`` say what was left out. Readings are the
+toy world's own names: ``scarlet: red``, ``coin: circle``. The first word for a reading is its plain name, and is always
+used in training. Words that share a part with a meaning, such as ``sugar cube`` and ``ice cube``, are a family: they
+are held out together, so no part of a held-out word is ever seen in training.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Drafts of comparisons, differences, negation and quantifiers: four of the toy world's tags in rich words."""
+"""Drafts of comparisons, differences, negation and quantifiers: four of the toy world's tags in a larger vocabulary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Drafts of objects, their numbers, colours, places and backgrounds: seven of the toy world's tags in rich words."""
+"""Drafts of objects, their numbers, colours, places and backgrounds: seven of the toy world's tags in a larger
+vocabulary.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drafts that name an object once and then mean it by a pronoun, by "the other" or by "the latter"."""
+"""Drafts that name an object once and then refer to it by a pronoun, by "the other" or by "the latter"."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""English for the world of words: articles, noun phrases and predicates, of words that a lexicon offers."""
+"""English for the world of words: articles, noun phrases and predicates, from the words of a lexicon."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def sentence(text: str) -> str:
 
 @dataclass(frozen=True)
 class Speaker:
-    """Words of a lexicon put into phrases, and dice."""
+    """Builds phrases from the words of a lexicon, with random choices."""
 
     lexicon: Lexicon
     dice: Dice
