@@ -1,10 +1,11 @@
 """Speed of toy training and sampling beside busy processes, by how OpenMP's threads wait for each other.
 
-    python benchmarks/load.py [--rounds 2] [--busy 0 1 2] [--spin default 0 1000 30000] [--json FILE]
+    python benchmarks/load.py [--rounds 2] [--busy 0 1 2] [--spin default chosen 0 1000] [--json FILE]
 
 Threads that wait at a barrier spin, which is fast while every thread has a core, and wasteful when another process has
-it. ``GOMP_SPINCOUNT`` limits the turns. Every round measures each setting in a process of its own, in rotation: steps a
-second of the compiled S2 training step, and images a second of Euler sampling. Medians, and ratios to the default.
+it. ``GOMP_SPINCOUNT`` limits the turns, and ``chosen`` is what the commands choose when they begin. Every round
+measures each setting in a process of its own, in rotation: steps a second of the compiled S2 training step, and images
+a second of Euler sampling. Medians, and ratios to the default.
 """
 
 from __future__ import annotations
@@ -23,11 +24,15 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 STEPS, WARM_UP, PICTURES = 24, 8, 16
-CHILD = "--child"
+CHILD, DEFAULT, CHOSEN = "--child", "default", "chosen"
 
 
 def child() -> None:
     """Measure in this process and print the numbers."""
+    from semantic_routing.common.waiting import wait_without_spinning_if_busy
+
+    if CHOSEN in sys.argv[1:]:
+        wait_without_spinning_if_busy()  # before torch is imported
     from dataclasses import replace
 
     from semantic_routing.common.device import keep_freed_memory
@@ -65,11 +70,10 @@ def measure(spin: str) -> dict[str, float]:
     environment = {
         name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     }
-    if spin != "default":
+    if spin not in (DEFAULT, CHOSEN):
         environment["GOMP_SPINCOUNT"] = spin
-    done = subprocess.run(
-        [sys.executable, __file__, CHILD], env=environment, capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, __file__, CHILD, spin]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -89,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--busy", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--spin", nargs="+", default=["default", "0", "1000", "30000"])
+    parser.add_argument("--spin", nargs="+", default=[DEFAULT, CHOSEN, "0", "1000"])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     each: dict[tuple[int, str, str], list[float]] = defaultdict(list)
