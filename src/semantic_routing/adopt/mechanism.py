@@ -1,5 +1,4 @@
-"""The transformer's hooks: they separate the layers from the text, compute each block's text, and leave it at the
-blocks.
+"""The transformer's hooks: they separate the layers from the text, and compute and store each block's text.
 
 Nothing else of a pipeline is changed, so that all pipelines around the same transformer are adopted with it. Code that
 needs the transformer's weights runs inside of its forward pass, where offloading has loaded them: in a hook of the last

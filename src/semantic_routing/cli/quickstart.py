@@ -113,8 +113,7 @@ def _run(args: QuickstartArguments, cfg: TrainConfig) -> Path:
 
 
 def affordable_steps(cfg: TrainConfig) -> int:
-    """Return the configured steps, or on a slow machine the number of hundreds of steps that fit into
-    ``TRAIN_SECONDS``.
+    """Return the configured steps or, on a slow machine, as many hundreds of steps as fit into ``TRAIN_SECONDS``.
 
     A short trial measures the time per step. The number is stored in the run's configuration, so the run is as
     reproducible as any other.

@@ -115,8 +115,6 @@ def positions(model: nn.Module) -> int | None:
 
 
 def has_experts(model: Any) -> bool:
-    """Return whether the model is a mixture of experts, whose products have shapes that depend on the other tokens of
-    the batch.
-    """
+    """Return whether the model has experts, whose products' shapes depend on the other tokens of the batch."""
     stack = stack_config(model.config)
     return any((getattr(stack, name, None) or 0) > 1 for name in EXPERTS)
