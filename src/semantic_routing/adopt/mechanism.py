@@ -132,7 +132,7 @@ class Mechanism:
         return prompt
 
     def _plain_is_enough(self) -> bool:
-        """Return whether a text without layers can be used as it is; ValueError if routing needs its missing layers."""
+        """Return whether to route a text without layers; raise ValueError if that needs its missing layers."""
         if self._trains_weights():
             raise ValueError(MISSING)
         if self.routing.depends_on_time:

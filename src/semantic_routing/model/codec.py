@@ -19,7 +19,7 @@ from semantic_routing.common.extras import require
 from semantic_routing.common.sizes import parse_bytes
 
 ON_CPU, ELSEWHERE = 1, 8
-"""Pictures of one forward pass of the VAE's encoder on a CPU, and on other devices."""
+"""Images in one forward pass of the VAE's encoder on a CPU, and on other devices."""
 HUB_NAME = r"[\w-][\w.-]*/[\w.-]+"
 """Pattern of names on the Hugging Face hub (owner/name)."""
 

@@ -29,7 +29,7 @@ class Task:
     ends: dict[str, list[int]]
     """The places that a probe reads: by name, the end of the token's characters in each prompt."""
     choices: list[tuple[str, ...]] = field(default_factory=list)
-    """The answers that each prompt leaves open; empty if all are."""
+    """The answers that are possible for each prompt; empty if all are."""
 
     @property
     def chance(self) -> float:
