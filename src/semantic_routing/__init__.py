@@ -1,7 +1,5 @@
 """Semantic Routing: condition text-to-image diffusion transformers on all layers of a large language model.
 
-::
-
     import semantic_routing as sr
 
     model = sr.load("runs/quickstart")

@@ -181,7 +181,7 @@ def test_what_is_passed_over_is_said(dino, tmp_path):
     args = FeaturesArguments(images=fake, reference=real, feature_model=dino, out=tmp_path / "out", device="cpu")
     table = evaluate_features(args)
     assert "| 3 | 2 |" in table
-    counts = {".jsonl": 1, ".psd": 1, "AppleDouble (._ files of macOS)": 2, "hidden": 2, "broken links": 1}
+    counts = {".jsonl": 1, ".psd": 1, "AppleDouble (._ files of macOS)": 2, "broken links": 1, "hidden": 2}
     counts["without a suffix"] = 1
     assert f"Skipped in {fake}: {', '.join(f'{n} {reason}' for reason, n in counts.items())}.\n" in table
     assert f"Skipped in {real}" not in table

@@ -146,7 +146,10 @@ def facts_of(
         raise ValueError(f"unknown injection {injection!r}; {nearest(injection, list(INJECTIONS))}")
     adds = bool(family.entrance) and family.kind != "read"
     if REINJECT in (arm, injection) and not adds:
-        raise ValueError(f"nothing can be reinjected into {family.transformer}: its blocks do not update the text")
+        raise ValueError(
+            f"nothing can be reinjected into {family.transformer}, because its blocks do not update the text: use "
+            "another arm, and injection='swap'"
+        )
     _check_reads(family, layers, encoder)
     _check_width(target, family, width)
     return Facts(

@@ -1,5 +1,4 @@
-"""The blocks' hooks: they replace a block's text, or add to it while the block runs and subtract the addition
-afterwards.
+"""The blocks' hooks: they replace a block's text, or add to it while the block runs.
 
 The hooks read attributes of the block, and nothing that differs from block to block, so that ``torch.compile`` makes
 one graph for all blocks of a class. A compiled block runs its hooks outside of its graph. They are not compiled there,

@@ -1,5 +1,4 @@
-"""The transformer's hooks: they separate the layers from the text, compute each block's text, and leave it at the
-blocks.
+"""The transformer's hooks: they separate the layers from the text, and compute and store each block's text.
 
 Nothing else of a pipeline is changed, so that all pipelines around the same transformer are adopted with it. Code that
 needs the transformer's weights runs inside of its forward pass, where offloading has loaded them: in a hook of the last
@@ -133,7 +132,7 @@ class Mechanism:
         return prompt
 
     def _plain_is_enough(self) -> bool:
-        """Return whether a text without layers can be used as it is; ValueError if routing needs its missing layers."""
+        """Return whether to route a text without layers; raise ValueError if that needs its missing layers."""
         if self._trains_weights():
             raise ValueError(MISSING)
         if self.routing.depends_on_time:

@@ -20,7 +20,7 @@ class Prompt:
     """The text of one call of the transformer."""
 
     original: Any
-    """What the transformer would have got: a tensor [B, N, C], or a list of [n, C]."""
+    """What the transformer would have received: a tensor [B, N, C], or a list of [n, C]."""
     states: Tensor
     """States [T, B, N, C]: the original ones, then the layers ``kept``."""
     origins: list[int]

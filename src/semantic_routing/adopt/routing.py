@@ -47,7 +47,7 @@ class Routing(nn.Module):
         self._undo: Callable[[], None] | None = None
 
     def weights(self, t: Float[Tensor, " T"] | None = None) -> Float[Tensor, "B_or_1 D_or_1 S"]:
-        """Return the weights, [B or 1, D or 1, S]: of each row, for the S = 1 + L states. State 0 is the original one.
+        """Return each row's weights of the S = 1 + L states, [B or 1, D or 1, S]; state 0 is the original one.
 
         A row belongs to a block, to one of a block's slots in families that have several, or to all blocks. ``t`` (0
         noise, 1 data) is needed by arms that depend on time. The scale is not applied.

@@ -139,8 +139,7 @@ def plot_similarity(
     names: Sequence[str] | None = None,
     measure: str = SIMILARITY,
 ) -> Figure:
-    """Draw a matrix of similarities, with its first row at the top. The colours run from the smallest, at most 0.99, to
-    1.
+    """Draw a matrix of similarities, first row at the top. The colours run from the smallest, at most 0.99, to 1.
 
     The axes show ``names``, or the indices if there are no names.
     """

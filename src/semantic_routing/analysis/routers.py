@@ -29,8 +29,7 @@ TIME = "time t (0 noise, 1 data)"
 
 
 def open_router(path: Path) -> Backbone:
-    """Return a model from a run, checkpoint or exported pipeline on the meta device, with the EMA weights of its
-    router.
+    """Return the model of a run, checkpoint or exported pipeline on the meta device, with its router's EMA weights.
 
     Only the router is loaded, so this takes little time and memory for any backbone. ValueError for other folders.
     """

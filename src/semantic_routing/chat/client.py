@@ -49,7 +49,7 @@ class ChatClient:
     def __init__(self, cfg: ChatConfig, clock: Clock | None = None) -> None:
         """Ask as ``cfg`` says; all waits are those of ``clock``, by default the system's."""
         if not cfg.model:
-            raise ValueError("give the name of the model on the server")
+            raise ValueError("no model: give the name of the model on the server")
         if not cfg.replay:  # report what is missing before any work is done
             import_openai()
             read_key(cfg)

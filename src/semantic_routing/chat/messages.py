@@ -23,7 +23,7 @@ ENTRY = re.compile(r"[0-9a-f]{64}\.json")
 
 @dataclass(frozen=True)
 class Picture:
-    """An encoded picture, as it is sent."""
+    """An encoded image, as it is sent."""
 
     data: bytes = field(repr=False)
     media_type: str

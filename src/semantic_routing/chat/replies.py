@@ -22,7 +22,7 @@ PIECES = str.maketrans({"\u2581": " ", "\u0120": " ", "\u010a": "\n", "\u0109": 
 """White space in the names of tokens: U+2581 of SentencePiece, the others of byte-level BPE."""
 QUOTES = "\"'`\u201c\u201d\u2018\u2019"
 NUMBERED = re.compile(r"token(_id)?:\d+|bytes:", re.IGNORECASE)
-"""Names that tell a token's number or bytes and not its text."""
+"""Names that give a token's number or bytes instead of its text."""
 
 Likely = tuple[tuple[str, float], ...]
 

@@ -36,8 +36,7 @@ class Saver:
     """Writes a run's checkpoints on a thread while training continues, one at a time."""
 
     def __init__(self, run: Path, *, keep: int = 1, keep_every: int = 0, group: ProcessGroup | None = None) -> None:
-        """Keep the latest ``keep`` checkpoints, and permanently those of every ``keep_every``-th step, if it is above
-        0.
+        """Keep the latest ``keep`` checkpoints, and forever those of every ``keep_every``-th step, if it is above 0.
 
         ``group`` is a gloo group that nothing else uses, because it is used on threads; None for a single process.
         """

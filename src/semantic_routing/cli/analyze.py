@@ -72,7 +72,7 @@ class AnalyzeArguments:
     """Measure what is lost when a block does without each layer, reads only one layer, or swaps its weights with
     another."""
     ablation: AblationConfig = field(default_factory=AblationConfig)
-    """What is ablated, and how the loss is measured."""
+    """What is ablated, and how its effect is measured."""
     html: bool = False
     """Also write index.html, a page with all figures and a time slider for the weights."""
     device: str = "auto"

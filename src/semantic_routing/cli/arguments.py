@@ -107,9 +107,7 @@ def _tyro(cls: type, **settings: Any) -> Any:
 
 
 def _unboxed(text: str) -> str:
-    """Return the first part of a printed box as one line; if the output is not UTF-8, tyro draws its title above a
-    rule.
-    """
+    """Return the first part of a printed box as one line; without UTF-8 output, tyro draws its title above a rule."""
     lines = [line.strip("│ ") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
     lines = lines if text.startswith("╭") else lines[2:]
     ends = [i for i, line in enumerate(lines) if line and not line.strip("─-")]

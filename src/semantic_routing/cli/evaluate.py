@@ -147,9 +147,7 @@ class JudgedArguments(EvaluateArguments):
 
 @dataclass(frozen=True, kw_only=True)
 class GenAIBenchArguments(JudgedArguments):
-    """Score a model on GenAI-Bench: VQAScore, the probability that a judge answers Yes when asked if the image shows
-    its prompt.
-    """
+    """Score a model on GenAI-Bench: VQAScore, the probability that a judge answers Yes, the image shows its prompt."""
 
     prompts: Path
     """File genai_image.json, with 527 or 1600 prompts."""

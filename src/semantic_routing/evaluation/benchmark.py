@@ -79,9 +79,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """Prompts, the layout of their images and the columns of the table; the defaults are for verdicts with one tag per
-    prompt.
-    """
+    """Prompts, the layout of their images and the columns of the table; by default of verdicts with one tag each."""
 
     name: ClassVar[str] = ""
     metrics: ClassVar[tuple[str, ...]] = (CORRECT,)

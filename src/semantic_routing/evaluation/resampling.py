@@ -68,8 +68,7 @@ def bootstrap(
 
 
 def permutation_test(sums: PromptSums, other: PromptSums, *, resamples: int, seed: int) -> float:
-    """Return the two-sided p-value: how often random exchanges of the sides of prompts give a difference at least as
-    large.
+    """Return the two-sided p-value: how often random exchanges of prompts' sides give a difference at least as large.
 
     The observed arrangement counts as one of them, so p is at least 1 / (resamples + 1).
     """

@@ -85,9 +85,7 @@ class ShapesChecker:
 
 
 def shapes_benchmark(seed: int, n: int, world: str = SHAPES) -> tuple[Shapes, ShapesChecker]:
-    """Return ``n`` unseen captions of a world, spread evenly over its tags, and their checker; they depend only on the
-    seed.
-    """
+    """Return ``n`` unseen captions of a world, spread evenly over its tags, and their checker, from the seed alone."""
     samples = WORLDS[world].prompts(seed, n)
     benchmark = {SHAPES: Shapes, WORDS: Words}[world](
         prompts=tuple(

@@ -14,7 +14,7 @@ from semantic_routing.model.dit import Backbone, DiT
 from semantic_routing.model.routing import FixedRouter, LogitRouter, LowRankRouter, cosines
 
 ALIKE = 1e-6
-"""Largest difference of weights that count as equal."""
+"""Largest difference of weights that are considered equal."""
 AXES = ("blocks", "keys and values of a block", "heads of a block")
 
 

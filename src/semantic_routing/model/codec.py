@@ -19,7 +19,7 @@ from semantic_routing.common.extras import require
 from semantic_routing.common.sizes import parse_bytes
 
 ON_CPU, ELSEWHERE = 1, 8
-"""Pictures of one forward pass of the VAE's encoder on a CPU, and on other devices."""
+"""Images in one forward pass of the VAE's encoder on a CPU, and on other devices."""
 HUB_NAME = r"[\w-][\w.-]*/[\w.-]+"
 """Pattern of names on the Hugging Face hub (owner/name)."""
 
@@ -91,9 +91,7 @@ class Codec(ABC):
     def encode(
         self, images: UInt8[Tensor, "B H W 3"], noise: Float[Tensor, "B C h w"] | None = None
     ) -> Float[Tensor, "B C h w"]:
-        """Return the latents of uint8 images: the mean of the posterior, or a sample of it with standard normal
-        ``noise``.
-        """
+        """Return the latents of uint8 images: the posterior's mean, or its sample with standard normal ``noise``."""
 
     @abstractmethod
     def decode(self, latents: Float[Tensor, "B C h w"]) -> UInt8[Tensor, "B H W 3"]:

@@ -15,9 +15,7 @@ from semantic_routing.model.packing import Packing
 
 @dataclass(frozen=True)
 class TextContext:
-    """Keys and values of the text for every block's attention, made by ``prepare_text`` and used at every sampling
-    step.
-    """
+    """Keys and values of the text for every block's attention, made by ``prepare_text`` and used at every step."""
 
     keys: tuple[Float[Tensor, "B Hkv N hd"], ...]
     """Keys of block d at index d."""

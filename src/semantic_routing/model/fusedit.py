@@ -36,9 +36,7 @@ class FuseBlock(nn.Module):
 
 
 class FuseDiT(Backbone):
-    """The deep-fusion baseline: a backbone without cross-attention, in which every block reads one layer of the
-    language model.
-    """
+    """The deep-fusion baseline: no cross-attention; every block reads one layer of the language model."""
 
     block = FuseBlock
 

@@ -176,8 +176,7 @@ class CrossAttention(nn.Module):
     def prepare_parts(
         self, parts: Float[Tensor, "P B N C"], probed: Float[Tensor, "C_plus_1 C"], split: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """Return keys and values, each [B, Hkv, N, hd], of a block with P normalised mixes, each read by its own
-        channels.
+        """Return keys and values, each [B, Hkv, N, hd], from P normalised mixes, each read by its own channels.
 
         ``probed`` is the text projection of ``basis``; ``split`` is that of the arm (``parts.py``).
         """

@@ -89,8 +89,7 @@ class LogitRouter(Router):
 
 
 class LowRankRouter(Router):
-    """Logits of a block's keys and values by head: the block's own logits plus offsets along contrasts shared by all
-    blocks.
+    """Logits of a block's keys and values by head: the block's own, plus offsets along contrasts that all blocks share.
 
     logits[block, part] = base[block] + loadings[block, part] @ contrasts, with ``RANK`` contrasts between layers. A
     part (the keys or the values of one head) gets 1 / (2 Hkv) of its block's gradient. An optimiser such as AdamW moves

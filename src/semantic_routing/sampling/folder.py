@@ -66,9 +66,7 @@ def weights_sha256(model: Backbone) -> str:
 
 
 def claim_folder(out: Path, identity: dict[str, Any], job: Processes = ALONE, **facts: Any) -> None:
-    """Write the manifest of the images before they are sampled; raise ValueError if the folder holds images of another
-    request.
-    """
+    """Write the manifest of the images to come; raise ValueError if the folder holds images of another request."""
     if job.first:
         _claim(out, identity, facts)
     job.wait()

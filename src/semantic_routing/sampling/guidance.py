@@ -69,9 +69,7 @@ def guided(
 
 
 def extrapolated(both: Velocity, scale: float) -> Velocity:
-    """Return the guided velocity; ``both`` is called with the samples twice, for their prompts and for the null
-    prompts.
-    """
+    """Return the guided velocity; ``both`` takes the samples twice, for their prompts and for the null prompts."""
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         prompt, nothing = both(torch.cat([x, x]), t).chunk(2)

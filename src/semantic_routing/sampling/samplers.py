@@ -127,8 +127,7 @@ def renoise(
     noise: Noise | None = None,
     callback: Callback | None = None,
 ) -> Float[Tensor, " B *shape"]:
-    """Predict the image, then add new noise for the next time (multistep consistency sampling, Song et al., 2023,
-    Algorithm 1).
+    """Predict the image, then add new noise for the next time (consistency sampling, Song et al., 2023, Algorithm 1).
 
     All noise is replaced at every step, so a later step can correct errors of an earlier one. The samples do not
     converge to the data distribution but favour its modes: a Gaussian of standard deviation 0.40 is sampled with 0.28.

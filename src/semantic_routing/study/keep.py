@@ -21,7 +21,7 @@ from semantic_routing.model.arms import ARMS
 from semantic_routing.study.plan import Job, StudyArguments, evaluation_folder
 
 MARKS = {"1": 1.0, "0": 0.0, "?": None}
-"""Verdicts on pictures, one character each: right, wrong, and none because there is no picture."""
+"""Verdicts on images, one character each: right, wrong, and none because there is no image."""
 
 NOMINAL = "nominal"
 

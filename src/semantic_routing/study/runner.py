@@ -1,6 +1,4 @@
-"""Runs the commands of a study, one run at a time on each device, and shows a live table. It can be stopped and
-resumed.
-"""
+"""Runs the commands of a study, one run at a time on each device, with a live table. It can be resumed."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def model_config(name: str, source: Source) -> Any:
     except (OSError, ValueError, StrictDataclassError) as error:
         if name == SMOLLM2:
             raise ValueError(
-                f"the text encoder smollm2 is not installed, and {HUB_NAME} cannot be had from the hub: {INSTALL}"
+                f"the text encoder smollm2 is not installed, and {HUB_NAME} cannot be loaded from the hub: {INSTALL}"
             ) from error
         raise ValueError(
             f"no text encoder at {name!r}; expected a folder written by save_pretrained, a GGUF file or a model's "
@@ -115,8 +115,6 @@ def positions(model: nn.Module) -> int | None:
 
 
 def has_experts(model: Any) -> bool:
-    """Return whether the model is a mixture of experts, whose products have shapes that depend on the other tokens of
-    the batch.
-    """
+    """Return whether the model has experts, whose products' shapes depend on the other tokens of the batch."""
     stack = stack_config(model.config)
     return any((getattr(stack, name, None) or 0) > 1 for name in EXPERTS)

@@ -18,9 +18,7 @@ def in_chat(tokenizer: Any, texts: Sequence[str], name: str, *, strict: bool = T
 
 
 def _form(tokenizer: Any, name: str) -> int:
-    """Return the index of the first of ``_messages`` with which the template renders the text; raise ValueError if none
-    works.
-    """
+    """Return the index of the first of ``_messages`` that the template renders with its text; ValueError if none."""
     from jinja2 import TemplateError
 
     reason = "it leaves the prompt out"

@@ -171,9 +171,7 @@ class TextEncoder:
         return self
 
     def unload(self) -> None:
-        """Free the weights and the states cached in memory. Existing features stay valid; ``encode`` raises
-        RuntimeError.
-        """
+        """Free the weights and the cached states. Existing features stay valid; ``encode`` raises RuntimeError."""
         self._model = None
         self._store.clear()
         gc.collect()  # transformers' modules sit in reference cycles
@@ -236,8 +234,7 @@ class TextEncoder:
         return sum(map(len, rows)) / len(rows) * self.num_layers * width * weights.element_size()
 
     def _chunks(self, rows: Sequence[Row]) -> Iterator[list[Row]]:
-        """Yield the prompts of each forward pass: those of one bucket, with the last chunk filled up by its last
-        prompt.
+        """Yield the prompts of each forward pass: those of one bucket, the last chunk filled up with its last prompt.
 
         The order of a product's sums follows from its shape, so one shape for each bucket makes a prompt's states the
         same in every batch. Mixture-of-experts models have products of varying shapes, so their prompts are encoded one

@@ -92,9 +92,7 @@ def load_gguf(source: Source, stack: Any, keep: int, dtype: str) -> tuple[nn.Mod
 
 
 def _build_names_once() -> None:
-    """Cache gguf's table of names, which transformers rebuilds for each of a model's modules; this saves seconds of a
-    load.
-    """
+    """Cache gguf's table of names, which transformers rebuilds for each module: this saves seconds of a load."""
     import gguf
 
     if not hasattr(gguf.get_tensor_name_map, "cache_clear"):

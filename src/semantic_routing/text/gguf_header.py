@@ -57,8 +57,7 @@ class Header:
         return self.metadata["general.architecture"].value
 
     def copy(self, path: Path, wanted: Callable[[str], bool], *, data: bool) -> None:
-        """Write a copy without the vocabulary; of the tensors whose name is ``wanted`` with the data, or only their
-        names.
+        """Write a copy without the vocabulary, with the tensors whose name is ``wanted``, or only their names.
 
         The tokens are replaced by their number.
         """
@@ -130,9 +129,7 @@ class _Cursor:
 
 
 def read_header(path: Path) -> Header:
-    """Read a GGUF file's metadata and table of tensors; raise ValueError if it is not a GGUF file, truncated, or lacks
-    a tokenizer.
-    """
+    """Read a GGUF file's metadata and table of tensors; ValueError if it is not one, truncated, or has no tokenizer."""
     require("gguf", what=f"the GGUF file {path}", extra="gguf")
     try:
         with path.open("rb") as file:

@@ -34,9 +34,7 @@ def encoder_identity(model: Any, shape: TextShape) -> str:
 
 
 def machine(device: torch.device) -> tuple[object, ...]:
-    """Return what determines the order of a sum on a device: the kind of processor and, for a CPU, the number of
-    threads.
-    """
+    """Return what determines the order of a sum on a device: the kind of processor, and a CPU's number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device), torch.version.cuda
     return device.type, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()

@@ -101,8 +101,7 @@ class StateStore:
 
 
 class DiskStates:
-    """States in a folder, one safetensors file per prompt; any number of processes can read and write it at the same
-    time.
+    """States in a folder, one safetensors file per prompt; any number of processes can use it at the same time.
 
     A file appears under its name only when it is complete. A damaged one is reported and treated as absent.
     """

@@ -94,9 +94,7 @@ class RunConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
 
     def share(self, processes: int) -> int:
-        """Return the number of images per step of each process; ValueError if they do not divide into equal
-        microbatches.
-        """
+        """Return each process's number of images per step; ValueError if they do not divide into equal microbatches."""
         if self.batch % (processes * self.accumulate):
             raise ValueError(
                 f"a batch of {self.batch} does not divide among {processes} processes with accumulate="

@@ -28,13 +28,13 @@ class EncodeArguments:
     keep_on_disk: str = ""
     """Folder of the cache, if the run does not name one."""
     keep_on_disk_bytes: str = ""
-    """Most bytes in it, if not the run's."""
+    """Maximum size of the folder, if not the run's."""
     steps: int = 0
-    """Steps whose samples are read, where a world that is drawn has no end; by default the run's."""
+    """For generated worlds, which are unlimited: steps whose samples are encoded; by default the run's."""
     batch: int = 256
-    """Captions or pictures read together."""
+    """Captions or images encoded together."""
     device: str = ""
-    """auto, cpu, cuda, ...; by default the run's."""
+    """Device: auto, cpu, cuda, ...; by default the run's."""
     size_only: bool = False
     """Report the size, but encode nothing."""
 

@@ -1,6 +1,4 @@
-"""The latents of a training batch: cached ones if there are any, otherwise those that the codec computes from the
-images.
-"""
+"""The latents of a training batch: cached ones if there are any, otherwise those that the codec computes."""
 
 from __future__ import annotations
 
@@ -39,9 +37,7 @@ def check_kept(cfg: CodecConfig, codec: Codec) -> list[str]:
 
 
 def batch_latents(codec: Codec, batch: Batch[Tensor], device: torch.device | None = None) -> Float[Tensor, "B C h w"]:
-    """Return the latents of a batch on ``device``, by default that of the images; only images without cached latents
-    are encoded.
-    """
+    """Return a batch's latents on ``device``, by default the images'; images with cached latents are not encoded."""
     device = device or batch.images.device
     noise = None if batch.posterior_noise is None else batch.posterior_noise.to(device)
     if batch.posteriors is None or batch.kept is None:

@@ -105,8 +105,7 @@ class ResumeArguments:
 
 
 def resume(out: Path, on_step: OnStep | None = None, *, steps: int | None = None, accept_changes: bool = False) -> Path:
-    """Resume the run in the folder ``out`` from its latest complete checkpoint, and return the last checkpoint's
-    folder.
+    """Resume the run in the folder ``out`` from its latest complete checkpoint, and return its last checkpoint.
 
     With the same number of processes, the result is bitwise that of a run that never stopped. ``steps`` replaces the
     run's last step. Raises ValueError if data or models have changed, unless ``accept_changes``; otherwise the same

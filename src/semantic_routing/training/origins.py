@@ -91,8 +91,7 @@ def spread(count: int, most: int) -> Sequence[int]:
 
 
 def accept(run: Path, found: list[str], accepted: bool, again: str) -> list[str]:
-    """Return messages about changed data or models; raise ValueError if there are any and the user has not accepted
-    them.
+    """Return messages about changed data or models; raise ValueError if there are any that the user did not accept.
 
     ``again`` is the command that resumes the run.
     """

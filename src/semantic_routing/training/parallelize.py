@@ -60,9 +60,7 @@ class ParallelConfig:
 
 
 def arrange(world: World, cfg: ParallelConfig, device: str = "auto") -> World:
-    """Set up this process's device and the mesh of all devices; raise ValueError if the world size does not match
-    ``cfg``.
-    """
+    """Set up this process's device and the mesh of all devices; ValueError if the world size does not match ``cfg``."""
     own, shape = world.everywhere(lambda: (pick_device(device), mesh_shape(cfg, world.count)))
     if shape is None:
         return replace(world, device=own)

@@ -138,9 +138,7 @@ def small_words(arm: str) -> TrainConfig:
 
 
 def paper(arm: str) -> TrainConfig:
-    """Train as in Section 4.1 of the paper: 2.24 billion parameters, Qwen3-VL-4B-Instruct, SD3's VAE, 256x256, batch
-    512.
-    """
+    """Train as in Section 4.1: 2.24 billion parameters, Qwen3-VL-4B-Instruct, SD3's VAE, 256x256 pixels, batch 512."""
     return TrainConfig(
         data=DataConfig(paths=("shards",), workers=8),
         image_size=256,

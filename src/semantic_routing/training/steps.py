@@ -50,8 +50,7 @@ class Prepared(Protocol):
 
 
 class Steps(ABC):
-    """The state of a run on one process: the trained model, its moving average, optimisers, finished steps, skipped
-    records.
+    """The state of a run on one process: model, moving average, optimisers, finished steps, skipped records.
 
     Subclasses, one for each kind of run, define the model, the data and the loss.
     """

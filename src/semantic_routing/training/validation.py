@@ -65,8 +65,7 @@ class ValidationConfig:
 
 
 def held_out(cfg: ValidationConfig, data: DataConfig, image_size: int, latents: KeptLatents | None = None) -> HeldOut:
-    """Open the held-out images of a run on ``data``: those of ``cfg.paths``, or the evaluation split of a generated
-    world.
+    """Open a run's held-out images: those of ``cfg.paths``, or the evaluation split of a generated world.
 
     They are square and never mirrored. Raises ValueError if there are none, because only the user knows which images
     are not used in training.

@@ -93,8 +93,7 @@ class Seen:
 
 
 def hung(seen: Sequence[Seen], now: float, excused: float, timeout: float, grace: float) -> list[Seen]:
-    """Return the processes that caused a hang: those furthest behind of all that are stuck; none if no process is
-    stuck.
+    """Return the processes that caused a hang: those furthest behind of all that are stuck; none if there is no hang.
 
     Processes wait for each other, so a process in a slow phase excuses all others, and ``timeout`` counts from
     ``excused``, the end of the last slow phase. All processes stop at almost the same time, and notes arrive out of

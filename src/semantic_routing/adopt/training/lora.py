@@ -24,7 +24,7 @@ TARGETS = {
     "sana": r"transformer_blocks\.\d+\.attn2\.to_[kv]",
     "z-image": r"layers\.\d+\.attention\.to_[kv]",
 }
-"""Patterns of the names of each family's projections of text; those of Z-Image also project the image."""
+"""Patterns of the names of each family's text projections; those of Z-Image also project the image."""
 
 
 def check_lora(transformer: Any) -> None:

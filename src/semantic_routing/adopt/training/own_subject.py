@@ -89,8 +89,7 @@ def as_bundle(pipe: Any, device: torch.device, precision: str = "auto") -> TextT
 def open_adopted(
     pipeline: str | Path, routing: str | Path, device: str = "auto", *, scale: float = 1.0, lora: bool = True
 ) -> TextToImage:
-    """Load a pipeline of this program with the results of ``semroute adopt train``, to sample or score it like any
-    model.
+    """Load a pipeline of this program with the results of ``semroute adopt train``, to sample or score it.
 
     A LoRA in the folder of the routing is loaded, too, unless ``lora`` is False. Raises ValueError for other pipelines
     and for a routing of another model.

@@ -67,7 +67,7 @@ class Subject(ABC):
 
     @abstractmethod
     def keep(self, count: int | None, captions: Sequence[str]) -> str:
-        """Cache the texts of ``count`` captions (None: unlimited) if they fit; return the settings used and the size.
+        """Cache the texts of ``count`` captions (None: unlimited) if they fit; return a sentence with place and size.
 
         ``captions`` are some of them, whose sizes are measured.
         """

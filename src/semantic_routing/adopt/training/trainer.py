@@ -54,9 +54,7 @@ class Inputs:
 
 
 class Trained(nn.Module):
-    """All trained parameters; those of the routing have names that begin with ``router.``, so that they get its
-    learning rate.
-    """
+    """All trained parameters; the names of the routing's begin with ``router.``, which gives them its learning rate."""
 
     def __init__(self, routing: Routing, lora: dict[str, nn.Parameter]) -> None:
         super().__init__()
@@ -72,8 +70,7 @@ class AdoptTrainer(Steps):
     again = ADOPT.again
 
     def __init__(self, cfg: AdoptConfig, out: Path, world: World, subject: Subject) -> None:
-        """Adopt a frozen pipeline; ValueError, with the pipeline unchanged, if it cannot be trained with these
-        settings.
+        """Adopt a frozen pipeline; ValueError, with the pipeline unchanged, if these settings cannot train it.
 
         ``cfg`` holds the image size and the shift (``resolved``).
         """

@@ -22,7 +22,7 @@ TITLES = {
     "swap": "What is lost when two blocks exchange their weights",
 }
 LISTED = 12
-"""Most disagreements in the list."""
+"""Largest number of disagreements in the list."""
 
 
 def ablation_figures(

@@ -39,7 +39,7 @@ PROMPTS = {"accuracy": 110, "loss": 256}
 
 @dataclass(frozen=True, kw_only=True)
 class AblationConfig:
-    """What is ablated, and how the loss is measured."""
+    """What is ablated, and how its effect is measured."""
 
     score: Literal["auto", "accuracy", "loss"] = "auto"
     """accuracy: of sampled images, by the exact checker of the toy world; loss: the velocity loss on held-out
@@ -76,7 +76,7 @@ class Measured(NamedTuple):
     tag: str
     n: int
     base: float
-    """Mean of the model as it is."""
+    """Mean of the unchanged model."""
     value: float
     """Mean with the ablation."""
     need: float

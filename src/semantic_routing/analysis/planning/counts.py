@@ -60,7 +60,7 @@ class Counts:
     ahead: int
     """Bytes of one prefetched image on the GPU: its text's states, and three of the codec's largest tensors."""
     stored: int
-    """Bytes of kept states and latents that are read from disk for one image."""
+    """Bytes of cached states and latents that are read from disk for one image."""
 
     @property
     def train_flops(self) -> int:

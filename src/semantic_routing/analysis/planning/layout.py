@@ -23,7 +23,7 @@ class Layout:
     images: int
     """Images of each GPU in a step."""
     microbatch: int
-    """Images of each GPU at once."""
+    """Images of each GPU per microbatch."""
     memory: float
     """Bytes that each GPU needs."""
     fits: bool

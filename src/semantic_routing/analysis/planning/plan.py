@@ -18,7 +18,7 @@ from semantic_routing.training.config import TrainConfig
 RUNS = 50
 """Runs that are simulated with random failures."""
 MOST = 10_000
-"""Failures after which a run that never ends is given up."""
+"""Number of failures after which a simulated run that never ends is abandoned."""
 PARTS = {
     "data": ("load",),
     "language model": ("encode",),

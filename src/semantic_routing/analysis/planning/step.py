@@ -29,7 +29,7 @@ class Seconds:
     """Seconds of the parts of one step on each GPU, each part alone."""
 
     load: float = 0.0
-    """Reading and decoding of the step's pictures."""
+    """Reading and decoding of the step's images."""
     encode: float = 0.0
     """The language model, for all images of the step."""
     codec: float = 0.0

@@ -61,7 +61,7 @@ class Probe:
 
     encoder: str
     prompts: str
-    """Whence the prompts are."""
+    """Where the prompts come from."""
     layers: tuple[int, ...]
     """The layers measured, counted from 1."""
     width: int

@@ -1,6 +1,4 @@
-"""Questions about captions that a linear probe answers from one token's hidden state: colours, shapes, counts,
-relations.
-"""
+"""Questions about captions that a linear probe answers from one token's state: colours, shapes, counts, relations."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ class Task:
     ends: dict[str, list[int]]
     """The places that a probe reads: by name, the end of the token's characters in each prompt."""
     choices: list[tuple[str, ...]] = field(default_factory=list)
-    """The answers that each prompt leaves open; empty if all are."""
+    """The answers that are possible for each prompt; empty if all are."""
 
     @property
     def chance(self) -> float:
@@ -71,9 +69,7 @@ def word_tasks(per_task: int, seed: int) -> Iterator[Task]:
 
 
 def list_tasks() -> Iterator[Task]:
-    """Yield which colour a thing has and which shape a name means, each word once, so that a probe is tested on unseen
-    words.
-    """
+    """Yield what colour a thing has and what shape a name means, each word once: a probe is tested on unseen words."""
     for name, question, template in (
         ("things", "color of unseen things", "the color of {}"),
         ("shapes", "shape of unseen names", "a drawing of {}"),

@@ -64,7 +64,7 @@ class RecaptionArguments:
     show_caption: bool = False
     """Show the old caption to the model, too."""
     pixels: int = 768 * 768
-    """Longer side in pixels to which larger images are reduced before they are sent."""
+    """Larger images are reduced to this number of pixels (width times height) before they are sent."""
     quality: int = 90
     """Quality of the JPEG that is sent, from 1 to 100."""
     max_tokens: int = 512

@@ -92,7 +92,7 @@ def fit(height: int, width: int) -> Geometry:
 
 
 def resize_bilinear(image: UInt8[np.ndarray, "h w 3"], size: Size) -> UInt8[np.ndarray, "H W 3"]:
-    """Resize as OpenCV's ``INTER_LINEAR`` to the bit: no antialiasing, weights in 2048ths."""
+    """Resize as OpenCV's ``INTER_LINEAR``, bit for bit: no antialiasing, weights in 2048ths."""
     left, right, weight = _neighbours(image.shape[1], size[1])
     # Columns outside the picture take its edge whole; rows blend the edge with itself, which rounds otherwise.
     weight = np.where((left < 0) | (right > image.shape[1] - 1), np.float32(0), weight)

@@ -1,4 +1,4 @@
-"""Drafts of comparisons, differences, negation and quantifiers: four of the toy world's tags in a larger vocabulary."""
+"""Drafts of comparisons, differences, negation and quantifiers: four of the toy world's tags, with more words."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Drafts of objects, their numbers, colours, places and backgrounds: seven of the toy world's tags in a larger
-vocabulary.
-"""
+"""Drafts of objects, numbers, colours, places and backgrounds: seven of the toy world's tags, with more words."""
 
 from __future__ import annotations
 
