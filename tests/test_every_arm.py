@@ -17,6 +17,8 @@ from semantic_routing.study.plan import StudyArguments, jobs
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.loop import start
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(scope="module", params=ARMS)
 def arm(request: pytest.FixtureRequest) -> str:

@@ -41,19 +41,24 @@ def forking() -> ForkServerContext:
 
 @dataclass
 class Forked:
-    """A running program: the code, what it calls ``sys.argv[1:]``, and further variables of its environment."""
+    """A running program: the code, what it calls ``sys.argv[1:]``, and further variables of its environment.
+
+    Both outputs go to the end of ``log`` if it is given.
+    """
 
     code: str
     args: tuple[object, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    log: Path | None = None
 
     def __post_init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="forked-"))
-        scope = {
-            "CODE": self.code, "ARGV": ["-c", *map(str, self.args)], "CWD": os.getcwd(),
-            "ENVIRONMENT": os.environ | self.environment, "OUT": str(self.folder / "out"),
-            "ERR": str(self.folder / "err"),
+        program = {
+            "code": self.code, "argv": ["-c", *map(str, self.args)], "cwd": os.getcwd(),
+            "environment": os.environ | self.environment, "out": str(self.log or self.folder / "out"),
+            "err": str(self.log or self.folder / "err"),
         }  # fmt: skip
+        scope = {"PROGRAM": program}
         self.process: Any = forking().Process(target=runpy.run_path, args=(CHILD, scope, "__main__"), daemon=True)
         self.process.start()
 
@@ -92,6 +97,9 @@ class Forked:
         return self.process.exitcode
 
 
+MAIN = "import sys; from semantic_routing.cli.main import main; main(sys.argv[1:])"
+
+
 def run(code: str, *args: object, **environment: str) -> str:
     """Run code to its end, which must be a good one; return what it wrote to the standard output."""
     process = Forked(code, args, environment)
@@ -104,8 +112,7 @@ def semroute(processes: int, *command: object) -> list[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = "import sys; from semantic_routing.cli.main import main; main(sys.argv[1:])"
-    ranks = [Forked(code, command, rank_environment(rank, processes, port)) for rank in range(processes)]
+    ranks = [Forked(MAIN, command, rank_environment(rank, processes, port)) for rank in range(processes)]
     for rank in ranks:
         assert rank.wait() == 0, rank.err
     return [rank.out for rank in ranks]

@@ -1,25 +1,25 @@
-"""A process of ``forked``, which runs this file with the globals below; it ends as one of ``python -c`` does."""
+"""A process of ``forked``, which runs this file with the global ``PROGRAM``; it ends as one of ``python -c`` does."""
 
 from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
-CODE: str
-ARGV: list[str]
-CWD: str
-ENVIRONMENT: dict[str, str]
-OUT: str
-ERR: str
 
-if __name__ == "__main__":
-    for path, descriptor in ((OUT, 1), (ERR, 2)):
+def main(program: dict[str, Any]) -> None:
+    """Run the program's code in its folder and environment."""
+    for path, descriptor in ((program["out"], 1), (program["err"], 2)):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
     os.environ.clear()
-    os.environ.update(ENVIRONMENT)
-    os.chdir(CWD)
-    sys.argv = ARGV
+    os.environ.update(program["environment"])
+    os.chdir(program["cwd"])
+    sys.argv = program["argv"]
     import torch
 
     torch.set_num_threads(1)
-    exec(compile(CODE, "<forked>", "exec"), {"__name__": "__main__"})
+    exec(compile(program["code"], "<forked>", "exec"), {"__name__": "__main__"})
+
+
+if __name__ == "__main__":
+    main(globals()["PROGRAM"])

@@ -12,7 +12,7 @@ from typing import Any
 
 def main(task: dict[str, Any]) -> None:
     """One rank."""
-    rank, victim = task["rank"], task["rank"] == task["victim"]
+    victim = task["rank"] == task["victim"]
     log = os.open(task["log"], os.O_CREAT | os.O_WRONLY)
     os.dup2(log, 1)
     os.dup2(log, 2)

@@ -78,7 +78,8 @@ def run(task: Task, processes: int, log: Path) -> Ended:
     ranks = []
     for rank, path in enumerate(logs):
         path.unlink(missing_ok=True)
-        scope = {"TASK": asdict(task) | {"rank": rank, "log": str(path), "environment": rank_environment(rank, processes, port)}}
+        own = {"rank": rank, "log": str(path), "environment": rank_environment(rank, processes, port)}
+        scope = {"TASK": asdict(task) | own}
         ranks.append(context.Process(target=runpy.run_path, args=(SCRIPT, scope, "__main__"), daemon=True))
     for process in ranks:
         process.start()

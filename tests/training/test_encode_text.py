@@ -40,8 +40,10 @@ def keeping(cfg: TrainConfig, memory: str, disk: Path | None = None) -> TrainCon
         ("depth", "float32"),
         ("joint", "bfloat16"),
         ("fusedit", "float32"),
-        *(pytest.param(*case, marks=pytest.mark.stress)
-          for case in (("depth", "bfloat16"), ("joint", "float32"), ("fusedit", "bfloat16"))),
+        *(
+            pytest.param(*case, marks=pytest.mark.stress)
+            for case in (("depth", "bfloat16"), ("joint", "float32"), ("fusedit", "bfloat16"))
+        ),
     ],
 )
 @pytest.mark.behaviour(
