@@ -24,7 +24,7 @@ def joint_run(tiny_config, tmp_path_factory) -> Path:
     return out
 
 
-SETTINGS: dict[str, Any] = {"trajectory": True, "n": 3, "guidance": (1.0, 4.0), "steps": (9,), "device": "cpu"}
+SETTINGS: dict[str, Any] = {"trajectory": True, "n": 3, "guidance": (1.0, 4.0), "steps": (8,), "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -38,28 +38,28 @@ def figures(joint_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_is_drawn_with_its_trajectory_and_its_page(figures: Path) -> None:
     out, names = figures, {path.name for path in figures.iterdir()}
-    assert {"heatmap-t0.2.png", "similarity-times.png", "trajectory-mse-9.png", "lead-9.png", "index.html"} <= names
+    assert {"heatmap-t0.2.png", "similarity-times.png", "trajectory-mse-8.png", "lead-8.png", "index.html"} <= names
     for path in figures.iterdir():
         if path.suffix == ".png":
             assert all(path.with_suffix(kind).is_file() for kind in (".pdf", ".csv", ".npz"))
     leads = json.loads((out / "lead.json").read_text())
     assert [row["guidance"] for row in leads] == [1, 4]
     assert all(row["interval"][0] <= row["lead"] <= row["interval"][1] for row in leads)
-    mse = np.load(out / "trajectory-mse-9.npz")
+    mse = np.load(out / "trajectory-mse-8.npz")
     shown = [f"guidance {g}{kind}" for g in (1, 4) for kind in ("", ", forward process", ", from fresh noise")]
     assert list(mse["columns"]) == shown
     sampled, forward, fresh = mse["values"][:, 3:].T
-    t = np.arange(9) / 9
+    t = np.arange(8) / 8
     assert forward == pytest.approx((1 - t) ** 2 * sampled[0], rel=1e-5)
     assert fresh == pytest.approx((1 - t) ** 2 * fresh[0], rel=1e-5)
     assert abs(fresh[0] / forward[0] - 1) > 1e-3
     assert abs(mse["values"][0, 0] / sampled[0] - 1) > 1e-3  # each guidance has its own forward process
-    lead, effective = (np.load(out / f"{name}-9.npz") for name in ("lead", "effective-time"))
+    lead, effective = (np.load(out / f"{name}-8.npz") for name in ("lead", "effective-time"))
     assert effective["values"] - t[:, None] == pytest.approx(lead["values"], abs=1e-12)
     assert list(lead["columns"]) == ["guidance 1", "guidance 4", "nominal"]
-    clock = parse_clock(str(out / "calibration-g4-s9.json"))
+    clock = parse_clock(str(out / "calibration-g4-s8.json"))
     assert clock is not None
-    nominal = torch.arange(9) / 9
+    nominal = torch.arange(8) / 8
     measured = clock(nominal)
     assert (measured - nominal).tolist() == pytest.approx(lead["values"][:, 1].tolist(), abs=1e-5)
     assert json.loads((out / "manifest.json").read_text())["guidance"] == [1, 4]
@@ -119,7 +119,7 @@ def test_an_exported_pipeline_gives_the_figures_of_its_run(figures: Path, joint_
     one, other = (
         {path.name: path.read_bytes() for path in folder.glob("*.csv")} for folder in (figures, tmp_path / "out")
     )
-    assert "lead-9.csv" in one
+    assert "lead-8.csv" in one
     assert one == other
     (pipeline / "transformer" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="is no transformer of semroute export"):

@@ -9,9 +9,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import shutil
 import socket
 import tempfile
 import time
+import weakref
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -52,6 +54,7 @@ class Forked:
 
     def __post_init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="forked-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         program = {
             "code": self.code, "argv": ["-c", *map(str, self.args)], "cwd": os.getcwd(),
             "environment": os.environ | self.environment, "out": str(self.log or self.folder / "out"),

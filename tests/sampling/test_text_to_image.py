@@ -46,8 +46,14 @@ def final(bundle: TextToImage, prompts: list[str], images: list[tuple[int, int]]
 
 
 @pytest.mark.parametrize("arm", ARMS)
-@pytest.mark.parametrize("guidance", [1.0, 2.5])
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(
+    ("guidance", "bf16"),
+    [
+        (1.0, False),
+        (2.5, True),
+        *(pytest.param(*case, marks=pytest.mark.stress) for case in ((1.0, True), (2.5, False))),
+    ],
+)
 def test_an_image_depends_on_neither_its_batch_nor_other_prompts(
     bundles: dict[str, TextToImage], arm: str, guidance: float, bf16: bool
 ) -> None:

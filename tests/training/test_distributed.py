@@ -34,7 +34,7 @@ from semantic_routing.training.optim import OptimConfig
 from semantic_routing.training.parallelize import ParallelConfig
 from tests.helpers.forked import forking, rank_environment
 
-PATIENCE = 60.0
+PATIENCE = 300.0
 """Seconds that any run of these tests may take."""
 SCRIPT = str(Path(__file__).parents[1] / "helpers" / "training_rank.py")
 

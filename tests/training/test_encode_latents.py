@@ -160,7 +160,7 @@ def test_two_processes(latent_config: Make, photos: DataConfig, tmp_path: Path) 
     one = str(tmp_path / "latents")
     write(cfg, tmp_path / "cfg.json")
     said, nothing = semroute(2, "data", "encode", tmp_path / "cfg.json", "--latents", "--keep-on-disk", one)
-    assert said == f"5 pictures encoded into {one}; 0 were there already; 1 records cannot be used\n"
+    assert said.splitlines()[-1] == f"5 pictures encoded into {one}; 0 were there already; 1 records cannot be used"
     assert nothing == ""
     assert len([*Path(one).glob("*.safetensors")]) == 2
     for name, config in (("plain", cfg), ("kept", keeping(cfg, Path(one)))):
