@@ -6,14 +6,21 @@ STAMP := $(VENV)/.installed
 DOCS := $(VENV)-docs
 RELEASE := $(VENV)-release
 
-.PHONY: quickstart test check format docs release clean
+.PHONY: quickstart test stress check format docs release clean
 
 quickstart: $(STAMP)
 	$(BIN)/semroute quickstart --out runs/quickstart
 
-# A process for each core, of one thread: more threads than cores would wait for each other.
+# A process for each core, of one thread: more threads than cores would wait for each other. Tests of a file stay
+# together, so that its fixtures are made once, and compiled files are kept for the processes that tests start.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8
+	$(PYTEST) -m "not stress"
+
+# Repetitions that take long: every combination, and processes killed at many moments.
+stress: $(STAMP)
+	$(PYTEST) -m stress
 
 check: $(STAMP)
 	$(BIN)/ruff check .

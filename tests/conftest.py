@@ -45,6 +45,19 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write figures as empty files, for tests of their numbers and names: drawing takes most of an analysis."""
+
+    def save(figure: object, target: Any, **options: object) -> None:
+        if options.get("format") == "svg":
+            target.write("<svg></svg>")
+        else:
+            Path(target).touch()
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", save)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Folder of reference facts and golden cases: ``shared`` beside the repository, or ``$SEMROUTE_SHARED``."""

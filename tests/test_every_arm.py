@@ -17,6 +17,8 @@ from semantic_routing.study.plan import StudyArguments, jobs
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.loop import start
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(scope="module", params=ARMS)
 def arm(request: pytest.FixtureRequest) -> str:
@@ -88,10 +90,9 @@ def test_analyze(run: Path, arm: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert (tmp_path / "trajectory" / "lead.json").is_file()
 
 
-def test_overhead(arm: str, capsys: pytest.CaptureFixture[str]) -> None:
-    call("overhead", "--scale", "toy", "--arms", arm, "--json", "-")
-    assert list(json.loads(capsys.readouterr().out)["arms"]) == [arm]
-    call("overhead", "--scale", "toy", "--arms", arm)
+def test_overhead(arm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call("overhead", "--scale", "toy", "--arms", arm, "--json", tmp_path / "overhead.json")
+    assert list(json.loads((tmp_path / "overhead.json").read_text())["arms"]) == [arm]
     assert f"| {ARMS[arm].title} |" in capsys.readouterr().out
 
 

@@ -156,12 +156,12 @@ def semroute(line: str, **variables: str) -> subprocess.CompletedProcess[str]:
     ("line", "code", "said"),
     [
         ("semroute --help | true", 141, ""),
-        ("semroute overhead --scale toy | head -n 0", 141, ""),
+        ("semroute overhead --scale toy --arms B1 | head -n 0", 141, ""),
         ("semroute evaluate --help | head -c 0", 141, ""),
         ("semroute --version >&-", 0, ""),
         ("semroute --version > /dev/full", 1, "semroute: the standard output cannot be written: No space left"),
         ("semroute nonsense 2>&-", 2, ""),
-        ("PYTHONIOENCODING=ascii semroute overhead --scale toy", 0, ""),
+        ("PYTHONIOENCODING=ascii semroute overhead --scale toy --arms B1", 0, ""),
         ("PYTHONIOENCODING=ascii semroute overhead --scale try", 2, "semroute: invalid choice 'try' for argument"),
         ("LC_ALL=C semroute --help", 0, ""),
     ],
@@ -196,7 +196,7 @@ def test_a_cache_that_cannot_be_written(
     when="commands write files and folders",
     then="all of them, including weights and caches, have the permissions that the umask sets",
 )
-@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+@pytest.mark.parametrize("mask", [0o002, *(pytest.param(mask, marks=pytest.mark.stress) for mask in (0o022, 0o077))])
 def test_all_files_have_the_mode_of_the_umask(mask: int, tiny_config: Make, tmp_path: Path) -> None:
     place = tmp_path / "all"
     before = os.umask(mask)
@@ -228,7 +228,9 @@ def test_all_files_have_the_mode_of_the_umask(mask: int, tiny_config: Make, tmp_
     when="matplotlib has no folder for its configuration",
     then="it uses a temporary one, and figures are drawn",
 )
-@pytest.mark.parametrize("variable", ["HOME", "MPLCONFIGDIR", "XDG_CONFIG_HOME"])
+@pytest.mark.parametrize(
+    "variable", ["HOME", *(pytest.param(x, marks=pytest.mark.stress) for x in ("MPLCONFIGDIR", "XDG_CONFIG_HOME"))]
+)
 def test_figures_without_a_folder_of_settings(variable: str, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()

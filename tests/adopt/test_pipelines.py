@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from tests.adopt.test_families import move
 from tests.helpers import pipelines as own
 from tests.helpers.adoptable import Case, make
 from tests.helpers.adoptable_pipelines import CALLS, PROMPTS, draw, pipeline
+from tests.helpers.forked import run
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # diffusers' and peft's own
 BOTH = pytest.mark.parametrize("name", ["sana", "z-image"])
@@ -347,8 +346,8 @@ def test_ten_blocks_compile_to_one_graph() -> None:
     In a process without checks of annotations, which torch would trace.
     """
     script = Path(__file__).parents[1] / "helpers/compiled_blocks.py"
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, timeout=300)
-    assert done.stdout.splitlines() == [
+    said = run("import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')", script)
+    assert said.splitlines() == [
         "sana 2 2",  # its first block gets another memory layout
         "qwen-image 1 1",
         "z-image 1 1",

@@ -35,6 +35,7 @@ from semantic_routing.cli.sample import SampleArguments
 from semantic_routing.common.config import to_dict
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.tiny_lm import tiny_lm
+from tests.helpers.forked import MAIN, Forked
 
 Make = Callable[..., TrainConfig]
 
@@ -329,15 +330,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(place: Path, typed: str, capsy
     assert tree(place) == before
 
 
-def test_a_real_process_ends_the_same_way(tmp_path: Path) -> None:
-    code = "from semantic_routing.cli.main import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "sample", "nowhere", "--prompt", "a", "--out", "out"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("semroute: no checkpoint at nowhere")
-    assert done.stderr.count("\n") == 1
+def test_a_real_process_ends_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    process = Forked(MAIN, ("sample", "nowhere", "--prompt", "a", "--out", "out"))
+    assert (process.wait(), process.out) == (2, "")
+    assert process.err.startswith("semroute: no checkpoint at nowhere")
+    assert process.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 

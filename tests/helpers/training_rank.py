@@ -12,13 +12,11 @@ from typing import Any
 
 def main(task: dict[str, Any]) -> None:
     """One rank."""
-    rank, victim = task["rank"], task["rank"] == task["victim"]
+    victim = task["rank"] == task["victim"]
     log = os.open(task["log"], os.O_CREAT | os.O_WRONLY)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": task["count"], "LOCAL_WORLD_SIZE": task["count"]}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": task["port"], "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": 1}
-    os.environ |= {name: str(value) for name, value in env.items()}
+    os.environ |= task["environment"]
     import torch
 
     from semantic_routing.common.config import read_config

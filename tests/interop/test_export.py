@@ -23,6 +23,7 @@ from semantic_routing.interop.export import ExportArguments, export
 from semantic_routing.interop.pipeline import SemanticRoutingPipeline
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.loop import start
+from tests.helpers.forked import run
 
 FRESH = """
 import sys
@@ -55,7 +56,7 @@ def test_an_exported_pipeline_samples_the_pixels_of_its_run(
     settings = ["--steps", "6", "--guidance", "2.5", "--seed", "5", "--out", str(tmp_path / "sampled")]
     main(["sample", str(tmp_path / "run"), *prompts, *settings])
     (tmp_path / "drawn").mkdir()
-    subprocess.run([sys.executable, "-c", FRESH, tmp_path / "pipe", tmp_path / "drawn", *PROMPTS], check=True)
+    run(FRESH, tmp_path / "pipe", tmp_path / "drawn", *PROMPTS)
     for name in ("00000_00.png", "00001_00.png"):
         expected = pixels(tmp_path / "sampled" / name)
         assert expected.std() > 10

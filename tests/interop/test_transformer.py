@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import accelerate
@@ -13,6 +11,7 @@ import torch
 
 from semantic_routing.interop.export import make_pipeline
 from semantic_routing.interop.pipeline import SemanticRoutingPipeline
+from tests.helpers.forked import run
 from tests.helpers.pipelines import MakeBundle, draw, exact, quiet
 
 COMPILE = """
@@ -42,7 +41,7 @@ for whole in (True, False):
 
 def test_the_transformer_compiles() -> None:
     """As a whole and block by block, in another process, because torch.compile cannot trace the type checks."""
-    subprocess.run([sys.executable, "-c", COMPILE], check=True)
+    run(COMPILE)
 
 
 def test_layerwise_casting_stores_weights_in_8_bits(pipe: SemanticRoutingPipeline) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from semantic_routing.model.varlen import varlen_attention
 from semantic_routing.sampling.guidance import guided
 from semantic_routing.sampling.samplers import euler, schedule
 from semantic_routing.text.features import TextFeatures
+from tests.helpers.forked import run
 from tests.helpers.networks import tiny_network
 
 TIMES = schedule(4)
@@ -166,8 +165,8 @@ def test_joined_contexts_hold_prompts_then_null_prompts() -> None:
 
 def unchecked(function: str) -> None:
     """Run a function of this file without checked annotations, which dynamo cannot trace."""
-    code = f"from tests.model import {Path(__file__).stem} as tests; tests.{function}()"
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
+    code = f"import sys; sys.path.insert(0, sys.argv[1]); from tests.model import {Path(__file__).stem} as tests"
+    run(f"{code}; tests.{function}()", Path(__file__).parents[2])
 
 
 def one_graph() -> None:

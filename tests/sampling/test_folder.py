@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from semantic_routing.cli.sample import SampleArguments, sample_to_folder
 from semantic_routing.sampling.folder import weights_sha256
 from semantic_routing.sampling.load import load_bundle
 from semantic_routing.sampling.text_to_image import SampleConfig
+from tests.helpers.forked import semroute
 from tests.helpers.networks import tiny_network
 
 CPU = torch.device("cpu")
@@ -64,13 +63,10 @@ def test_a_folder_holds_images_prompts_and_settings(tiny_run: Path, tmp_path: Pa
 
 def test_two_processes_sample_the_images_of_one(tiny_run: Path, tmp_path: Path) -> None:
     alone = sample_to_folder(arguments(tiny_run, tmp_path / "alone", images_per_prompt=3))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "semantic_routing", "sample", str(tiny_run), "--out", str(tmp_path / "shared")]
-    command += ["--prompt", "a red circle", "a star", "--images-per-prompt", "3", "--steps", "2", "--guidance", "2"]
-    command += ["--batch", "2", "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [str(tmp_path / "shared")]
+    options = ["--prompt", "a red circle", "a star", "--images-per-prompt", "3", "--steps", "2", "--guidance", "2"]
+    options += ["--batch", "2", "--device", "cpu"]
+    said = semroute(2, "sample", tiny_run, "--out", tmp_path / "shared", *options)
+    assert said == [f"{tmp_path / 'shared'}\n", ""]
     expected, found = pixels(alone), pixels(tmp_path / "shared")
     assert list(found) == list(expected)
     assert all(np.array_equal(found[name], expected[name]) for name in expected)

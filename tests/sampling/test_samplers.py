@@ -189,7 +189,7 @@ def change(*texts: TextFeatures) -> None:
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_text_is_prepared_once_unless_routing_depends_on_time(arm: str, scale: float, sampler: str) -> None:
     """Features that change after the first evaluation change the result only if they are read again."""
-    model, steps, x = tiny_network(arm, std=0.3), 6, torch.randn(2, *IMAGE)
+    model, steps, x = tiny_network(arm, std=0.3), 3, torch.randn(2, *IMAGE)
     prompts, null = text((5, 2), 5), text((1,), 1)
     counting = CountingModel(model)
 
@@ -212,7 +212,7 @@ def test_text_is_prepared_once_unless_routing_depends_on_time(arm: str, scale: f
 @pytest.mark.parametrize("arm", TIMED)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_text_prepared_ahead_gives_the_same_images(arm: str, sampler: str, clock: Clock | None) -> None:
-    model, times, x = tiny_network(arm, std=0.3), schedule(7, 2.0), torch.randn(2, *IMAGE)
+    model, times, x = tiny_network(arm, std=0.3), schedule(4, 2.0), torch.randn(2, *IMAGE)
     prompts, null = text((5, 2), 5), text((1,), 1)
     found, expected = (
         SAMPLERS[sampler](guided(model, prompts, null, 3.0, clock, known), x, times, noise=lambda step: x * step / 10)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from semantic_routing.sampling.load import load_bundle
 from semantic_routing.sampling.samplers import noise_for
 from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
 from semantic_routing.text.encoder import TextEncoder
+from tests.helpers.forked import run
 from tests.helpers.networks import move_zeros
 
 CPU = torch.device("cpu")
@@ -47,8 +46,14 @@ def final(bundle: TextToImage, prompts: list[str], images: list[tuple[int, int]]
 
 
 @pytest.mark.parametrize("arm", ARMS)
-@pytest.mark.parametrize("guidance", [1.0, 2.5])
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(
+    ("guidance", "bf16"),
+    [
+        (1.0, False),
+        (2.5, True),
+        *(pytest.param(*case, marks=pytest.mark.stress) for case in ((1.0, True), (2.5, False))),
+    ],
+)
 def test_an_image_depends_on_neither_its_batch_nor_other_prompts(
     bundles: dict[str, TextToImage], arm: str, guidance: float, bf16: bool
 ) -> None:
@@ -144,6 +149,7 @@ def test_a_bfloat16_text_encoder_works_with_either_precision(
 
 COMPILED = """
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -151,6 +157,7 @@ from typing import Any
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+warnings.simplefilter("error")
 counter = CompileCounterWithBackend("aot_eager")
 torch.compile = partial(torch.compile, backend=counter)
 
@@ -174,7 +181,7 @@ assert counter.frame_count == 5, counter.frame_count  # another bucket: the netw
 
 def test_one_graph_for_each_length_of_text(tiny_run: Path) -> None:
     """Other prompts and noise compile nothing. Runs in another process, because dynamo cannot trace the type checks."""
-    subprocess.run([sys.executable, "-W", "error", "-c", COMPILED, str(tiny_run)], check=True)
+    run(COMPILED, tiny_run)
 
 
 def test_weights_are_rounded_only_while_sampling(tiny_run: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from semantic_routing.model.arms import ARMS, PAPER_ARMS
 from semantic_routing.model.build import make_model
+from semantic_routing.model.dit import DiTConfig
 from semantic_routing.model.flops import META, count, count_image, count_language_model, count_text, qwen3_vl
 from semantic_routing.sampling.text_to_image import check_encoder
 from semantic_routing.study.plan import CALIBRATION, SCALES, Job, StudyArguments, jobs, stages
@@ -17,7 +19,7 @@ from semantic_routing.text.architecture import text_shape
 from semantic_routing.text.config import TextEncoderConfig
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.metrics import flops_per_image
-from semantic_routing.training.optim import make_optimizers
+from semantic_routing.training.optim import OptimConfig, make_optimizers
 from semantic_routing.training.recipes import SMALL_SAMPLING, small
 from semantic_routing.training.tiny_lm import tiny_lm
 
@@ -31,42 +33,45 @@ TOKENS = 16
 MILLION = 1e6
 
 
+@cache
 def reading(prompts: int) -> int:
     """Count a forward pass of the tiny language model of ``tiny_lm``."""
     model = qwen3_vl(width=128, layers=8, heads=4, kv_heads=2, head_dim=32, mlp_width=384)
     return count_language_model(model, prompts, TOKENS).total
 
 
-def muon(cfg: TrainConfig) -> int:
+@cache
+def muon(model: DiTConfig, optim: OptimConfig) -> int:
     """Count a step of the Muon optimiser."""
     with META:
-        model = make_model(cfg.model)
-    for p in model.parameters():
+        network = make_model(model)
+    for p in network.parameters():
         p.grad = torch.empty_like(p)
-    return count(make_optimizers(model, cfg.optim)[1].step)[0].total
+    return count(make_optimizers(network, optim)[1].step)[0].total
 
 
 def step(cfg: TrainConfig) -> int:
     """Count a training step."""
     trained = cfg.batch * flops_per_image(cfg.model, cfg.image_size, cfg.image_size, TOKENS)
-    return trained + reading(cfg.batch) + muon(cfg)
+    return trained + reading(cfg.batch) + muon(cfg.model, cfg.optim)
 
 
-def picture(cfg: TrainConfig) -> int:
+@cache
+def picture(model: DiTConfig, size: int) -> int:
     """Count a sampled image: guidance doubles it; the text is prepared at every step if routing depends on time."""
     with META:
-        model = make_model(cfg.model)
-    text, context = count_text(model, 2, TOKENS)
-    image = count_image(model, 2, cfg.image_size, cfg.image_size, context)
+        network = make_model(model)
+    text, context = count_text(network, 2, TOKENS)
+    image = count_image(network, 2, size, size, context)
     steps = SMALL_SAMPLING.steps
-    return reading(2) + text.total * (steps if model.depends_on_time else 1) + image.total * steps
+    return reading(2) + text.total * (steps if network.depends_on_time else 1) + image.total * steps
 
 
 def run(job: Job, n: int) -> tuple[int, int]:
     """Return the FLOPs of a run's training and of all its scores."""
     measured = int(CALIBRATION[1]) if "calibrated" in job.clocks else 0
     pictures = n * (1 + len(job.clocks)) + measured
-    return job.config.steps * step(job.config), pictures * picture(job.config)
+    return job.config.steps * step(job.config), pictures * picture(job.config.model, job.config.image_size)
 
 
 def test_all_arms_and_seeds_fit_into_half_an_hour(tmp_path: Path) -> None:
@@ -81,7 +86,7 @@ def test_all_arms_and_seeds_fit_into_half_an_hour(tmp_path: Path) -> None:
     # The numbers in the recipe's docstring.
     assert processes == 21 + 33 + 6
     assert step(small("depth")) == pytest.approx(1.08e12, rel=0.02)
-    assert muon(small("depth")) == pytest.approx(0.35e12, rel=0.02)
+    assert muon(small("depth").model, small("depth").optim) == pytest.approx(0.35e12, rel=0.02)
     assert by_arm["depth"][0] == pytest.approx(3.25e15, rel=0.02)
     assert training == pytest.approx(6.66e16, rel=0.02)
     assert scoring == pytest.approx(1.55e16, rel=0.02)
@@ -95,7 +100,7 @@ def test_the_count_follows_the_work(tmp_path: Path) -> None:
     longer = replace(job, config=replace(job.config, steps=2 * job.config.steps))
     assert run(longer, args.n) == (2 * training, scoring)
     nominal = run(replace(job, clocks=()), args.n)[1]
-    assert scoring == 3 * nominal + 128 * picture(job.config)
+    assert scoring == 3 * nominal + 128 * picture(job.config.model, job.config.image_size)
 
 
 def test_the_network_has_tens_of_millions_of_parameters() -> None:

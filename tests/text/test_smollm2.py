@@ -20,8 +20,6 @@ installed = pytest.mark.skipif(
 PROMPTS = [
     "a red circle",
     "",
-    "a large blue square is to the left of a small green triangle and above two yellow stars",
-    "three purple hearts",
     "a photograph of a red fox that sleeps on an old wooden bench in a quiet park on a rainy afternoon in November, "
     "with fallen leaves of oak and maple around it and a bicycle that leans against a lamp post in the distance",
 ]

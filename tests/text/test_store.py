@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +14,7 @@ from semantic_routing.common.sizes import parse_bytes
 from semantic_routing.text.encoder import TextEncoder
 from semantic_routing.text.features import TextFeatures
 from semantic_routing.text.store import DiskStates, States, StateStore
+from tests.helpers.forked import Forked
 from tests.text.test_encoder import load, qwen3, save
 
 PROMPTS = ["a red circle", "", "the blue square of a red circle", "blue", "a red circle"]
@@ -217,19 +214,12 @@ from semantic_routing.text.encoder import TextEncoder
 encoder = TextEncoder.from_pretrained(TextEncoderConfig(name_or_path=sys.argv[1], keep="0", keep_on_disk=sys.argv[2]))
 print("ready", flush=True)
 while True:
-    for n in range(1, 120):
+    for n in range(1, 40):
         encoder.encode(["red " * n, "blue " * n])
     if sys.argv[3] == "once":
         break
     import shutil; shutil.rmtree(sys.argv[2])
 """
-
-
-def fill(folder: Path, states: Path, how: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.Popen(
-        [sys.executable, "-c", FILL, str(folder), str(states), how], stdout=subprocess.PIPE, text=True, env=environment
-    )
 
 
 @pytest.mark.behaviour(
@@ -238,15 +228,13 @@ def fill(folder: Path, states: Path, how: str) -> subprocess.Popen[str]:
     then="each prompt is there once and complete",
 )
 def test_two_processes_fill_one_folder(folder: Path, tmp_path: Path) -> None:
-    with fill(folder, tmp_path / "states", "once") as one, fill(folder, tmp_path / "states", "once") as other:
-        one.communicate()
-        other.communicate()
-    assert (one.returncode, other.returncode) == (0, 0)
-    assert len([*(tmp_path / "states").rglob("*.safetensors")]) == 238
+    both = [Forked(FILL, (folder, tmp_path / "states", "once")) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert len([*(tmp_path / "states").rglob("*.safetensors")]) == 78
     assert not [*(tmp_path / "states").rglob(".*")]
     encoder = read_nothing(load(folder, keep="0", keep_on_disk=str(tmp_path / "states")))
     plain = load(folder, keep="0")
-    for n in (1, 16, 60, 119):
+    for n in (1, 16, 39):
         prompts = ["red " * n, "blue " * n]
         assert equal(encoder.encode(prompts), plain.encode(prompts))
 
@@ -259,11 +247,10 @@ def test_two_processes_fill_one_folder(folder: Path, tmp_path: Path) -> None:
 def test_killed_while_writing(folder: Path, tmp_path: Path) -> None:
     plain = load(folder, keep="0")
     for delay in (0.01, 0.05):
-        with fill(folder, tmp_path / "states", "again and again") as process:
-            assert process.stdout is not None
-            process.stdout.readline()
-            time.sleep(delay)
-            process.send_signal(signal.SIGKILL)
+        process = Forked(FILL, (folder, tmp_path / "states", "again and again"))
+        process.wait_for_output()
+        time.sleep(delay)
+        process.kill()
         encoder = load(folder, keep="0", keep_on_disk=str(tmp_path / "states"))
         with warnings.catch_warnings():
             warnings.simplefilter("error")

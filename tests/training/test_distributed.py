@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import random
 import runpy
 import signal
@@ -34,9 +32,9 @@ from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.loop import batches, resume, start
 from semantic_routing.training.optim import OptimConfig
 from semantic_routing.training.parallelize import ParallelConfig
+from tests.helpers.forked import forking, rank_environment
 
-PRELOAD = ["semantic_routing.training.loop", "transformers.models.qwen3.modeling_qwen3", "torch.utils.tensorboard"]
-PATIENCE = 60.0
+PATIENCE = 300.0
 """Seconds that any run of these tests may take."""
 SCRIPT = str(Path(__file__).parents[1] / "helpers" / "training_rank.py")
 
@@ -72,9 +70,7 @@ def run(task: Task, processes: int, log: Path) -> Ended:
 
     Where one ends badly the others are stopped, as torchrun stops them.
     """
-    os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = forking()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -82,7 +78,8 @@ def run(task: Task, processes: int, log: Path) -> Ended:
     ranks = []
     for rank, path in enumerate(logs):
         path.unlink(missing_ok=True)
-        scope = {"TASK": asdict(task) | {"rank": rank, "count": processes, "port": port, "log": str(path)}}
+        own = {"rank": rank, "log": str(path), "environment": rank_environment(rank, processes, port)}
+        scope = {"TASK": asdict(task) | own}
         ranks.append(context.Process(target=runpy.run_path, args=(SCRIPT, scope, "__main__"), daemon=True))
     for process in ranks:
         process.start()

@@ -34,21 +34,31 @@ def keeping(cfg: TrainConfig, memory: str, disk: Path | None = None) -> TrainCon
     return replace(cfg, text=replace(cfg.text, keep=memory, keep_on_disk="" if disk is None else str(disk)))
 
 
-@pytest.mark.parametrize("arm", ["depth", "joint", "fusedit"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("arm", "dtype"),
+    [
+        ("depth", "float32"),
+        ("joint", "bfloat16"),
+        ("fusedit", "float32"),
+        *(
+            pytest.param(*case, marks=pytest.mark.stress)
+            for case in (("depth", "bfloat16"), ("joint", "float32"), ("fusedit", "bfloat16"))
+        ),
+    ],
+)
 @pytest.mark.behaviour(
     "Training",
     when="text.keep or text.keep_on_disk caches the states of captions, and the run is stopped and resumed",
     then="weights and losses are bitwise the same as without",
 )
 def test_weights_are_the_same_with_kept_states(arm: str, dtype: str, tiny_config: Make, tmp_path: Path) -> None:
-    cfg = tiny_config(arm, log_every=1, precision="bf16" if dtype == "bfloat16" else "fp32")
+    cfg = tiny_config(arm, steps=4, log_every=1, precision="bf16" if dtype == "bfloat16" else "fp32")
     cfg = replace(cfg, text=replace(cfg.text, dtype=dtype))
     plain = start(keeping(cfg, "0"), tmp_path / "plain")
     kept = start(keeping(cfg, "1MiB"), tmp_path / "kept")
     on_disk = keeping(cfg, "0", tmp_path / "states")
     with pytest.raises(Interrupted):
-        start(on_disk, tmp_path / "disk", stop_at(3))
+        start(on_disk, tmp_path / "disk", stop_at(2))
     disk = resume(tmp_path / "disk")
     again = start(on_disk, tmp_path / "again")
     for other in (kept, disk, again):

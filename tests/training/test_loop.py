@@ -95,8 +95,14 @@ def stop_and_resume(cfg: TrainConfig, out: Path, *steps: int, number: signal.Sig
 # --- stopping and going on ---
 
 
-@pytest.mark.parametrize("optim", [OptimConfig(lr=1e-2), MUON], ids=["adamw", "muon"])
-@pytest.mark.parametrize("arm", ["depth", "joint", "fusedit"])
+ADAMW = OptimConfig(lr=1e-2)
+MORE = [
+    pytest.param(arm, optim, marks=pytest.mark.stress)
+    for arm, optim in (("depth", MUON), ("joint", ADAMW), ("fusedit", ADAMW))
+]
+
+
+@pytest.mark.parametrize(("arm", "optim"), [("depth", ADAMW), ("joint", MUON), ("fusedit", MUON), *MORE])
 def test_a_run_stopped_and_resumed_is_bitwise_one_that_never_stopped(
     tiny_config: Make, tmp_path: Path, arm: str, optim: OptimConfig
 ) -> None:
@@ -554,16 +560,16 @@ def test_real_photographs(tiny_config: Make, tmp_path: Path) -> None:
 
 def test_damaged_records_are_trained_past_and_every_one_is_counted(tiny_config: Make, tmp_path: Path) -> None:
     shards = str(write_shards(tmp_path / "shards"))
-    cfg = tiny_config(data=DataConfig(paths=(shards,)), steps=RECORDS // 4, checkpoint_every=20)
+    cfg = tiny_config(data=DataConfig(paths=(shards,)), batch=20, steps=RECORDS // 20, checkpoint_every=4)
     whole = start(cfg, tmp_path / "whole")
     state = read_state(whole)
     assert state["damaged"] == {"rows": RECORDS} | dict.fromkeys(TEN, 1)
     assert metrics(tmp_path / "whole")[-1]["damaged"] == len(TEN)
     assert len((tmp_path / "whole" / DAMAGED).read_text().splitlines()) == len(TEN)
-    again = stop_and_resume(cfg, tmp_path / "stopped", 30)
+    again = stop_and_resume(cfg, tmp_path / "stopped", 6)
     assert_same(whole, again)
     assert read_state(again)["damaged"] == state["damaged"]
-    strict = replace(cfg, data=replace(cfg.data, max_damaged=0.01), steps=300, log_every=10, checkpoint_every=300)
+    strict = replace(cfg, data=replace(cfg.data, max_damaged=0.01), batch=100, steps=12, checkpoint_every=12)
     with pytest.raises(TrainingFailed, match=r"50 of 10\d\d records could not be used .* more than the 1% allowed"):
         start(strict, tmp_path / "strict")
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +23,7 @@ from semantic_routing.text.config import TextEncoderConfig
 from semantic_routing.text.encoder import TextEncoder
 from semantic_routing.toy.captions import split_of
 from semantic_routing.training.validation import ValidationConfig, error_sums, held_out, validate
+from tests.helpers.forked import Forked
 from tests.helpers.networks import CountingModel, tiny_network
 
 CFG = ValidationConfig(samples=7, batch=3, times=(0.1, 0.6))
@@ -102,10 +101,10 @@ def test_shares_of_processes_add_up_and_run_the_network_equally_often(bundle: Te
 
 WORKER = """
 import json, sys
-sys.path.insert(0, {tests!r})
-import torch.distributed as dist
-from test_validation import run_as
-print(json.dumps(run_as(1, {store!r}, {encoder!r})))
+root, store, encoder = sys.argv[1:]
+sys.path.insert(0, root)
+from tests.training.test_validation import run_as
+print(json.dumps(run_as(1, store, encoder)))
 """
 
 
@@ -120,14 +119,11 @@ def run_as(rank: int, store: str, encoder: str) -> dict[str, float]:
 
 def test_two_processes_find_what_one_finds(bundle: TextToImage, tiny_encoder: Path, tmp_path: Path) -> None:
     store = str(tmp_path / "store")
-    code = WORKER.format(tests=str(Path(__file__).parent), store=store, encoder=str(tiny_encoder))
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
-        try:
-            mine = run_as(0, store, str(tiny_encoder))
-            theirs = json.loads(other.communicate(timeout=120)[0])
-        finally:
-            other.kill()
-    assert mine == theirs == pytest.approx(validate(bundle, held_out(CFG, DataConfig(), 32), CFG), rel=1e-6)
+    other = Forked(WORKER, (Path(__file__).parents[2], store, tiny_encoder))
+    mine = run_as(0, store, str(tiny_encoder))
+    assert other.wait() == 0, other.err
+    alone = validate(bundle, held_out(CFG, DataConfig(), 32), CFG)
+    assert mine == json.loads(other.out) == pytest.approx(alone, rel=1e-6)
 
 
 def test_the_posterior_of_a_codec_is_sampled_with_fixed_noise(bundle: TextToImage) -> None:

@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -27,6 +25,7 @@ from semantic_routing.training.watchdog import (
     hung,
     job_store,
 )
+from tests.helpers.forked import Forked
 
 SECONDS = 60.0
 """After which a test gives up waiting for what must come."""
@@ -247,22 +246,17 @@ with Watchdog(WatchdogConfig(timeout=1.0, grace=60.0), store, rank, world=2) as 
 
 
 @pytest.fixture
-def job(server: TCPStore) -> Iterator[list[subprocess.Popen[str]]]:
+def job(server: TCPStore) -> Iterator[list[Forked]]:
     """Two processes of which the second hangs in step 3; killed in the end."""
-    command = [sys.executable, "-c", PROCESS]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen([*command, str(rank), str(server.port)], **pipes) for rank in (0, 1)]
-    try:
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+    processes = [Forked(PROCESS, (rank, server.port)) for rank in (0, 1)]
+    yield processes
+    for process in processes:
+        process.kill()
 
 
-def test_a_hang_in_one_process_ends_all_and_names_it(job: list[subprocess.Popen[str]]) -> None:
-    errors = [process.communicate(timeout=SECONDS)[1] for process in job]
-    assert [process.returncode for process in job] == [1, 1]
+def test_a_hang_in_one_process_ends_all_and_names_it(job: list[Forked]) -> None:
+    assert [process.wait() for process in job] == [1, 1]
+    errors = [process.err for process in job]
     message = f"semroute: rank 1 on host {socket.gethostname()} has not moved since step 3 (loading data) for "
     assert [message in error for error in errors] == [True, True], errors
     assert "this is rank 0 at step 3" in errors[0]
@@ -270,13 +264,10 @@ def test_a_hang_in_one_process_ends_all_and_names_it(job: list[subprocess.Popen[
     assert "in read_a_file_that_hangs" in errors[1]
 
 
-def test_a_first_process_that_is_stopped_whole_ends_the_others(
-    job: list[subprocess.Popen[str]], server: TCPStore
-) -> None:
+def test_a_first_process_that_is_stopped_whole_ends_the_others(job: list[Forked], server: TCPStore) -> None:
     notes = PrefixStore("semroute/watchdog", server)
     while json.loads(notes.get("0"))["step"] < 3:
         time.sleep(0.01)
-    os.kill(job[0].pid, signal.SIGSTOP)
-    error = job[1].communicate(timeout=SECONDS)[1]
-    assert job[1].returncode == 1
-    assert f"rank 0 on host {socket.gethostname()} has not answered since step 3 (forward) for " in error
+    os.kill(job[0].process.pid, signal.SIGSTOP)
+    assert job[1].wait() == 1
+    assert f"rank 0 on host {socket.gethostname()} has not answered since step 3 (forward) for " in job[1].err
