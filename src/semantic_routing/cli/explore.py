@@ -54,7 +54,7 @@ def run_explore(args: ExploreArguments) -> None:
     page, address = serve(session, beginning(session, opened.edit), args.port)
     sys.stdout.write(f"{address}\n")
     sys.stdout.flush()
-    _wait()
+    wait()
     page.close()
 
 
@@ -66,7 +66,7 @@ def beginning(session: Session, edit: RoutingOverride | None) -> State:
     return State(prompt=session.examples[0].caption, edit=edit, steps=TOY_STEPS, sampler=sampler, shift=shift)
 
 
-def _wait() -> None:
+def wait() -> None:
     """Return when the command is interrupted or ended."""
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -40,6 +40,12 @@ def preset(
     return RoutingOverride(tuple(rows), (weights,) * len(rows))
 
 
+def preset_name(edit: RoutingOverride | None, rows: Sequence[str], layers: int) -> str | None:
+    """Return the preset that gives an edit; None for edits by hand and for presets of a chosen layer."""
+    named = (LEARNED, PENULTIMATE, UNIFORM)
+    return next((name for name in named if preset(name, None, rows, layers, row=0, layer=0) == edit), None)
+
+
 def one_hot(layers: int, layer: int) -> Row:
     """Return a row that reads one layer."""
     return tuple(float(place == layer) for place in range(layers))
@@ -93,18 +99,6 @@ def as_mapping(edit: RoutingOverride | None) -> dict[str, Row]:
     return {} if edit is None else dict(zip(edit.rows, edit.weights, strict=True))
 
 
-def described(edit: RoutingOverride | None, rows: Sequence[str]) -> str:
-    """Return in words what is edited."""
-    if edit is None:
-        return "nothing is edited"
-    count = len(edit.rows)
-    return "all rows are edited" if count == len(rows) else f"{count} of {len(rows)} rows edited: {_few(edit.rows)}"
-
-
-def _few(names: Sequence[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
-
-
 def with_gain(gains: Mapping[int, float], layer: int, gain: float) -> dict[int, float]:
     """Return gains by layer with one of them set; a gain of 1 is left out."""
     if not 0 <= gain <= MOST_GAIN:
@@ -120,6 +114,8 @@ MOST_GAIN = 3
 def with_gains(gains: Mapping[int, float], table: Float[np.ndarray, "*K S"]) -> np.ndarray:
     """Return an adopted routing's weights with a factor on each layer; column 0, the original state, takes the rest."""
     changed = np.array(table, dtype=np.float64)
+    if not gains:
+        return changed
     for layer, gain in gains.items():
         changed[..., layer] *= gain
     changed[..., 0] = 1 - changed[..., 1:].sum(-1)

@@ -10,7 +10,17 @@ from typing import Any
 import gradio as gr
 
 from semantic_routing.explorer import views
-from semantic_routing.explorer.edits import LEARNED, MOST_GAIN, PRESETS, one_hot, preset, with_cell, with_gain, with_row
+from semantic_routing.explorer.edits import (
+    LEARNED,
+    MOST_GAIN,
+    PRESETS,
+    one_hot,
+    preset,
+    preset_name,
+    with_cell,
+    with_gain,
+    with_row,
+)
 from semantic_routing.explorer.session import Session
 from semantic_routing.explorer.state import MOST_SCALE, MOST_STEPS, State, from_query, to_query
 from semantic_routing.sampling.samplers import SAMPLERS
@@ -139,8 +149,8 @@ class Page:
     def _state(self, values: tuple[Any, ...]) -> State:
         """Return the state of the parts' values; ValueError if one of them is missing or out of its range."""
         found = dict(zip(self.parts, values, strict=True))
-        if found["seed"] is None:
-            raise ValueError("The seed is empty: give a whole number")
+        if empty := [name for name, value in found.items() if value is None and name != "edit"]:
+            raise ValueError(f"The {empty[0]} is empty: give a number")
         return State(**found | {name: int(found[name]) for name in ("seed", "steps")})
 
     def _pictured(
@@ -186,21 +196,26 @@ class Page:
         *parts, row, layer, percent = values
         state = self._state(tuple(parts))
         table = self.model.shown(state) if not state.gains else self.model.table(state.time)
-        edit = with_cell(state.edit, self.model.rows, table, row=row, layer=layer, weight=percent / 100)
+        edit = with_cell(state.edit, self.model.rows, table, row=row, layer=layer, weight=(percent or 0) / 100)
         return {"edit": edit}
 
     def _weight_dragged(self, *values: Any) -> Iterator[Updates]:
-        yield from self._pictured(values[:-1], few=True, changes=self._with_weight(values))
+        yield from self._dragged(self.weight, values, self._with_weight(values))
+
+    def _dragged(self, slider: Any, values: tuple[Any, ...], changes: dict[str, Any]) -> Iterator[Updates]:
+        """Yield previews that leave a slider alone, which may have been dragged on meanwhile."""
+        for updates in self._pictured(values[:-1], few=True, changes=changes):
+            yield {part: value for part, value in updates.items() if part is not slider}
 
     def _weight_set(self, *values: Any) -> Iterator[Updates]:
         yield from self._pictured(values[:-1], changes=self._with_weight(values))
 
     def _with_gain(self, values: tuple[Any, ...]) -> dict[str, Any]:
         gains = dict(zip(self.parts, values, strict=False))["gains"]
-        return {"gains": with_gain(gains, values[-2], values[-1]) if values[-2] else gains}
+        return {"gains": with_gain(gains, values[-2], values[-1] or 0) if values[-2] else gains}
 
     def _gain_dragged(self, *values: Any) -> Iterator[Updates]:
-        yield from self._pictured(values[:-1], few=True, changes=self._with_gain(values))
+        yield from self._dragged(self.gain, values, self._with_gain(values))
 
     def _gain_set(self, *values: Any) -> Iterator[Updates]:
         yield from self._pictured(values[:-1], changes=self._with_gain(values))
@@ -239,6 +254,7 @@ class Page:
             self.weight: self._percent(state, row, layer),
             self.gain: gr.Slider(value=state.gains.get(layer, 1), interactive=layer > 0),
             self.saved: views.saved_html(state.edit, self.model.name),
+            self.preset: preset_name(state.edit, self.model.rows, len(self.model.columns)),
             self.alert: "",
         }
 
