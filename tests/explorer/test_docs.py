@@ -6,8 +6,6 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -37,10 +35,10 @@ def test_explore(
     monkeypatch.chdir(tmp_path)
     served: list[tuple[Session, State]] = []
 
-    def serve(session: Session, state: State, port: int) -> tuple[Any, str]:
+    def serve(session: Session, state: State, port: int) -> str:
         assert port == 7860
         served.append((session, state))
-        return SimpleNamespace(close=lambda: None), "the address"
+        return "the address"
 
     monkeypatch.setattr(explore, "serve", serve)
     monkeypatch.setattr(explore, "check_port", lambda port: None)

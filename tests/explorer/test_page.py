@@ -57,7 +57,7 @@ def server(tiny_run: Path) -> Iterator[str]:
         assert address.startswith("http://127.0.0.1:")
         yield address
         process.terminate()
-        assert process.wait(60) == 0
+        assert process.wait(120) == 0, "it ends while a visitor is there"
     finally:
         process.kill()
 

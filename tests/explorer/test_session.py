@@ -203,7 +203,10 @@ def test_a_pipeline_of_another_program_is_drawn_at_once(tmp_path: Path) -> None:
     routing.save(tmp_path / "routing")
     with pytest.raises(ValueError, match=r"is a pipeline of another program: give its routing, too"):
         open_for_page(tmp_path / "sana", CPU)
-    session = Session([open_for_page(tmp_path / "sana", CPU, str(tmp_path / "routing")).model])
+    model = open_for_page(tmp_path / "sana", CPU, str(tmp_path / "routing")).model
+    assert isinstance(model, AdoptedModel)
+    model.subject.size = (32, 32)  # the least that the pipeline draws
+    session = Session([model])
     state = State(prompt="three red apples", steps=2, gains={1: 0.0, 2: 0.0, 3: 0.0})
     seen = list(session.draw(state))
     assert len(seen) == 3, "its steps cannot be seen"

@@ -51,11 +51,10 @@ def run_explore(args: ExploreArguments) -> None:
         models.append(open_for_page(args.beside, device).model)
         check_alike(*models)
     session = Session(models)
-    page, address = serve(session, beginning(session, opened.edit), args.port)
+    address = serve(session, beginning(session, opened.edit), args.port)
     sys.stdout.write(f"{address}\n")
     sys.stdout.flush()
     wait()
-    page.close()
 
 
 def beginning(session: Session, edit: RoutingOverride | None) -> State:

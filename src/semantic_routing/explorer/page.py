@@ -151,7 +151,8 @@ class Page:
         found = dict(zip(self.parts, values, strict=True))
         if empty := [name for name, value in found.items() if value is None and name != "edit"]:
             raise ValueError(f"The {empty[0]} is empty: give a number")
-        return State(**found | {name: int(found[name]) for name in ("seed", "steps")})
+        kinds = {"seed": int, "steps": int, "guidance": float, "shift": float, "time": float, "scale": float}
+        return State(**found | {name: kind(found[name]) for name, kind in kinds.items()})
 
     def _pictured(
         self, values: tuple[Any, ...], *, few: bool = False, changes: dict[str, Any] | None = None

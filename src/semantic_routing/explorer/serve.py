@@ -15,14 +15,13 @@ HOST = "127.0.0.1"
 CSS = Path(__file__).with_name("page.css")
 
 
-def serve(session: Session, start: State, port: int) -> tuple[gr.Blocks, str]:
-    """Start the server in threads of its own; return the page and its address. ValueError for a port that is taken.
+def serve(session: Session, start: State, port: int) -> str:
+    """Start the server in threads that end with the program; return its address. ValueError for a port that is taken.
 
-    ``close()`` of the page stops the server.
+    gradio's own ``close`` would wait until every visitor has left.
     """
     check_port(port)
-    page = Page(session, start).blocks
-    page.launch(
+    Page(session, start).blocks.launch(
         server_name=HOST,
         server_port=port,
         share=False,
@@ -36,7 +35,7 @@ def serve(session: Session, start: State, port: int) -> tuple[gr.Blocks, str]:
         theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css_paths=CSS,
     )
-    return page, f"http://{HOST}:{port}/"
+    return f"http://{HOST}:{port}/"
 
 
 def check_port(port: int) -> None:
