@@ -80,6 +80,7 @@ EXTRAS = {
     "accelerate",
     "diffusers",
     "fsspec",
+    "gradio",
     "grain",
     "openai",
     "peft",
