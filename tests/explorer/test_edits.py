@@ -71,8 +71,8 @@ def test_gains_give_what_a_layer_loses_back_to_the_original_state() -> None:
     table = np.array([[0.2, 0.5, 0.3], [1.0, 0.0, 0.0]])
     np.testing.assert_allclose(edits.with_gains({1: 0.0, 2: 2.0}, table), [[0.4, 0.0, 0.6], [1, 0, 0]])
     np.testing.assert_array_equal(edits.with_gains({}, table), table)
-    gains = edits.with_gain(edits.with_gain({}, 2, 0.5), 1, 3)
+    gains = edits.with_gain(edits.with_gain({}, 2, 0.5), 1, 3.0)
     assert gains == {1: 3, 2: 0.5}
-    assert edits.with_gain(gains, 2, 1) == {1: 3}
+    assert edits.with_gain(gains, 2, 1.0) == {1: 3}
     with pytest.raises(ValueError, match=r"the gain is 4; it must be from 0 to 3"):
-        edits.with_gain({}, 1, 4)
+        edits.with_gain({}, 1, 4.0)

@@ -50,16 +50,16 @@ def free_port() -> int:
 def server(tiny_run: Path) -> Iterator[str]:
     """Address of the page of a tiny run."""
     command = [sys.executable, "-m", "semantic_routing", "explore", str(tiny_run), "--device", "cpu"]
-    process = subprocess.Popen([*command, "--port", str(free_port())], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        address = process.stdout.readline().strip()
-        assert address.startswith("http://127.0.0.1:")
-        yield address
-        process.terminate()
-        assert process.wait(120) == 0, "it ends while a visitor is there"
-    finally:
-        process.kill()
+    with subprocess.Popen([*command, "--port", str(free_port())], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            address = process.stdout.readline().strip()
+            assert address.startswith("http://127.0.0.1:")
+            yield address
+            process.terminate()
+            assert process.wait(120) == 0, "it ends while a visitor is there"
+        finally:
+            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -256,4 +256,4 @@ def test_a_port_that_is_taken(tiny_run: Path, capsys: pytest.CaptureFixture[str]
         with pytest.raises(SystemExit) as end:
             main(["explore", str(tiny_run), "--port", str(held.getsockname()[1])])
     assert end.value.code == 2
-    assert "give another, as --port 7861" in capsys.readouterr().err
+    assert "give another one, as --port 7861" in capsys.readouterr().err

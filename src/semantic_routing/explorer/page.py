@@ -213,7 +213,7 @@ class Page:
 
     def _with_gain(self, values: tuple[Any, ...]) -> dict[str, Any]:
         gains = dict(zip(self.parts, values, strict=False))["gains"]
-        return {"gains": with_gain(gains, values[-2], values[-1] or 0) if values[-2] else gains}
+        return {"gains": with_gain(gains, values[-2], float(values[-1] or 0)) if values[-2] else gains}
 
     def _gain_dragged(self, *values: Any) -> Iterator[Updates]:
         yield from self._dragged(self.gain, values, self._with_gain(values))
