@@ -24,6 +24,7 @@ CHAPTERS = (
     "diffusers",
     "Adopting a model",
     "Judges and scores",
+    "Exploring",
     "Surroundings",
 )
 HEAD = """# What happens when ...

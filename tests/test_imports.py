@@ -78,6 +78,7 @@ EXTRAS = {
     "accelerate",
     "diffusers",
     "fsspec",
+    "gradio",
     "grain",
     "openai",
     "peft",

@@ -21,7 +21,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 IMPORT_SECONDS = 0.3
 """Longest time that ``import semantic_routing`` may take, beyond the interpreter's own start."""
-IN_WHEEL = ("py.typed", "model/kernels/mix_cpu.c", "model/kernels/mix_amx.c", "common/webpage.css", "analysis/page.js")
+IN_WHEEL = (
+    "py.typed",
+    "model/kernels/mix_cpu.c",
+    "model/kernels/mix_amx.c",
+    "common/webpage.css",
+    "analysis/page.js",
+    "explorer/page.css",
+    "explorer/heatmap.js",
+)
 """Files besides modules that an installed package needs."""
 IN_SDIST = ("README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "SECURITY.md", "constraints.txt", "pyproject.toml")
 

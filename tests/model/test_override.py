@@ -110,7 +110,7 @@ def test_the_network_reads_the_override_and_then_its_own_weights_again(arm: str)
 def test_an_edit_sees_the_weights_of_every_time() -> None:
     model, t = network("joint"), torch.tensor([0.0, 1.0])
     own = model.router.weights(t)
-    flipped = EditedRouter(model.router, model.cfg, lambda weights: weights.flip(1))
+    flipped = EditedRouter(model.router, (len(model.cfg.rows), model.cfg.text_layers), lambda weights: weights.flip(1))
     assert torch.equal(flipped.weights(t), own.flip(1))
     with rerouted(model, flipped):
         assert model.depends_on_time

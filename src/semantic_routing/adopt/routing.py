@@ -15,6 +15,7 @@ from semantic_routing.adopt.facts import Facts
 from semantic_routing.adopt.file import save_routing
 from semantic_routing.adopt.prompts import versions
 from semantic_routing.adopt.weights import REINJECT, make_weights
+from semantic_routing.model.override import Edit, EditedRouter
 
 Injection = Literal["swap", "reinject"]
 INJECTIONS: tuple[Injection, ...] = get_args(Injection)
@@ -68,6 +69,16 @@ class Routing(nn.Module):
     @scale.setter
     def scale(self, scale: int | float) -> None:
         self._scale = float(scale)
+
+    @contextmanager
+    def edited(self, edit: Edit) -> Iterator[None]:
+        """Change the weights of all rows by a function of them while the context lasts; see ``EditedRouter``."""
+        own, self._active = self.router, None
+        self.router = EditedRouter(own, (self.facts.rows, 1 + self.facts.layers), edit)
+        try:
+            yield
+        finally:
+            self.router, self._active = own, None
 
     def enable(self) -> None:
         """Turn the routing on again."""

@@ -193,6 +193,17 @@ def adopt(args: list[str]) -> None:
     _run_one_of(SUBCOMMANDS, args, adopt, "subcommand")
 
 
+def explore(args: list[str]) -> None:
+    """Try a model out in the browser: semroute explore runs/x"""
+    from semantic_routing.cli.arguments import parse
+    from semantic_routing.common.extras import require
+
+    require("gradio", what="semroute explore", extra="explore")
+    from semantic_routing.cli.explore import ExploreArguments, run_explore
+
+    run_explore(parse(ExploreArguments, args, prog="semroute explore"))
+
+
 COMMANDS: dict[str, Command] = {
     "quickstart": quickstart,
     "train": train,
@@ -200,6 +211,7 @@ COMMANDS: dict[str, Command] = {
     "data": data,
     "evaluate": evaluate,
     "analyze": analyze,
+    "explore": explore,
     "probe": probe,
     "study": study,
     "overhead": overhead,

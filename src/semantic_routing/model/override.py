@@ -95,17 +95,21 @@ class RoutingOverride:
             weights[:, places.to(weights.device)] = table.to(weights)
             return weights
 
-        return EditedRouter(own, cfg, edit, constant=len(places) == len(cfg.rows))
+        shape = (len(cfg.rows), cfg.text_layers)
+        return EditedRouter(own, shape, edit, constant=len(places) == len(cfg.rows))
 
 
 class EditedRouter(Router):
     """A router whose weights are edited after it has computed them."""
 
-    def __init__(self, own: Router, cfg: DiTConfig, edit: Edit, *, constant: bool = False) -> None:
-        """``constant`` says that the edit replaces all of the router's weights, which are then not computed."""
+    def __init__(self, own: Router, shape: tuple[int, int], edit: Edit, *, constant: bool = False) -> None:
+        """``shape`` is the number of rows and columns that the edit sees.
+
+        ``constant`` says that the edit replaces all of the router's weights, which are then not computed.
+        """
         super().__init__()
         self.own, self.edit = own, edit
-        self.shape = (len(cfg.rows), cfg.text_layers)
+        self.shape = shape
         self.constant = constant
         self.depends_on_time = own.depends_on_time and not constant
 

@@ -118,7 +118,8 @@ def run_ablation(bundle: TextToImage, cfg: AblationConfig, out: Path) -> tuple[S
         base = score.values() if missing else np.empty(0)
         for ablation in tqdm(missing, desc="Ablating", initial=len(todo) - len(missing), total=len(todo)):
             edit = partial(ablation.edit, depth=model.cfg.depth)
-            with rerouted(model, EditedRouter(model.router, model.cfg, edit)):
+            shape = (len(model.cfg.rows), model.cfg.text_layers)
+            with rerouted(model, EditedRouter(model.router, shape, edit)):
                 values = score.values()
             rows = list(_compared(ablation, score, tags, base, values, ablation.names(model.cfg)))
             with (out / TABLE).open("a", encoding="utf-8") as file:

@@ -1,0 +1,79 @@
+"""Opens what ``semroute explore`` is given: runs, pipelines, and pipelines with an adopted routing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from semantic_routing.adopt.file import FILE, find_file
+from semantic_routing.common.files import read_json
+from semantic_routing.explorer.models import AdoptedModel, Model, OwnModel
+from semantic_routing.interop.open import PIPELINE, open_model
+from semantic_routing.model.override import RoutingOverride
+from semantic_routing.sampling.routing_file import read_override
+
+ROUTING_ENDING = ".json"
+"""Ending of files of edited weights, which tells them from routings of adopted pipelines."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model and the edit that the page begins with."""
+
+    model: Model
+    edit: RoutingOverride | None = None
+
+
+def open_for_page(path: Path, device: torch.device, routing: str | None = None) -> Opened:
+    """Open a run, a checkpoint, a pipeline, or the folder of semroute adopt train; ValueError for anything else.
+
+    ``routing`` is a JSON file of edited weights for a model of this program, or the folder or file of a routing for a
+    pipeline.
+    """
+    edits = routing is not None and routing.endswith(ROUTING_ENDING)
+    if routing is not None and not edits:
+        return Opened(_adopted(str(path), find_file(routing), device))
+    if (path / FILE).is_file():  # what semroute adopt train wrote
+        if edits:
+            raise ValueError(f"{routing} is for models of this program; the weights of {path} are edited on the page")
+        config = _config(path)
+        if not config.get("pipeline"):
+            raise ValueError(
+                f"{path} does not say which pipeline it is for: semroute explore PIPELINE --routing {path}"
+            )
+        return Opened(_adopted(config["pipeline"], path / FILE, device))
+    if (path / PIPELINE).is_file() and not _is_own(path):
+        raise ValueError(
+            f"{path} is a pipeline of another program: give its routing, too, as semroute explore {path} --routing DIR"
+        )
+    model = OwnModel(str(path), open_model(path, device))
+    if routing is None:
+        return Opened(model)
+    return Opened(model, read_override(Path(routing), model.bundle.model.cfg))
+
+
+def _adopted(pipeline: str, file: Path, device: torch.device) -> AdoptedModel:
+    from semantic_routing.adopt.routing import ATTRIBUTE
+    from semantic_routing.adopt.training.make_subject import make_subject
+    from semantic_routing.adopt.training.open_pipeline import load_results, open_pipe
+
+    pipe = open_pipe(pipeline, device)
+    subject = make_subject(pipe, device)
+    load_results(pipe, file)
+    return AdoptedModel(str(file.parent), subject, getattr(pipe.transformer, ATTRIBUTE), _config(file.parent))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Return the configuration of the run that wrote a routing; empty if it was saved by a program."""
+    file = folder / "config.json"
+    found = read_json(file, "a run's configuration") if file.is_file() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_own(path: Path) -> bool:
+    from semantic_routing.adopt.training.open_pipeline import OWN_CLASS
+
+    return OWN_CLASS in (path / PIPELINE).read_text(encoding="utf-8")
