@@ -35,13 +35,13 @@ def test_explore(
     monkeypatch.chdir(tmp_path)
     served: list[tuple[Session, State]] = []
 
-    def serve(session: Session, state: State, port: int) -> str:
-        assert port == 7860
+    def serve(session: Session, state: State, host: str, port: int) -> str:
+        assert (host, port) == ("127.0.0.1", 7860)
         served.append((session, state))
         return "the address"
 
-    monkeypatch.setattr(explore, "serve", serve)
-    monkeypatch.setattr(explore, "check_port", lambda port: None)
+    monkeypatch.setattr("semantic_routing.explorer.serve.serve", serve)
+    monkeypatch.setattr(explore, "check_address", lambda host, port: None)
     monkeypatch.setattr(explore, "wait", lambda: None)
     for name in ("runs", "pipelines", "routings"):
         Path(name).mkdir()

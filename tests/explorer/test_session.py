@@ -242,7 +242,7 @@ def test_a_pane_that_is_not_drawn_is_blank(session: Session) -> None:
     assert 'class="blank"' in views.panes_html(session, STATE, [pane])
 
 
-@pytest.mark.behaviour("Exploring", when="gradio is missing", then="ends with the command that installs it")
+@pytest.mark.behaviour("Exploring", when="gradio is missing", then="one line names the command that installs it")
 def test_without_gradio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(SystemExit) as end:

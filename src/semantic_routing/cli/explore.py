@@ -12,14 +12,16 @@ from typing import Annotated
 import tyro
 
 from semantic_routing.common.device import keep_freed_memory, pick_device
+from semantic_routing.common.extras import require
+from semantic_routing.explorer.address import check_address
 from semantic_routing.explorer.models import check_alike
 from semantic_routing.explorer.opening import open_for_page
-from semantic_routing.explorer.serve import check_port, serve
 from semantic_routing.explorer.session import Session
 from semantic_routing.explorer.state import State
 from semantic_routing.model.override import RoutingOverride
 from semantic_routing.training.recipes import TOY_SAMPLING
 
+LOCAL = "127.0.0.1"
 TOY_STEPS = 25
 """Steps of a toy picture, whole in a few seconds on two cores."""
 
@@ -34,15 +36,20 @@ class ExploreArguments:
     """Another model, which draws the same prompts from the same noise."""
     routing: str | None = None
     """JSON file of edited weights to begin with; for a pipeline, the folder or file of its adopted routing."""
+    host: str = LOCAL
+    """Address to listen on; by default only this machine can open the page, and 0.0.0.0 lets others open it, too."""
     port: int = 7860
-    """Port of the page, on this machine alone."""
+    """Port of the page."""
     device: str = "auto"
     """Device: auto, cpu, cuda, cuda:1 or another of torch's names."""
 
 
 def run_explore(args: ExploreArguments) -> None:
     """Serve the page until the command is interrupted; the address is printed when it answers."""
-    check_port(args.port)  # before models are loaded
+    require("gradio", what="semroute explore", extra="explore")
+    from semantic_routing.explorer.serve import serve
+
+    check_address(args.host, args.port)  # before models are loaded
     keep_freed_memory()
     device = pick_device(args.device)
     opened = open_for_page(args.model, device, args.routing)
@@ -51,7 +58,7 @@ def run_explore(args: ExploreArguments) -> None:
         models.append(open_for_page(args.beside, device).model)
         check_alike(*models)
     session = Session(models)
-    address = serve(session, beginning(session, opened.edit), args.port)
+    address = serve(session, beginning(session, opened.edit), args.host, args.port)
     sys.stdout.write(f"{address}\n")
     sys.stdout.flush()
     wait()

@@ -196,9 +196,6 @@ def adopt(args: list[str]) -> None:
 def explore(args: list[str]) -> None:
     """Try a model out in the browser: semroute explore runs/x"""
     from semantic_routing.cli.arguments import parse
-    from semantic_routing.common.extras import require
-
-    require("gradio", what="semroute explore", extra="explore")
     from semantic_routing.cli.explore import ExploreArguments, run_explore
 
     run_explore(parse(ExploreArguments, args, prog="semroute explore"))
@@ -220,7 +217,7 @@ COMMANDS: dict[str, Command] = {
     "export": export,
     "adopt": adopt,
 }
-COMPUTING = frozenset({"quickstart", "train", "sample", "evaluate", "probe", "study", "adopt"})
+COMPUTING = frozenset({"quickstart", "train", "sample", "evaluate", "probe", "study", "adopt", "explore"})
 """Commands that may compute for minutes on the CPU."""
 
 
