@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,14 @@ torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
 def _seed() -> None:
     """Seed every test, so that it draws the same numbers alone or in any order."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make runs train their language model on few texts: with checked annotations, 20,000 take half a minute to write."""
+    from semantic_routing.training import loop
+
+    monkeypatch.setattr(loop, "training_corpus", partial(loop.training_corpus, size=300))
 
 
 @pytest.fixture

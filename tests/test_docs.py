@@ -379,7 +379,7 @@ def test_ten_lines(
     tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("semantic_routing.toy", lambda arm: tiny_config(arm), raising=False)
+    monkeypatch.setattr("semantic_routing.training.recipes.toy", tiny_config)
     first, *others = fenced("ten-lines.md", "python")
     assert len([line for line in first.splitlines() if line]) <= 10
     names: dict[str, Any] = {}

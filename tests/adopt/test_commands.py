@@ -167,7 +167,7 @@ def test_a_routing_and_a_run_are_drawn_beside_each_other(tmp_path: Path, tiny_ru
         ("adopt", ""),
         ("adopt trian x", "did you mean 'train'"),
         ("adopt train --out x", "give the pipeline's folder or hub name"),
-        ("adopt train BASE", "give --out"),
+        ("adopt train BASE", "--out routings"),
         ("adopt train nowhere --out x", "cannot load a pipeline from 'nowhere'"),
         ("adopt train . --out x", "not a diffusers pipeline: it has no model_index.json"),
         ("adopt train BASE --out x --data shapes --data.paths words", "--data and --data.paths are the same option"),

@@ -246,9 +246,7 @@ def test_a_telephone_is_wide_enough(browser: Any, server: str) -> None:
     visitor.page.close()
 
 
-@pytest.mark.behaviour(
-    "Exploring", when="the port of the page is taken", then="one line suggests another one"
-)
+@pytest.mark.behaviour("Exploring", when="the port of the page is taken", then="one line suggests another one")
 def test_a_port_that_is_taken(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))

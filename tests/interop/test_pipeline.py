@@ -166,7 +166,7 @@ def test_embeddings_that_do_not_fit_are_refused(pipe: SemanticRoutingPipeline) -
         ({"prompt_embeds": good.hidden}, "prompt_embeds is a Tensor; expected what encode_prompt returns"),
         ({"prompt_embeds": narrow}, "prompt_embeds has 2 layers of width 32, but this transformer reads 2 layers of"),
         ({"prompt_embeds": replace(good, mask=good.mask & False)}, "True on at least one token of every prompt"),
-        ({"prompt_embeds": replace(good, hidden=good.hidden * torch.nan)}, "not finite"),
+        ({"prompt_embeds": replace(good, hidden=good.hidden * torch.nan)}, "NaN or infinity"),
         ({"prompt": "a", "prompt_embeds": good}, "give either prompt or prompt_embeds"),
         ({"prompt": ["a"] * 3, "negative_prompt_embeds": pipe.encode_prompt(["b"] * 2)}, "2 prompts; expected 1 or 3"),
     ):

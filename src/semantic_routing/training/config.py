@@ -108,8 +108,8 @@ class TrainConfig(RunConfig):
     """All settings of a run. Recipes return complete ones, and every checkpoint holds a copy."""
 
     minutes: float = 0.0
-    """Time limit of the training: it ends after so many minutes if ``steps`` take longer, and the learning rate decays
-    by the clock. Such a run cannot be repeated exactly. 0 for no limit."""
+    """Time limit of the training in minutes. It ends the run if ``steps`` take longer, and the learning rate decays by
+    the clock, so that such a run cannot be repeated exactly. 0 for no limit."""
     model: DiTConfig = field(default_factory=DiTConfig)
     """The transformer. Its text width and number of text layers are taken from the text encoder."""
     text: TextEncoderConfig = field(default_factory=lambda: TextEncoderConfig(name_or_path=TINY))
