@@ -295,6 +295,7 @@ def test_a_grid_has_gaps_and_marks_what_is_sure() -> None:
 # --- the command ---
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_analyze_ablates(tiny_run: Path, tmp_path: Path) -> None:
     command = ["analyze", str(tiny_run), "--ablate", "--ablation.score", "loss", "--ablation.n", "11"]
     command += ["--ablation.times", "0.5", "--html", "--device", "cpu", "--out", str(tmp_path)]
