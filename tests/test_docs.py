@@ -434,6 +434,8 @@ def test_the_other_pages(
             main(smaller(command, "--n", "11", "--steps", "2"))
         elif command[0] == "sample":
             main(smaller(command, "--steps", "2"))
+        elif command[0] == "explore":
+            assert command in commands("explore.md")  # tests/explorer/test_docs.py runs those
         else:
             main(command)
         ran += 1
