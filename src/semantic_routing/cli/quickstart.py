@@ -29,7 +29,7 @@ from semantic_routing.training.loop import resume, start
 from semantic_routing.training.recipes import TOY_SAMPLING, toy
 from semantic_routing.training.tiny_lm import tiny_lm, training_corpus
 
-LIMIT, SCORING = 840, 100
+LIMIT, SCORING = 840, 150
 """Seconds that the command takes at most, and those of them that are left for scores and report after the training.
 With the installation it is a quarter of an hour."""
 LEAST_TRAINING = 60
