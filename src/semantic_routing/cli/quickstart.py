@@ -30,7 +30,7 @@ from semantic_routing.training.recipes import TOY_SAMPLING, toy
 from semantic_routing.training.tiny_lm import tiny_lm, training_corpus
 
 LIMIT, SCORING = 840, 150
-"""Seconds that the command takes at most, and those of them that are left for scores and report after the training.
+"""Seconds that the command may take, and those of them that are left for scores and report after the training.
 With the installation it is a quarter of an hour."""
 LEAST_TRAINING = 60
 """Seconds of training on a machine that needs all of its time for the language model."""
@@ -55,7 +55,7 @@ class QuickstartArguments:
     memory."""
     steps: int | None = None
     """Training steps, which make the run repeatable; by default as many as the clock allows, at most 4,200, so that
-    the command ends within fourteen minutes however busy the machine is."""
+    the command takes about fourteen minutes on a busy machine, too."""
     prompts: int = 440
     """Number of unseen prompts to score, spread evenly over the eleven tags."""
     guidance: float = TOY_SAMPLING.guidance

@@ -16,6 +16,8 @@ PRESETS = (LEARNED, PENULTIMATE, UNIFORM, ONE_LAYER, ONE_BLOCK)
 """The last two need a chosen layer, the last one a chosen block."""
 DIGITS = 4
 """Decimals of edited weights: a link then gives exactly the weights that it was made from."""
+MOST_GAIN = 3
+"""Largest factor on the weights of a layer."""
 
 Row = tuple[float, ...]
 
@@ -105,10 +107,6 @@ def with_gain(gains: Mapping[int, float], layer: int, gain: float) -> dict[int, 
         raise ValueError(f"the gain is {gain:g}; it must be from 0 to {MOST_GAIN}")
     held = {**gains, layer: gain}
     return {place: value for place, value in sorted(held.items()) if value != 1}
-
-
-MOST_GAIN = 3
-"""Largest factor on the weights of a layer."""
 
 
 def with_gains(gains: Mapping[int, float], table: Float[np.ndarray, "*K S"]) -> np.ndarray:
