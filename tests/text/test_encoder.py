@@ -387,6 +387,42 @@ def test_dtype(folder: Path) -> None:
     torch.testing.assert_close(half.hidden[0].float(), exact.hidden[0], atol=0.05, rtol=0.05)
 
 
+def test_products_are_in_float32_without_bfloat16_hardware(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """States are those of a float32 model with the same rounded weights, rounded, and cached apart from others."""
+    there = True
+    monkeypatch.setattr("semantic_routing.text.encoder.has_bfloat16", lambda device: there)
+    encoder = load(folder, dtype="bfloat16", keep="1MiB")
+    rounded = encoder.encode(BATCH, with_kv=True)
+    assert next(encoder.model.parameters()).dtype == torch.bfloat16
+    there = False
+    wide = encoder.encode(BATCH, with_kv=True)
+    assert next(encoder.model.parameters()).dtype == torch.float32
+    assert wide.hidden.dtype == torch.bfloat16
+    assert not torch.equal(wide.hidden, rounded.hidden)
+    exact = load(folder)
+    for ours, theirs in zip(exact.model.parameters(), encoder.model.parameters(), strict=True):
+        ours.data = theirs.data.clone()
+    expected = exact.encode(BATCH, with_kv=True)
+    assert torch.equal(wide.hidden, expected.hidden.bfloat16())
+    assert wide.keys is not None
+    assert expected.keys is not None
+    assert torch.equal(wide.keys, expected.keys.bfloat16())
+    there = True
+    assert torch.equal(
+        encoder.encode([*BATCH, f"{PROMPT} {PROMPT}"]).hidden[:, : len(BATCH), : rounded.hidden.shape[2]],
+        rounded.hidden,
+    )
+    assert next(encoder.model.parameters()).dtype == torch.bfloat16
+
+
+def test_a_model_of_someone_else_keeps_its_type(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("semantic_routing.text.encoder.has_bfloat16", lambda device: False)
+    own = load(folder, dtype="bfloat16")
+    wrapped = TextEncoder.from_model(own.model, own.tokenizer, own.config, own.shape.total_layers)
+    wrapped.encode(BATCH)
+    assert next(own.model.parameters()).dtype == torch.bfloat16
+
+
 def test_autocast_of_the_caller_does_not_reach_the_model(folder: Path) -> None:
     encoder = load(folder)
     with torch.autocast("cpu", torch.bfloat16):

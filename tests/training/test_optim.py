@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from semantic_routing.model.dit import DiT
-from semantic_routing.training.optim import BatchedMuon, OptimConfig, make_optimizers, set_rates
+from semantic_routing.training.optim import BatchedMuon, OptimConfig, make_optimizers, orthogonal, set_rates
 from tests.helpers.networks import tiny_config
 
 CFG = tiny_config(depth=2, conditioning="adaln-zero")
@@ -61,9 +61,13 @@ def test_first_step_of_adamw() -> None:
     torch.testing.assert_close(model.weight.detach(), before * (1 - 0.1 * 0.5) - 0.1 * gradient.sign())
 
 
+@pytest.mark.parametrize("bfloat16", [True, False], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
-def test_first_step_of_muon_is_orthogonal(shape: tuple[int, int]) -> None:
+def test_first_step_of_muon_is_orthogonal(
+    shape: tuple[int, int], bfloat16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Times lr and sqrt(max(1, rows / columns)), all singular values alike: about 1 by Newton-Schulz."""
+    monkeypatch.setattr("semantic_routing.training.optim.has_bfloat16", lambda device: bfloat16)
     model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(shape[1], shape[0], bias=False)])})
     weight = next(model.parameters())
     before = weight.detach().clone()
@@ -81,6 +85,7 @@ def test_first_step_of_muon_is_orthogonal(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("elements", [1, 100, 2**26])
 def test_muon_by_batches_is_torchs_own(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bitwise, over steps, for matrices of several shapes however many of them fit a batch."""
+    monkeypatch.setattr("semantic_routing.training.optim.has_bfloat16", lambda device: True)  # torch's is in bfloat16
     monkeypatch.setattr("semantic_routing.training.optim.BATCH_ELEMENTS", elements)
     shapes = [(6, 4), (4, 6), (6, 4), (5, 5), (4, 6), (6, 4)]
     start = [torch.randn(shape) for shape in shapes]
@@ -96,6 +101,13 @@ def test_muon_by_batches_is_torchs_own(elements: int, monkeypatch: pytest.Monkey
             optimizer.step()
         for a, b in zip(ours, theirs, strict=True):
             assert torch.equal(a, b)
+
+
+def test_muon_iterates_in_float32_without_bfloat16_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrices = torch.randn(2, 5, 7)
+    for there, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("semantic_routing.training.optim.has_bfloat16", lambda device, there=there: there)
+        assert orthogonal(matrices).dtype == dtype
 
 
 STEPS = 10

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Muon, Optimizer
 
+from semantic_routing.common.device import has_bfloat16
+
 BATCH_ELEMENTS = 2**26
 """Most elements of matrices that Muon orthogonalises together; bounds the memory of their copies."""
 
@@ -109,7 +111,7 @@ class BatchedMuon(Muon):
         """Return the orthogonal matrix nearest to each update."""
         found = list(updates)
         for indices in _same_shape(updates):
-            rows = orthogonal(torch.stack([updates[i].bfloat16() for i in indices]))
+            rows = orthogonal(torch.stack([updates[i].to(_precision(updates[i].device)) for i in indices]))
             for i, row in zip(indices, rows, strict=True):
                 found[i] = row
         return found
@@ -139,16 +141,16 @@ class ShardedMuon(BatchedMuon):
             wholes = (update.full_tensor() for update in turn)  # one at a time: all gather, only the owner keeps it
             mine = [orthogonal(whole[None])[0] for owner, whole in enumerate(wholes) if owner == rank]
             for owner, update in enumerate(turn):
-                empty = torch.empty(update.shape, device=update.device, dtype=torch.bfloat16)
+                empty = torch.empty(update.shape, device=update.device, dtype=_precision(update.device))
                 step = mine[0].contiguous() if owner == rank else empty
                 dist.broadcast(step, owner)
                 yield distribute_tensor(step, update.device_mesh, update.placements, src_data_rank=None).to_local()
 
 
 def orthogonal(matrices: Float[Tensor, "K m n"]) -> Float[Tensor, "K m n"]:
-    """Approximate U V^T of each matrix U S V^T in bfloat16 by five Newton-Schulz iterations (Jordan et al., 2024)."""
+    """Approximate U V^T of each matrix U S V^T by five Newton-Schulz iterations (Jordan et al., 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16()
+    x = matrices.to(_precision(matrices.device))
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT.contiguous()
@@ -157,6 +159,11 @@ def orthogonal(matrices: Float[Tensor, "K m n"]) -> Float[Tensor, "K m n"]:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+def _precision(device: torch.device) -> torch.dtype:
+    """Return the type of the iterations: bfloat16, or float32 on hardware without it, where that is faster."""
+    return torch.bfloat16 if has_bfloat16(device) else torch.float32
 
 
 def _same_shape(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
