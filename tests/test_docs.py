@@ -280,8 +280,17 @@ def test_study(tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypa
     assert named[-2:] == ["configs/", "logs/"]
     for name in named[4:]:  # after those of the scales
         assert Path("studies/clocks", name).exists(), name
-    rows = json.loads(Path("studies/clocks/results.json").read_text())["rows"]
-    assert [row["clock"] for row in rows] == ["nominal", "nominal", "shifted", "shifted:0.05", "calibrated"]
+    found = json.loads(Path("studies/clocks/results.json").read_text())
+    clocks = [row["clock"] for row in found["rows"]]
+    assert clocks == ["nominal", "nominal", "shifted", "shifted:0.05", "calibrated"]
+    tested = {claim["inequality"]: claim["number"] for claim in found["claims"] if claim["number"]}
+    assert list(tested) == [
+        "S1 effective - nominal time > 0",
+        "S1 shifted - nominal > 0",
+        "S1 calibrated - nominal > 0",
+    ]
+    (lead,) = json.loads(Path("studies/clocks/trajectories/time-seed0/lead.json").read_text())
+    assert tested["S1 effective - nominal time > 0"]["mean"] == lead["lead"]
 
 
 def test_the_papers_sizes() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
@@ -14,12 +14,16 @@ from semantic_routing.analysis.statistics import (
     dispersion,
     effective_layers,
     entropy,
+    excess,
     js_divergence,
     js_similarity,
     marginals,
+    neighbour_correlation,
     normalized,
+    smoothness,
     support,
     total_variation,
+    turning_points,
     wasserstein,
     wasserstein_steps,
 )
@@ -116,3 +120,46 @@ def test_marginals_of_a_product_are_its_factors() -> None:
     by_time, by_block = marginals(np.broadcast_to(blocks[None], (3, 4, 36)))
     assert by_time == pytest.approx(np.broadcast_to(blocks.mean(0), (3, 36)))
     assert by_block == pytest.approx(blocks)
+
+
+def from_logits(*rows: list[float]) -> np.ndarray:
+    """Return the weights of rows of logits."""
+    return normalized(np.exp(np.array(rows)))
+
+
+def test_excess_is_relative_to_the_uniform_share() -> None:
+    weights = np.array([[0.0, 0.5, 0.5, 0.0], [0.25, 0.25, 0.25, 0.25]])
+    assert excess(weights, 0) == excess(weights, -1) == pytest.approx(-0.5)
+    assert excess(weights, 1) == pytest.approx(0.5)
+
+
+def test_layers_in_random_order_are_at_chance() -> None:
+    orders = [from_logits([9.0, *order, -9.0]) for order in permutations([0.3, -1.0, 2.0, 0.1, 0.7])]
+    assert np.mean([neighbour_correlation(weights) for weights in orders]) == pytest.approx(0, abs=1e-12)
+    assert np.mean([turning_points(weights) for weights in orders]) == pytest.approx(0, abs=1e-12)
+
+
+def test_inhibited_neighbours_and_a_smooth_preference_are_on_opposite_sides_of_chance() -> None:
+    alternating = from_logits([5.0, 1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 5.0])
+    assert neighbour_correlation(alternating) == pytest.approx(-1 + 1 / 5)
+    assert turning_points(alternating) == pytest.approx(1 / 3)
+    rising = from_logits([5.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 5.0])
+    assert neighbour_correlation(rising) > 0.5
+    assert turning_points(rising) == pytest.approx(-2 / 3)
+    both = from_logits([5.0, 0.0, 3.0, 2.0, 5.0, 4.0, 7.0, 5.0])  # rises in a zigzag
+    assert neighbour_correlation(both) > 0
+    assert turning_points(both) == pytest.approx(1 / 3)
+
+
+def test_rows_that_are_uniform_say_nothing_of_neighbours() -> None:
+    alternating, flat = [0.0, 1.0, -1.0, 1.0, -1.0, 0.0], [0.0] * 6
+    assert neighbour_correlation(from_logits(alternating, flat)) == neighbour_correlation(from_logits(alternating))
+    for weights in (from_logits(flat), from_logits([0.0, 1.0, 2.0, 3.0])):
+        assert np.isnan([neighbour_correlation(weights), turning_points(weights)]).all()
+
+
+def test_blocks_that_change_slowly_are_smooth() -> None:
+    slow = np.stack([point(layer) for layer in (0, 0, 1, 1)]).astype(float)
+    assert smoothness(slow) == pytest.approx(2 / 3)  # the pairs apart are disjoint, two of three adjacent are equal
+    assert smoothness(slow[[0, 2, 1, 3]]) == pytest.approx(-2 / 3)
+    assert np.isnan(smoothness(slow[:2]))

@@ -279,7 +279,7 @@ def test_tables_show_every_number_in_markdown_and_html() -> None:
     ]
     pairs = {("depth", "uniform"): {"overall": number(0.01)}, ("joint", "uniform"): {"overall": number(-0.02)}}
     parts = sections(rows, pairs, {"joint": 0.91234})
-    first, skills, clocks, differences, stability, method = [
+    first, skills, clocks, differences, stability, method, judging = [
         part.splitlines() for part in to_markdown(parts).replace("\n\n\n", "\n\n").split("\n\n") if part[0] != "#"
     ]
     assert first == [
@@ -297,9 +297,10 @@ def test_tables_show_every_number_in_markdown_and_html() -> None:
     assert differences[::2] == ["| | all images |", "| depth minus uniform | +1.0 [-9.0 to +11.0] |"]
     assert stability == ["| arm | similarity |", "| --- | ---: |", "| joint | 0.9123 |"]
     assert method[0].startswith("Accuracies in percent")
+    assert judging[0].startswith("A claim holds if")
     html = to_html(parts)
     assert "<td>S3 joint, a&lt;b clock</td><td>50.0 [40.0 to 60.0]</td>" in html
-    assert [html.count(mark) for mark in ("<h2>", "<table>", "<tr>", "<p ")] == [5, 5, 3 + 2 + 2 + 3 + 2, 1]
+    assert [html.count(mark) for mark in ("<h2>", "<table>", "<tr>", "<p ")] == [5, 5, 3 + 2 + 2 + 3 + 2, 2]
 
 
 @pytest.fixture
@@ -330,7 +331,8 @@ def test_a_study_runs_to_its_page_and_then_has_nothing_left_to_do(
     out = tiny_study.out
     run_study(tiny_study)
     page = write_results(tiny_study)
-    rows = json.loads((out / "results.json").read_text())["rows"]
+    results = json.loads((out / "results.json").read_text())
+    rows = results["rows"]
     assert [row["variant"] for row in rows] == ["uniform", "depth"]
     shares = [
         json.loads((out / "evaluations" / f"{arm}-seed0" / "summary.json").read_text()) for arm in tiny_study.arms
@@ -339,10 +341,14 @@ def test_a_study_runs_to_its_page_and_then_has_nothing_left_to_do(
         assert row["accuracy"]["overall"]["mean"] == pytest.approx(summary["accuracy"]["overall"])
     gain = shares[1]["accuracy"]["overall"] - shares[0]["accuracy"]["overall"]
     assert rows[1]["difference"]["overall"]["mean"] == pytest.approx(gain)
+    judged = {found["inequality"]: found for found in results["claims"]}
+    assert judged["S2 - B2 > 0"]["number"]["mean"] == pytest.approx(gain)
+    assert judged["S2 - B2 > 0"]["verdict"] == "undecided"  # one run
+    assert judged["B2 - B1 > 0"]["to_decide"] == "B1 in --arms"
     text = (out / "tables.md").read_text()
     assert "B2 uniform" in text
     assert "S2 depth" in text
-    assert page.read_text().count("<table>") == 2
+    assert page.read_text().count("<table>") == 4
     assert (out / "figures" / "accuracy.png").is_file()
     written = [path for name in ("runs", "evaluations", "logs") for path in (out / name).rglob("*")]
     before = {path: path.stat().st_mtime_ns for path in written}

@@ -81,3 +81,44 @@ def wasserstein_steps(weights: Float[np.ndarray, "T L"]) -> Float[np.ndarray, " 
 def total_variation(p: Weights, q: Weights) -> Values:
     """Return half the sum of absolute differences: the share of the weight that moved, from 0 to 1."""
     return np.asarray(np.abs(normalized(p) - normalized(q)).sum(-1) / 2)
+
+
+def excess(weights: Float[np.ndarray, "K L"], layer: int) -> float:
+    """Return a layer's mean weight divided by the uniform share, minus 1: -1 for a layer without weight."""
+    return float(normalized(weights)[:, layer].mean() * weights.shape[1] - 1)
+
+
+def neighbour_correlation(weights: Float[np.ndarray, "K L"]) -> float:
+    """Return the mean over rows of the correlation of neighbouring inner layers' logits, above that of random order.
+
+    In random order n logits have the expected correlation -1 / (n - 1). nan without rows that ``_inner_logits`` keeps.
+    """
+    logits = _inner_logits(weights)
+    if not len(logits):
+        return float("nan")
+    logits = logits - logits.mean(1, keepdims=True)
+    by_row = (logits[:, 1:] * logits[:, :-1]).mean(1) / (logits**2).mean(1)
+    return float(by_row.mean() + 1 / (logits.shape[1] - 1))
+
+
+def turning_points(weights: Float[np.ndarray, "K L"]) -> float:
+    """Return the share of inner layers above both neighbours or below both, minus that of random order, 2/3.
+
+    Unlike the correlation, it ignores a preference that changes slowly from layer to layer. nan as there.
+    """
+    steps = np.diff(_inner_logits(weights))
+    return float((steps[:, 1:] * steps[:, :-1] < 0).mean() - 2 / 3) if len(steps) else float("nan")
+
+
+def _inner_logits(weights: Float[np.ndarray, "K L"]) -> Float[np.ndarray, "M N"]:
+    """Return the logits without the first and last layer, of the rows in which they differ; none for fewer than 3."""
+    logits = np.log(np.maximum(normalized(weights), np.finfo(np.float32).tiny))[:, 1:-1]
+    return logits[np.ptp(logits, axis=1) > 0] if logits.shape[1] > 2 else logits[:0]
+
+
+def smoothness(weights: Float[np.ndarray, "K L"]) -> float:
+    """Return the mean Jensen-Shannon similarity of adjacent rows minus that of all others; nan for fewer than 3."""
+    if len(weights) < 3:
+        return float("nan")
+    similarity = js_similarity(weights)
+    return float(np.diag(similarity, 1).mean() - similarity[np.triu_indices(len(weights), 2)].mean())

@@ -1,4 +1,4 @@
-"""What a study stores of a finished run, in a few kilobytes: its verdicts and its routing weights.
+"""What a study stores of a finished run, in a few kilobytes: its verdicts, routing weights and trajectory's lead.
 
 The tables are made only from these files, so a study can continue after its runs and images have been deleted.
 """
@@ -18,7 +18,7 @@ from semantic_routing.common.files import read_json, write_text, written_whole
 from semantic_routing.common.manifest import manifest
 from semantic_routing.evaluation.records import CORRECT, RECORDS, Record, read_records
 from semantic_routing.model.arms import ARMS
-from semantic_routing.study.plan import Job, StudyArguments, evaluation_folder
+from semantic_routing.study.plan import CALIBRATED, Job, StudyArguments, evaluation_folder, trajectory_folder
 
 MARKS = {"1": 1.0, "0": 0.0, "?": None}
 """Verdicts on images, one character each: right, wrong, and none because there is no image."""
@@ -32,12 +32,16 @@ def kept_file(args: StudyArguments, job: Job) -> Path:
 
 
 def keep(args: StudyArguments, job: Job) -> None:
-    """Store the verdicts of a finished run under every clock, and its routing weights if its arm has any."""
+    """Store the verdicts of a finished run under every clock, its routing weights and its trajectory's lead, if any."""
     records = {clock: read_records(evaluation_folder(args, job, clock) / RECORDS) for clock in ("", *job.clocks)}
     weights = None
     if ARMS[job.arm].has_weights:
         weights = routing_weights(open_router(args.out / "runs" / job.name), TIMES)
-    write_kept(args, job, records, weights)
+    lead = None
+    if CALIBRATED in job.clocks:
+        (measured,) = read_json(trajectory_folder(args, job) / "lead.json", "leads of a trajectory")
+        lead = {"mean": measured["lead"], "interval": measured["interval"]}
+    write_kept(args, job, records, weights, lead)
 
 
 def write_kept(
@@ -45,14 +49,21 @@ def write_kept(
     job: Job,
     records: Mapping[str, Sequence[Record]],
     weights: Float[np.ndarray, "T K L"] | None,
+    lead: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write what is stored of a run: its records by clock, "" for the nominal one, and its weights at ``TIMES``."""
+    """Write what is stored of a run.
+
+    That is its records by clock, "" for the nominal one; its weights at ``TIMES``; and by how much the sampling of a
+    calibrated run is ahead of the nominal time, in the mean with the interval over images.
+    """
     path = kept_file(args, job)
     facts = {
         "manifest": manifest(run=job.name, steps=job.config.steps, seed=job.config.seed, prompts=args.n),
         "prompts": {record.id: record.tag for record in records[""]},
         "correct": {clock or NOMINAL: "".join(map(_mark, found)) for clock, found in records.items()},
     }
+    if lead is not None:
+        facts["lead"] = lead
     if weights is not None:
         with written_whole(path.with_suffix(".npz")) as scratch, scratch.open("wb") as file:
             np.savez_compressed(file, times=np.array(TIMES), weights=weights)
@@ -93,6 +104,12 @@ def kept_weights(args: StudyArguments, job: Job) -> Float[np.ndarray, "T K L"] |
         return None
     with np.load(path, allow_pickle=False) as file:
         return file["weights"]
+
+
+def kept_lead(args: StudyArguments, job: Job) -> tuple[float, tuple[float, float]] | None:
+    """Return a run's mean lead and its interval over images; None if it was not measured."""
+    lead = _facts(args, job).get("lead")
+    return lead and (lead["mean"], tuple(lead["interval"]))
 
 
 def _mark(record: Record) -> str:

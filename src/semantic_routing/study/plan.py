@@ -183,7 +183,7 @@ def stages(job: Job, args: StudyArguments) -> Iterator[Stage]:
     yield _evaluation(job, args, "")
     if CALIBRATED in job.clocks:
         how = SCALES[args.scale].sampling
-        command = ["analyze", str(run), "--out", str(_calibration(job, args).parent), "--trajectory"]
+        command = ["analyze", str(run), "--out", str(trajectory_folder(args, job)), "--trajectory"]
         command += [*CALIBRATION, *_options(how)]
         yield Stage("calibrating", tuple(command), _calibration(job, args))
     for clock in job.clocks:
@@ -196,9 +196,14 @@ def evaluation_folder(args: StudyArguments, job: Job, clock: str = "") -> Path:
     return args.out / "evaluations" / (f"{job.name}-{name}" if clock else job.name)
 
 
+def trajectory_folder(args: StudyArguments, job: Job) -> Path:
+    """Return the folder of the analysis that measures a run's times."""
+    return args.out / "trajectories" / job.name
+
+
 def _calibration(job: Job, args: StudyArguments) -> Path:
     """Return the file of a run's measured times."""
-    return args.out / "trajectories" / job.name / SCALES[args.scale].calibration
+    return trajectory_folder(args, job) / SCALES[args.scale].calibration
 
 
 def _evaluation(job: Job, args: StudyArguments, clock: str) -> Stage:

@@ -20,6 +20,7 @@ from semantic_routing.analysis.report import MEANS
 from semantic_routing.evaluation.records import CORRECT, Record
 from semantic_routing.evaluation.resampling import PromptSums, bootstrap, permutation_test, prompt_sums
 from semantic_routing.evaluation.shapes import shapes_columns
+from semantic_routing.evaluation.summary import Columns
 from semantic_routing.study.keep import kept_records
 from semantic_routing.study.plan import Job, StudyArguments, jobs
 
@@ -29,14 +30,14 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Number:
-    """An accuracy, or a difference of two, from 0 to 1."""
+    """An accuracy from 0 to 1, a difference of two, or a statistic of the runs."""
 
     mean: float
     """Mean over the seeds."""
     seeds: tuple[float, ...]
     """Value of each seed."""
-    over_prompts: Interval
-    """95 % interval over prompts."""
+    over_prompts: Interval | None
+    """95 % interval over prompts; None for a number that does not depend on them."""
     over_seeds: Interval | None
     """95 % interval over seeds; None for one seed."""
     p: float | None = None
@@ -46,7 +47,7 @@ class Number:
         return {
             "mean": self.mean,
             "seeds": list(self.seeds),
-            "interval_over_prompts": list(self.over_prompts),
+            "interval_over_prompts": None if self.over_prompts is None else list(self.over_prompts),
             "interval_over_seeds": None if self.over_seeds is None else list(self.over_seeds),
         } | ({} if self.p is None else {"p": self.p})
 
@@ -83,9 +84,9 @@ def over_seeds(values: Sequence[float], level: float = 0.95) -> Interval | None:
 
 def read_rows(args: StudyArguments) -> list[Row]:
     """Return the rows of a finished study, baseline first; ValueError for missing evaluations and other prompts."""
-    variants = _variants(args)
+    variants = variants_of(args)
     records = {
-        (variant, clock): _records(args, runs, clock)
+        (variant, clock): records_of(args, runs, clock)
         for variant, runs in variants.items()
         for clock in ("", *runs[0].clocks)
     }
@@ -110,15 +111,15 @@ def read_pairs(args: StudyArguments) -> Pairs:
 
     Columns are the means over tags alone, and seeds those that both have.
     """
-    records = {variant: _records(args, runs, "") for variant, runs in _variants(args).items()}
+    records = {variant: records_of(args, runs, "") for variant, runs in variants_of(args).items()}
     found = {}
     for other, one in combinations(records, 2):
-        seeds = min(len(records[one]), len(records[other]))
-        found[one, other] = numbers(records[one][:seeds], records[other][:seeds], only=tuple(MEANS))
+        means = {name: column for name, column in columns_of(records[one]).items() if name in MEANS}
+        found[one, other] = difference(records[one], records[other], means)
     return found
 
 
-def _variants(args: StudyArguments) -> dict[str, list[Job]]:
+def variants_of(args: StudyArguments) -> dict[str, list[Job]]:
     """Return the runs of each variant, seed by seed."""
     variants: dict[str, list[Job]] = {}
     for job in jobs(args):
@@ -126,28 +127,39 @@ def _variants(args: StudyArguments) -> dict[str, list[Job]]:
     return variants
 
 
-def _records(args: StudyArguments, runs: Sequence[Job], clock: str) -> list[list[Record]]:
+def records_of(args: StudyArguments, runs: Sequence[Job], clock: str) -> list[list[Record]]:
     """Return the records of each run."""
     return [kept_records(args, job, clock) for job in runs]
+
+
+def columns_of(runs: Sequence[Sequence[Record]]) -> Columns:
+    """Return the columns for the tags of the runs' prompts."""
+    return shapes_columns(tag for record in runs[0] for tag in record.tags)
+
+
+def difference(
+    one: Sequence[Sequence[Record]], other: Sequence[Sequence[Record]], columns: Columns
+) -> dict[str, Number]:
+    """Return the numbers of one minus the other over the seeds that both have."""
+    seeds = min(len(one), len(other))
+    return numbers(one[:seeds], other[:seeds], columns)
 
 
 def numbers(
     mine: Sequence[Sequence[Record]],
     base: Sequence[Sequence[Record]] | None = None,
-    only: Sequence[str] = (),
+    columns: Columns | None = None,
     metric: str = CORRECT,
 ) -> dict[str, Number]:
-    """Return the numbers of every column, or of those in ``only``, from the records of each seed.
+    """Return the number of each column, by default of ``columns_of``, from the records of each seed.
 
     With ``base`` they are those of the difference to it.
     """
     ids = [record.id for record in mine[0]]
     if any([record.id for record in records] != ids for side in (mine, base or mine) for records in side):
         raise ValueError("the runs of this study were scored on different prompts: score them all with the same --n")
-    columns = shapes_columns(tag for record in mine[0] for tag in record.tags)
-    columns = {name: column for name, column in columns.items() if not only or name in only}
     found = {}
-    for name, column in columns.items():
+    for name, column in (columns_of(mine) if columns is None else columns).items():
         left = [prompt_sums(records, ids, metric, column) for records in mine]
         values, one, other = [s.value for s in left], _pooled(left), None
         if base is not None:

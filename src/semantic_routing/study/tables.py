@@ -21,6 +21,7 @@ from semantic_routing.common.files import write_text
 from semantic_routing.common.manifest import manifest
 from semantic_routing.common.webpage import document
 from semantic_routing.model.arms import ARMS
+from semantic_routing.study.claims import Judged, judge_claims, judge_skills
 from semantic_routing.study.keep import kept_weights
 from semantic_routing.study.plan import Job, StudyArguments, jobs
 from semantic_routing.study.results import Number, Pairs, Row, read_pairs, read_rows, results_json
@@ -30,6 +31,12 @@ METHOD = (
     "data order and noise; prompts and sampling noise are the same for all. Brackets are 95 % intervals: first over "
     "prompts (paired bootstrap, seeds averaged: would other prompts give the same result for these runs?), "
     "then over seeds (Student's t: would other runs give it?). p: paired permutation test over prompts."
+)
+JUDGING = (
+    "A claim holds if both intervals are on its side of zero, does not hold if both are on the other side, and is "
+    "undecided otherwise; one run has no interval over seeds and decides nothing. Differences between strategies are "
+    "of all images, in percentage points; the paper's are on GenEval and GenAI-Bench, by skill on GenAI-Bench. "
+    "Statistics of weights are of S2 and have an interval over seeds alone; chance means layers in random order."
 )
 
 
@@ -46,8 +53,10 @@ def write_results(args: StudyArguments) -> Path:
         drawn.save(args.out / "figures")
     stability = seed_stability(args, every)
     write_text(args.out / "manifest.json", json.dumps(facts, indent=2) + "\n")
-    write_text(args.out / "results.json", results_json(rows, pairs, {"seed_similarity": stability}))
-    parts = sections(rows, pairs, stability)
+    claims, skills = judge_claims(args), judge_skills(args)
+    judged = {"claims": [found.to_json() for found in claims], "skills": [found.to_json() for found in skills]}
+    write_text(args.out / "results.json", results_json(rows, pairs, {"seed_similarity": stability} | judged))
+    parts = [*sections(rows, pairs, stability), *claim_sections(claims, skills)]
     write_text(args.out / "tables.md", to_markdown(parts))
     write_text(args.out / "report.html", page(args, parts, figures, facts))
     return args.out / "report.html"
@@ -58,7 +67,7 @@ Sections = Sequence[tuple[str, Table]]
 
 
 def sections(rows: Sequence[Row], pairs: Pairs, stability: dict[str, float]) -> Sections:
-    """Return all tables of a study."""
+    """Return the tables of a study's numbers."""
     nominal, clocked = [r for r in rows if not r.clock], [r for r in rows if r.clock]
     found = [("Table 1: strategies", _strategies(nominal)), ("Table 2: by skill", _skills(nominal))]
     if clocked:
@@ -71,15 +80,33 @@ def sections(rows: Sequence[Row], pairs: Pairs, stability: dict[str, float]) -> 
     return found
 
 
+def claim_sections(claims: Sequence[Judged], skills: Sequence[Judged]) -> Sections:
+    """Return the tables of the paper's claims."""
+    head = ("the paper's claim", "as a number", "in the paper", "here", "verdict", "what would decide it")
+    cells = [(c.claim.text, c.claim.inequality, *_judged(c)) for c in claims]
+    found = [("The paper's claims", Table(head, cells))]
+    if skills:
+        by_skill = [(words(s.claim.text), *_judged(s)) for s in skills]
+        found.append(("S2 minus B2, by skill", Table(("", *head[2:]), by_skill)))
+    return found
+
+
+def _judged(found: Judged) -> tuple[str, ...]:
+    scale, digits = (100, 1) if found.claim.measure.percent else (1, 4)
+    number = _number(found.number, sign=True, scale=scale, digits=digits)
+    return found.claim.source, number, found.verdict, found.to_decide
+
+
 def to_markdown(parts: Sections) -> str:
     """Return the tables and the method as Markdown."""
-    return "\n\n".join(f"## {title}\n\n{table.markdown()}\n" for title, table in parts) + f"\n{METHOD}\n"
+    tables = "\n\n".join(f"## {title}\n\n{table.markdown()}\n" for title, table in parts)
+    return f"{tables}\n{METHOD}\n\n{JUDGING}\n"
 
 
 def to_html(parts: Sections) -> str:
     """Return the tables and the method as HTML."""
     found = "".join(f"<h2>{escape(title)}</h2>\n{table.html()}\n" for title, table in parts)
-    return f'{found}<p class="soft">{escape(METHOD)}</p>'
+    return found + "".join(f'<p class="soft">{escape(text)}</p>' for text in (METHOD, JUDGING))
 
 
 def _strategies(rows: Sequence[Row]) -> Table:
@@ -119,13 +146,13 @@ def _label(row: Row) -> str:
     return ARMS[row.arm].title + row.name.removeprefix(row.arm)
 
 
-def _number(number: Number | None, *, sign: bool = False) -> str:
+def _number(number: Number | None, *, sign: bool = False, scale: int = 100, digits: int = 1) -> str:
     if number is None:
         return ""
-    form = "+.1f" if sign else ".1f"
+    form = f"{'+' if sign else ''}.{digits}f"
     intervals = filter(None, (number.over_prompts, number.over_seeds))
-    spans = [f"{100 * low:{form}} to {100 * high:{form}}" for low, high in intervals]
-    return f"{100 * number.mean:{form}} [{'; '.join(spans)}]"
+    spans = [f"{scale * low:{form}} to {scale * high:{form}}" for low, high in intervals]
+    return f"{scale * number.mean:{form}}" + (f" [{'; '.join(spans)}]" if spans else "")
 
 
 def _p(number: Number | None) -> str:
