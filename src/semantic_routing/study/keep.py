@@ -57,7 +57,7 @@ def write_kept(
     calibrated run is ahead of the nominal time, in the mean with the interval over images.
     """
     path = kept_file(args, job)
-    facts = {
+    facts: dict[str, Any] = {
         "manifest": manifest(run=job.name, steps=job.config.steps, seed=job.config.seed, prompts=args.n),
         "prompts": {record.id: record.tag for record in records[""]},
         "correct": {clock or NOMINAL: "".join(map(_mark, found)) for clock, found in records.items()},
