@@ -5,10 +5,12 @@
 #     [PYTHON=python3] [WHEELS=folder of wheels] [OUT=docs/results/gpu] [WORK=runs/gpu] [TIME=540] benchmarks/gpu.sh \
 #         [--rehearse] [--print] [PART...]
 #
-# The parts are mix, train_step, sampling, commands, adopt, backbone, tests, small1, small-words1, small2, small-words2,
-# small3 and small-words3: the studies with one, two and three seeds. One sitting takes at most TIME seconds. A part
-# that might not end in time is left; a study is stopped, and keeps its finished runs. The same command goes on: parts
-# listed in $OUT/done.txt are skipped, so delete that file to begin anew. A part that is named runs in any case.
+# The parts are mix, train_step, sampling, commands, adopt, mix_held (a variant of the kernel), mix_odd (with an odd
+# number of tokens, so that layers are no power of two apart), backbone, tests, small1, small-words1, small2,
+# small-words2, small3 and small-words3: the studies with one, two and three seeds. One sitting takes at most TIME
+# seconds. A part that might not end in time is left; a study is stopped, and keeps its finished runs. The same command
+# goes on: parts listed in $OUT/done.txt are skipped, so delete that file to begin anew. A part that is named runs in
+# any case.
 #
 # Nothing is fetched: the wheels are unpacked beside the results' scratch and found by PYTHONPATH. The program needs
 # tyro, typeguard, docstring-parser, jaxtyping and beartype, adopt needs diffusers and importlib-metadata, and
@@ -20,7 +22,8 @@
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-parts=(mix train_step sampling commands adopt backbone tests small{,-words}1 small{,-words}2 small{,-words}3)
+parts=(mix train_step sampling commands adopt mix_held mix_odd backbone tests)
+parts+=(small{,-words}1 small{,-words}2 small{,-words}3)
 place=gpu print=false wanted=()
 for word in "$@"; do
     if [[ $word == --rehearse ]]; then
@@ -134,6 +137,7 @@ study() {
 }
 
 mix=("$python" benchmarks/mix_gpu.py)
+size=(--prompts 64 --tokens 512) odd=(--prompts 63 --tokens 509)
 train_step=(--scale paper --device cuda --steps 5)
 sampling=(--scale paper --device cuda --others 1 --repeats 2 --arms penultimate depth time joint)
 commands=(--device cuda)
@@ -144,7 +148,8 @@ spread=()
 if [[ $place == gpu-rehearsal ]]; then
     # Without compiling, which takes minutes on a CPU and has its own tests.
     export TORCHDYNAMO_DISABLE=1 CUDA_VISIBLE_DEVICES=
-    mix=(env TRITON_INTERPRET=1 "${mix[@]}" --scale debug --prompts 1 --tokens 3 --repeats 1)
+    mix=(env TRITON_INTERPRET=1 "${mix[@]}" --scale debug --repeats 1)
+    size=(--prompts 1 --tokens 2) odd=(--prompts 1 --tokens 3)
     train_step=(--scale debug --batch 2 --steps 1)
     sampling=(--scale debug --batch 1 --steps 2 --others 1 --repeats 1 --arms penultimate depth time joint)
     commands=(--device cpu --recipe debug --steps 2 --prompts 11 --images 1)
@@ -155,11 +160,13 @@ elif "$python" -c 'import xdist' 2>/dev/null; then
     spread=(-n 8 -p no:benchmark) # most of the tests' time is compiling kernels
 fi
 
-due mix && part mix 60 60 "${mix[@]}" --out "$out/mix.json"
+due mix && part mix 60 60 "${mix[@]}" "${size[@]}" --out "$out/mix.json"
 due train_step && part train_step 60 60 "$python" benchmarks/train_step.py "${train_step[@]}" --out "$out/train_step.json"
 due sampling && part sampling 180 180 "$python" benchmarks/sampling.py "${sampling[@]}" --out "$out/sampling.json"
 due commands && part commands 420 420 "$python" benchmarks/commands.py "${commands[@]}" --out "$out/commands.json"
 due adopt diffusers && part adopt 120 120 "$python" benchmarks/adopt.py "${adopt[@]}" --out "$out/adopt.json"
+due mix_held && part mix_held 90 90 "${mix[@]}" "${size[@]}" --held --out "$out/mix_held.json"
+due mix_odd && part mix_odd 90 90 "${mix[@]}" "${odd[@]}" --held --out "$out/mix_odd.json"
 due backbone && part backbone 60 60 "$python" benchmarks/backbone.py "${backbone[@]}" --out "$out/backbone.json"
 
 if due tests pytest; then

@@ -57,7 +57,7 @@ def test_a_second_sitting_does_only_what_the_first_did_not(sitting: Sitting, tmp
     code, first = sitting()
     assert code == 1
     assert first.pop("sampling").startswith("failed with code 1")
-    assert len(first) == 12
+    assert len(first) == 14
     assert all(end.startswith("done in") for end in first.values())
     (tmp_path / "fail-sampling").unlink()
     (tmp_path / "log").unlink()
@@ -112,7 +112,7 @@ def test_every_command_line_is_one_that_its_program_takes(
     printed = script("--print", *sizes, OUT=tmp_path, WORK=tmp_path)
     assert printed.returncode == 0, printed.stderr
     lines = [shlex.split(line) for line in printed.stdout.splitlines()]
-    assert len(lines) == 13
+    assert len(lines) == 15
     for words in lines:
         rest = words[words.index(sys.executable) + 1 :]
         if rest[:3] == ["-m", "semantic_routing", "study"]:
@@ -129,7 +129,7 @@ def test_a_rehearsal_runs_every_part_on_a_cpu(tmp_path: Path) -> None:
     done = script("--rehearse", OUT=tmp_path / "out", WORK=tmp_path / "work")
     assert done.returncode == 0, done.stdout
     ends = dict(line.split(": ", 1) for line in (tmp_path / "out/summary.txt").read_text().splitlines())
-    assert len(ends) == 13
+    assert len(ends) == 15
     assert all("done in" in end or "it needs" in end for end in ends.values()), ends
     for name in ("mix", "train_step", "sampling", "commands", "backbone"):
         assert (tmp_path / f"out/{name}-manifest.json").is_file()
