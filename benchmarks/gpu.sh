@@ -132,6 +132,7 @@ study() {
         cp -r --update "$kept/." "$folder"
     fi
     part "$1$2" 90 86400 "$python" -m semantic_routing study "$1" --seeds "$2" --out "$folder" "${study[@]}"
+    $print && return
     for name in configs kept figures tables.md results.json manifest.json; do
         [[ -e $folder/$name ]] && mkdir -p "$kept" && cp -r "$folder/$name" "$kept"
     done
