@@ -1,22 +1,25 @@
 """Utilisation of the paper's network: its counted FLOPs a second against the measured rate of one matrix product.
 
-    python benchmarks/backbone.py [--batch 32] [--arm depth] [--out FILE.json]
+    python benchmarks/backbone.py [--batch 32] [--arm depth] [--scale paper|debug] [--out FILE.json]
 
 The forward pass is that of sampling: 512x512 images, weights in bfloat16, the whole network compiled, text prepared
 before. Forward and backward are those of training: 256x256 images, weights in float32, each block compiled. Both have a
-batch of 32 and 32 text tokens. The rate is that of one large bfloat16 product, measured between the two.
+batch of 32 and 32 text tokens. The rate is that of one large bfloat16 product, measured between the two. Scale debug
+tries the program on any device, with images of 32x32 and 16x16.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from results import save
-from sampling import matrix_rate, network, prompts, seconds
+from sampling import SCALES, matrix_rate, network, prompts, seconds
 
+from semantic_routing.common.device import pick_device
 from semantic_routing.common.distributed import World
 from semantic_routing.common.manifest import hardware
 from semantic_routing.model.build import make_model
@@ -27,6 +30,8 @@ from semantic_routing.training.parallelize import ParallelConfig, parallelize
 
 WANTED = 0.55
 TOKENS = 32
+SIDES = {"paper": (64, 32), "debug": (4, 2)}
+"""Sides of the latents in sampling and in training."""
 
 
 def forward(cfg: DiTConfig, batch: int, side: int, device: torch.device) -> float:
@@ -66,23 +71,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--arm", default="depth")
+    parser.add_argument("--scale", choices=SIDES, default="paper")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    if not torch.cuda.is_available():
+    if args.scale == "paper" and not torch.cuda.is_available():
         sys.stderr.write("benchmarks/backbone.py needs a CUDA device: the paper's network takes minutes elsewhere\n")
         return 2
-    device, cfg = torch.device("cuda"), DiTConfig(arm=args.arm)
+    device, cfg = pick_device("auto"), replace(SCALES[args.scale], arm=args.arm)
+    large, small = SIDES[args.scale]
     with META:
         shapes = make_model(cfg)
     features = blank_features(cfg, args.batch, TOKENS, META)
     text, context = count(lambda: shapes.prepare_text(features, torch.empty(args.batch, device=META)))
+    sampled, trained = (f"{8 * side}x{8 * side}" for side in (large, small))
     counted = {
-        "forward, 512x512": count_image(shapes, args.batch, 64, 64, context).total,
-        "forward and backward, 256x256": 3 * (count_image(shapes, args.batch, 32, 32, context) + text).total,
+        f"forward, {sampled}": count_image(shapes, args.batch, large, large, context).total,
+        f"forward and backward, {trained}": 3 * (count_image(shapes, args.batch, small, small, context) + text).total,
     }
-    times = {"forward, 512x512": forward(cfg, args.batch, 64, device)}
-    rate = matrix_rate(device)
-    times["forward and backward, 256x256"] = forward_and_backward(cfg, args.batch, 32, device)
+    times = {f"forward, {sampled}": forward(cfg, args.batch, large, device)}
+    rate = matrix_rate(device, args.scale)
+    times[f"forward and backward, {trained}"] = forward_and_backward(cfg, args.batch, small, device)
     shares = {name: counted[name] / times[name] / rate for name in times}
     sys.stdout.write(
         f"{hardware()}\narm {args.arm}, {args.batch} images; a product runs at {rate / 1e12:.0f} TFLOP/s\n"

@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--arm", default="depth")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--prompts", type=int, default=110)
+    parser.add_argument("--images", type=int, default=8, help="of one prompt")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -63,7 +64,7 @@ def main() -> None:
         seconds["train"] = run("train", args.recipe, *map(str, options), *device, "--out", model)
         seconds["resume"] = run("train", "--resume", model, "--steps", str(args.steps))
         found = {"training": speed(model)}
-        prompt = ("--prompt", "a red circle above a blue square", "--images-per-prompt", "8")
+        prompt = ("--prompt", "a red circle above a blue square", "--images-per-prompt", str(args.images))
         seconds["sample"] = run("sample", model, *prompt, *device, "--out", folder / "images")
         count = ("--n", str(args.prompts))
         seconds["evaluate"] = run("evaluate", "shapes", "--model", model, *count, *device, "--out", folder / "scores")

@@ -50,9 +50,9 @@ def velocity(model: DiT, features: TextFeatures, x: Tensor, t: Tensor) -> Tensor
     dense = mask[:, None, None].expand(-1, 1, tokens.shape[1], -1).contiguous()  # a row for each image token
     for block, text in zip(model.blocks, texts, strict=True):
         attn, mlp = block.modulation(time)
-        tokens = tokens + attn.gate(_self_attention(block.attn, attn.modulate(block.norm1(tokens)), rope))
+        tokens = tokens + attn.apply_gate(_self_attention(block.attn, attn.modulate(block.norm1(tokens)), rope))
         tokens = tokens + _cross_attention(block.cross, tokens, text, dense)
-        tokens = tokens + mlp.gate(block.mlp(mlp.modulate(block.norm2(tokens))))
+        tokens = tokens + mlp.apply_gate(block.mlp(mlp.modulate(block.norm2(tokens))))
     return unpatchify(model.proj_out(model.norm_out(tokens)), cfg.patch, height, width)
 
 

@@ -4,7 +4,8 @@
 
 For each arm: seconds of 50 guided Euler steps in the reference (text padded to 512 tokens and prepared at every step, a
 float32 stack of hidden states, a dense mask, eager), in this program uncompiled and compiled, and the ratios that have
-targets. The floor is the time of the network's matrix products at the rate of one large product measured here.
+targets. On a GPU a compiled network is a CUDA graph; its seconds without the graph are measured, too. The floor is the
+time of the network's matrix products at the rate of one large product measured here. Scale debug tries the program.
 """
 
 from __future__ import annotations
@@ -37,9 +38,14 @@ SCALES = {
         depth=8, width=512, heads=8, kv_heads=2, head_dim=64, mlp_width=2048, text_width=640, text_layers=36
     ),
     "paper": DiTConfig(),
-}
-SIDES = {"mid": 32, "paper": 64}  # of latents: 256 and 1024 image tokens
+    "debug": DiTConfig(
+        depth=2, width=32, heads=2, kv_heads=1, head_dim=32, mlp_width=48, text_width=64, text_layers=2,
+        fusedit_first_layer=0,
+    ),
+}  # fmt: skip
+SIDES = {"mid": 32, "paper": 64, "debug": 4}  # of latents: 256, 1024 and 4 image tokens
 TARGETS = {
+    "debug": {},
     "mid": {"S2 reference / ours": (3.0, None), "S2 / B1": (None, 1.03), "S3 / B1": (None, 1.15)},
     "paper": {"S2 reference / ours": (1.5, None), "S2 / B1": (None, 1.01)},
 }
@@ -78,9 +84,9 @@ def seconds(run: Callable[[], Tensor], repeats: int, device: torch.device) -> fl
     return statistics.median(found)
 
 
-def matrix_rate(device: torch.device) -> float:
-    """Return the FLOP/s of one large bfloat16 product."""
-    size = 8192 if device.type == "cuda" else 2048
+def matrix_rate(device: torch.device, scale: str) -> float:
+    """Return the FLOP/s of one bfloat16 product, a large one unless the scale is debug."""
+    size = 128 if scale == "debug" else 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
     seconds(lambda: a @ b, 3, device)
     return 2 * size**3 / seconds(lambda: a @ b, 10, device)
@@ -110,6 +116,9 @@ def measure(arm: str, args: argparse.Namespace, device: torch.device) -> dict[st
             found[name] = seconds(lambda run=ours[name]: run(times), repeats, device)
             pictures[name] = ours[name](schedule(4))
         found["compiling"] = first
+        if model.use_cuda_graph:
+            model.use_cuda_graph = False
+            found["without a graph"] = seconds(lambda: ours["compiled"](times), args.repeats, device)
         change = pictures["compiled"] - pictures["reference"]
         found["difference"] = (change.norm() / (pictures["reference"] - x).norm()).item()
     return found
@@ -128,7 +137,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     keep_freed_memory()
-    rate = matrix_rate(device)
+    rate = matrix_rate(device, args.scale)
     cfg = SCALES[args.scale]
     with torch.device("meta"):
         model = make_model(cfg)
@@ -156,13 +165,16 @@ def main() -> None:
 
 
 def ratios(rows: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Return the ratios that have targets."""
+    """Return the ratios that have targets, and what CUDA graphs give."""
     found = {}
     if "depth" in rows:
         found["S2 reference / ours"] = rows["depth"]["reference"] / rows["depth"]["compiled"]
     for label, arm in (("S2", "depth"), ("S3", "joint")):
         if arm in rows and "penultimate" in rows:
             found[f"{label} / B1"] = rows[arm]["compiled"] / rows["penultimate"]["compiled"]
+    for label, arm in (("B1", "penultimate"), ("S1", "time"), ("S2", "depth"), ("S3", "joint")):
+        if "without a graph" in rows.get(arm, {}):
+            found[f"{label} without a graph / with"] = rows[arm]["without a graph"] / rows[arm]["compiled"]
     return found
 
 

@@ -1,13 +1,14 @@
 """Time of a training step against the reference, in one process, and the floor of its matrix products.
 
-    python benchmarks/train_step.py [--scale toy|paper] [--device cpu|cuda] [--out FILE.json]
+    python benchmarks/train_step.py [--scale toy|paper|debug] [--device cpu|cuda] [--out FILE.json]
 
 toy: the complete step of the toy recipe. The reference is eager autocast with torch's Muon; then, added in turn: freed
 memory kept, batched Muon, compilation.
 
 paper: the backbone at the paper's size with AdamW and 256x256 images; hidden states are given (150 of 512 tokens on
 average). The reference pads to 512 tokens and keeps a float32 stack of the hidden states and a dense mask. This program
-pads to the longest prompt and compiles the blocks. Peak memory is printed too.
+pads to the longest prompt and compiles the blocks. Peak memory is printed too. debug: the same with a tiny network, to
+try the program.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tempfile import TemporaryDirectory
 import torch
 from reference import padded, velocity
 from results import save
-from sampling import matrix_rate, network, seconds
+from sampling import SCALES, matrix_rate, network, seconds
 from torch.optim import Muon
 
 import semantic_routing.training.optim
@@ -43,7 +44,7 @@ from semantic_routing.training.tiny_lm import tiny_lm
 from semantic_routing.training.trainer import Trainer
 
 Rows = dict[str, dict[str, float]]
-TARGETS = {"toy": {"time": 3.0}, "paper": {"time": 1.8, "memory": 1 / 0.6}}
+TARGETS = {"toy": {"time": 3.0}, "paper": {"time": 1.8, "memory": 1 / 0.6}, "debug": {}}
 
 
 def toy_rows(steps: int) -> tuple[Rows, float]:
@@ -126,7 +127,7 @@ def paper_rows(steps: int, device: torch.device, batch: int, cfg: DiTConfig) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", choices=("toy", "paper"), default="toy")
+    parser.add_argument("--scale", choices=TARGETS, default="toy")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=32, help="of paper")
@@ -136,8 +137,8 @@ def main() -> None:
     if args.scale == "toy":
         rows, products = toy_rows(args.steps)
     else:
-        rows, products = paper_rows(args.steps, device, args.batch, DiTConfig(arm="depth"))
-    floor = products / matrix_rate(device)
+        rows, products = paper_rows(args.steps, device, args.batch, replace(SCALES[args.scale], arm="depth"))
+    floor = products / matrix_rate(device, args.scale)
     first, *_, last = rows.values()
     sys.stdout.write(f"{hardware()}\nfloor (products of the blocks with their weights): {1e3 * floor:.1f} ms\n")
     for name, row in rows.items():
