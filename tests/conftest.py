@@ -44,7 +44,7 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train language models of runs on few texts: with checked annotations, 20,000 take half a minute to write."""
+    """Train language models of runs on few texts: 20,000 take seconds to write and to tokenise."""
     from semantic_routing.training import loop
 
     monkeypatch.setattr(loop, "training_corpus", partial(loop.training_corpus, size=300))
