@@ -25,6 +25,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Before the package is imported: tests check every annotated shape at run time.
 check_arrays("semantic_routing")
 
+# Nothing is written through to the disk: no test outlives a loss of power, and thousands of files would be waited for.
+os.fsync = lambda handle: None
+
 # Handlers as in a terminal: background jobs and nohup ignore some signals, and child processes would inherit that.
 for number in (signal.SIGHUP, signal.SIGQUIT):
     if signal.getsignal(number) is signal.SIG_IGN:
