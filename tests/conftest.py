@@ -14,14 +14,19 @@ import jaxtyping
 import pytest
 import torch
 
+from tests.helpers.checked import check_arrays
+
 if TYPE_CHECKING:
     from semantic_routing.training.config import TrainConfig
 
 # No test reaches the hub: a name that is not a folder fails immediately.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# Before the package is imported: tests check every annotated shape and type at run time.
-jaxtyping.install_import_hook("semantic_routing", "beartype.beartype")
+# Before the package is imported: tests check every annotated shape at run time.
+check_arrays("semantic_routing")
+
+# Nothing is written through to the disk: no test outlives a loss of power, and thousands of files would be waited for.
+os.fsync = lambda handle: None
 
 # Handlers as in a terminal: background jobs and nohup ignore some signals, and child processes would inherit that.
 for number in (signal.SIGHUP, signal.SIGQUIT):
@@ -42,7 +47,7 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train language models of runs on few texts: with checked annotations, 20,000 take half a minute to write."""
+    """Train language models of runs on few texts: 20,000 take seconds to write and to tokenise."""
     from semantic_routing.training import loop
 
     monkeypatch.setattr(loop, "training_corpus", partial(loop.training_corpus, size=300))

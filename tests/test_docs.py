@@ -219,9 +219,16 @@ def test_analysis(
     for name in ("depth", "other"):
         shutil.copytree(tiny_run, Path("runs", name))
     start(tiny_config("joint"), Path("runs/joint"))
+    fewer = {"64": "2", "50": "5", "20": "4", "smollm2": str(tiny_encoder)}
+    small = {
+        "sample": ["--steps", "5"],
+        "evaluate": ["--steps", "5"],
+        "probe": ["--tokens", "600", "--captions", "50"],
+    }
     for command in commands("analysis.md"):
-        command = [{"64": "2", "smollm2": str(tiny_encoder)}.get(word, word) for word in command]
-        main(smaller(command, "--tokens", "600", "--captions", "50") if command[0] == "probe" else command)
+        command = [fewer.get(word, word.replace("-s50.", "-s5.")) for word in command]
+        ablation = ["--ablation.sampling.steps", "3"] if "--ablate" in command else []
+        main(smaller(command, *small.get(command[0], []), *ablation))
     assert Path("probes/smollm2/index.html").is_file()
     page = (DOCS / "analysis.md").read_text(encoding="utf-8")
     patterns = re.findall(r"`([a-z*-]+)`", "".join(re.findall(r"^\| `.*", page, re.MULTILINE)))
@@ -238,7 +245,7 @@ def test_analysis(
     manifests = [json.loads(Path("images", name, "manifest.json").read_text()) for name in ("shifted", "calibrated")]
     assert [manifest["sampler"]["clock"] for manifest in manifests] == [
         "shifted",
-        "figures/joint/calibration-g6-s50.json",
+        "figures/joint/calibration-g6-s5.json",
     ]
 
 

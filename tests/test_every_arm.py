@@ -20,7 +20,13 @@ from semantic_routing.training.loop import start
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 
-@pytest.fixture(scope="module", params=ARMS)
+ALIKE = ("time-state", "depth-kv", "depth-heads", "depth-heads-kv")
+"""Arms whose every property another one shares: joint-state and depth-low-rank."""
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(arm, marks=pytest.mark.stress) if arm in ALIKE else arm for arm in ARMS]
+)
 def arm(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -156,7 +156,7 @@ def semroute(line: str, **variables: str) -> subprocess.CompletedProcess[str]:
     ("line", "code", "said"),
     [
         ("semroute --help | true", 141, ""),
-        ("semroute overhead --scale toy --arms B1 | head -n 0", 141, ""),
+        pytest.param("semroute overhead --scale toy --arms B1 | head -n 0", 141, "", marks=pytest.mark.stress),
         ("semroute evaluate --help | head -c 0", 141, ""),
         ("semroute --version >&-", 0, ""),
         ("semroute --version > /dev/full", 1, "semroute: the standard output cannot be written: No space left"),

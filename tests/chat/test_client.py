@@ -80,9 +80,10 @@ def test_answer(server: ChatServer) -> None:
     assert client.identity()["base_url"] == server.url
 
 
-def test_every_question_is_answered_once_through_faults(tmp_path: Path) -> None:
-    """2,000 judgements, a fifth of all attempts faulty, and ten that never succeed."""
-    texts = [f"picture {i}" + ("[[500]]" if i % 200 == 7 else "") for i in range(2000)]
+@pytest.mark.parametrize("count", [400, pytest.param(2000, marks=pytest.mark.stress)])
+def test_every_question_is_answered_once_through_faults(tmp_path: Path, count: int) -> None:
+    """A fifth of all attempts are faulty, and ten judgements never succeed."""
+    texts = [f"picture {i}" + ("[[500]]" if i % (count // 10) == 7 else "") for i in range(count)]
     failing = {text for text in texts if "[[500]]" in text}
     with ChatServer(faults=0.2, stall=2.5) as faulty:
         cfg = config(faulty, cache=tmp_path, first_wait=0.002, timeout=2.0, retries=9)
@@ -96,15 +97,16 @@ def test_every_question_is_answered_once_through_faults(tmp_path: Path) -> None:
                 assert answer.text == ("Yes" if p_yes(text) > 0.5 else "No")
         # By the server's own books faults were met, and every answer was given once.
         first = faulty.counts()
-        assert sum(first["asked"].values()) > 2300
+        assert sum(first["asked"].values()) > 1.15 * count
         assert first["answered"] == {text: 1 for text in texts if text not in failing}
         usage = client.usage
-        assert (usage.answered, usage.failed, usage.cached, usage.prompt_tokens) == (1990, 10, 0, 199000)
-        assert len([*tmp_path.rglob("*.json")]) == 1990
+        right = count - 10
+        assert (usage.answered, usage.failed, usage.cached, usage.prompt_tokens) == (right, 10, 0, 100 * right)
+        assert len([*tmp_path.rglob("*.json")]) == right
         # Once more: nothing but what failed is asked.
         again = ChatClient(cfg)
         assert [type(answer) for answer in all_answers(again, texts)] == [type(answer) for answer in answers]
-        assert again.usage.cached == 1990
+        assert again.usage.cached == right
         assert faulty.counts()["answered"] == first["answered"]
 
 

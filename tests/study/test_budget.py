@@ -11,7 +11,7 @@ import torch
 
 from semantic_routing.model.arms import ARMS, PAPER_ARMS
 from semantic_routing.model.build import make_model
-from semantic_routing.model.dit import DiTConfig
+from semantic_routing.model.dit import Backbone, DiTConfig
 from semantic_routing.model.flops import META, count, count_image, count_language_model, count_text, qwen3_vl
 from semantic_routing.sampling.text_to_image import check_encoder
 from semantic_routing.study.plan import CALIBRATION, SCALES, Job, StudyArguments, jobs, stages
@@ -41,30 +41,36 @@ def reading(prompts: int) -> int:
 
 
 @cache
+def network(model: DiTConfig) -> Backbone:
+    """Return a network on the meta device."""
+    with META:
+        return make_model(model)
+
+
+@cache
 def muon(model: DiTConfig, optim: OptimConfig) -> int:
     """Count a step of the Muon optimiser."""
-    with META:
-        network = make_model(model)
-    for p in network.parameters():
+    for p in network(model).parameters():
         p.grad = torch.empty_like(p)
-    return count(make_optimizers(network, optim)[1].step)[0].total
+    return count(make_optimizers(network(model), optim)[1].step)[0].total
+
+
+counted_per_image = cache(flops_per_image)
 
 
 def step(cfg: TrainConfig) -> int:
     """Count a training step."""
-    trained = cfg.batch * flops_per_image(cfg.model, cfg.image_size, cfg.image_size, TOKENS)
+    trained = cfg.batch * counted_per_image(cfg.model, cfg.image_size, cfg.image_size, TOKENS)
     return trained + reading(cfg.batch) + muon(cfg.model, cfg.optim)
 
 
 @cache
 def picture(model: DiTConfig, size: int) -> int:
     """Count a sampled image: guidance doubles it; the text is prepared at every step if routing depends on time."""
-    with META:
-        network = make_model(model)
-    text, context = count_text(network, 2, TOKENS)
-    image = count_image(network, 2, size, size, context)
+    text, context = count_text(network(model), 2, TOKENS)
+    image = count_image(network(model), 2, size, size, context)
     steps = SMALL_SAMPLING.steps
-    return reading(2) + text.total * (steps if network.depends_on_time else 1) + image.total * steps
+    return reading(2) + text.total * (steps if network(model).depends_on_time else 1) + image.total * steps
 
 
 def run(job: Job, n: int) -> tuple[int, int]:
@@ -104,8 +110,7 @@ def test_the_count_follows_the_work(tmp_path: Path) -> None:
 
 
 def test_the_network_has_tens_of_millions_of_parameters() -> None:
-    with META:
-        sizes = {arm: sum(p.numel() for p in make_model(small(arm).model).parameters()) for arm in ARMS}
+    sizes = {arm: sum(p.numel() for p in network(small(arm).model).parameters()) for arm in ARMS}
     assert round(sizes.pop("fusedit") / MILLION) == 37
     assert {round(size / MILLION) for size in sizes.values()} == {41, 42}
 

@@ -11,15 +11,14 @@ from semantic_routing.toy.claims import Background, Count, Exists, Kind
 from semantic_routing.toy.scenes import BACKGROUNDS, COLORS, SHAPES, SIZES, Object, Scene, render
 
 RED, WHITE = COLORS["red"], BACKGROUNDS["white"]
-PER_TAG = 55  # 605 pictures of each sort
 
 
-@pytest.fixture(scope="module")
-def pairs():
+@pytest.fixture(scope="module", params=[20, pytest.param(55, marks=pytest.mark.stress)])
+def pairs(request):
     """Draw true samples of every tag and split, each with a falsified one."""
     rng = np.random.default_rng(0)
     samples = [
-        sample(11, index, tag=tag, split=("train", "eval")[index % 2]) for tag in TAGS for index in range(PER_TAG)
+        sample(11, index, tag=tag, split=("train", "eval")[index % 2]) for tag in TAGS for index in range(request.param)
     ]
     return [(true, falsify(true, rng)) for true in samples]
 

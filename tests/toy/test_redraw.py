@@ -15,9 +15,10 @@ def dice(seed: int) -> Dice:
     return Dice(np.random.default_rng(seed))
 
 
+@pytest.mark.parametrize("count", [40, pytest.param(150, marks=pytest.mark.stress)])
 @pytest.mark.parametrize("world", WORLDS)
-def test_the_claims_hold_in_the_scene_and_in_its_pixels(world: str) -> None:
-    for index in range(150):
+def test_the_claims_hold_in_the_scene_and_in_its_pixels(world: str, count: int) -> None:
+    for index in range(count):
         drawn = redrawn(WORLDS[world].sample(0, index), dice(index))
         assert [claim.fault(drawn.scene.objects, drawn.scene.background) for claim in drawn.claims] == [None] * len(
             drawn.claims

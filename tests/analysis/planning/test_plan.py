@@ -110,7 +110,6 @@ def test_mistakes(given: list[str], words: str, capsys: pytest.CaptureFixture[st
     assert error.count("\n") == 1
 
 
-@pytest.mark.usefixtures("unchecked")  # checks of every call take longer than the simulation
 def test_the_page_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
     page = (DOCS / "train-at-scale.md").read_text(encoding="utf-8")
     shown = page.split("<!-- semroute plan paper -->\n")[1].split("<!-- end -->")[0]
