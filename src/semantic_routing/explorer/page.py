@@ -86,7 +86,9 @@ class Page:
         script = HEATMAP_JS.read_text(encoding="utf-8")
         self.heatmap = gr.HTML(self._heat(self.start, 0, 0), js_on_load=script, visible=there, elem_id="heatmap")
         moves = there and self.model.depends_on_time
-        self.time = gr.Slider(0, 1, self.start.time, step=0.05, label="Time (0 noise, 1 data)", visible=moves)
+        self.time = gr.Slider(
+            0, 1, self.start.time, step=0.05, label="Time (0 noise, 1 data)", visible=moves, elem_id="time"
+        )
         self.preset = gr.Dropdown([*PRESETS], value=LEARNED, label="Preset", visible=there, elem_id="preset")
         with gr.Row(visible=there):
             self.row = gr.Dropdown(rows, value=0 if rows else None, label="Row", min_width=140)
@@ -95,10 +97,13 @@ class Page:
             0, 100, self._percent(self.start, 0, 0), step=1, label="Weight (%)", visible=there, elem_id="weight"
         )
         with gr.Row(visible=adopted):
-            self.scale = gr.Slider(0, MOST_SCALE, self.start.scale, step=0.05, label="Scale of the routing")
-            self.gain = gr.Slider(0, MOST_GAIN, 1, step=0.05, label="Gain of the chosen layer", elem_id="gain")
-        saves = there and not adopted
-        self.saved = gr.HTML(views.saved_html(self.start.edit, self.model.name), visible=saves, elem_id="saved")
+            self.scale = gr.Slider(
+                0, MOST_SCALE, self.start.scale, step=0.05, label="Scale of the routing", elem_id="scale"
+            )
+            self.gain = gr.Slider(
+                0, MOST_GAIN, 1, step=0.05, label="Gain of the chosen layer", visible=there, elem_id="gain"
+            )
+        self.saved = gr.HTML(self._saved(self.start), visible=there or adopted, elem_id="saved")
 
     def _sampling(self) -> None:
         start = self.start
@@ -249,12 +254,12 @@ class Page:
     def _weights(self, state: State, row: int, layer: int) -> Updates:
         """Return the heat map, the sliders of the chosen cell, and what can be saved."""
         if not self.model.rows:
-            return {self.alert: ""}
+            return {self.saved: self._saved(state), self.alert: ""}
         return {
             self.heatmap: self._heat(state, row, layer),
             self.weight: self._percent(state, row, layer),
             self.gain: gr.Slider(value=state.gains.get(layer, 1), interactive=layer > 0),
-            self.saved: views.saved_html(state.edit, self.model.name),
+            self.saved: self._saved(state),
             self.preset: preset_name(state.edit, self.model.rows, len(self.model.columns)),
             self.alert: "",
         }
@@ -263,8 +268,7 @@ class Page:
         """Show the state of the link with which the page was opened."""
         try:
             state = from_query(dict(request.query_params), self.start)
-            if state.edit is not None:
-                self.model.check(state.edit)
+            self.model.check(state)
         except ValueError as error:
             yield {self.alert: views.alert_html(str(error))}
             return
@@ -281,6 +285,9 @@ class Page:
 
     def _percent(self, state: State, row: int, layer: int) -> int:
         return round(100 * float(self.model.shown(state)[row, layer])) if self.model.rows else 0
+
+    def _saved(self, state: State) -> str:
+        return views.saved_html(self.model.saved(state))
 
     def _link(self, state: State) -> str:
         return f'<a href="?{escape(to_query(state))}">Link to these pictures and settings</a>'
