@@ -122,6 +122,11 @@ def browser() -> Iterator[Any]:
         found.close()
 
 
+def in_link(value: Any) -> str:
+    """Return a value as links hold it."""
+    return json.dumps(value, separators=(",", ":"))
+
+
 class Visitor:
     """Somebody who looks at the page."""
 
@@ -142,7 +147,7 @@ class Visitor:
 
     def until(self, **state: Any) -> Visitor:
         """Wait until the pictures of a state are drawn: the page's address then names it."""
-        wanted = {name: str(value) for name, value in state.items() if name != "edit"}
+        wanted = {name: str(value) for name, value in state.items()}
         self.page.wait_for_function(DRAWN, arg=wanted)
         return self
 
@@ -258,11 +263,18 @@ def test_presets_and_back(visitor: Visitor) -> None:
     assert visitor.pictures() == [plain]
 
 
+def test_a_choice_counts_while_the_one_before_is_drawn(visitor: Visitor) -> None:
+    visitor.open(steps=100)
+    visitor.choose("Preset", "B1: last layer but one")
+    visitor.choose("Preset", "B2: average of all layers")
+    visitor.until(edit=in_link({"rows": ["block 0", "block 1"], "weights": [[0.5, 0.5]] * 2}))
+
+
 EDIT = RoutingOverride(("block 1",), ((1.0, 0.0),))
 
 
 def test_save_and_sample(visitor: Visitor, tiny_run: Path, tmp_path: Path) -> None:
-    visitor.open(edit=json.dumps(EDIT.to_json()))
+    visitor.open(edit=in_link(EDIT.to_json()))
     file, picture = visitor.download("#saved a"), visitor.download("#pictures a.download")
     shutil.copy(file, tmp_path / "routing.json")
     command = f"sample {tiny_run} --routing {tmp_path}/routing.json --steps 3 --guidance 3 --out {tmp_path}/images"
@@ -278,7 +290,7 @@ def pixels(path: Path) -> bytes:
 
 
 def test_a_reload_shows_the_same(visitor: Visitor) -> None:
-    visitor.open(seed=3, edit=json.dumps(EDIT.to_json()))
+    visitor.open(seed=3, edit=in_link(EDIT.to_json()))
     before = visitor.pictures()
     visitor.page.reload()
     visitor.until(seed=3, prompt=PROMPT)
@@ -318,7 +330,7 @@ def test_a_second_visitor_waits(browser: Any, server: str) -> None:
 
 
 def test_a_telephone_is_wide_enough(browser: Any, server: str) -> None:
-    visitor = Visitor(browser, server, width=390).open(edit=json.dumps(EDIT.to_json()))
+    visitor = Visitor(browser, server, width=390).open(edit=in_link(EDIT.to_json()))
     assert visitor.page.evaluate("document.documentElement.scrollWidth") <= 390
     visitor.page.close()
 
@@ -342,7 +354,7 @@ def test_a_second_model_draws_from_the_same_noise(
     visit: Callable[[str], Visitor], gate_and_run: str, visitor: Visitor
 ) -> None:
     """Beside the edited gates, the tiny run draws the picture that it draws on its own page."""
-    both = visit(gate_and_run).open(seed=5, edit=json.dumps(EDIT.to_json())).pictures()
+    both = visit(gate_and_run).open(seed=5, edit=in_link(EDIT.to_json())).pictures()
     assert len(set(both)) == 3
     assert visitor.open(seed=5).pictures() == both[2:]
 
@@ -361,7 +373,7 @@ def test_an_adopted_pipeline(visit: Callable[[str], Visitor], adopted_page: str,
     visitor.cell(0, layer).click()
     visitor.page.wait_for_selector(f"#heatmap td.chosen[data-row='0'][data-layer='{layer}']")
     visitor.set("#gain", 0)
-    gains = json.dumps({str(layer): 0.0}, separators=(",", ":"))
+    gains = in_link({str(layer): 0.0})
     gained = visitor.until(scale=0.5, gains=gains).pictures()
     assert len(set(gained) | set(scaled)) == 4
     assert visitor.page.inner_text("#heatmap tr.gains td:has-text('×')") == "×0"

@@ -23,6 +23,6 @@ class _Callable(ModuleType):
 
 
 # ``help`` and editors then show how the function is called; the submodules can still be imported.
-__doc__ = adopt.__doc__
+__doc__ = adopt.__doc__ or __doc__
 __signature__ = inspect.signature(adopt)
 sys.modules[__name__].__class__ = _Callable

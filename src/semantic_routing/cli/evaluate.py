@@ -49,7 +49,7 @@ class EvaluateArguments:
     out: Path
     """Folder for the images and results; a stopped evaluation resumes there."""
     routing: Path | None = None
-    """JSON file of routing weights that replace the model's own, as of semroute sample."""
+    """JSON file of routing weights that replace the model's own; semroute sample reads the same files."""
     score: bool = True
     """Score the images; --no-score only samples them."""
     rescore: bool = False

@@ -30,14 +30,11 @@ Updates = dict[Any, Any]
 HEATMAP_JS = Path(__file__).with_name("heatmap.js")
 LINK_JS = "watch('value', () => history.replaceState(null, '', element.querySelector('a').getAttribute('href')))"
 """The address of the page becomes the link to what it shows: reloading it shows the same."""
-ONE_AT_A_TIME: dict[str, Any] = {
-    "concurrency_limit": 1,
-    "concurrency_id": "draw",
-    "show_progress": "minimal",
-    "api_visibility": "private",
-}
+LAST: dict[str, Any] = {"trigger_mode": "always_last", "api_visibility": "private"}
+"""What is chosen while its event still runs is done afterwards; gradio would drop it."""
+ONE_AT_A_TIME = LAST | {"concurrency_limit": 1, "concurrency_id": "draw", "show_progress": "minimal"}
 """All that draws shares one worker; a second visitor waits and sees the place in the queue."""
-AT_ONCE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+AT_ONCE = LAST | {"show_progress": "hidden"}
 
 
 class Page:
@@ -128,7 +125,6 @@ class Page:
         def on(event: Callable[..., Any], work: Callable[..., Any], extra: list[Any], **how: Any) -> None:
             event(work, [*self.parts.values(), *place, *extra], outputs, show_progress_on=[self.alert], **how)
 
-        drag = ONE_AT_A_TIME | {"trigger_mode": "always_last"}
         for event in (self.draw.click, self.prompt.submit, self.steps.release, self.guidance.release):
             on(event, self._draw, [], **ONE_AT_A_TIME)
         for event in (self.sampler.input, self.shift.release, self.seed.submit):
@@ -136,16 +132,16 @@ class Page:
         on(self.again.click, self._other_noise, [], **ONE_AT_A_TIME)
         on(self.examples.input, self._example, [self.examples], **ONE_AT_A_TIME)
         on(self.preset.input, self._preset, [self.preset], **ONE_AT_A_TIME)
-        on(self.weight.input, self._weight_dragged, [self.weight], **drag)
+        on(self.weight.input, self._weight_dragged, [self.weight], **ONE_AT_A_TIME)
         on(self.weight.release, self._weight_set, [self.weight], **ONE_AT_A_TIME)
-        on(self.heatmap.input, self._row_dragged, [], **drag)
+        on(self.heatmap.input, self._row_dragged, [], **ONE_AT_A_TIME)
         on(self.heatmap.release, self._row_set, [], **ONE_AT_A_TIME)
         on(self.heatmap.click, self._cell, [], **AT_ONCE)
         for event in (self.row.input, self.layer.input, self.time.input):
             on(event, self._choose, [], **AT_ONCE)
-        on(self.scale.input, self._preview, [], **drag)
+        on(self.scale.input, self._preview, [], **ONE_AT_A_TIME)
         on(self.scale.release, self._draw, [], **ONE_AT_A_TIME)
-        on(self.gain.input, self._gain_dragged, [self.gain], **drag)
+        on(self.gain.input, self._gain_dragged, [self.gain], **ONE_AT_A_TIME)
         on(self.gain.release, self._gain_set, [self.gain], **ONE_AT_A_TIME)
         self.blocks.load(self._load, None, outputs, show_progress_on=[self.alert], **ONE_AT_A_TIME)
 
