@@ -30,11 +30,13 @@ Updates = dict[Any, Any]
 HEATMAP_JS = Path(__file__).with_name("heatmap.js")
 LINK_JS = "watch('value', () => history.replaceState(null, '', element.querySelector('a').getAttribute('href')))"
 """The address of the page becomes the link to what it shows: reloading it shows the same."""
-LAST: dict[str, Any] = {"trigger_mode": "always_last", "api_visibility": "private"}
-"""What is chosen while its event still runs is done afterwards; gradio would drop it."""
-ONE_AT_A_TIME = LAST | {"concurrency_limit": 1, "concurrency_id": "draw", "show_progress": "minimal"}
+EVERY: dict[str, Any] = {"trigger_mode": "multiple", "api_visibility": "private"}
+"""What is chosen while its event still runs waits for it; without a mode, gradio would drop it."""
+ONE_AT_A_TIME = EVERY | {"concurrency_limit": 1, "concurrency_id": "draw", "show_progress": "minimal"}
 """All that draws shares one worker; a second visitor waits and sees the place in the queue."""
-AT_ONCE = LAST | {"show_progress": "hidden"}
+DRAGGED = ONE_AT_A_TIME | {"trigger_mode": "always_last"}
+"""Of all that a drag passes while a preview is drawn, only the last is previewed."""
+AT_ONCE = EVERY | {"show_progress": "hidden"}
 
 
 class Page:
@@ -132,16 +134,16 @@ class Page:
         on(self.again.click, self._other_noise, [], **ONE_AT_A_TIME)
         on(self.examples.input, self._example, [self.examples], **ONE_AT_A_TIME)
         on(self.preset.input, self._preset, [self.preset], **ONE_AT_A_TIME)
-        on(self.weight.input, self._weight_dragged, [self.weight], **ONE_AT_A_TIME)
+        on(self.weight.input, self._weight_dragged, [self.weight], **DRAGGED)
         on(self.weight.release, self._weight_set, [self.weight], **ONE_AT_A_TIME)
-        on(self.heatmap.input, self._row_dragged, [], **ONE_AT_A_TIME)
+        on(self.heatmap.input, self._row_dragged, [], **DRAGGED)
         on(self.heatmap.release, self._row_set, [], **ONE_AT_A_TIME)
         on(self.heatmap.click, self._cell, [], **AT_ONCE)
         for event in (self.row.input, self.layer.input, self.time.input):
             on(event, self._choose, [], **AT_ONCE)
-        on(self.scale.input, self._preview, [], **ONE_AT_A_TIME)
+        on(self.scale.input, self._preview, [], **DRAGGED)
         on(self.scale.release, self._draw, [], **ONE_AT_A_TIME)
-        on(self.gain.input, self._gain_dragged, [self.gain], **ONE_AT_A_TIME)
+        on(self.gain.input, self._gain_dragged, [self.gain], **DRAGGED)
         on(self.gain.release, self._gain_set, [self.gain], **ONE_AT_A_TIME)
         self.blocks.load(self._load, None, outputs, show_progress_on=[self.alert], **ONE_AT_A_TIME)
 
