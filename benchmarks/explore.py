@@ -57,6 +57,7 @@ def main() -> None:
     args = parser.parse_args()
     found = {"page": until_it_answers(args.run, args.port)}
 
+    from semantic_routing.adopt.edits import NO_EDITS
     from semantic_routing.cli.explore import beginning
     from semantic_routing.common.device import keep_freed_memory, pick_device
     from semantic_routing.explorer.opening import open_for_page
@@ -65,7 +66,7 @@ def main() -> None:
 
     keep_freed_memory()
     session = Session([open_for_page(args.run, pick_device("cpu"), None).model])
-    state = beginning(session, None)
+    state = beginning(session, NO_EDITS)
     columns = session.models[0].columns
     times: dict[str, list[float]] = {"preview": [], "picture": []}
     timed(session.draw(state))  # as learned, and the first use of everything

@@ -351,6 +351,7 @@ def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str
 def test_evaluation(judged: dict[str, str], tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("runs").mkdir()
     Path("runs/depth").symlink_to(tiny_run)
+    Path("routing.json").write_text('{"rows": ["block 0"], "weights": [[0, 1]]}')
     page = (DOCS / "evaluation.md").read_text(encoding="utf-8")
     quick = {
         "shapes": ["--n", "11", "--steps", "1"],
@@ -369,7 +370,7 @@ def test_evaluation(judged: dict[str, str], tiny_run: Path, capsys: pytest.Captu
     one, shared = (Path("evaluations/depth", name, "records.jsonl").read_text() for name in ("shapes", "shared"))
     assert one == shared
     results = sorted(path.parent.name for path in Path("evaluations/depth").glob("*/summary.json"))
-    assert results == ["drawbench", "fid", "genai", "genai-local", "geneval", "shapes", "shared"]
+    assert results == ["drawbench", "edited", "fid", "genai", "genai-local", "geneval", "shapes", "shared"]
     assert {path.suffix for path in Path("tables").rglob("*.*")} == {".md", ".csv", ".tex"}
     (program,) = fenced("evaluation.md", "python")
     names: dict[str, Any] = {}

@@ -74,10 +74,25 @@ def test_linked_files_outside_the_docs_are_copied() -> None:
     assert tool("docs_site").linked_files(text, "docs/page.md") == {"LICENSE"}
 
 
+def navigation() -> list[tuple[str, str]]:
+    """Return the title, empty if it is the page's own, and the page of all entries of the site's navigation."""
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    return re.findall(r"^ +- (?:(\w+): )?([\w-]+\.md)\b", text, re.MULTILINE)
+
+
 def test_every_page_is_in_the_navigation() -> None:
-    names = re.findall(r"^ +- ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    names = [page for _, page in navigation()]
     pages = {path.name for path in (ROOT / "docs").glob("*.md")} | set(tool("docs_site").PAGES.values())
     assert sorted(names) == sorted(pages)
+
+
+def test_no_page_is_listed_under_the_name_of_the_site() -> None:
+    """A page without a title in the navigation is listed under its first heading, below the name of the site."""
+    (site,) = re.findall(r"^site_name: (.+)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    sources = {page: ROOT / source for source, page in tool("docs_site").PAGES.items()}
+    for title, page in navigation():
+        first = sources.get(page, ROOT / "docs" / page).read_text(encoding="utf-8").partition("\n")[0]
+        assert (title or first.removeprefix("# ")) != site, page
 
 
 def test_the_reference_has_every_public_name_once() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import pydoc
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 import semantic_routing
 
@@ -36,6 +39,20 @@ def test_names_do_not_turn_into_packages() -> None:
     packages = {path.parent.name for path in Path(semantic_routing.__file__).parent.glob("*/__init__.py")}
     assert packages & set(semantic_routing.__all__) == {"adopt"}
     assert callable(import_module("semantic_routing.adopt"))
+
+
+def test_help_on_adopt_is_the_functions() -> None:
+    """The package that takes the function's place has its documentation and its arguments, and can be called."""
+    package = import_module("semantic_routing.adopt")
+    function = import_module("semantic_routing.adopt.api").adopt
+    assert semantic_routing.adopt is package
+    assert inspect.signature(package) == inspect.signature(function)
+    shown = pydoc.plain(pydoc.render_doc(package))
+    assert "Put routing onto a loaded diffusers pipeline" in shown.partition("PACKAGE CONTENTS")[0]
+    with pytest.raises(ValueError, match=r"adopt needs a pipeline, or both text_encoder and transformer"):
+        package()
+    with pytest.raises(ValueError, match=r"give adopt a pipeline, or text_encoder and transformer, but not both"):
+        package(object(), transformer=torch.nn.Identity())
 
 
 def test_editors_see_the_same_names() -> None:

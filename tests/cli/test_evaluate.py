@@ -111,6 +111,44 @@ def test_a_pipeline_samples_the_images_of_its_run(
     assert manifest(tmp_path / "again")["weights_sha256"] == run["weights_sha256"]
 
 
+@pytest.mark.behaviour(
+    "Judges and scores",
+    when="an evaluation with another `--routing` goes into the same folder, or the file does not fit the model",
+    then="is refused in one line, and the folder stays as it is",
+)
+def test_an_edited_routing_is_scored(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The images are those of ``semroute sample`` with the same file, and the manifest holds the routing."""
+    edited = {"rows": ["block 1"], "weights": [[1.0, 0.0]]}
+    (tmp_path / "routing.json").write_text(json.dumps(edited))
+    (tmp_path / "other.json").write_text(json.dumps({"rows": ["block 7"], "weights": [[1.0, 0.0]]}))
+    out, asked = tmp_path / "out", ("evaluate", "shapes", "--model", tiny_run, "--n", 2, *STEPS)
+    assert call(*asked, "--out", out, "--routing", tmp_path / "routing.json") == 0
+    assert manifest(out)["routing"] == edited
+    assert "edited routing" in (out / "index.html").read_text()
+    prompts = [json.loads(line)["caption"] for line in (out / "records.jsonl").read_text().splitlines()]
+    settings = {f"--{name}": manifest(out)["sampler"][name] for name in ("guidance", "sampler", "shift")}
+    sampled = ["sample", tiny_run, *STEPS, *[word for pair in settings.items() for word in pair], "--prompt", *prompts]
+    for name, extra in (("plain", []), ("edited", ["--routing", tmp_path / "routing.json"])):
+        assert call(*sampled, *extra, "--out", tmp_path / name) == 0
+    found, plain, same = (
+        [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
+        for folder in (out / "images", tmp_path / "plain", tmp_path / "edited")
+    )
+    assert np.array_equal(found, same)
+    assert not np.array_equal(found, plain)
+    before = manifest(out)
+    capsys.readouterr()
+    for extra, message in (
+        ([], "holds other images (routing {'rows': ['block 1']"),
+        (["--routing", tmp_path / "other.json"], "other.json: arm 'depth' has no row 'block 7'"),
+    ):
+        assert call(*asked, "--out", out, *extra) == 2
+        assert message in capsys.readouterr().err
+    assert manifest(out) == before
+    assert call("evaluate", "shapes", "--images", out / "images", "--routing", "x.json", "--out", tmp_path / "x") == 2
+    assert "--routing replaces weights of a model" in capsys.readouterr().err
+
+
 def test_sampling_and_scoring_are_separate(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,10 +50,21 @@ def test_explore(
     Path("pipelines/base").symlink_to(tmp_path / "base")
     Path("routings/base").symlink_to(adopted)
     Path("routing.json").write_text(json.dumps(LAST.to_json()))
+    (edits,) = fenced("explore.md", "json")
+    Path("edits.json").write_text(edits)
+    few = {
+        "explore": [],
+        "sample": ["--steps", "1"],
+        "adopt": ["--steps", "1"],
+        "evaluate": ["--n", "2", "--steps", "1"],
+    }
     for command in commands("explore.md"):
-        main([*command, *(["--steps", "1"] if command[0] == "sample" else [])])
-    assert capsys.readouterr().out.splitlines().count("the address") == len(served) == 5
-    assert [len(session.models) for session, _ in served] == [1, 1, 2, 1, 1]
+        main([*command, *few[command[0]]])
+    assert capsys.readouterr().out.splitlines().count("the address") == len(served) == 6
+    assert [len(session.models) for session, _ in served] == [1, 1, 2, 1, 1, 1]
+    begun = served[-1][1]
+    assert (begun.gains, begun.scale, begun.edit and begun.edit.rows) == ({2: 0.5}, 0.8, ("block 1",))
+    assert json.loads(Path("images/adopted/manifest.json").read_text())["edits"] == json.loads(edits)
     session, state = served[1]
     assert state.edit == LAST
     assert state.prompt == session.examples[0].caption

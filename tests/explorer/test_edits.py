@@ -67,10 +67,7 @@ def test_a_weight_out_of_range_is_refused() -> None:
         edits.with_cell(None, ROWS, TABLE, row=0, layer=0, weight=1.2)
 
 
-def test_gains_give_what_a_layer_loses_back_to_the_original_state() -> None:
-    table = np.array([[0.2, 0.5, 0.3], [1.0, 0.0, 0.0]])
-    np.testing.assert_allclose(edits.with_gains({1: 0.0, 2: 2.0}, table), [[0.4, 0.0, 0.6], [1, 0, 0]])
-    np.testing.assert_array_equal(edits.with_gains({}, table), table)
+def test_a_gain_of_one_is_left_out() -> None:
     gains = edits.with_gain(edits.with_gain({}, 2, 0.5), 1, 3.0)
     assert gains == {1: 3, 2: 0.5}
     assert edits.with_gain(gains, 2, 1.0) == {1: 3}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from semantic_routing.adopt import adopt
+from semantic_routing.cli.explore import beginning
 from semantic_routing.cli.main import main
 from semantic_routing.explorer import views
 from semantic_routing.explorer.edits import UNIFORM, preset
@@ -24,7 +26,6 @@ from semantic_routing.explorer.picture import read_settings, to_png
 from semantic_routing.explorer.session import PREVIEW_STEPS, Pane, Session
 from semantic_routing.explorer.state import State
 from semantic_routing.explorer.streamed import streamed
-from semantic_routing.interop.export import make_pipeline
 from semantic_routing.model.override import RoutingOverride
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.loop import start
@@ -75,7 +76,7 @@ def test_an_edited_picture_is_that_of_semroute_sample(session: Session, tiny_run
     for name, image in (("plain", plain), ("edited", edited)):
         with Image.open(tmp_path / name / "00000_00.png") as found:
             np.testing.assert_array_equal(np.asarray(found), image)
-    assert open_for_page(tiny_run, CPU, str(file)).edit == LAST
+    assert open_for_page(tiny_run, CPU, str(file)).edits.override == LAST
 
 
 def test_while_dragging_only_the_edited_picture_has_few_steps(session: Session) -> None:
@@ -159,16 +160,7 @@ def test_downloads_hold_the_settings(session: Session) -> None:
 @pytest.fixture
 def adopted(make_bundle: own.MakeBundle, tmp_path: Path) -> Path:  # noqa: F811
     """A routing of every block on a pipeline of this program, as semroute adopt train leaves it."""
-    pipe = own.quiet(make_pipeline(make_bundle("penultimate")))
-    pipe.save_pretrained(tmp_path / "base")
-    routing = adopt(pipe, "depth")
-    with torch.no_grad():
-        for p in routing.parameters():
-            p.copy_(0.5 * torch.randn_like(p))
-    routing.save(tmp_path / "routing")
-    settings = {"pipeline": str(tmp_path / "base"), "data": {"paths": ["shapes"]}}
-    (tmp_path / "routing/config.json").write_text(json.dumps(settings))
-    return tmp_path / "routing"
+    return own.save_adopted(make_bundle("penultimate"), tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -190,6 +182,40 @@ def test_an_adopted_pipeline_has_scale_and_gains(adopted: Path) -> None:
     np.testing.assert_array_equal(again, routed)
     assert not np.array_equal(gained, routed)
     assert model.shown(replace(state, gains=every))[:, 0] == pytest.approx(1)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_saved_edits_of_an_adopted_routing_are_sampled(
+    adopted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_run: Path
+) -> None:
+    """The command that the page shows draws the page's picture, and the page begins with the saved edits."""
+    monkeypatch.chdir(tmp_path)
+    model = open_for_page(adopted, CPU).model
+    row = RoutingOverride(("block 0",), ((0.5, 0.0, 0.5),))
+    state = State(prompt="...", steps=2, edit=row, gains={2: 0.5}, scale=0.8)
+    assert model.saved(State()) is None
+    saved = model.saved(state)
+    assert saved is not None
+    Path(saved.name).write_text(json.dumps(saved.content))
+    settings = ["--steps", "2", "--guidance", "3", "--sampler", "euler", "--shift", "1", "--device", "cpu"]
+    main([*shlex.split(saved.command)[1:], *settings])
+    _, routed, edited = drawn(Session([model]), state)
+    with Image.open("images/00000_00.png") as found:
+        np.testing.assert_array_equal(np.asarray(found), edited)
+    assert not np.array_equal(routed, edited)
+    assert json.loads(Path("images/manifest.json").read_text())["edits"] == saved.content
+
+    opened = open_for_page(adopted, CPU, edits=Path(saved.name))
+    begun = beginning(Session([opened.model]), opened.edits)
+    assert (begun.edit, begun.gains, begun.scale) == (row, {2: 0.5}, 0.8)
+    with pytest.raises(ValueError, match=r"is an adopted routing: give its edits as --edits edits.json"):
+        open_for_page(adopted, CPU, saved.name)
+    with pytest.raises(
+        ValueError, match=r"--edits is for adopted routings: give the edited weights of .* as --routing"
+    ):
+        open_for_page(tiny_run, CPU, edits=Path(saved.name))
+    with pytest.raises(ValueError, match=r"there is a gain of layer 9"):
+        model.check(State(gains={9: 0.5}))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore:__array")

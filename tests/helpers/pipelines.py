@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from semantic_routing.adopt import adopt
+from semantic_routing.common.device import has_bfloat16
+from semantic_routing.interop.export import make_pipeline
 from semantic_routing.interop.pipeline import SemanticRoutingPipeline
+from semantic_routing.model.build import make_model
+from semantic_routing.model.codec import PixelCodec, VAECodec
 from semantic_routing.sampling.samplers import noise_for
 from semantic_routing.sampling.text_to_image import TextToImage
+from semantic_routing.text.config import TextEncoderConfig
+from semantic_routing.text.encoder import TextEncoder
 from tests.helpers.networks import tiny_config
 
 PROMPTS = ["a red square above a white circle", "a blue star"]
@@ -28,6 +38,39 @@ def tiny_vae() -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(8, 8), norm_num_groups=4, latent_channels=3, sample_size=16, shift_factor=0.1, **blocks
     )
+
+
+def random_bundle(
+    tiny_encoder: Path, arm: str = "depth", *, latent: bool = False, layers: str = "all", side: int = 16, **sizes: Any
+) -> TextToImage:
+    """Return a model with random weights, a text encoder and a codec."""
+    torch.manual_seed(0)
+    encoder = TextEncoder.from_pretrained(TextEncoderConfig(name_or_path=str(tiny_encoder), layers=layers))
+    model = make_model(replace(SIZES, arm=arm, text_layers=encoder.num_layers, **sizes))
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return TextToImage(
+        model=model.eval().requires_grad_(False),
+        encoder=encoder,
+        codec=VAECodec(tiny_vae()) if latent else PixelCodec(),
+        image_size=side,
+        null_prompt="gray",
+        bf16=has_bfloat16(torch.device("cpu")),
+    )
+
+
+def save_adopted(bundle: TextToImage, folder: Path) -> Path:
+    """Save a pipeline, and a random routing of its blocks as semroute adopt train leaves it; return its folder."""
+    pipe = quiet(make_pipeline(bundle))
+    pipe.save_pretrained(folder / "base")
+    routing = adopt(pipe, "depth")
+    with torch.no_grad():
+        for p in routing.parameters():
+            p.copy_(0.5 * torch.randn_like(p))
+    routing.save(folder / "routing")
+    settings = {"pipeline": str(folder / "base"), "data": {"paths": ["shapes"]}}
+    (folder / "routing/config.json").write_text(json.dumps(settings))
+    return folder / "routing"
 
 
 def quiet(pipe: SemanticRoutingPipeline) -> SemanticRoutingPipeline:

@@ -1,14 +1,14 @@
 """Adoption: routing on pretrained text-to-image models, as diffusers pipelines.
 
-The package itself can be called, so that ``from semantic_routing import adopt`` is the function whichever of the two
-was imported first.
+The package itself can be called, because it has the function's name: ``semantic_routing.adopt`` is the function at
+first, and the package as soon as anything has imported it.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from types import ModuleType
-from typing import Any
 
 from semantic_routing.adopt.api import adopt, load_routing
 from semantic_routing.adopt.routing import Routing
@@ -19,8 +19,10 @@ __all__ = ["Routing", "adopt", "load_routing"]
 class _Callable(ModuleType):
     """A module that is called as its function of the same name."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Routing:
-        return adopt(*args, **kwargs)
+    __call__ = staticmethod(adopt)
 
 
+# ``help`` and editors then show how the function is called; the submodules can still be imported.
+__doc__ = adopt.__doc__ or __doc__
+__signature__ = inspect.signature(adopt)
 sys.modules[__name__].__class__ = _Callable

@@ -73,12 +73,12 @@ class Routing(nn.Module):
     @contextmanager
     def edited(self, edit: Edit) -> Iterator[None]:
         """Change the weights of all rows by a function of them while the context lasts; see ``EditedRouter``."""
-        own, self._active = self.router, None
+        own = self.router
         self.router = EditedRouter(own, (self.facts.rows, 1 + self.facts.layers), edit)
         try:
             yield
         finally:
-            self.router, self._active = own, None
+            self.router = own
 
     def enable(self) -> None:
         """Turn the routing on again."""
@@ -142,7 +142,7 @@ class Routing(nn.Module):
     def key(self) -> tuple[Any, ...]:
         """Return the values that texts depend on besides the prompt and the time."""
         tensors = [*self.parameters(), *self.buffers()]
-        return self._scale, self._enabled, tuple(map(id, tensors)), versions(tensors)
+        return self.router, self._scale, self._enabled, tuple(map(id, tensors)), versions(tensors)
 
     def wanted(self) -> tuple[int, ...]:
         """Return the layers, from 1 to L, that the text encoder must record."""

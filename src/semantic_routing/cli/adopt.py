@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +14,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from semantic_routing.adopt.drawing import Drawing
+from semantic_routing.adopt.edits import read_edits
 from semantic_routing.adopt.file import find_file
+from semantic_routing.adopt.routing import Routing
 from semantic_routing.adopt.table import routing_table
 from semantic_routing.adopt.training.config import AdoptConfig
 from semantic_routing.adopt.training.make_subject import make_subject
@@ -56,6 +59,8 @@ class AdoptSampleArguments:
     """Folder, file or hub name of a routing; without it the original model is sampled."""
     scale: float = 1.0
     """Strength of the routing: 0 is the original model."""
+    edits: Path | None = None
+    """JSON file of edits of the routing that semroute explore saved; a scale in it is multiplied by --scale."""
     lora: bool = True
     """Also load the LoRA in the folder of the routing, if there is one."""
     prompt: tuple[str, ...] = ()
@@ -80,6 +85,10 @@ class AdoptSampleArguments:
     def __post_init__(self) -> None:
         if self.images_per_prompt < 1:
             raise ValueError(f"images_per_prompt is {self.images_per_prompt}; it must be at least 1")
+        if self.edits is not None and self.routing is None:
+            raise ValueError(f"{self.edits} holds edits of a routing: give the routing, too, with --routing")
+        if self.routing is not None and self.routing.endswith(".json"):
+            raise ValueError(f"--routing is a routing's folder or file: give its edits as --edits {self.routing}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,29 +140,30 @@ def run_sample(args: AdoptSampleArguments) -> Path:
     if not prompts:
         raise ValueError('nothing to sample: give --prompt "a red circle" or --prompts FILE')
     file = None if args.routing is None else find_file(args.routing)
+    edits = None if args.edits is None or file is None else read_edits(args.edits, file)
     keep_freed_memory()
-    subject = _opened(args, file)
+    subject, routing = _opened(args, file)
     names = [(p, i) for p in range(len(prompts)) for i in range(args.images_per_prompt)]
     paths = {name: args.out / f"{name[0]:05d}_{name[1]:02d}.png" for name in names}
     with claimed(args.out / LOCK, args.out):
-        claim_folder(args.out, _request(args, subject, file, prompts))
-        sample_missing(subject, prompts, paths, args.sampling)
+        identity = _request(args, subject, file, prompts) | {"edits": None if edits is None else edits.to_json()}
+        claim_folder(args.out, identity)
+        with nullcontext() if edits is None or routing is None else edits.on(routing):
+            sample_missing(subject, prompts, paths, args.sampling)
         rows = [{"file": paths[name].name, "prompt": prompts[name[0]], "image": name[1]} for name in names]
         write_text(args.out / PROMPTS, "".join(json.dumps(row) + "\n" for row in rows))
     return args.out
 
 
-def _opened(args: AdoptSampleArguments, file: Path | None) -> Subject:
-    """Load a pipeline with the routing and the LoRA that the arguments name, at their size."""
+def _opened(args: AdoptSampleArguments, file: Path | None) -> tuple[Subject, Routing | None]:
+    """Load a pipeline, at the size of the arguments, with the routing and the LoRA that they name."""
     device = pick_device(args.device)
     pipe = open_pipe(args.pipeline, device, args.precision)
     subject = make_subject(pipe, device, args.precision)
     subject.negative_prompt = args.negative_prompt
     subject.size = (args.height or subject.image_size, args.width or subject.image_size)
     subject.latent_shape(*subject.size)
-    if file is not None:
-        load_results(pipe, file, args.scale, lora=args.lora)
-    return subject
+    return subject, None if file is None else load_results(pipe, file, args.scale, lora=args.lora)
 
 
 def _request(args: AdoptSampleArguments, subject: Subject, file: Path | None, prompts: list[str]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from semantic_routing.evaluation.records import TABLE
 from semantic_routing.evaluation.run import evaluate_images, evaluate_model
 from semantic_routing.evaluation.shapes import shapes_benchmark
 from semantic_routing.interop.open import open_model
+from semantic_routing.sampling.routing_file import read_override
 from semantic_routing.sampling.text_to_image import SampleConfig
 from semantic_routing.toy.worlds import SHAPES, WORDS
 from semantic_routing.training.recipes import TOY_SAMPLING
@@ -47,6 +48,8 @@ class EvaluateArguments:
     """Folder of existing images to score instead, in the layout of the benchmark's official tools."""
     out: Path
     """Folder for the images and results; a stopped evaluation resumes there."""
+    routing: Path | None = None
+    """JSON file of routing weights that replace the model's own; semroute sample reads the same files."""
     score: bool = True
     """Score the images; --no-score only samples them."""
     rescore: bool = False
@@ -61,6 +64,8 @@ class EvaluateArguments:
             raise ValueError("nothing to evaluate: give either --model, a run or pipeline, or --images, a folder")
         if self.images is not None and not self.score:
             raise ValueError("--no-score only samples images, which needs --model instead of --images")
+        if self.images is not None and self.routing is not None:
+            raise ValueError("--routing replaces weights of a model, which needs --model instead of --images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +217,11 @@ def evaluate(benchmark: Benchmark, make_scorer: Callable[[], Scorer], args: Eval
         try:
             if args.model is not None:
                 bundle = open_model(args.model, pick_device(args.device), compiled=args.sampling.compile)
-                evaluate_model(benchmark, bundle, args.out, args.sampling, scorer, job, rescore=args.rescore, **facts)
+                routing = None if args.routing is None else read_override(args.routing, bundle.model.cfg)
+                evaluate_model(
+                    benchmark, bundle, args.out, args.sampling, scorer, job,
+                    rescore=args.rescore, routing=routing, **facts,
+                )  # fmt: skip
             elif args.images is not None and scorer is not None:
                 evaluate_images(benchmark, args.images, args.out, scorer, job, rescore=args.rescore, **facts)
         finally:

@@ -80,8 +80,8 @@ def sample_to_folder(args: SampleArguments, open_model: Callable[..., TextToImag
     paths = {name: args.out / f"{name[0]:05d}_{name[1]:02d}.png" for name in names}
     routing = None if args.routing is None else read_override(args.routing, bundle.model.cfg)
     with processes() as job, claimed_by_first(args.out, job):
-        identity = request(bundle, prompts, args.sampling) if job.first else {}  # large weights take a while to hash
-        identity["routing"] = None if routing is None else routing.to_json()
+        # Large weights take a while to hash.
+        identity = request(bundle, prompts, args.sampling, routing) if job.first else {}
         claim_folder(args.out, identity, job, checkpoint=str(bundle.checkpoint))
         with overridden(bundle.model, routing):
             sample_missing(bundle, prompts, paths, args.sampling, job)

@@ -21,7 +21,7 @@ SHARES = (CORRECT, "vqascore")
 """Metrics from 0 to 1, shown in percent."""
 SAME = {"benchmark": "benchmark", "prompt_set": "set of prompts", "scorer": "scorer"}
 """Facts that compared evaluations must share."""
-TOLD = ("sampler", "resolution")
+TOLD = ("sampler", "resolution", "routing")
 """Facts that may differ, which is reported."""
 METHOD = (
     "Brackets: 95 % percentile bootstrap over prompts ({resamples} resamples, images of a prompt together; the same "

@@ -48,6 +48,7 @@ def _source(facts: Mapping[str, Any]) -> str:
     parts = [
         f"Images of <code>{escape(str(facts.get('checkpoint') or facts.get('images', 'unknown')))}</code>",
         f"{sampler['steps']} steps, guidance {sampler['guidance']:g}" if known else "",
+        "edited routing" if facts.get("routing") else "",
         f"scored by {escape(scorer_name(facts.get('scorer')))}",
     ]
     return f"<p>{', '.join(filter(None, parts))}.</p>\n"

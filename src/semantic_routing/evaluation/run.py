@@ -10,7 +10,9 @@ from semantic_routing.common.manifest import manifest
 from semantic_routing.evaluation.benchmark import Benchmark, Scorer
 from semantic_routing.evaluation.records import MANIFEST
 from semantic_routing.evaluation.scoring import check_scorer, read_manifest, score_folder
+from semantic_routing.model.override import RoutingOverride
 from semantic_routing.sampling.folder import claim_folder, claimed_by_first, request, sample_missing
+from semantic_routing.sampling.routing_file import overridden
 from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
 
 IMAGES = "images"
@@ -28,6 +30,7 @@ ORIGIN = (
     "seed_rule",
     "prompts",
     "prompt_seed",
+    "routing",
 )
 """Keys of a manifest that say how images were made."""
 
@@ -41,17 +44,19 @@ def evaluate_model(
     job: Processes = ALONE,
     *,
     rescore: bool = False,
+    routing: RoutingOverride | None = None,
     **facts: Any,
 ) -> dict[str, Any]:
     """Sample the benchmark's images into ``out/images``, score them, and return the summary, empty without a scorer.
 
-    ``bundle`` is what ``load`` returns, ``cfg`` the sampling settings. Results that are already in ``out`` are kept, so
-    that a stopped evaluation resumes. Raises ValueError if they belong to another model, sampler, set of prompts or
-    scorer; with ``rescore`` the scores of another scorer are replaced. ``facts`` are added to the manifest.
+    ``bundle`` is what ``load`` returns, ``cfg`` the sampling settings, and ``routing`` replaces routing weights of the
+    model. Results that are already in ``out`` are kept, so that a stopped evaluation resumes. Raises ValueError if they
+    belong to another model, routing, sampler, set of prompts or scorer; with ``rescore`` the scores of another scorer
+    are replaced. ``facts`` are added to the manifest.
     """
     with claimed_by_first(out, job):
         texts = [prompt.text for prompt in benchmark.prompts]
-        wanted = request(bundle, texts, cfg) if job.first else {}  # large weights take a while to hash
+        wanted = request(bundle, texts, cfg, routing) if job.first else {}  # large weights take a while to hash
         earlier = read_manifest(out / MANIFEST)
         if earlier and job.first:  # other images are refused before any score goes; the manifest stays as it is
             claim_folder(out, wanted, **{name: fact for name, fact in earlier.items() if name not in wanted})
@@ -60,7 +65,9 @@ def evaluate_model(
         facts |= _facts(benchmark, earlier.get("scorer") if scorer is None else scorer.identity)
         checkpoint = None if bundle.checkpoint is None else str(bundle.checkpoint)
         claim_folder(out, wanted, job, seed_rule=SEED_RULE, checkpoint=checkpoint, bf16=bundle.bf16, **facts)
-        sample_missing(bundle, texts, {place: out / benchmark.sampled(*place) for place in benchmark.images}, cfg, job)
+        paths = {place: out / benchmark.sampled(*place) for place in benchmark.images}
+        with overridden(bundle.model, routing):
+            sample_missing(bundle, texts, paths, cfg, job)
         if job.first:
             benchmark.complete(out)
         job.wait()

@@ -107,14 +107,3 @@ def with_gain(gains: Mapping[int, float], layer: int, gain: float) -> dict[int, 
         raise ValueError(f"the gain is {gain:g}; it must be from 0 to {MOST_GAIN}")
     held = {**gains, layer: gain}
     return {place: value for place, value in sorted(held.items()) if value != 1}
-
-
-def with_gains(gains: Mapping[int, float], table: Float[np.ndarray, "*K S"]) -> np.ndarray:
-    """Return an adopted routing's weights with a factor on each layer; column 0, the original state, takes the rest."""
-    changed = np.array(table, dtype=np.float64)
-    if not gains:
-        return changed
-    for layer, gain in gains.items():
-        changed[..., layer] *= gain
-    changed[..., 0] = 1 - changed[..., 1:].sum(-1)
-    return changed

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +12,16 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from semantic_routing.adopt.drawing import Drawing
+from semantic_routing.adopt.edits import NO_EDITS, RoutingEdits
 from semantic_routing.adopt.routing import Routing
 from semantic_routing.adopt.table import row_names as adopted_rows
 from semantic_routing.adopt.table import weights_at
 from semantic_routing.adopt.training.own_subject import OwnSubject
 from semantic_routing.adopt.training.subject import Subject
+from semantic_routing.adopt.weights import REINJECT
 from semantic_routing.analysis.routers import routes, routing_weights
-from semantic_routing.explorer.edits import applied, with_gains
+from semantic_routing.explorer.edits import applied
 from semantic_routing.explorer.state import State
-from semantic_routing.model.override import RoutingOverride
 from semantic_routing.sampling.routing_file import overridden
 from semantic_routing.sampling.samplers import Callback
 from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
@@ -34,9 +33,17 @@ class Version:
     """One way to route a model, whose picture is shown beside those of the others."""
 
     title: str
-    edit: RoutingOverride | None = None
-    scale: float = 1.0
-    gains: tuple[tuple[int, float], ...] = ()
+    edits: RoutingEdits = NO_EDITS
+    """Only adopted models have a scale and gains."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Edits as a file, and the command that samples with it."""
+
+    name: str
+    content: dict[str, Any]
+    command: str
 
 
 class Model(ABC):
@@ -75,12 +82,13 @@ class Model(ABC):
     def decode(self, latents: Float[Tensor, " B *latent"]) -> UInt8[np.ndarray, "B H W 3"]:
         """Return the pictures of latents."""
 
-    def check(self, edit: RoutingOverride) -> None:
-        """Raise ValueError unless the model has these rows and columns."""
-        if unknown := [name for name in edit.rows if name not in self.rows]:
-            raise ValueError(f"{self.name} has no row {unknown[0]!r} to edit")
-        if len(edit.weights[0]) != len(self.columns):
-            raise ValueError(f"rows have {len(edit.weights[0])} weights, but {self.name} mixes {len(self.columns)}")
+    @abstractmethod
+    def check(self, state: State) -> None:
+        """Raise ValueError unless the model has the rows and columns that a state edits."""
+
+    @abstractmethod
+    def saved(self, state: State) -> Saved | None:
+        """Return a state's edits as a file; None if nothing is edited."""
 
     def shown(self, state: State) -> Float[np.ndarray, "K L"]:
         """Return the weights of the state's last version at its time."""
@@ -111,12 +119,23 @@ class OwnModel(Model):
         return routing_weights(self.bundle.model, [time])[0]
 
     def versions(self, state: State) -> list[Version]:
-        return [Version("as learned"), *([] if state.edit is None else [Version("edited", state.edit)])]
+        edits = RoutingEdits(override=state.edit)
+        return [Version("as learned"), *([] if state.edit is None else [Version("edited", edits)])]
+
+    def check(self, state: State) -> None:
+        if state.edit is not None:
+            state.edit.check(self.bundle.model.cfg)
+
+    def saved(self, state: State) -> Saved | None:
+        if state.edit is None:
+            return None
+        command = f'semroute sample {self.name} --prompt "..." --routing routing.json --out images'
+        return Saved("routing.json", state.edit.to_json(), command)
 
     def draw(
         self, prompt: str, cfg: SampleConfig, version: Version, watch: Callback | None
     ) -> UInt8[np.ndarray, "H W 3"]:
-        with overridden(self.bundle.model, version.edit):
+        with overridden(self.bundle.model, version.edits.override):
             return self.bundle.sample([prompt], NOISE, cfg, watch)[0].numpy(force=True)
 
     def decode(self, latents: Float[Tensor, " B *latent"]) -> UInt8[np.ndarray, "B H W 3"]:
@@ -128,11 +147,11 @@ class AdoptedModel(Model):
 
     adopted = True
 
-    def __init__(self, name: str, subject: Subject, routing: Routing, config: dict[str, Any]) -> None:
-        self.name, self.subject, self.routing = name, subject, routing
+    def __init__(self, name: str, pipeline: str, subject: Subject, routing: Routing, config: dict[str, Any]) -> None:
+        self.name, self.pipeline, self.subject, self.routing = name, pipeline, subject, routing
         facts = routing.facts
         self.about = f"{facts.transformer} with a routing of arm {facts.arm}; column 0 is {facts.origin}"
-        self.rows = tuple(adopted_rows(facts))
+        self.rows = () if facts.arm == REINJECT else tuple(adopted_rows(facts))
         self.columns = ("original", *(f"layer {layer}" for layer in range(1, facts.layers + 1)))
         self.depends_on_time = routing.depends_on_time
         self.world = world_of(config)
@@ -142,33 +161,40 @@ class AdoptedModel(Model):
         return weights_at(self.routing, [time])[0].numpy(force=True)
 
     def shown(self, state: State) -> Float[np.ndarray, "K L"]:
-        return with_gains(state.gains, super().shown(state))
+        table = torch.from_numpy(np.array(self.table(state.time)))[None]
+        return edits_of(state).of_weights(self.rows)(table)[0].numpy()
 
     def versions(self, state: State) -> list[Version]:
-        changed = Version("edited", state.edit, state.scale, tuple(state.gains.items()))
-        alike = (state.edit, state.scale, changed.gains) == (None, 1.0, ())
-        return [Version("without routing", scale=0.0), Version("with routing"), *([] if alike else [changed])]
+        found = [Version("without routing", RoutingEdits(scale=0.0)), Version("with routing")]
+        edits = edits_of(state)
+        return found if edits == NO_EDITS else [*found, Version("edited", edits)]
+
+    def check(self, state: State) -> None:
+        edits_of(state).check(self.routing.facts)
+
+    def saved(self, state: State) -> Saved | None:
+        edits = edits_of(state)
+        if edits == NO_EDITS:
+            return None
+        command = f"semroute adopt sample {self.pipeline} --routing {self.name} --edits edits.json"
+        return Saved("edits.json", edits.to_json(), f'{command} --prompt "..." --out images')
 
     def draw(
         self, prompt: str, cfg: SampleConfig, version: Version, watch: Callback | None
     ) -> UInt8[np.ndarray, "H W 3"]:
-        self.routing.scale = version.scale
-        edit = None if version.edit is None and not version.gains else self._edit(version)
-        with nullcontext() if edit is None else self.routing.edited(edit):
+        with version.edits.on(self.routing):
             if isinstance(self.subject, OwnSubject):
                 return self.subject.bundle.sample([prompt], NOISE, cfg, watch)[0].numpy(force=True)
             settings = Drawing(steps=cfg.steps, guidance=cfg.guidance, seed=cfg.seed)
             return self.subject.sample([prompt], NOISE, settings)[0].numpy(force=True)
 
-    def _edit(self, version: Version) -> Callable[[Tensor], Tensor]:
-        def edit(weights: Tensor) -> Tensor:
-            tables = [applied(version.edit, self.rows, table) for table in weights.numpy(force=True)]
-            return torch.from_numpy(with_gains(dict(version.gains), np.stack(tables))).to(weights)
-
-        return edit
-
     def decode(self, latents: Float[Tensor, " B *latent"]) -> UInt8[np.ndarray, "B H W 3"]:
         return self.subject.codec.decode(latents).numpy(force=True)
+
+
+def edits_of(state: State) -> RoutingEdits:
+    """Return a state's edits of an adopted routing."""
+    return RoutingEdits(override=state.edit, gains=tuple(sorted(state.gains.items())), scale=state.scale)
 
 
 def world_of(config: dict[str, Any]) -> str:

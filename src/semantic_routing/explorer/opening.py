@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from semantic_routing.adopt.edits import NO_EDITS, RoutingEdits, read_edits
 from semantic_routing.adopt.file import FILE, find_file
 from semantic_routing.common.files import read_json
 from semantic_routing.explorer.models import AdoptedModel, Model, OwnModel
 from semantic_routing.interop.open import PIPELINE, open_model
-from semantic_routing.model.override import RoutingOverride
 from semantic_routing.sampling.routing_file import read_override
 
 ROUTING_ENDING = ".json"
@@ -21,49 +21,51 @@ ROUTING_ENDING = ".json"
 
 @dataclass(frozen=True)
 class Opened:
-    """A model and the edit that the page begins with."""
+    """A model and the edits that the page begins with."""
 
     model: Model
-    edit: RoutingOverride | None = None
+    edits: RoutingEdits = NO_EDITS
 
 
-def open_for_page(path: Path, device: torch.device, routing: str | None = None) -> Opened:
+def open_for_page(path: Path, device: torch.device, routing: str | None = None, edits: Path | None = None) -> Opened:
     """Open a run, a checkpoint, a pipeline, or the folder of semroute adopt train; ValueError for anything else.
 
     ``routing`` is a JSON file of edited weights for a model of this program, or the folder or file of a routing for a
-    pipeline.
+    pipeline; ``edits`` is a JSON file of edits of an adopted routing.
     """
-    edits = routing is not None and routing.endswith(ROUTING_ENDING)
-    if routing is not None and not edits:
-        return Opened(_adopted(str(path), find_file(routing), device))
+    weights = routing is not None and routing.endswith(ROUTING_ENDING)
+    if routing is not None and not weights:
+        return _adopted(str(path), find_file(routing), device, edits)
     if (path / FILE).is_file():  # what semroute adopt train wrote
-        if edits:
-            raise ValueError(f"{routing} is for models of this program; the weights of {path} are edited on the page")
+        if weights:
+            raise ValueError(f"{path} is an adopted routing: give its edits as --edits {routing}")
         config = _config(path)
         if not config.get("pipeline"):
             raise ValueError(
                 f"{path} does not say which pipeline it is for: semroute explore PIPELINE --routing {path}"
             )
-        return Opened(_adopted(config["pipeline"], path / FILE, device))
+        return _adopted(config["pipeline"], path / FILE, device, edits)
     if (path / PIPELINE).is_file() and not _is_own(path):
         raise ValueError(
             f"{path} is a pipeline of another program: give its routing, too, as semroute explore {path} --routing DIR"
         )
+    if edits is not None:
+        raise ValueError(f"--edits is for adopted routings: give the edited weights of {path} as --routing {edits}")
     model = OwnModel(str(path), open_model(path, device))
     if routing is None:
         return Opened(model)
-    return Opened(model, read_override(Path(routing), model.bundle.model.cfg))
+    return Opened(model, RoutingEdits(override=read_override(Path(routing), model.bundle.model.cfg)))
 
 
-def _adopted(pipeline: str, file: Path, device: torch.device) -> AdoptedModel:
-    from semantic_routing.adopt.routing import ATTRIBUTE
+def _adopted(pipeline: str, file: Path, device: torch.device, edits: Path | None) -> Opened:
     from semantic_routing.adopt.training.make_subject import make_subject
     from semantic_routing.adopt.training.open_pipeline import load_results, open_pipe
 
+    begun = NO_EDITS if edits is None else read_edits(edits, file)
     pipe = open_pipe(pipeline, device)
     subject = make_subject(pipe, device)
-    load_results(pipe, file)
-    return AdoptedModel(str(file.parent), subject, getattr(pipe.transformer, ATTRIBUTE), _config(file.parent))
+    routing, folder = load_results(pipe, file), file.parent
+    return Opened(AdoptedModel(str(folder), pipeline, subject, routing, _config(folder)), begun)
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -30,14 +30,13 @@ Updates = dict[Any, Any]
 HEATMAP_JS = Path(__file__).with_name("heatmap.js")
 LINK_JS = "watch('value', () => history.replaceState(null, '', element.querySelector('a').getAttribute('href')))"
 """The address of the page becomes the link to what it shows: reloading it shows the same."""
-ONE_AT_A_TIME: dict[str, Any] = {
-    "concurrency_limit": 1,
-    "concurrency_id": "draw",
-    "show_progress": "minimal",
-    "api_visibility": "private",
-}
+EVERY: dict[str, Any] = {"trigger_mode": "multiple", "api_visibility": "private"}
+"""What is chosen while its event still runs waits for it; without a mode, gradio would drop it."""
+ONE_AT_A_TIME = EVERY | {"concurrency_limit": 1, "concurrency_id": "draw", "show_progress": "minimal"}
 """All that draws shares one worker; a second visitor waits and sees the place in the queue."""
-AT_ONCE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+DRAGGED = ONE_AT_A_TIME | {"trigger_mode": "always_last"}
+"""Of all that a drag passes while a preview is drawn, only the last is previewed."""
+AT_ONCE = EVERY | {"show_progress": "hidden"}
 
 
 class Page:
@@ -86,7 +85,9 @@ class Page:
         script = HEATMAP_JS.read_text(encoding="utf-8")
         self.heatmap = gr.HTML(self._heat(self.start, 0, 0), js_on_load=script, visible=there, elem_id="heatmap")
         moves = there and self.model.depends_on_time
-        self.time = gr.Slider(0, 1, self.start.time, step=0.05, label="Time (0 noise, 1 data)", visible=moves)
+        self.time = gr.Slider(
+            0, 1, self.start.time, step=0.05, label="Time (0 noise, 1 data)", visible=moves, elem_id="time"
+        )
         self.preset = gr.Dropdown([*PRESETS], value=LEARNED, label="Preset", visible=there, elem_id="preset")
         with gr.Row(visible=there):
             self.row = gr.Dropdown(rows, value=0 if rows else None, label="Row", min_width=140)
@@ -95,10 +96,13 @@ class Page:
             0, 100, self._percent(self.start, 0, 0), step=1, label="Weight (%)", visible=there, elem_id="weight"
         )
         with gr.Row(visible=adopted):
-            self.scale = gr.Slider(0, MOST_SCALE, self.start.scale, step=0.05, label="Scale of the routing")
-            self.gain = gr.Slider(0, MOST_GAIN, 1, step=0.05, label="Gain of the chosen layer", elem_id="gain")
-        saves = there and not adopted
-        self.saved = gr.HTML(views.saved_html(self.start.edit, self.model.name), visible=saves, elem_id="saved")
+            self.scale = gr.Slider(
+                0, MOST_SCALE, self.start.scale, step=0.05, label="Scale of the routing", elem_id="scale"
+            )
+            self.gain = gr.Slider(
+                0, MOST_GAIN, 1, step=0.05, label="Gain of the chosen layer", visible=there, elem_id="gain"
+            )
+        self.saved = gr.HTML(self._saved(self.start), visible=there or adopted, elem_id="saved")
 
     def _sampling(self) -> None:
         start = self.start
@@ -123,7 +127,6 @@ class Page:
         def on(event: Callable[..., Any], work: Callable[..., Any], extra: list[Any], **how: Any) -> None:
             event(work, [*self.parts.values(), *place, *extra], outputs, show_progress_on=[self.alert], **how)
 
-        drag = ONE_AT_A_TIME | {"trigger_mode": "always_last"}
         for event in (self.draw.click, self.prompt.submit, self.steps.release, self.guidance.release):
             on(event, self._draw, [], **ONE_AT_A_TIME)
         for event in (self.sampler.input, self.shift.release, self.seed.submit):
@@ -131,16 +134,16 @@ class Page:
         on(self.again.click, self._other_noise, [], **ONE_AT_A_TIME)
         on(self.examples.input, self._example, [self.examples], **ONE_AT_A_TIME)
         on(self.preset.input, self._preset, [self.preset], **ONE_AT_A_TIME)
-        on(self.weight.input, self._weight_dragged, [self.weight], **drag)
+        on(self.weight.input, self._weight_dragged, [self.weight], **DRAGGED)
         on(self.weight.release, self._weight_set, [self.weight], **ONE_AT_A_TIME)
-        on(self.heatmap.input, self._row_dragged, [], **drag)
+        on(self.heatmap.input, self._row_dragged, [], **DRAGGED)
         on(self.heatmap.release, self._row_set, [], **ONE_AT_A_TIME)
         on(self.heatmap.click, self._cell, [], **AT_ONCE)
         for event in (self.row.input, self.layer.input, self.time.input):
             on(event, self._choose, [], **AT_ONCE)
-        on(self.scale.input, self._preview, [], **drag)
+        on(self.scale.input, self._preview, [], **DRAGGED)
         on(self.scale.release, self._draw, [], **ONE_AT_A_TIME)
-        on(self.gain.input, self._gain_dragged, [self.gain], **drag)
+        on(self.gain.input, self._gain_dragged, [self.gain], **DRAGGED)
         on(self.gain.release, self._gain_set, [self.gain], **ONE_AT_A_TIME)
         self.blocks.load(self._load, None, outputs, show_progress_on=[self.alert], **ONE_AT_A_TIME)
 
@@ -249,12 +252,12 @@ class Page:
     def _weights(self, state: State, row: int, layer: int) -> Updates:
         """Return the heat map, the sliders of the chosen cell, and what can be saved."""
         if not self.model.rows:
-            return {self.alert: ""}
+            return {self.saved: self._saved(state), self.alert: ""}
         return {
             self.heatmap: self._heat(state, row, layer),
             self.weight: self._percent(state, row, layer),
             self.gain: gr.Slider(value=state.gains.get(layer, 1), interactive=layer > 0),
-            self.saved: views.saved_html(state.edit, self.model.name),
+            self.saved: self._saved(state),
             self.preset: preset_name(state.edit, self.model.rows, len(self.model.columns)),
             self.alert: "",
         }
@@ -263,8 +266,7 @@ class Page:
         """Show the state of the link with which the page was opened."""
         try:
             state = from_query(dict(request.query_params), self.start)
-            if state.edit is not None:
-                self.model.check(state.edit)
+            self.model.check(state)
         except ValueError as error:
             yield {self.alert: views.alert_html(str(error))}
             return
@@ -281,6 +283,9 @@ class Page:
 
     def _percent(self, state: State, row: int, layer: int) -> int:
         return round(100 * float(self.model.shown(state)[row, layer])) if self.model.rows else 0
+
+    def _saved(self, state: State) -> str:
+        return views.saved_html(self.model.saved(state))
 
     def _link(self, state: State) -> str:
         return f'<a href="?{escape(to_query(state))}">Link to these pictures and settings</a>'

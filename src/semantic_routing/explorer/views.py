@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from semantic_routing.analysis.figures import plot_curves, to_svg
 from semantic_routing.explorer.edits import as_mapping
+from semantic_routing.explorer.models import Saved
 from semantic_routing.explorer.picture import data_url, to_png
 from semantic_routing.explorer.session import Pane, Session
 from semantic_routing.explorer.state import State
@@ -50,10 +51,11 @@ def settings(state: State, pane: Pane) -> dict[str, Any]:
     version = pane.version
     found: dict[str, Any] = {"model": pane.model.name, "prompt": state.prompt.strip(), "routing": version.title}
     found |= {name: getattr(pane.cfg, name) for name in ("seed", "steps", "guidance", "sampler", "shift")}
-    if version.edit is not None:
-        found["edit"] = version.edit.to_json()
+    edits = version.edits
+    if edits.override is not None:
+        found["edit"] = edits.override.to_json()
     if pane.model.adopted:
-        found |= {"scale": version.scale, "gains": {str(layer): gain for layer, gain in version.gains}}
+        found |= {"scale": edits.scale, "gains": {str(layer): gain for layer, gain in edits.gains}}
     return found
 
 
@@ -151,15 +153,14 @@ def _short(name: str) -> str:
     return escape("orig." if name == "original" else name.removeprefix("layer "))
 
 
-def saved_html(edit: RoutingOverride | None, model: str) -> str:
+def saved_html(saved: Saved | None) -> str:
     """Return a link that saves the edited routing as a file, and the command that uses it."""
-    if edit is None:
+    if saved is None:
         return '<p class="note">An edited routing can be saved here.</p>'
-    url = data_url(json.dumps(edit.to_json()).encode(), "application/json")
-    command = f'semroute sample {model} --prompt "..." --routing routing.json --out images'
+    url = data_url(json.dumps(saved.content).encode(), "application/json")
     return (
-        f'<p><a class="save" download="routing.json" href="{url}">Save routing.json</a></p>'
-        f"<p class='note'>and use it: <code>{escape(command)}</code></p>"
+        f'<p><a class="save" download="{saved.name}" href="{url}">Save {saved.name}</a></p>'
+        f"<p class='note'>and use it: <code>{escape(saved.command)}</code></p>"
     )
 
 

@@ -7,7 +7,7 @@ A ``RoutingOverride`` replaces the weights of some rows, as in a file ``{"rows":
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +87,12 @@ class RoutingOverride:
     def router(self, cfg: DiTConfig, own: Router) -> EditedRouter:
         """Return ``own`` with the weights of these rows replaced; raise ValueError if rows or layers do not match."""
         self.check(cfg)
-        places = torch.tensor([cfg.rows.index(name) for name in self.rows])
+        shape = (len(cfg.rows), cfg.text_layers)
+        return EditedRouter(own, shape, self.of_weights(cfg.rows), constant=len(self.rows) == len(cfg.rows))
+
+    def of_weights(self, rows: Sequence[str]) -> Edit:
+        """Return the function that replaces these rows in the weights of all rows, whose names are ``rows``."""
+        places = torch.tensor([rows.index(name) for name in self.rows])
         table = torch.tensor(self.weights, dtype=torch.float64)
         table = (table / table.sum(-1, keepdim=True)).float()
 
@@ -95,8 +100,7 @@ class RoutingOverride:
             weights[:, places.to(weights.device)] = table.to(weights)
             return weights
 
-        shape = (len(cfg.rows), cfg.text_layers)
-        return EditedRouter(own, shape, edit, constant=len(places) == len(cfg.rows))
+        return edit
 
 
 class EditedRouter(Router):

@@ -21,6 +21,7 @@ from semantic_routing.common.images.save import is_valid_image, save_png
 from semantic_routing.common.locks import LOCK, claimed
 from semantic_routing.common.manifest import manifest
 from semantic_routing.model.dit import Backbone
+from semantic_routing.model.override import RoutingOverride
 from semantic_routing.sampling.samplers import RENOISE_ONCE
 from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
 
@@ -35,14 +36,20 @@ def claimed_by_first(out: Path, job: Processes) -> AbstractContextManager[None]:
     return claimed(out / LOCK, out) if job.first else nullcontext()
 
 
-def request(bundle: TextToImage, prompts: Sequence[str], cfg: SampleConfig) -> dict[str, Any]:
-    """Return all settings that determine a folder's images; the batch size is not among them."""
+def request(
+    bundle: TextToImage, prompts: Sequence[str], cfg: SampleConfig, routing: RoutingOverride | None = None
+) -> dict[str, Any]:
+    """Return all settings that determine a folder's images; the batch size is not among them.
+
+    ``routing`` is what replaces the model's own weights, which are not to be replaced yet: their hash is returned, too.
+    """
     return {
         "weights_sha256": weights_sha256(bundle.model),
         "null_prompt": bundle.null_prompt,
         "resolution": bundle.pixels[0] if len(set(bundle.pixels)) == 1 else [*bundle.pixels],
         "sampler": {f.name: getattr(cfg, f.name) for f in fields(SampleConfig) if f.name != "batch"},
         "prompts": {"n": len(prompts), "sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest()},
+        "routing": None if routing is None else routing.to_json(),
     }
 
 

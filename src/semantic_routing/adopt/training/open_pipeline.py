@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from semantic_routing.adopt.api import load_routing
+from semantic_routing.adopt.routing import Routing
 from semantic_routing.adopt.training.lora import LORA_FILE
 from semantic_routing.common.device import use_bfloat16
 from semantic_routing.common.extras import require_diffusers
@@ -61,11 +62,12 @@ def lora_beside(routing: Path) -> Path | None:
     return lora if lora.is_file() else None
 
 
-def load_results(pipe: Any, routing: Path, scale: float = 1.0, *, lora: bool = True) -> None:
-    """Load the file of a routing onto a pipeline, and the LoRA in the same folder, if there is one and it is wanted."""
-    load_routing(pipe, routing, scale=scale)
+def load_results(pipe: Any, routing: Path, scale: float = 1.0, *, lora: bool = True) -> Routing:
+    """Load the file of a routing onto a pipeline and return it; also load the LoRA in its folder, if it is wanted."""
+    loaded = load_routing(pipe, routing, scale=scale)
     if lora and (file := lora_beside(routing)) is not None:
         pipe.load_lora_weights(str(file.parent), weight_name=file.name)
+    return loaded
 
 
 def frozen(pipe: Any) -> Any:
