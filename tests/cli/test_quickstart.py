@@ -18,6 +18,7 @@ from semantic_routing.cli.quickstart import (
     QuickstartArguments,
     Timings,
     configuration,
+    prompts_in_time,
     run_quickstart,
     train_anew,
 )
@@ -78,6 +79,19 @@ def test_the_training_has_the_time_that_is_left(
     assert f"Training for {minutes} minutes or 2000 steps" in capsys.readouterr().err
     train_anew(QuickstartArguments(out=tmp_path, steps=7), tiny_config(steps=2000), 50.0)
     assert (begun[1].minutes, begun[1].steps) == (0, 7)
+
+
+@pytest.mark.parametrize(("step", "prompts"), [(0.16, 440), (0.7, 440), (1.5, 220), (4.0, 77), (1000.0, 11)])
+def test_as_many_prompts_as_there_is_time_for(
+    step: float, prompts: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """150 s at 0.45 steps an image: a multiple of eleven, by the median step, unless a number is given."""
+    rows = [{"step": 10, "step_s": 50 * step}, {"step": 12, "loss": 1.0}, *({"step_s": step} for _ in range(2))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert prompts_in_time(QuickstartArguments(out=tmp_path)) == prompts
+    assert (f"Scoring {prompts} prompts" in capsys.readouterr().err) == (prompts < 440)
+    assert prompts_in_time(QuickstartArguments(out=tmp_path, steps=9)) == 440
+    assert prompts_in_time(QuickstartArguments(out=tmp_path, prompts=5)) == 5
 
 
 def test_a_missing_real_model_is_said_and_replaced(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from semantic_routing.analysis.report import write_report
 from semantic_routing.checkpoint.load import checkpoints, find_checkpoint
 from semantic_routing.common.config import from_dict
 from semantic_routing.common.device import pick_device
-from semantic_routing.common.files import check_writable, write_text
+from semantic_routing.common.files import check_writable, read_json_lines, write_text
 from semantic_routing.common.locks import claimed
 from semantic_routing.common.troubles import Troubles, say
 from semantic_routing.data.dataset import open_data
@@ -24,16 +25,22 @@ from semantic_routing.sampling.load import load_bundle, read_run_config
 from semantic_routing.sampling.text_to_image import check_guidance
 from semantic_routing.text.architecture import text_shape
 from semantic_routing.text.config import TINY
+from semantic_routing.toy.captions import TAGS
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.loop import resume, start
 from semantic_routing.training.recipes import TOY_SAMPLING, toy
 from semantic_routing.training.tiny_lm import tiny_lm, training_corpus
+from semantic_routing.training.tracking import METRICS
 
 LIMIT, SCORING = 840, 150
 """Seconds that the command may take, and those of them that are left for scores and report after the training.
 With the installation it is a quarter of an hour."""
 LEAST_TRAINING = 60
 """Seconds of training on a machine that needs all of its time for the language model."""
+MOST_PROMPTS = 440
+"""Prompts that are scored on a machine that has the time for them: forty of each tag."""
+IMAGE_STEPS = 0.45
+"""Time to sample an image, in training steps: 0.40 to 0.47 on two machines, idle and busy (docs/log.md)."""
 MOST_STEPS = 4200
 """Training steps of a machine that has the time for them."""
 KEEP = "4GiB"
@@ -56,15 +63,16 @@ class QuickstartArguments:
     steps: int | None = None
     """Training steps, which make the run repeatable; by default as many as the clock allows, at most 4,200, so that
     the command takes about fourteen minutes on a busy machine, too."""
-    prompts: int = 440
-    """Number of unseen prompts to score, spread evenly over the eleven tags."""
+    prompts: int | None = None
+    """Number of unseen prompts to score, spread evenly over the eleven tags; by default 440, or fewer if the clock ends
+    the training and the machine is too slow for as many."""
     guidance: float = TOY_SAMPLING.guidance
     """Classifier-free guidance scale."""
     seed: int = 42
     """Random seed of the run."""
 
     def __post_init__(self) -> None:
-        if self.prompts < 1:
+        if self.prompts is not None and self.prompts < 1:
             raise ValueError(f"prompts is {self.prompts}; scoring needs at least 1")
         check_guidance(self.guidance)
         if self.steps is not None and self.steps < 1:
@@ -104,7 +112,7 @@ def _run(args: QuickstartArguments, cfg: TrainConfig) -> Path:
     with timings.measured("evaluate"):
         bundle = load_bundle(out, pick_device())
         sampling = replace(TOY_SAMPLING, guidance=args.guidance)
-        evaluate_shapes(bundle, out / "evaluation", n=args.prompts, seed=0, cfg=sampling)
+        evaluate_shapes(bundle, out / "evaluation", n=prompts_in_time(args), seed=0, cfg=sampling)
     return write_report(out, out / "evaluation", out, timings.seconds)
 
 
@@ -122,6 +130,22 @@ def train_anew(args: QuickstartArguments, cfg: TrainConfig, began: float) -> Non
     minutes = round(max(left, LEAST_TRAINING) / 60, 1)
     say(f"Training for {minutes} minutes or {cfg.steps} steps, whichever ends first (--steps fixes their number)")
     start(replace(cfg, minutes=minutes), args.out)
+
+
+def prompts_in_time(args: QuickstartArguments) -> int:
+    """Return the number of prompts to score: by default as many as ``SCORING`` seconds allow, by the time of a step.
+
+    A stopped quickstart that resumes scores as many: the number depends on the files of the run alone.
+    """
+    if args.prompts is not None or args.steps is not None:
+        return args.prompts or MOST_PROMPTS
+    rows = read_json_lines(args.out / METRICS, "the metrics of a run")
+    step = statistics.median(row["step_s"] for row in rows if "step_s" in row)
+    fit = int(SCORING / (IMAGE_STEPS * step))
+    found = min(MOST_PROMPTS, max(fit - fit % len(TAGS), len(TAGS)))
+    if found < MOST_PROMPTS:
+        say(f"Scoring {found} prompts, as many as there is time for (--prompts fixes their number)")
+    return found
 
 
 def _check_same(args: QuickstartArguments, cfg: TrainConfig) -> None:
