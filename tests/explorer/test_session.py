@@ -15,7 +15,6 @@ import pytest
 import torch
 from PIL import Image
 
-from semantic_routing.adopt import adopt
 from semantic_routing.cli.explore import beginning
 from semantic_routing.cli.main import main
 from semantic_routing.explorer import views
@@ -222,11 +221,7 @@ def test_saved_edits_of_an_adopted_routing_are_sampled(
 def test_a_pipeline_of_another_program_is_drawn_at_once(tmp_path: Path) -> None:
     pipe = pipeline("sana")
     pipe.save_pretrained(tmp_path / "sana")
-    routing = adopt(pipe, "depth")
-    with torch.no_grad():
-        for p in routing.parameters():
-            p.copy_(0.5 * torch.randn_like(p))
-    routing.save(tmp_path / "routing")
+    own.save_random_routing(pipe, tmp_path / "routing")
     with pytest.raises(ValueError, match=r"is a pipeline of another program: give its routing, too"):
         open_for_page(tmp_path / "sana", CPU)
     model = open_for_page(tmp_path / "sana", CPU, str(tmp_path / "routing")).model

@@ -59,15 +59,20 @@ def random_bundle(
     )
 
 
-def save_adopted(bundle: TextToImage, folder: Path) -> Path:
-    """Save a pipeline, and a random routing of its blocks as semroute adopt train leaves it; return its folder."""
-    pipe = quiet(make_pipeline(bundle))
-    pipe.save_pretrained(folder / "base")
+def save_random_routing(pipe: Any, folder: Path) -> None:
+    """Adopt a pipeline and save the routing with random weights."""
     routing = adopt(pipe, "depth")
     with torch.no_grad():
         for p in routing.parameters():
             p.copy_(0.5 * torch.randn_like(p))
-    routing.save(folder / "routing")
+    routing.save(folder)
+
+
+def save_adopted(bundle: TextToImage, folder: Path) -> Path:
+    """Save a pipeline, and a random routing of its blocks as semroute adopt train leaves it; return its folder."""
+    pipe = quiet(make_pipeline(bundle))
+    pipe.save_pretrained(folder / "base")
+    save_random_routing(pipe, folder / "routing")
     settings = {"pipeline": str(folder / "base"), "data": {"paths": ["shapes"]}}
     (folder / "routing/config.json").write_text(json.dumps(settings))
     return folder / "routing"

@@ -332,7 +332,8 @@ class TextEncoder:
         return torch.arange(self._bucket(int(lengths.max()))) < lengths[:, None]
 
     def _key(self, row: Row, with_kv: bool) -> str:
-        widened = () if self._compute_dtype == self._dtype else (str(self._compute_dtype),)
+        dtype = self._compute_dtype
+        widened = () if dtype == self._dtype else (str(dtype),)
         return state_key(row, self._bucket(len(row)), with_kv, self._compiled, *machine(self.device), *widened)
 
     @property
@@ -386,9 +387,10 @@ class TextEncoder:
     def _at_hand(self) -> Iterator[None]:
         """Hold weights that ``offload`` keeps in main memory on the device while the context lasts."""
         if self._widens:
+            dtype = self._compute_dtype
             with self._moving:
                 for p in self.model.parameters():
-                    p.data = p.data.to(self._compute_dtype)
+                    p.data = p.data.to(dtype)
         if self._reads_on is None:
             yield
             return
