@@ -29,7 +29,8 @@ class TextEncoderConfig:
     """Wrap prefix and prompt as a user's message in the model's own chat template."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Floating-point type of weights and hidden states; "auto" is the type of the stored weights, and float32 for GGUF
-    files."""
+    files. On a CPU without bfloat16, bfloat16 models of up to a billion parameters compute in float32, in twice the
+    memory, and their states are rounded."""
     offload: bool = False
     """Keep the weights in main memory and move them to the device only while prompts are encoded."""
     keep: str = "auto"
