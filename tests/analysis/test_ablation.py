@@ -25,10 +25,11 @@ from semantic_routing.analysis.ablation.run import (
     read_table,
     run_ablation,
 )
-from semantic_routing.analysis.ablation.scores import Accuracy, Loss
+from semantic_routing.analysis.ablation.scores import Accuracy
 from semantic_routing.analysis.routers import TIMES, routing_weights
 from semantic_routing.cli.main import main
 from semantic_routing.data.streams import Row
+from semantic_routing.evaluation.velocity_loss import VelocityLoss
 from semantic_routing.model.dit import DiT
 from semantic_routing.model.override import RoutingOverride, rerouted
 from semantic_routing.sampling.load import load_bundle
@@ -96,7 +97,7 @@ def test_the_plan_has_every_row_and_layer_and_leaves_out_what_cannot_be() -> Non
 def test_the_loss_is_that_of_validation_and_of_the_edited_network(bundle: TextToImage) -> None:
     samples, times = prompts(3, 5), (0.1, 0.6)
     rows = [Row(replace(s, size=32).image, s.caption, 3, 0, i) for i, s in enumerate(samples)]
-    score = Loss(bundle, rows, [s.tag for s in samples], times, batch=2)
+    score = VelocityLoss(bundle, rows, [s.tag for s in samples], times, batch=2)
     expected = batch_errors(bundle, rows, times).mean(0).numpy()
     assert score.values() == pytest.approx(expected, rel=1e-4)
     model = bundle.model
@@ -133,7 +134,7 @@ def test_the_score_is_the_checkers_where_there_is_one(bundle: TextToImage) -> No
     assert make_score(bundle, cfg).name == "accuracy"
     assert make_score(bundle, replace(cfg, score="loss")).tags == [s.tag for s in prompts(0, 4)]
     elsewhere = replace(bundle, config=bundle.config | {"data": {"paths": ["photos"]}})
-    with pytest.raises(ValueError, match=r"give them as --ablation\.paths"):
+    with pytest.raises(ValueError, match=r"semroute analyze as --ablation\.paths"):
         make_score(elsewhere, cfg)
     with pytest.raises(ValueError, match=r"use --ablation\.score loss"):
         make_score(elsewhere, replace(cfg, score="accuracy"))
@@ -209,7 +210,7 @@ def test_a_stopped_ablation_goes_on_and_ends_as_one_that_was_not(
     _, resumed = run_ablation(bundle, cfg, tmp_path / "stopped")
     assert resumed == whole
     assert table.read_text() == full
-    monkeypatch.setattr(Loss, "values", lambda self: pytest.fail("everything is there"))
+    monkeypatch.setattr(VelocityLoss, "values", lambda self: pytest.fail("everything is there"))
     assert run_ablation(bundle, cfg, tmp_path / "stopped")[1] == whole
     with pytest.raises(ValueError, match="holds ablations with another n, seed; choose another --out"):
         run_ablation(bundle, replace(cfg, n=12, seed=1), tmp_path / "stopped")

@@ -18,7 +18,7 @@ from scipy.stats import ttest_1samp
 
 from semantic_routing.cli.evaluate import ShapesArguments
 from semantic_routing.common.errors import TrainingFailed
-from semantic_routing.evaluation.records import CORRECT, Record
+from semantic_routing.evaluation.records import CORRECT, LOSS, RECORDS, Record, read_records
 from semantic_routing.model.arms import PAPER_ARMS
 from semantic_routing.study import plan, runner
 from semantic_routing.study.keep import is_kept, kept_weights, write_kept
@@ -57,6 +57,7 @@ def test_the_stages_of_a_run_are_commands_of_the_program(tmp_path: Path) -> None
     assert what == [
         ("training", "train"),
         ("scoring", "evaluate"),
+        ("measuring the loss", "evaluate"),
         ("calibrating", "analyze"),
         ("scoring, shifted clock", "evaluate"),
         ("scoring, calibrated clock", "evaluate"),
@@ -85,7 +86,7 @@ def test_each_scale_has_its_arms_seeds_and_sampling(tmp_path: Path) -> None:
     for scale, batch in (("toy", "110"), ("words", "133"), ("small", "506"), ("small-words", "506")):
         args = StudyArguments(scale=scale, out=tmp_path, arms=("time",), seeds=1)
         (job,) = jobs(args)
-        _, *rest = stages(job, args)
+        rest = [stage for stage in stages(job, args) if stage.what not in ("training", "measuring the loss")]
         assert {stage.command[stage.command.index("--batch") + 1] for stage in rest} == {batch}
         assert {stage.command[stage.command.index("--guidance") + 1] for stage in rest} == {"3.0"}
 
@@ -93,7 +94,7 @@ def test_each_scale_has_its_arms_seeds_and_sampling(tmp_path: Path) -> None:
 def test_gates_get_the_requested_clocks(tmp_path: Path) -> None:
     args = StudyArguments(scale="toy", out=tmp_path, arms=("time", "depth"), clocks=("shifted:0.05",))
     clocked, plain = ([stage.command for stage in stages(job, args)][1:] for job in jobs(args))
-    assert ["--clock" in command for command in clocked] == [False, True]
+    assert ["--clock" in command for command in clocked] == [False, False, True]
     assert clocked[1][-2:] == ("--clock", "shifted:0.05")
     assert len(plain) == 1
     assert evaluation_folder(args, jobs(args)[0], "shifted:0.05").name == "time-seed0-shifted-0.05"
@@ -249,6 +250,24 @@ def test_a_run_that_was_kept_is_finished_without_its_folder(tmp_path: Path) -> N
         run_study(replace(args, arms=("uniform",), n=3))
 
 
+def test_losses_are_compared_where_every_run_has_them(tmp_path: Path) -> None:
+    args = StudyArguments(scale="toy", out=tmp_path, arms=("uniform", "depth"), seeds=2)
+    losses = {"uniform": [0.2, 0.4, 0.2, 0.4], "depth": [0.1, 0.4, 0.1, 0.4]}
+    for job in jobs(args):
+        write_kept(args, job, {"": records([1, 0, 1, 0])}, None, losses=losses[job.arm])
+    uniform, depth = read_rows(args)
+    assert (uniform.loss["overall"].mean, uniform.loss_difference) == (pytest.approx(0.3), {})
+    assert depth.loss_difference["overall"].seeds == pytest.approx([-0.05, -0.05])
+    assert depth.loss_difference["colors"].mean == pytest.approx(-0.1)
+    last = dict(sections([uniform, depth], {}, {}))["Table 5: velocity loss on held-out pictures (thousandths)"]
+    assert last.rows[1][:2] == ("S2 depth", "250.00 [100.00 to 400.00; 250.00 to 250.00]")
+    write_kept(args, jobs(args)[-1], {"": records([1, 0, 1, 0])}, None)  # by an earlier version
+    uniform, depth = read_rows(args)
+    assert uniform.loss
+    assert not depth.loss
+    assert not [title for title, _ in sections([uniform, depth], {}, {}) if "loss" in title]
+
+
 def test_another_clock_is_compared_with_the_nominal_one_of_its_own_arm(tmp_path: Path) -> None:
     args = StudyArguments(scale="toy", out=tmp_path, arms=("uniform", "time"), clocks=("shifted",))
     write_scores(args, {"uniform": [[0, 0, 0, 0]], "time": [[1, 1, 0, 0]]})
@@ -341,6 +360,12 @@ def test_a_study_runs_to_its_page_and_then_has_nothing_left_to_do(
         assert row["accuracy"]["overall"]["mean"] == pytest.approx(summary["accuracy"]["overall"])
     gain = shares[1]["accuracy"]["overall"] - shares[0]["accuracy"]["overall"]
     assert rows[1]["difference"]["overall"]["mean"] == pytest.approx(gain)
+    losses = [
+        [r.scores[LOSS] for r in read_records(out / "losses" / f"{arm}-seed0" / RECORDS)] for arm in tiny_study.arms
+    ]
+    assert rows[0]["loss"]["overall"]["mean"] == pytest.approx(np.mean(losses[0]), abs=1e-6)
+    lower = np.mean(losses[1]) - np.mean(losses[0])
+    assert rows[1]["loss_difference"]["overall"]["mean"] == pytest.approx(lower, abs=2e-7)
     judged = {found["inequality"]: found for found in results["claims"]}
     assert judged["S2 - B2 > 0"]["number"]["mean"] == pytest.approx(gain)
     assert judged["S2 - B2 > 0"]["verdict"] == "undecided"  # one run
@@ -348,7 +373,8 @@ def test_a_study_runs_to_its_page_and_then_has_nothing_left_to_do(
     text = (out / "tables.md").read_text()
     assert "B2 uniform" in text
     assert "S2 depth" in text
-    assert page.read_text().count("<table>") == 4
+    assert "Table 5: velocity loss on held-out pictures" in text
+    assert page.read_text().count("<table>") == 5
     assert (out / "figures" / "accuracy.png").is_file()
     written = [path for name in ("runs", "evaluations", "logs") for path in (out / name).rglob("*")]
     before = {path: path.stat().st_mtime_ns for path in written}

@@ -16,6 +16,7 @@ from semantic_routing.chat.server import ChatConfig
 from semantic_routing.cli.arguments import FLAT
 from semantic_routing.common.device import has_bfloat16, keep_freed_memory, pick_device
 from semantic_routing.common.distributed import processes
+from semantic_routing.common.files import check_writable
 from semantic_routing.evaluation.benchmark import Benchmark, Scorer
 from semantic_routing.evaluation.compare import CompareArguments, compare
 from semantic_routing.evaluation.drawbench import read_drawbench
@@ -26,9 +27,11 @@ from semantic_routing.evaluation.geneval.models import CLIP, DETECTOR, load_gene
 from semantic_routing.evaluation.judges.local_vqascore import LocalVQAJudge
 from semantic_routing.evaluation.judges.unified_reward import UNIFIED_REWARD_TEMPLATE, UnifiedRewardJudge
 from semantic_routing.evaluation.judges.vqascore import VQA_TEMPLATES, VQAJudge
-from semantic_routing.evaluation.records import TABLE
+from semantic_routing.evaluation.records import LOSS, TABLE
 from semantic_routing.evaluation.run import evaluate_images, evaluate_model
 from semantic_routing.evaluation.shapes import shapes_benchmark
+from semantic_routing.evaluation.velocity_loss import evaluate_loss
+from semantic_routing.flow import FIXED_TIMES
 from semantic_routing.interop.open import open_model
 from semantic_routing.sampling.routing_file import read_override
 from semantic_routing.sampling.text_to_image import SampleConfig
@@ -105,6 +108,50 @@ def words(args: WordsArguments) -> str:
     """Evaluate on the world of words and return the table."""
     benchmark, checker = shapes_benchmark(args.prompt_seed, args.n, WORDS)
     return evaluate(benchmark, lambda: checker, args, prompt_seed=args.prompt_seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossArguments:
+    """Measure a model's velocity loss on held-out pictures, prompt by prompt, which takes seconds.
+
+    It shows smaller differences than scores of sampled images; semroute evaluate compare gives their intervals.
+    """
+
+    model: Path
+    """Folder of a run, a checkpoint, or a pipeline of semroute export."""
+    out: Path
+    """Folder for the results."""
+    n: int = 1100
+    """Number of pictures."""
+    paths: tuple[str, ...] = ()
+    """Held-out data, in the form of data.paths; by default the world or the validation data of the run."""
+    times: tuple[float, ...] = FIXED_TIMES
+    """Times over which the loss is averaged, from 0 (noise) to 1 (data)."""
+    seed: int = 0
+    """Random seed of the captions, pictures and noise."""
+    batch: int = 64
+    """Pictures per forward pass; does not change the result."""
+    routing: Path | None = None
+    """JSON file of routing weights that replace the model's own; semroute sample reads the same files."""
+    device: str = "auto"
+    """Device: auto, cpu, cuda, cuda:1 or another torch device."""
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or self.batch < 1 or not self.times or not all(0 <= time <= 1 for time in self.times):
+            raise ValueError("a loss needs n and batch of at least 1, and at least one time, from 0 to 1")
+
+
+def velocity_loss(args: LossArguments) -> str:
+    """Measure the loss and return the table."""
+    keep_freed_memory()
+    check_writable(args.out)
+    bundle = open_model(args.model, pick_device(args.device))
+    routing = None if args.routing is None else read_override(args.routing, bundle.model.cfg)
+    evaluate_loss(
+        bundle, args.out, n=args.n, times=args.times, paths=args.paths, seed=args.seed, batch=args.batch,
+        routing=routing,
+    )  # fmt: skip
+    return (args.out / TABLE).read_text(encoding="utf-8").rstrip()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +288,7 @@ def note_usage(path: Path, usage: Usage) -> None:
 BENCHMARKS: dict[str, tuple[type, Callable[[Any], str]]] = {
     SHAPES: (ShapesArguments, shapes),
     WORDS: (WordsArguments, words),
+    LOSS: (LossArguments, velocity_loss),
     "geneval": (GenEvalArguments, geneval),
     "genai-bench": (GenAIBenchArguments, genai_bench),
     "drawbench": (DrawBenchArguments, drawbench),

@@ -12,13 +12,13 @@ import tyro
 
 from semantic_routing.common.files import write_text
 from semantic_routing.evaluation.compare_tables import WRITERS, Cell
-from semantic_routing.evaluation.records import CORRECT, MANIFEST, RECORDS, Record, read_records
+from semantic_routing.evaluation.records import CORRECT, LOSS, MANIFEST, RECORDS, Record, read_records
 from semantic_routing.evaluation.resampling import bootstrap, permutation_test, prompt_sums
 from semantic_routing.evaluation.scoring import read_manifest, same_scorer
 from semantic_routing.evaluation.summary import Column
 
-SHARES = (CORRECT, "vqascore")
-"""Metrics from 0 to 1, shown in percent."""
+UNITS = {CORRECT: 100, "vqascore": 100, LOSS: 1000}
+"""Metrics that are shown in percent or in thousandths, by how many of these make 1."""
 SAME = {"benchmark": "benchmark", "prompt_set": "set of prompts", "scorer": "scorer"}
 """Facts that compared evaluations must share."""
 TOLD = ("sampler", "resolution", "routing")
@@ -174,7 +174,7 @@ def _cells(e: Evaluation, base: Evaluation | None, args: CompareArguments) -> li
     paired = base is not None and base.facts["prompt_set"] == e.facts["prompt_set"]
     cells = []
     for metric, name in wanted:
-        unit = 100 if metric in SHARES else 1
+        unit = UNITS.get(metric, 1)
         mine = prompt_sums(e.records, e.ids, metric, columns[name])
         low, high = bootstrap(mine, resamples=args.resamples, seed=args.seed)
         cell = {"value": mine.value, "low": low, "high": high}

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, nan
 
-from semantic_routing.evaluation.records import CORRECT
+from semantic_routing.evaluation.records import CORRECT, LOSS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One number of the table; metrics from 0 to 1 in percent."""
+    """One number of the table; metrics from 0 to 1 in percent, the loss in thousandths."""
 
     label: str
     benchmark: str
@@ -55,9 +55,10 @@ def _heads(keys: Sequence[tuple[str, str, str]]) -> list[str]:
     ]
 
 
-def _ranks(cells: Iterable[Cell]) -> tuple[float, float]:
-    """Return the best and the second best number of a column, as shown."""
-    first, second, *_ = [*sorted({round(c.value, 2) for c in cells if isfinite(c.value)}, reverse=True), nan, nan]
+def _ranks(cells: Sequence[Cell]) -> tuple[float, float]:
+    """Return the best and the second best number of a column, as shown; the lowest loss is best."""
+    more = cells[0].metric != LOSS
+    first, second, *_ = [*sorted({round(c.value, 2) for c in cells if isfinite(c.value)}, reverse=more), nan, nan]
     return first, second
 
 

@@ -19,6 +19,8 @@ from semantic_routing.common.files import write_text
 RECORDS, SUMMARY, TABLE, MANIFEST, PAGE = "records.jsonl", "summary.json", "table.md", "manifest.json", "index.html"
 CORRECT = "correct"
 """The score of a verdict: 1 right, 0 wrong."""
+LOSS = "loss"
+"""The velocity loss of a held-out picture: less is better."""
 MISSING, UNREADABLE, UNSCORED = "missing", "unreadable", "unscored"
 """Why a record has no score: there is no image, it cannot be opened, or it could not be scored."""
 

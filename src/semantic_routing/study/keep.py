@@ -1,4 +1,5 @@
-"""What a study stores of a finished run, in a few kilobytes: its verdicts, routing weights and trajectory's lead.
+"""What a study stores of a finished run, in a few kilobytes: its verdicts, losses, routing weights and
+trajectory's lead.
 
 The tables are made only from these files, so a study can continue after its runs and images have been deleted.
 """
@@ -16,9 +17,16 @@ from jaxtyping import Float
 from semantic_routing.analysis.routers import TIMES, open_router, routing_weights
 from semantic_routing.common.files import read_json, write_text, written_whole
 from semantic_routing.common.manifest import manifest
-from semantic_routing.evaluation.records import CORRECT, RECORDS, Record, read_records
+from semantic_routing.evaluation.records import CORRECT, LOSS, RECORDS, Record, read_records
 from semantic_routing.model.arms import ARMS
-from semantic_routing.study.plan import CALIBRATED, Job, StudyArguments, evaluation_folder, trajectory_folder
+from semantic_routing.study.plan import (
+    CALIBRATED,
+    Job,
+    StudyArguments,
+    evaluation_folder,
+    loss_folder,
+    trajectory_folder,
+)
 
 MARKS = {"1": 1.0, "0": 0.0, "?": None}
 """Verdicts on images, one character each: right, wrong, and none because there is no image."""
@@ -32,7 +40,7 @@ def kept_file(args: StudyArguments, job: Job) -> Path:
 
 
 def keep(args: StudyArguments, job: Job) -> None:
-    """Store the verdicts of a finished run under every clock, its routing weights and its trajectory's lead, if any."""
+    """Store a finished run's verdicts under every clock and its losses, and if it has any, its weights and its lead."""
     records = {clock: read_records(evaluation_folder(args, job, clock) / RECORDS) for clock in ("", *job.clocks)}
     weights = None
     if ARMS[job.arm].has_weights:
@@ -41,7 +49,9 @@ def keep(args: StudyArguments, job: Job) -> None:
     if CALIBRATED in job.clocks:
         (measured,) = read_json(trajectory_folder(args, job) / "lead.json", "leads of a trajectory")
         lead = {"mean": measured["lead"], "interval": measured["interval"]}
-    write_kept(args, job, records, weights, lead)
+    losses = loss_folder(args, job) / RECORDS
+    found = [float(record.scores[LOSS] or 0) for record in read_records(losses)] if losses.is_file() else None
+    write_kept(args, job, records, weights, lead, found)
 
 
 def write_kept(
@@ -50,11 +60,13 @@ def write_kept(
     records: Mapping[str, Sequence[Record]],
     weights: Float[np.ndarray, "T K L"] | None,
     lead: Mapping[str, Any] | None = None,
+    losses: Sequence[float] | None = None,
 ) -> None:
     """Write what is stored of a run.
 
-    That is its records by clock, "" for the nominal one; its weights at ``TIMES``; and by how much the sampling of a
-    calibrated run is ahead of the nominal time, in the mean with the interval over images.
+    That is its records by clock, "" for the nominal one; its weights at ``TIMES``; by how much the sampling of a
+    calibrated run is ahead of the nominal time, in the mean with the interval over images; and the velocity loss of
+    each prompt's own picture.
     """
     path = kept_file(args, job)
     facts: dict[str, Any] = {
@@ -62,6 +74,8 @@ def write_kept(
         "prompts": {record.id: record.tag for record in records[""]},
         "correct": {clock or NOMINAL: "".join(map(_mark, found)) for clock, found in records.items()},
     }
+    if losses is not None:
+        facts[LOSS] = [round(loss, 7) for loss in losses]
     if lead is not None:
         facts["lead"] = lead
     if weights is not None:
@@ -71,12 +85,14 @@ def write_kept(
 
 
 def kept_records(args: StudyArguments, job: Job, clock: str = "") -> list[Record]:
-    """Return the records of a finished run, with only their prompts, tags and verdicts."""
+    """Return the records of a finished run, with only their prompts, tags, verdicts and, if measured, losses."""
     facts = _facts(args, job)
+    losses = facts.get(LOSS)
     verdicts = zip(facts["prompts"].items(), facts["correct"][clock or NOMINAL], strict=True)
     return [
         Record(
-            prompt=i, id=name, image=0, caption="", tags=(tag,), file="", scores={CORRECT: MARKS[mark]}, reason=""
+            prompt=i, id=name, image=0, caption="", tags=(tag,), file="", reason="",
+            scores={CORRECT: MARKS[mark]} | ({} if losses is None else {LOSS: losses[i]}),
         )
         for i, ((name, tag), mark) in enumerate(verdicts)
     ]  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import tyro
 
 from semantic_routing.common.config import to_dict
+from semantic_routing.evaluation.records import LOSS, SUMMARY
 from semantic_routing.model.arms import ARMS, PAPER_ARMS, parse_arm
 from semantic_routing.sampling.clock import parse_clock
 from semantic_routing.sampling.text_to_image import SampleConfig
@@ -24,6 +25,9 @@ CALIBRATED = "calibrated"
 """Name of the clock that is measured for each run."""
 CALIBRATION = ("--n", "128", "--seed", "1")
 """Options of that measurement: prompts and noise differ from those of the scores."""
+
+LOSS_TIMES = (0.03, 0.06, 0.09, 0.13, 0.18, 0.24, 0.34, 0.52)
+"""Times of the losses on held-out pictures: the middles of eight equal shares of the recipes' training times."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +185,9 @@ def stages(job: Job, args: StudyArguments) -> Iterator[Stage]:
     else:
         yield Stage("training", ("train", "--config", str(config), "--out", str(run)), last)
     yield _evaluation(job, args, "")
+    losses = loss_folder(args, job)
+    command = ["evaluate", LOSS, "--model", str(run), "--out", str(losses), "--n", str(args.n), "--times"]
+    yield Stage("measuring the loss", (*command, *map(str, LOSS_TIMES)), losses / SUMMARY)
     if CALIBRATED in job.clocks:
         how = SCALES[args.scale].sampling
         command = ["analyze", str(run), "--out", str(trajectory_folder(args, job)), "--trajectory"]
@@ -194,6 +201,11 @@ def evaluation_folder(args: StudyArguments, job: Job, clock: str = "") -> Path:
     """Return the folder of a run's scores; ``clock`` "" is the nominal one."""
     name = re.sub(r"[^\w.-]+", "-", clock)
     return args.out / "evaluations" / (f"{job.name}-{name}" if clock else job.name)
+
+
+def loss_folder(args: StudyArguments, job: Job) -> Path:
+    """Return the folder of a run's losses on held-out pictures."""
+    return args.out / "losses" / job.name
 
 
 def trajectory_folder(args: StudyArguments, job: Job) -> Path:

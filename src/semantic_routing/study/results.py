@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from math import sqrt
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from semantic_routing.analysis.report import MEANS
-from semantic_routing.evaluation.records import CORRECT, Record
+from semantic_routing.evaluation.records import CORRECT, LOSS, Record
 from semantic_routing.evaluation.resampling import PromptSums, bootstrap, permutation_test, prompt_sums
 from semantic_routing.evaluation.shapes import shapes_columns
 from semantic_routing.evaluation.summary import Columns
@@ -30,7 +30,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Number:
-    """An accuracy from 0 to 1, a difference of two, or a statistic of the runs."""
+    """An accuracy from 0 to 1, a loss, a difference of two, or a statistic of the runs."""
 
     mean: float
     """Mean over the seeds."""
@@ -63,6 +63,10 @@ class Row:
     accuracy: dict[str, Number]
     difference: dict[str, Number]
     """Difference to the baseline, or to the nominal clock for another clock. Empty for the baseline."""
+    loss: dict[str, Number] = field(default_factory=dict)
+    """Velocity loss on held-out pictures by column, with the nominal clock; empty if it was not measured."""
+    loss_difference: dict[str, Number] = field(default_factory=dict)
+    """Its difference to the baseline's; empty for the baseline."""
 
     @property
     def name(self) -> str:
@@ -94,6 +98,7 @@ def read_rows(args: StudyArguments) -> list[Row]:
     rows = []
     for (variant, clock), mine in records.items():
         base = records[variant, ""] if clock else records[first, ""][: len(mine)]  # of the same seeds
+        has_loss = not clock and all(LOSS in found[0].scores for found in (*mine, *base))
         rows.append(
             Row(
                 variant=variant,
@@ -101,6 +106,8 @@ def read_rows(args: StudyArguments) -> list[Row]:
                 clock=clock,
                 accuracy=numbers(mine),
                 difference={} if (variant, clock) == (first, "") else numbers(mine, base),
+                loss=numbers(mine, metric=LOSS) if has_loss else {},
+                loss_difference=numbers(mine, base, metric=LOSS) if has_loss and variant != first else {},
             )
         )
     return rows
@@ -189,6 +196,8 @@ def results_json(rows: Sequence[Row], pairs: Pairs, facts: Mapping[str, Any]) ->
             "clock": row.clock or "nominal",
             "accuracy": {name: number.to_json() for name, number in row.accuracy.items()},
             "difference": {name: number.to_json() for name, number in row.difference.items()},
+            "loss": {name: number.to_json() for name, number in row.loss.items()},
+            "loss_difference": {name: number.to_json() for name, number in row.loss_difference.items()},
         }
         for row in rows
     ]

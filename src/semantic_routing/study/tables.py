@@ -1,4 +1,4 @@
-"""The results of a study as Markdown tables and as an HTML page: Tables 1 to 4."""
+"""The results of a study as Markdown tables and as an HTML page: Tables 1 to 5."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ METHOD = (
     "Accuracies in percent, the mean over seeds; every run has the same budget, and for one seed the same backbone, "
     "data order and noise; prompts and sampling noise are the same for all. Brackets are 95 % intervals: first over "
     "prompts (paired bootstrap, seeds averaged: would other prompts give the same result for these runs?), "
-    "then over seeds (Student's t: would other runs give it?). p: paired permutation test over prompts."
+    "then over seeds (Student's t: would other runs give it?). p: paired permutation test over prompts. The velocity "
+    "loss is that of the prompts' own pictures at eight times of training, with the same noise for all; less is better."
 )
 JUDGING = (
     "A claim holds if both intervals are on its side of zero, does not hold if both are on the other side, and is "
@@ -74,6 +75,8 @@ def sections(rows: Sequence[Row], pairs: Pairs, stability: dict[str, float]) -> 
         found.append(("Table 3: gates with other clocks", _clocks(clocked)))
     if len(pairs) > 1:
         found.append(("Table 4: one strategy minus another", _pairs(pairs)))
+    if all(row.loss for row in nominal):
+        found.append(("Table 5: velocity loss on held-out pictures (thousandths)", _losses(nominal)))
     if stability:
         table = Table(("arm", "similarity"), [(name, f"{value:.4f}") for name, value in stability.items()])
         found.append(("Stability of routing across seeds (Jensen-Shannon similarity)", table))
@@ -131,6 +134,17 @@ def _clocks(rows: Sequence[Row]) -> Table:
         other = row.difference["overall"]
         cells.append((_label(row), _number(row.accuracy["overall"]), _number(other, sign=True), _p(other)))
     return Table(("", "overall", "minus the nominal clock", "p"), cells)
+
+
+def _losses(rows: Sequence[Row]) -> Table:
+    means = [name for name in MEANS if name in rows[0].loss]
+    cells = []
+    for row in rows:
+        own = _number(row.loss["overall"], scale=1000, digits=2)
+        other = [_number(row.loss_difference.get(name), sign=True, scale=1000, digits=2) for name in means]
+        cells.append((_label(row), own, *other, _p(row.loss_difference.get("overall"))))
+    minus = (f"{MEANS[name]}, minus {rows[0].name}" for name in means)
+    return Table(("", MEANS["overall"], *minus, "p"), cells)
 
 
 def _pairs(pairs: Pairs) -> Table:

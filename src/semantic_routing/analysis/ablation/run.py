@@ -16,11 +16,12 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from semantic_routing.analysis.ablation.plan import KINDS, Ablation, Kind, plan
-from semantic_routing.analysis.ablation.scores import Score, accuracy, loss, world_of
+from semantic_routing.analysis.ablation.scores import Score, accuracy
 from semantic_routing.analysis.routers import TIMES, routes, routing_weights
 from semantic_routing.common.files import read_json, write_text
 from semantic_routing.common.locks import LOCK, claimed
 from semantic_routing.evaluation.resampling import PromptSums, bootstrap
+from semantic_routing.evaluation.velocity_loss import held_out_loss, world_of
 from semantic_routing.flow import FIXED_TIMES
 from semantic_routing.model.dit import DiT
 from semantic_routing.model.override import EditedRouter, rerouted
@@ -91,7 +92,7 @@ def make_score(bundle: TextToImage, cfg: AblationConfig) -> Score:
     kind = cfg.score if cfg.score != "auto" else "loss" if world is None else "accuracy"
     n = cfg.n or PROMPTS[kind]
     if kind == "loss":
-        return loss(bundle, cfg.paths, n, cfg.seed, cfg.times, cfg.batch)
+        return held_out_loss(bundle, cfg.paths, n, cfg.seed, cfg.times, cfg.batch)
     if world is None:
         raise ValueError("only images of the toy world are checked exactly: use --ablation.score loss")
     return accuracy(bundle, world, n, cfg.seed, cfg.sampling)

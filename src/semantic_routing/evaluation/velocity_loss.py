@@ -1,0 +1,175 @@
+"""The velocity loss of held-out pictures, prompt by prompt.
+
+It is the loss of training on pictures that training never saw. It tells smaller differences between models apart than
+verdicts on sampled images do, because a picture's loss changes with everything that the model reads of its caption.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from semantic_routing.common.files import write_text
+from semantic_routing.common.manifest import manifest
+from semantic_routing.data.batch import collate
+from semantic_routing.data.dataset import DataConfig
+from semantic_routing.data.streams import Row
+from semantic_routing.evaluation.records import LOSS, MANIFEST, RECORDS, SUMMARY, TABLE, Record, write_records
+from semantic_routing.evaluation.scoring import read_manifest
+from semantic_routing.evaluation.shapes import shapes_columns
+from semantic_routing.evaluation.summary import Columns, grouped, scores_table, spread, without_nan
+from semantic_routing.flow import path, velocity
+from semantic_routing.model.override import RoutingOverride
+from semantic_routing.model.runtime import autocast, rounded_once
+from semantic_routing.sampling.folder import weights_sha256
+from semantic_routing.sampling.routing_file import overridden
+from semantic_routing.sampling.text_plan import TextPlan
+from semantic_routing.sampling.text_to_image import TextToImage
+from semantic_routing.text.features import TextFeatures
+from semantic_routing.toy.worlds import WORLDS
+from semantic_routing.training.validation import ValidationConfig, held_out
+
+BENCHMARK = "loss"
+
+
+@dataclass
+class VelocityLoss:
+    """The velocity's mean squared error on pictures, averaged over fixed times.
+
+    Pictures, noise and times are the same for every model, and captions are encoded once.
+    """
+
+    bundle: TextToImage
+    rows: Sequence[Row]
+    tags: list[str]
+    """Of every picture's caption; "" without a tag."""
+    times: Sequence[float]
+    batch: int = 64
+    """Pictures per forward pass; does not change the result."""
+    name: str = "velocity loss"
+    better: int = -1
+
+    def __post_init__(self) -> None:
+        self._batches = [self._read(self.rows[i : i + self.batch]) for i in range(0, len(self.rows), self.batch)]
+
+    def _read(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, TextFeatures]:
+        """Return latents, noise and text of some pictures."""
+        codec = self.bundle.codec
+        arrays = collate(rows, codec.latent_shape(*rows[0].image.shape[:2]), posterior=codec.has_posterior)
+        batch = arrays.tensors(lambda values: torch.from_numpy(values).to(self.bundle.device))
+        with torch.no_grad():
+            latents = codec.encode(batch.images, batch.posterior_noise)
+        return latents, batch.noise, self.bundle.encode(batch.captions, strict=False)
+
+    @torch.no_grad()
+    def values(self) -> Float[np.ndarray, " N"]:
+        model, device, found = self.bundle.model, self.bundle.device, []
+        for latents, noise, features in self._batches:
+            text, target, errors = TextPlan(model, features), velocity(latents, noise), []
+            for time in self.times:
+                t = torch.full((len(latents),), time, device=device)
+                with autocast(device, self.bundle.bf16), rounded_once(model, self.bundle.bf16):
+                    noisy = path(latents, noise, t)
+                    predicted = model(noisy, t, text.at(noisy, t))
+                errors.append((predicted.float() - target).square().flatten(1).double().mean(1))
+            found.append(torch.stack(errors).mean(0).numpy(force=True))
+        return np.concatenate(found)
+
+
+def world_of(bundle: TextToImage, paths: Sequence[str]) -> str | None:
+    """Return the generated world among ``paths``, or else in the run's data; None if there is none."""
+    names = paths or bundle.config.get("data", {}).get("paths", ())
+    return next((name for name in names if name in WORLDS), None)
+
+
+def held_out_loss(
+    bundle: TextToImage, paths: Sequence[str], n: int, seed: int, times: Sequence[float], batch: int
+) -> VelocityLoss:
+    """Return the velocity loss on ``n`` pictures of a world, of ``paths``, or of the run's validation data.
+
+    Raises ValueError if there are no held-out pictures.
+    """
+    world = world_of(bundle, paths)
+    if world is not None:
+        samples = WORLDS[world].prompts(seed, n)
+        rows = [
+            Row(replace(s, size=bundle.image_size).image, s.caption, seed, 0, place) for place, s in enumerate(samples)
+        ]
+        return VelocityLoss(bundle, rows, [sample.tag for sample in samples], times, batch)
+    own = tuple(paths) or tuple(bundle.config.get("validation", {}).get("paths", ()))
+    if not own:
+        raise ValueError(
+            "the loss needs images that were not used in training: give them as --paths, to "
+            "semroute analyze as --ablation.paths"
+        )
+    read = held_out(ValidationConfig(paths=own, samples=n, seed=seed), DataConfig(), bundle.image_size)
+    return VelocityLoss(bundle, [read(place) for place in range(n)], [""] * n, times, batch)
+
+
+def evaluate_loss(
+    bundle: TextToImage,
+    out: Path,
+    *,
+    n: int,
+    times: Sequence[float],
+    paths: Sequence[str] = (),
+    seed: int = 0,
+    batch: int = 64,
+    routing: RoutingOverride | None = None,
+) -> dict[str, Any]:
+    """Measure the loss on ``n`` held-out pictures, write records, summary and table to ``out``, return the summary.
+
+    ``seed`` determines the captions, pictures and noise; ``routing`` replaces routing weights of the model. Raises
+    ValueError if there are no held-out pictures, or if ``out`` holds another evaluation.
+    """
+    with overridden(bundle.model, routing):
+        measure = held_out_loss(bundle, paths, n, seed, times, batch)
+        columns = {name: column for name, column in shapes_columns(measure.tags).items() if name}
+        facts = _facts(measure, columns, seed) | {"weights_sha256": weights_sha256(bundle.model)}
+        earlier = read_manifest(out / MANIFEST)
+        for name in ("benchmark", "prompt_set", "scorer", "weights_sha256"):
+            if earlier and earlier.get(name) != facts[name]:
+                raise ValueError(f"{out} holds an evaluation with another {name}; choose another --out")
+        losses = measure.values()
+    records = [
+        Record(
+            prompt=i, id=f"{i:05d}", image=0, caption=row.caption, tags=(tag,), file="", scores={LOSS: loss}, reason=""
+        )
+        for i, (row, tag, loss) in enumerate(zip(measure.rows, measure.tags, losses.tolist(), strict=True))
+    ]  # fmt: skip
+    scores = {name: spread(grouped(records, column, LOSS)[0]) for name, column in columns.items() if len(column) == 1}
+    summary: dict[str, Any] = without_nan({"scores": {LOSS: scores}, "gaps": {}})
+    checkpoint = None if bundle.checkpoint is None else str(bundle.checkpoint)
+    about = manifest(checkpoint=checkpoint, bf16=bundle.bf16, **facts)
+    write_text(out / MANIFEST, json.dumps(about, indent=2) + "\n")
+    write_records(out / RECORDS, records)
+    write_text(out / TABLE, scores_table(summary))
+    write_text(out / SUMMARY, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    return summary
+
+
+def _facts(measure: VelocityLoss, columns: Columns, seed: int) -> dict[str, Any]:
+    """Return what a manifest must say so that evaluations can be compared."""
+    rows = [
+        (row.caption, tag, sha256(row.image.tobytes()).hexdigest())
+        for row, tag in zip(measure.rows, measure.tags, strict=True)
+    ]
+    return {
+        "benchmark": BENCHMARK,
+        "prompt_set": {"n": len(rows), "sha256": sha256(json.dumps(rows).encode()).hexdigest()},
+        "scorer": {"scorer": measure.name, "times": [*measure.times], "seed": seed},
+        "table": {
+            "metrics": [LOSS],
+            "columns": {name: [list(group) for group in column] for name, column in columns.items()},
+            "headline": [LOSS, "overall"],
+        },
+    }
