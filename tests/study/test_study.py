@@ -95,8 +95,8 @@ def test_gates_get_the_requested_clocks(tmp_path: Path) -> None:
     args = StudyArguments(scale="toy", out=tmp_path, arms=("time", "depth"), clocks=("shifted:0.05",))
     clocked, plain = ([stage.command for stage in stages(job, args)][1:] for job in jobs(args))
     assert ["--clock" in command for command in clocked] == [False, False, True]
-    assert clocked[1][-2:] == ("--clock", "shifted:0.05")
-    assert len(plain) == 1
+    assert clocked[2][-2:] == ("--clock", "shifted:0.05")
+    assert len(plain) == 2
     assert evaluation_folder(args, jobs(args)[0], "shifted:0.05").name == "time-seed0-shifted-0.05"
 
 
