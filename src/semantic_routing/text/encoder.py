@@ -37,6 +37,7 @@ from semantic_routing.text.architecture import (
 from semantic_routing.text.config import TextEncoderConfig, TextShape
 from semantic_routing.text.features import TextFeatures
 from semantic_routing.text.identity import encoder_identity, machine
+from semantic_routing.text.keys import check_keys, read_keys
 from semantic_routing.text.source import find_source
 from semantic_routing.text.store import DiskStates, States, StateStore, state_key
 from semantic_routing.text.taps import recorded
@@ -211,7 +212,8 @@ class TextEncoder:
         """
         if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError("encode expects a non-empty list of prompts, such as ['a red circle']")
-        self._check_kv(with_kv)
+        if with_kv:
+            check_keys(self.model, self.shape, self.config.name_or_path)
         rows = self._tokens(prompts, strict=strict, stacklevel=4)
         found, missing = {}, []
         kept = self._store.active and not isinstance(self.model, FSDPModule)
@@ -289,10 +291,13 @@ class TextEncoder:
                 "state"
             )
         hidden = torch.stack(taken).to(self._dtype)
-        keys, values = self._keys(options.get("past_key_values")) if with_kv else (None, None)
+        keys = values = None
+        if with_kv:
+            pair = read_keys(options.get("past_key_values"), self.shape.layers, self.config.name_or_path)
+            keys, values = (x.to(self._dtype) for x in pair)
         for i, n in enumerate(map(len, rows)):
-            pair = (None, None) if keys is None or values is None else (keys[:, i, :, :n], values[:, i, :, :n])
-            yield States(hidden[:, i, :n], *pair)
+            own = (None, None) if keys is None or values is None else (keys[:, i, :, :n], values[:, i, :, :n])
+            yield States(hidden[:, i, :n], *own)
 
     def _batch(self, found: Sequence[States]) -> TextFeatures:
         """Return the states of prompts as one batch, padded with zeros to the bucket of the longest prompt."""
@@ -350,38 +355,6 @@ class TextEncoder:
         if self.config.keep != "auto":
             return parse_bytes(self.config.keep)
         return CPU_MEMORY if self.device.type == "cpu" else 0
-
-    def _check_kv(self, with_kv: bool) -> None:
-        """Raise ValueError if keys and values are asked for and the model has none for each of its layers."""
-        name, model = self.config.name_or_path, self.model
-        if not with_kv:
-            return
-        if not find_layers(model)[1]:
-            raise ValueError(f"{name} is an encoder; keys and values need a decoder")
-        if not self.shape.kv_heads:
-            raise ValueError(f"{name} has no attention, whose keys and values fusedit reads")
-        from transformers import DynamicCache
-
-        own = DynamicCache(config=model.config).layers
-        if any(hasattr(layer, "conv_states") for layer in own):  # LFM2, Jamba, Qwen3.5
-            raise ValueError(f"{name} has layers without keys, which fusedit cannot read")
-
-    def _keys(self, cache: Any) -> tuple[Tensor, Tensor]:
-        """Return keys and values of the layers returned; ValueError unless all are those of one kind of attention."""
-        held = [] if cache is None else cache.layers
-        if len(held) < self.shape.layers[-1]:
-            raise ValueError(
-                f"{self.config.name_or_path} does not keep keys and values for each layer, which fusedit reads"
-            )
-        cached = [held[i - 1] for i in self.shape.layers]
-        keys: list[Any]
-        values: list[Any]
-        keys, values = ([getattr(c, name, None) for c in cached] for name in ("keys", "values"))
-        if len({getattr(x, "shape", None) for x in (*keys, *values)}) > 1 or keys[0] is None:
-            raise ValueError(
-                f"the layers of {self.config.name_or_path} have keys of different shapes, which fusedit cannot read"
-            )
-        return torch.stack(keys).to(self._dtype), torch.stack(values).to(self._dtype)
 
     @contextmanager
     def _at_hand(self) -> Iterator[None]:
