@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from semantic_routing.cli.main import main
+from semantic_routing.common.distributed import World
 from semantic_routing.common.errors import Interrupted
 from semantic_routing.data.dataset import DataConfig, open_data
 from semantic_routing.data.sources.index_writer import build
@@ -20,6 +21,7 @@ from semantic_routing.text.encoder import TextEncoder
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.encode_text import distinct_captions
 from semantic_routing.training.loop import resume, start
+from semantic_routing.training.parallelize import place_encoder
 from semantic_routing.training.validation import ValidationConfig
 from tests.training.test_going_on import assert_same, stop_at
 
@@ -109,6 +111,20 @@ def test_a_run_whose_captions_are_encoded_reads_none(
     assert_same(plain, start(cfg, tmp_path / "run"))
     bundle = load_bundle(tmp_path / "run", torch.device("cpu"))
     assert bundle.null_features().hidden.isfinite().all()
+
+
+def test_an_encoder_that_keeps_states_on_disk_is_not_compiled(
+    tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training compiles, sampling does not: kept states must be the same for both."""
+    compiled: list[TextEncoder] = []
+    monkeypatch.setattr(TextEncoder, "compile", lambda self: compiled.append(self))
+    cfg = tiny_config()
+    for disk, times in (("", 1), (str(tmp_path), 0)):
+        encoder = TextEncoder.from_pretrained(replace(cfg.text, keep_on_disk=disk))
+        place_encoder(encoder, cfg.parallel, World(device=torch.device("cpu")), compiled=True)
+        assert compiled == [encoder] * times
+        compiled.clear()
 
 
 def test_captions_of_records(tiny_config: Make, tmp_path: Path) -> None:
