@@ -135,7 +135,7 @@ def test_sampling(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     Path("prompts.txt").write_text("a star\na red circle\n")
     Path("routing.json").write_text(*fenced("sampling.md", "json"))
     for command in commands("sampling.md"):
-        main(command)
+        main(smaller(command, "--steps", "2") if command[0] == "train" else command)
     routed = json.loads(Path("images/routed/manifest.json").read_text())["routing"]
     assert routed == json.loads(Path("routing.json").read_text())
     page = (DOCS / "sampling.md").read_text(encoding="utf-8")
@@ -358,19 +358,20 @@ def test_evaluation(judged: dict[str, str], tiny_run: Path, capsys: pytest.Captu
         "geneval": ["--detector", "detector", "--clip", "clip", "--steps", "1"],
         "genai-bench": ["--steps", "1"],
         "drawbench": ["--steps", "1"],
+        "loss": ["--n", "11"],
         "compare": ["--resamples", "100"],
         "features": ["--device", "cpu"],
     }
     (torchrun,) = re.findall(r"^ {4}torchrun .* semantic_routing (.*)$", page, re.MULTILINE)
     for command in [*commands("evaluation.md"), shlex.split(torchrun)]:
-        if command[1] == "compare" and not Path("evaluations/uniform").exists():
-            shutil.copytree("evaluations/depth", "evaluations/uniform")
+        if command[1] == "compare":
+            shutil.copytree("evaluations/depth", "evaluations/uniform", dirs_exist_ok=True)
         main(smaller([judged.get(word, word) for word in command], *quick[command[1]]))
     assert "detector variant: detector" in capsys.readouterr().out
     one, shared = (Path("evaluations/depth", name, "records.jsonl").read_text() for name in ("shapes", "shared"))
     assert one == shared
     results = sorted(path.parent.name for path in Path("evaluations/depth").glob("*/summary.json"))
-    assert results == ["drawbench", "edited", "fid", "genai", "genai-local", "geneval", "shapes", "shared"]
+    assert results == ["drawbench", "edited", "fid", "genai", "genai-local", "geneval", "loss", "shapes", "shared"]
     assert {path.suffix for path in Path("tables").rglob("*.*")} == {".md", ".csv", ".tex"}
     (program,) = fenced("evaluation.md", "python")
     names: dict[str, Any] = {}

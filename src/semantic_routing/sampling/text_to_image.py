@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,6 +163,14 @@ class TextToImage:
         if clock is not None and not self.model.cfg.strategy.takes_clock:
             raise ValueError(
                 f"--clock {cfg.clock}: the routing of arm {self.model.cfg.arm} takes no clock; leave it out"
+            )
+
+        learned = self.config.get("distill", {})
+        if learned.get("teacher") and cfg.guidance != 1:
+            warnings.warn(
+                f"this model has learned guidance {learned.get('guidance')} (semroute train --distill.teacher): "
+                "sample it with guidance 1",
+                stacklevel=2,
             )
 
         def fresh(step: int) -> Tensor:

@@ -48,6 +48,17 @@ class TextFeatures:
         keys, values = (None if x is None else x[:, prompts] for x in (self.keys, self.values))
         return TextFeatures(self.hidden[:, prompts], self.mask[prompts], keys, values)
 
+    def repeat(self, times: int) -> TextFeatures:
+        """Return the features of all prompts, ``times`` times one after another."""
+        if self.positions is not None:
+            raise ValueError("packed features cannot be repeated; encode the prompts without packing")
+
+        def again(x: Tensor, dim: int) -> Tensor:
+            return torch.cat([x] * times, dim)
+
+        keys, values = (None if x is None else again(x, 1) for x in (self.keys, self.values))
+        return TextFeatures(again(self.hidden, 1), again(self.mask, 0), keys, values)
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextFeatures:
         """Return the features on another device or in another dtype."""
 

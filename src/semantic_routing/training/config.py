@@ -12,6 +12,7 @@ from semantic_routing.model.codec import CodecConfig
 from semantic_routing.model.dit import DiTConfig
 from semantic_routing.sampling.text_to_image import SampleConfig
 from semantic_routing.text.config import TINY, TextEncoderConfig
+from semantic_routing.training.distill import DistillConfig
 from semantic_routing.training.optim import OptimConfig
 from semantic_routing.training.parallelize import ParallelConfig
 from semantic_routing.training.tracking import Service
@@ -125,6 +126,8 @@ class TrainConfig(RunConfig):
     faster."""
     preview: SampleConfig = field(default_factory=lambda: SampleConfig(steps=20, batch=16))
     """Sampling settings of the sample grids."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """Learn the guided velocity of a trained run, so that sampling needs no guidance."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

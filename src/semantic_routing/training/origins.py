@@ -25,6 +25,8 @@ from semantic_routing.text.encoder import TextEncoder
 
 SAMPLED = 64
 """Number of records per source, and of values per weight, that are hashed."""
+TEXT = "text encoder"
+"""Key of the text encoder's digest, and its name in messages."""
 PROBE = "A red circle, 3 green stars & one naïve café-window: 日本語 🎨."
 """Text that differs between tokenizers."""
 
@@ -63,12 +65,12 @@ def frozen_origins(
     text_encoder: nn.Module, tokenizer: Any, vae: nn.Module | None, **others: nn.Module
 ) -> dict[str, str]:
     """Return digests of frozen models by their names in messages."""
-    found = {"text encoder": f"{_weights(text_encoder)}-{_tokens(tokenizer)}"}
+    found = {TEXT: f"{weights_digest(text_encoder)}-{_tokens(tokenizer)}"}
     models = others if vae is None else {"VAE": vae} | others
-    return found | {name: _weights(model) for name, model in models.items()}
+    return found | {name: weights_digest(model) for name, model in models.items()}
 
 
-def _weights(model: nn.Module) -> str:
+def weights_digest(model: nn.Module) -> str:
     """Hash some values of every weight, independently of the dtype and device that the weights are loaded in."""
     digest = blake2b(digest_size=16)
     for name, x in sorted(model.state_dict().items()):
@@ -116,5 +118,6 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             else:
                 others = [what for what in ("pictures", "captions") if old[what] != new[what]]
                 found += [f"{new['path']} holds other {' and '.join(others)}"] if others else []
-    other = [what for what in ("text encoder", "VAE", "transformer") if what in then and then[what] != now.get(what)]
+    models = (TEXT, "VAE", "transformer", "teacher")
+    other = [what for what in models if what in then and then[what] != now.get(what)]
     return found + [f"the {what} is a different one" for what in other]

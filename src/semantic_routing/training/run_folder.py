@@ -192,7 +192,9 @@ def note_steps(run: Path, cfg: RunConfig) -> None:
 def located_run(cfg: TrainConfig, folder: str | None) -> TrainConfig:
     """Resolve a run's relative paths from the folder where it was started."""
     cfg = located_data(cfg, folder)
-    return replace(cfg, text=located_model(cfg.text, folder), codec=located_model(cfg.codec, folder))
+    distill = replace(cfg.distill, teacher=located(cfg.distill.teacher, folder))
+    text, codec = located_model(cfg.text, folder), located_model(cfg.codec, folder)
+    return replace(cfg, text=text, codec=codec, distill=distill)
 
 
 def located_data(cfg: C, folder: str | None) -> C:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +30,10 @@ from semantic_routing.text.config import TextEncoderConfig
 from semantic_routing.text.encoder import TextEncoder
 from semantic_routing.text.features import TextFeatures
 from semantic_routing.training.config import TrainConfig
+from semantic_routing.training.distill import Teacher, teacher_network
 from semantic_routing.training.latents import batch_latents, check_kept, kept_latents
 from semantic_routing.training.metrics import flops_per_image, routing_entropy
-from semantic_routing.training.origins import model_origins
+from semantic_routing.training.origins import TEXT, model_origins, weights_digest
 from semantic_routing.training.parallelize import parallelize, place_encoder
 from semantic_routing.training.steps import Steps
 from semantic_routing.training.validation import HeldOut, held_out, validate
@@ -66,9 +67,12 @@ def prepare(bundle: TextToImage, batch: Batch[Tensor], cfg: TrainConfig) -> Inpu
     )
 
 
-def flow_loss(bundle: TextToImage, inputs: Inputs, cfg: TrainConfig) -> Float[Tensor, ""]:
+def flow_loss(
+    bundle: TextToImage, inputs: Inputs, cfg: TrainConfig, teacher: Teacher | None = None
+) -> Float[Tensor, ""]:
     """Return the velocity loss of a microbatch: add noise to the latents, predict, compare.
 
+    The velocity to learn is that of the latents, or the guided one of a ``teacher``.
     A network that estimates the time from the noisy latents also learns the estimate, only from the estimate's own
     error.
     """
@@ -79,7 +83,8 @@ def flow_loss(bundle: TextToImage, inputs: Inputs, cfg: TrainConfig) -> Float[Te
         context = bundle.model.prepare_text(inputs.features, gate_time.detach())
         predicted = bundle.model(noisy, t, context)
     weights = None if cfg.time.weighting == "uniform" else time_weights(t, cfg.time)
-    loss = velocity_loss(predicted, velocity(latents, noise), weights)
+    wanted = velocity(latents, noise) if teacher is None else teacher.velocity(noisy, t, inputs.features)
+    loss = velocity_loss(predicted, wanted, weights)
     return loss + (gate_time - t).square().mean() if bundle.model.reads_latents else loss
 
 
@@ -108,6 +113,11 @@ class Trainer(Steps):
             if world.first:
                 say(words)
         self.record = {"config": to_dict(cfg), KEY: model_origins(encoder, codec)}
+        taught = None
+        if cfg.distill.teacher:
+            taught = teacher_network(cfg.distill, cfg.model, cfg.null_prompt, self.record[KEY][TEXT])
+            model.load_state_dict(taught.state_dict())
+            self.record[KEY]["teacher"] = weights_digest(taught)
         self.bundle = TextToImage(
             model=parallelize(model, cfg.parallel, world, bf16=bf16, compiled=cfg.compile),
             encoder=place_encoder(encoder, cfg.parallel, world, compiled=cfg.compile),
@@ -118,18 +128,24 @@ class Trainer(Steps):
         )
         _check_latents(self.bundle.codec.latent_shape(cfg.image_size), cfg.model)
         self.codec = codec
+        self.teacher: Teacher | None = None
+        if taught is not None:
+            taught = parallelize(taught, cfg.parallel, world, bf16=bf16, compiled=cfg.compile)
+            self.teacher = Teacher(taught, self.bundle, cfg.distill.guidance)
         self._train(model)
 
     def prepare(self, batch: Batch[Tensor]) -> list[Inputs]:
         return [prepare(self.bundle, part, self.cfg) for part in batch.split(self.cfg.accumulate)]
 
     def loss(self, part: Inputs) -> Float[Tensor, ""]:
-        return flow_loss(self.bundle, part, self.cfg)
+        return flow_loss(self.bundle, part, self.cfg, self.teacher)
 
     def preview(self, data: Dataset) -> UInt8[np.ndarray, "H W 3"]:
-        captions = data.captions(self.cfg.preview.batch)
+        captions, how = data.captions(self.cfg.preview.batch), self.cfg.preview
+        if self.teacher is not None:
+            how = replace(how, guidance=1.0)
         with self.averaged():
-            images = self.bundle.sample(captions, [(i, 0) for i in range(len(captions))], self.cfg.preview)
+            images = self.bundle.sample(captions, [(i, 0) for i in range(len(captions))], how)
         return grid(list(images.numpy(force=True)), columns=8)
 
     def held_out(self) -> HeldOut:
@@ -145,7 +161,8 @@ class Trainer(Steps):
 
     def flops(self, part: Inputs) -> int:
         images, _, height, width = part.latents.shape
-        return images * flops_per_image(self.cfg.model, height, width, part.features.mask.shape[1])
+        trained = images * flops_per_image(self.cfg.model, height, width, part.features.mask.shape[1])
+        return trained if self.teacher is None else trained * 5 // 3  # two forward passes besides forward and backward
 
 
 def _check_latents(latent: tuple[int, int, int], model: DiTConfig) -> None:
