@@ -29,6 +29,7 @@ from semantic_routing.data.dataset import DataConfig, open_data
 from semantic_routing.model.codec import PixelCodec
 from semantic_routing.sampling.load import load_bundle
 from semantic_routing.training.config import TrainConfig
+from semantic_routing.training.distill import DistillConfig
 from semantic_routing.training.loop import batches, resume, start
 from semantic_routing.training.optim import OptimConfig
 from semantic_routing.training.parallelize import ParallelConfig
@@ -201,6 +202,16 @@ def test_several_processes_train_as_one_does(
     )
     assert np.abs(one - other).max() <= 2
     load_bundle(tmp_path / "many", torch.device("cpu"))
+
+
+def test_several_processes_learn_from_one_teacher_as_one_does(
+    tiny_config: Make, tiny_run: Path, tmp_path: Path, train: Callable[..., Ended]
+) -> None:
+    cfg = tiny_config(steps=3, log_every=1, distill=DistillConfig(teacher=str(tiny_run)))
+    start(cfg, tmp_path / "alone")
+    ended = train("many", cfg)
+    assert ended.codes == [0, 0], ended.output
+    assert_close(tmp_path / "many", tmp_path / "alone")
 
 
 def test_parts_of_a_batch_lie_in_order_of_rank(tiny_config: Make) -> None:
