@@ -112,6 +112,7 @@ class DiskStates:
         self.root, self.most = root, most
         self._size = self._added = most  # unknown until the first scan
         self._full = False
+        self._whole = set[str]()  # keys of files whose checksum was right: files never change, so once is enough
         self._lock = threading.Lock()
 
     def _path(self, key: str) -> Path:
@@ -123,12 +124,13 @@ class DiskStates:
         try:
             with safe_open(path, framework="pt") as file:
                 states = States(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-                whole = (file.metadata() or {}).get(CHECKSUM) == _checksum(states)
+                whole = key in self._whole or (file.metadata() or {}).get(CHECKSUM) == _checksum(states)
         except FileNotFoundError:
             return None
         except (SafetensorError, OSError, TypeError):
             whole = False
         if whole:
+            self._whole.add(key)
             return states
         warnings.warn(f"{path} is damaged: its prompt is encoded again", stacklevel=2)
         return None
