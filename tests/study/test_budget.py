@@ -14,7 +14,7 @@ from semantic_routing.model.build import make_model
 from semantic_routing.model.dit import Backbone, DiTConfig
 from semantic_routing.model.flops import META, count, count_image, count_language_model, count_text, qwen3_vl
 from semantic_routing.sampling.text_to_image import check_encoder
-from semantic_routing.study.plan import CALIBRATION, SCALES, Job, StudyArguments, jobs, stages
+from semantic_routing.study.plan import CALIBRATION, LOSS_TIMES, SCALES, Job, StudyArguments, jobs, stages
 from semantic_routing.text.architecture import text_shape
 from semantic_routing.text.config import TextEncoderConfig
 from semantic_routing.training.config import TrainConfig
@@ -28,6 +28,8 @@ RATE = 0.15 * 790e12
 HALF_HOUR = 1800.0
 START = 60.0
 """Seconds for a process to start, compile and check its images."""
+LOAD = 20.0
+"""Seconds for a process to start that compiles nothing and has no images: that of the losses."""
 TOKENS = 16
 """Padded length of all captions and prompts; the longest has 13 tokens."""
 MILLION = 1e6
@@ -86,11 +88,16 @@ def test_all_arms_and_seeds_fit_into_half_an_hour(tmp_path: Path) -> None:
     assert len(every) == 7 * 3
     by_arm = {job.arm: run(job, args.n) for job in every if job.seed == 0}
     training, scoring = (sum(by_arm[job.arm][i] for job in every) for i in (0, 1))
-    seconds = (training + scoring) / RATE
-    processes = sum(len(list(stages(job, args))) for job in every)
-    assert seconds + processes * START / SCALES["small"].at_once < HALF_HOUR
+    # The loss takes one forward pass without guidance for each of its times.
+    share = len(LOSS_TIMES) / (2 * SMALL_SAMPLING.steps)
+    losses = sum(share * args.n * picture(job.config.model, job.config.image_size) for job in every)
+    seconds = (training + scoring + losses) / RATE
+    commands = [stage.command[:2] for job in every for stage in stages(job, args)]
+    light = commands.count(("evaluate", "loss"))
+    processes = len(commands) - light
+    assert seconds + (processes * START + light * LOAD) / SCALES["small"].at_once < HALF_HOUR
     # The numbers in the recipe's docstring.
-    assert processes == 21 + 33 + 6
+    assert (processes, light) == (21 + 33 + 6, 21)
     assert step(small("depth")) == pytest.approx(1.08e12, rel=0.02)
     assert muon(small("depth").model, small("depth").optim) == pytest.approx(0.35e12, rel=0.02)
     assert by_arm["depth"][0] == pytest.approx(3.25e15, rel=0.02)
