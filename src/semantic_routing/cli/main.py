@@ -51,6 +51,7 @@ def evaluate(args: list[str]) -> None:
 
     shapes       captions of the toy world, checked exactly
     words        captions of the world of words, checked exactly
+    loss         the velocity loss on held-out pictures, prompt by prompt
     geneval      objects, numbers, colours and positions, checked by an object detector and CLIP
     genai-bench  VQAScore from a judge on a server, or from a model on this machine
     drawbench    alignment, coherence and style, judged by UnifiedReward on a server
