@@ -76,6 +76,13 @@ def velocity(image: Float[Tensor, " B *shape"], noise: Float[Tensor, " B *shape"
     return image - noise
 
 
+def guided_velocity(
+    prompt: Float[Tensor, " B *shape"], null: Float[Tensor, " B *shape"], scale: float
+) -> Float[Tensor, " B *shape"]:
+    """Extrapolate from the velocity of the null prompt through that of the prompt (Ho & Salimans, 2022)."""
+    return null + scale * (prompt - null)
+
+
 def velocity_from_image(
     image: Float[Tensor, " B *shape"], noisy: Float[Tensor, " B *shape"], t: Float[Tensor, " T"]
 ) -> Float[Tensor, " B *shape"]:

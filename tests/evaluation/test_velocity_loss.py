@@ -18,6 +18,7 @@ from semantic_routing.flow import path, velocity
 from semantic_routing.sampling.load import load_bundle
 from semantic_routing.sampling.text_to_image import TextToImage
 from semantic_routing.toy.captions import prompts
+from tests.helpers.forked import semroute
 from tests.helpers.networks import move_zeros
 
 TIMES = (0.1, 0.6)
@@ -111,3 +112,12 @@ def test_the_command(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         main([*command[:-1], "1.3"])
     assert stopped.value.code == 2
     assert "at least one time, from 0 to 1" in capsys.readouterr().err
+
+
+def test_processes_share_the_pictures(tiny_run: Path, tmp_path: Path) -> None:
+    command = ["evaluate", "loss", "--model", tiny_run, "--n", "11", "--times", "0.3", "--batch", "4"]
+    first, second = semroute(2, *command, "--out", tmp_path / "shared")
+    assert ("| overall |" in first, second) == (True, "")
+    evaluate_loss(load_bundle(tiny_run, torch.device("cpu")), tmp_path / "alone", n=11, times=(0.3,), batch=4)
+    shared, alone = (read_records(tmp_path / folder / "records.jsonl") for folder in ("shared", "alone"))
+    assert shared == alone

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,9 @@ from safetensors.torch import load_file
 import semantic_routing
 from semantic_routing.checkpoint.load import EMA, MODEL, find_checkpoint
 from semantic_routing.cli.main import main
-from semantic_routing.interop.export import ExportArguments, export
+from semantic_routing.interop.export import ExportArguments, export, model_card
 from semantic_routing.interop.pipeline import SemanticRoutingPipeline
+from semantic_routing.sampling.load import load_bundle
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.loop import start
 from tests.helpers.forked import run
@@ -132,6 +134,13 @@ def test_the_card_names_sizes_and_training(tiny_run: Path, tmp_path: Path) -> No
     assert str(tmp_path) not in card
     loading = next(line for line in card.splitlines() if "from_pretrained" in line)
     assert loading.startswith("pipe = SemanticRoutingPipeline.from_pretrained(")
+
+
+def test_the_card_of_a_model_that_has_learned_guidance_asks_for_none(tiny_run: Path) -> None:
+    bundle = load_bundle(tiny_run, torch.device("cpu"))
+    assert "guidance_scale=6.0" in model_card(bundle, averaged=True)
+    learned = replace(bundle, config=bundle.config | {"distill": {"teacher": "runs/teacher", "guidance": 3.0}})
+    assert "guidance_scale=1.0" in model_card(learned, averaged=True)
 
 
 def test_a_checkpoint_without_its_run_is_exported(tiny_run: Path, tmp_path: Path) -> None:

@@ -142,15 +142,18 @@ class LossArguments:
 
 
 def velocity_loss(args: LossArguments) -> str:
-    """Measure the loss and return the table."""
+    """Measure the loss and return the table; under torchrun only the first process returns text."""
     keep_freed_memory()
     check_writable(args.out)
-    bundle = open_model(args.model, pick_device(args.device))
-    routing = None if args.routing is None else read_override(args.routing, bundle.model.cfg)
-    evaluate_loss(
-        bundle, args.out, n=args.n, times=args.times, paths=args.paths, seed=args.seed, batch=args.batch,
-        routing=routing,
-    )  # fmt: skip
+    with processes() as job:
+        bundle = open_model(args.model, pick_device(args.device))
+        routing = None if args.routing is None else read_override(args.routing, bundle.model.cfg)
+        evaluate_loss(
+            bundle, args.out, n=args.n, times=args.times, paths=args.paths, seed=args.seed, batch=args.batch,
+            routing=routing, job=job,
+        )  # fmt: skip
+    if not job.first:
+        return ""
     return (args.out / TABLE).read_text(encoding="utf-8").rstrip()
 
 

@@ -45,6 +45,13 @@ class Processes:
         if self.count > 1:
             dist.barrier()
 
+    def all_gather(self, thing: T) -> list[T]:
+        """Return every process's ``thing``, in order of rank."""
+        found: list[Any] = [thing] * self.count
+        if self.count > 1:
+            dist.all_gather_object(found, thing)
+        return cast(list[T], found)
+
 
 @contextmanager
 def processes() -> Iterator[Processes]:
@@ -95,13 +102,6 @@ class World(Processes):
         if self.count > 1:
             dist.broadcast_object_list(found)
         return cast(T, found[0])
-
-    def all_gather(self, thing: T) -> list[T]:
-        """Return every process's ``thing``, in order of rank."""
-        found: list[Any] = [thing] * self.count
-        if self.count > 1:
-            dist.all_gather_object(found, thing)
-        return cast(list[T], found)
 
     def first_then_rest(self, act: Callable[[], T]) -> T:
         """Run ``act`` on rank 0, then on the others, which find what rank 0 cached; return its result here."""

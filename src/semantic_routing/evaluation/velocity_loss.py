@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from semantic_routing.common.distributed import ALONE, Processes
 from semantic_routing.common.files import write_text
 from semantic_routing.common.manifest import manifest
 from semantic_routing.data.batch import collate
@@ -35,7 +37,7 @@ from semantic_routing.sampling.routing_file import overridden
 from semantic_routing.sampling.text_plan import TextPlan
 from semantic_routing.sampling.text_to_image import TextToImage
 from semantic_routing.text.features import TextFeatures
-from semantic_routing.toy.worlds import WORLDS
+from semantic_routing.toy.worlds import WORLDS, world_of
 from semantic_routing.training.validation import ValidationConfig, held_out
 
 BENCHMARK = "loss"
@@ -55,11 +57,14 @@ class VelocityLoss:
     times: Sequence[float]
     batch: int = 64
     """Pictures per forward pass; does not change the result."""
+    job: Processes = ALONE
+    """The processes that share the batches, all on CPUs or each on its own GPU."""
     name: str = "velocity loss"
     better: int = -1
 
     def __post_init__(self) -> None:
-        self._batches = [self._read(self.rows[i : i + self.batch]) for i in range(0, len(self.rows), self.batch)]
+        batches = [self.rows[i : i + self.batch] for i in range(0, len(self.rows), self.batch)]
+        self._batches = [self._read(rows) for rows in self.job.share(batches)]
 
     def _read(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, TextFeatures]:
         """Return latents, noise and text of some pictures."""
@@ -82,29 +87,29 @@ class VelocityLoss:
                     predicted = model(noisy, t, text.at(noisy, t))
                 errors.append((predicted.float() - target).square().flatten(1).double().mean(1))
             found.append(torch.stack(errors).mean(0).numpy(force=True))
-        return np.concatenate(found)
-
-
-def world_of(bundle: TextToImage, paths: Sequence[str]) -> str | None:
-    """Return the generated world among ``paths``, or else in the run's data; None if there is none."""
-    names = paths or bundle.config.get("data", {}).get("paths", ())
-    return next((name for name in names if name in WORLDS), None)
+        shares = zip_longest(*self.job.all_gather(found))  # the batches in order, one of each process in turn
+        return np.concatenate([losses for turn in shares for losses in turn if losses is not None])
 
 
 def held_out_loss(
-    bundle: TextToImage, paths: Sequence[str], n: int, seed: int, times: Sequence[float], batch: int
+    bundle: TextToImage,
+    paths: Sequence[str],
+    n: int,
+    seed: int,
+    times: Sequence[float],
+    batch: int,
+    job: Processes = ALONE,
 ) -> VelocityLoss:
     """Return the velocity loss on ``n`` pictures of a world, of ``paths``, or of the run's validation data.
 
     Raises ValueError if there are no held-out pictures.
     """
-    world = world_of(bundle, paths)
-    if world is not None:
+    if world := world_of(bundle.config, paths):
         samples = WORLDS[world].prompts(seed, n)
         rows = [
             Row(replace(s, size=bundle.image_size).image, s.caption, seed, 0, place) for place, s in enumerate(samples)
         ]
-        return VelocityLoss(bundle, rows, [sample.tag for sample in samples], times, batch)
+        return VelocityLoss(bundle, rows, [sample.tag for sample in samples], times, batch, job)
     own = tuple(paths) or tuple(bundle.config.get("validation", {}).get("paths", ()))
     if not own:
         raise ValueError(
@@ -112,7 +117,7 @@ def held_out_loss(
             "semroute analyze as --ablation.paths"
         )
     read = held_out(ValidationConfig(paths=own, samples=n, seed=seed), DataConfig(), bundle.image_size)
-    return VelocityLoss(bundle, [read(place) for place in range(n)], [""] * n, times, batch)
+    return VelocityLoss(bundle, [read(place) for place in range(n)], [""] * n, times, batch, job)
 
 
 def evaluate_loss(
@@ -125,14 +130,16 @@ def evaluate_loss(
     seed: int = 0,
     batch: int = 64,
     routing: RoutingOverride | None = None,
+    job: Processes = ALONE,
 ) -> dict[str, Any]:
     """Measure the loss on ``n`` held-out pictures, write records, summary and table to ``out``, return the summary.
 
-    ``seed`` determines the captions, pictures and noise; ``routing`` replaces routing weights of the model. Raises
-    ValueError if there are no held-out pictures, or if ``out`` holds another evaluation.
+    ``seed`` determines the captions, pictures and noise; ``routing`` replaces routing weights of the model. The
+    processes of ``job`` share the pictures; the first writes, and only it returns a summary. Raises ValueError if there
+    are no held-out pictures, or if ``out`` holds another evaluation.
     """
     with overridden(bundle.model, routing):
-        measure = held_out_loss(bundle, paths, n, seed, times, batch)
+        measure = held_out_loss(bundle, paths, n, seed, times, batch, job)
         columns = {name: column for name, column in shapes_columns(measure.tags).items() if name}
         facts = _facts(measure, columns, seed) | {"weights_sha256": weights_sha256(bundle.model)}
         earlier = read_manifest(out / MANIFEST)
@@ -140,6 +147,8 @@ def evaluate_loss(
             if earlier and earlier.get(name) != facts[name]:
                 raise ValueError(f"{out} holds an evaluation with another {name}; choose another --out")
         losses = measure.values()
+    if not job.first:
+        return {}
     records = [
         Record(
             prompt=i, id=f"{i:05d}", image=0, caption=row.caption, tags=(tag,), file="", scores={LOSS: loss}, reason=""

@@ -25,7 +25,7 @@ from semantic_routing.explorer.state import State
 from semantic_routing.sampling.routing_file import overridden
 from semantic_routing.sampling.samplers import Callback
 from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
-from semantic_routing.toy.worlds import WORLDS
+from semantic_routing.toy.worlds import world_of
 
 
 @dataclass(frozen=True)
@@ -195,12 +195,6 @@ class AdoptedModel(Model):
 def edits_of(state: State) -> RoutingEdits:
     """Return a state's edits of an adopted routing."""
     return RoutingEdits(override=state.edit, gains=tuple(sorted(state.gains.items())), scale=state.scale)
-
-
-def world_of(config: dict[str, Any]) -> str:
-    """Return the name of the drawn world on which a run was trained; an empty string for other data."""
-    paths = config.get("data", {}).get("paths", ())
-    return next((name for name in WORLDS if name in paths), "")
 
 
 def check_alike(first: Model, other: Model) -> None:

@@ -20,7 +20,7 @@ from semantic_routing.interop.pipeline import SemanticRoutingPipeline
 from semantic_routing.interop.transformer import SemanticRoutingTransformer
 from semantic_routing.model.codec import VAECodec
 from semantic_routing.sampling.load import load_bundle
-from semantic_routing.sampling.text_to_image import TextToImage
+from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
 from semantic_routing.text.quiet import quiet_transformers
 
 CARD = """\
@@ -52,7 +52,7 @@ strategy **{arm}**. It is a [diffusers](https://huggingface.co/docs/diffusers) p
 from semantic_routing import SemanticRoutingPipeline  # pip install "semantic-routing[diffusers]"
 
 pipe = SemanticRoutingPipeline.from_pretrained("this folder, or its name on the hub")
-image = pipe({prompt!r}, num_inference_steps=50, guidance_scale=6.0).images[0]
+image = pipe({prompt!r}, num_inference_steps=50, guidance_scale={guidance}).images[0]
 ```
 
 The image that `semroute sample --seed 0` samples for prompt 0 starts from the noise
@@ -123,7 +123,9 @@ def make_pipeline(bundle: TextToImage) -> SemanticRoutingPipeline:
 def model_card(bundle: TextToImage, *, averaged: bool) -> str:
     """Return the model card: sizes, use and training."""
     cfg, vae = bundle.model.cfg, isinstance(bundle.codec, VAECodec)
+    has_learned_guidance = bundle.config.get("distill", {}).get("teacher")
     return CARD.format(
+        guidance=1.0 if has_learned_guidance else SampleConfig.guidance,
         arm=cfg.arm,
         parameters=sum(p.numel() for p in bundle.model.parameters()),
         depth=cfg.depth,

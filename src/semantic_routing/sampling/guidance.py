@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from semantic_routing.flow import guided_velocity
 from semantic_routing.model.context import TextContext, concat_padded, join_contexts
 from semantic_routing.model.dit import Backbone
 from semantic_routing.model.runtime import CUDAGraphRunner
@@ -73,7 +74,7 @@ def extrapolated(both: Velocity, scale: float) -> Velocity:
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         prompt, nothing = both(torch.cat([x, x]), t).chunk(2)
-        return nothing + scale * (prompt - nothing)
+        return guided_velocity(prompt, nothing, scale)
 
     return velocity
 

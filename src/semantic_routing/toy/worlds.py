@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from semantic_routing.toy import captions
 from semantic_routing.toy.captions import Sample
@@ -54,3 +54,9 @@ WORLDS = {
     ),
 }  # fmt: skip
 """Every world by its name in ``data.paths``; a folder of such a name is ``./shapes``."""
+
+
+def world_of(config: Mapping[str, Any], paths: Sequence[str] = ()) -> str:
+    """Return the name of the world among ``paths``, or else in the data of a run; an empty string if there is none."""
+    names = paths or config.get("data", {}).get("paths", ())
+    return next((name for name in names if name in WORLDS), "")

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from semantic_routing.checkpoint.load import open_checkpoint
+from semantic_routing.flow import guided_velocity
 from semantic_routing.model.dit import Backbone, DiTConfig
 from semantic_routing.model.runtime import autocast
 from semantic_routing.sampling.load import load_model, read_run_config
@@ -70,7 +71,7 @@ class Teacher:
         """Return the guided velocity, ``null + guidance * (prompt - null)``, in float32."""
         prompt = self._predicted(noisy, t, features)
         nothing = self._predicted(noisy, t, self._null.repeat(len(noisy)))
-        return nothing + self.guidance * (prompt - nothing)
+        return guided_velocity(prompt, nothing, self.guidance)
 
     def _predicted(
         self, noisy: Float[Tensor, "B C h w"], t: Float[Tensor, " B"], features: TextFeatures

@@ -21,12 +21,13 @@ from semantic_routing.analysis.routers import TIMES, routes, routing_weights
 from semantic_routing.common.files import read_json, write_text
 from semantic_routing.common.locks import LOCK, claimed
 from semantic_routing.evaluation.resampling import PromptSums, bootstrap
-from semantic_routing.evaluation.velocity_loss import held_out_loss, world_of
+from semantic_routing.evaluation.velocity_loss import held_out_loss
 from semantic_routing.flow import FIXED_TIMES
 from semantic_routing.model.dit import DiT
 from semantic_routing.model.override import EditedRouter, rerouted
 from semantic_routing.sampling.folder import weights_sha256
 from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
+from semantic_routing.toy.worlds import world_of
 from semantic_routing.training.recipes import TOY_SAMPLING
 
 TABLE, SETTINGS = "ablation.csv", "ablation.json"
@@ -43,7 +44,7 @@ class AblationConfig:
     """What is ablated, and how its effect is measured."""
 
     score: Literal["auto", "accuracy", "loss"] = "auto"
-    """accuracy: of sampled images, by the exact checker of the toy world; loss: the velocity loss on held-out
+    """accuracy: of sampled images, by the exact checker of a generated world; loss: the velocity loss on held-out
     images; auto is accuracy if the model was trained on a world with a checker, otherwise loss."""
     kinds: tuple[Kind, ...] = tuple(KINDS)
     """without: a layer is removed from a row; alone: a row reads only one layer; swap: two blocks exchange their
@@ -88,13 +89,13 @@ class Measured(NamedTuple):
 
 def make_score(bundle: TextToImage, cfg: AblationConfig) -> Score:
     """Return the measure that the configuration asks for; ValueError if the data for it is missing."""
-    world = world_of(bundle, cfg.paths)
-    kind = cfg.score if cfg.score != "auto" else "loss" if world is None else "accuracy"
+    world = world_of(bundle.config, cfg.paths)
+    kind = cfg.score if cfg.score != "auto" else "accuracy" if world else "loss"
     n = cfg.n or PROMPTS[kind]
     if kind == "loss":
         return held_out_loss(bundle, cfg.paths, n, cfg.seed, cfg.times, cfg.batch)
-    if world is None:
-        raise ValueError("only images of the toy world are checked exactly: use --ablation.score loss")
+    if not world:
+        raise ValueError("only images of the generated worlds are checked exactly: use --ablation.score loss")
     return accuracy(bundle, world, n, cfg.seed, cfg.sampling)
 
 
