@@ -166,7 +166,7 @@ def often(make: Make, **changes: object) -> TrainConfig:
 @pytest.mark.parametrize(
     ("arm", "changes", "processes"),
     [
-        ("depth", {"steps": 20}, 2),
+        ("depth", {}, 2),
         ("joint", {"parallel": ParallelConfig(strategy="ddp"), "accumulate": 2, "optim": MUON}, 2),
         (
             "time",
