@@ -14,9 +14,11 @@ from torch import nn
 
 from semantic_routing.adopt import adopt, load_routing
 from semantic_routing.adopt.file import FILE, HEADER
+from semantic_routing.interop.export import make_pipeline
 from tests.adopt.test_families import hooks_left, move, pixels, put
 from tests.helpers.adoptable import Case, make
 from tests.helpers.adoptable_pipelines import draw, pipeline
+from tests.helpers.pipelines import random_bundle
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -67,6 +69,12 @@ def test_options_for_which_a_family_does_not_hold() -> None:
     case = make("wan")
     case.transformer.register_to_config(image_dim=8)
     refused(case, "image tokens beside the text")
+
+
+def test_pipelines_whose_blocks_read_several_texts(tiny_encoder: Path) -> None:
+    for arm in ("depth-kv", "depth-low-rank"):
+        with pytest.raises(ValueError, match=f"has arm '{arm}', whose blocks read several texts, which adopt does not"):
+            adopt(make_pipeline(random_bundle(tiny_encoder, arm)), "depth")
 
 
 @pytest.mark.behaviour(

@@ -95,6 +95,10 @@ def test_the_gate_leads_from_the_original_to_the_inner_router() -> None:
         ("fusedit", "gate", "cannot be adopted: it has no weights"),
         ("attention", "gate", "same for all tokens"),
         ("time-state", "gate", "estimates the time"),
+        ("depth-kv", "simplex", "reads one text; known: .*depth"),
+        ("depth-heads", "gate", "reads one text"),
+        ("depth-heads-kv", "affine", "reads one text"),
+        ("depth-low-rank", "simplex", "reads one text"),
         ("dept", "gate", "did you mean 'depth'"),
     ],
 )

@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from semantic_routing.cli.main import main
 from semantic_routing.evaluation.compare import CompareArguments, compare
 from semantic_routing.evaluation.records import LOSS, read_records
 from semantic_routing.evaluation.velocity_loss import evaluate_loss
 from semantic_routing.flow import path, velocity
+from semantic_routing.model.override import RoutingOverride
+from semantic_routing.sampling.folder import weights_sha256
 from semantic_routing.sampling.load import load_bundle
 from semantic_routing.sampling.text_to_image import TextToImage
 from semantic_routing.toy.captions import prompts
@@ -99,6 +102,48 @@ def test_models_of_other_data_need_held_out_pictures(bundle: TextToImage, tmp_pa
     with pytest.raises(ValueError, match="images that were not used in training: give them as --paths"):
         evaluate_loss(elsewhere, tmp_path / "loss", n=2, times=TIMES)
     assert not (tmp_path / "loss").exists()
+
+
+@pytest.fixture
+def elsewhere(bundle: TextToImage, tmp_path: Path) -> TextToImage:
+    """A model whose run, begun in ``tmp_path``, learned long captions and was validated on four pictures."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rows = []
+    for i in range(4):
+        Image.new("RGB", (40, 40), (60 * i, 0, 0)).save(folder / f"{i}.png")
+        rows.append(json.dumps({"image": f"{i}.png", "text": f"alt {i}", "long": f"a long caption of picture {i}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    data = {"paths": ["train"], "caption_keys": ["long"]}
+    return replace(
+        bundle, config=bundle.config | {"data": data, "validation": {"paths": ["photos"]}}, begun=str(tmp_path)
+    )
+
+
+def test_captions_are_those_of_training_and_every_picture_counts_once(
+    elsewhere: TextToImage, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    summary = evaluate_loss(elsewhere, tmp_path / "loss", n=12, times=TIMES)
+    found = [record.caption for record in read_records(tmp_path / "loss" / "records.jsonl")]
+    assert sorted(found) == [f"a long caption of picture {i}" for i in range(4)]
+    assert "only 4 held-out pictures, so the loss is of these and not of 12" in caplog.text
+    assert summary["scores"][LOSS]["overall"]["n"] == 4
+
+
+def test_another_routing_is_another_evaluation(bundle: TextToImage, tmp_path: Path) -> None:
+    first, last = (RoutingOverride(("block 0",), (row,)) for row in ((1.0, 0.0), (0.0, 1.0)))
+    plain = evaluate_loss(bundle, tmp_path / "plain", n=11, times=TIMES)
+    evaluate_loss(bundle, tmp_path / "first", n=11, times=TIMES, routing=first)
+    for other in (last, None):
+        with pytest.raises(ValueError, match="holds an evaluation with another routing"):
+            evaluate_loss(bundle, tmp_path / "first", n=11, times=TIMES, routing=other)
+    manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("plain", "first")]
+    assert [found["routing"] for found in manifests] == [None, first.to_json()]
+    assert manifests[0]["weights_sha256"] == manifests[1]["weights_sha256"] == weights_sha256(bundle.model)
+    assert plain["scores"] != json.loads((tmp_path / "first" / "summary.json").read_text())["scores"]
+    folders = (tmp_path / "plain", tmp_path / "first")
+    text = compare(CompareArguments(folders=folders, out=tmp_path / "tables", resamples=50))
+    assert "differs from plain in routing (loss)" in text
 
 
 def test_the_command(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

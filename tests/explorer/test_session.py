@@ -21,6 +21,7 @@ from semantic_routing.explorer import views
 from semantic_routing.explorer.edits import UNIFORM, preset
 from semantic_routing.explorer.models import AdoptedModel, OwnModel, check_alike
 from semantic_routing.explorer.opening import open_for_page
+from semantic_routing.explorer.page import Page
 from semantic_routing.explorer.picture import read_settings, to_png
 from semantic_routing.explorer.session import PREVIEW_STEPS, Pane, Session
 from semantic_routing.explorer.state import State
@@ -181,6 +182,29 @@ def test_an_adopted_pipeline_has_scale_and_gains(adopted: Path) -> None:
     np.testing.assert_array_equal(again, routed)
     assert not np.array_equal(gained, routed)
     assert model.shown(replace(state, gains=every))[:, 0] == pytest.approx(1)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_a_weight_that_is_set_beside_gains_keeps_the_rows_other_edits(adopted: Path) -> None:
+    state = State(gains={2: 0.5}, edit=RoutingOverride(("block 0",), ((0.0, 1.0, 0.0),)))
+    page = Page.__new__(Page)  # without its components, which open an event loop
+    page.model, page.parts = open_for_page(adopted, CPU).model, vars(state)
+    edit = page._with_weight((*vars(state).values(), 0, 2, 20.0))["edit"]
+    assert edit.weights[0] == pytest.approx((0.0, 0.8, 0.2))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_a_routing_finds_its_pipeline_from_any_folder(
+    adopted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its run was started in ``tmp_path``, with the pipeline's path from there."""
+    (adopted / "config.json").write_text(json.dumps({"pipeline": "base"}))
+    checkpoint = adopted / "checkpoints" / "step-0000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps({"step": 1, "origins": {"folder": str(tmp_path)}}))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert isinstance(open_for_page(adopted, CPU).model, AdoptedModel)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

@@ -23,9 +23,9 @@ from semantic_routing.model.arms import PAPER_ARMS
 from semantic_routing.study import plan, runner
 from semantic_routing.study.keep import is_kept, kept_weights, write_kept
 from semantic_routing.study.plan import StudyArguments, evaluation_folder, jobs, stages
-from semantic_routing.study.results import Number, Row, over_seeds, read_pairs, read_rows
+from semantic_routing.study.results import Number, Row, over_seeds, read_pairs, read_rows, results_json
 from semantic_routing.study.runner import run_study
-from semantic_routing.study.tables import sections, to_html, to_markdown, write_results
+from semantic_routing.study.tables import _number, sections, to_html, to_markdown, write_results
 from semantic_routing.training.config import TrainConfig
 from semantic_routing.training.recipes import GATE_RATE
 from tests.helpers.forked import MAIN, Forked
@@ -62,6 +62,7 @@ def test_the_stages_of_a_run_are_commands_of_the_program(tmp_path: Path) -> None
         ("scoring, shifted clock", "evaluate"),
         ("scoring, calibrated clock", "evaluate"),
     ]
+    assert {stage.what: stage.done.name for stage in stages(job, args)}["calibrating"] == "lead.json"  # written last
     (tmp_path / "runs" / job.name / "checkpoints" / "step-0000010").mkdir(parents=True)
     (tmp_path / "runs" / job.name / "config.json").write_text("{}")
     first = next(stages(job, args))
@@ -382,6 +383,33 @@ def test_a_study_runs_to_its_page_and_then_has_nothing_left_to_do(
     assert {path: path.stat().st_mtime_ns for path in written} == before
     with pytest.raises(ValueError, match="uniform-seed0 was scored on 11 prompts; give --n 11 or choose another"):
         run_study(replace(tiny_study, n=22))
+
+
+def test_intervals_of_too_few_prompts_are_left_out() -> None:
+    """Resamples without a prompt of a tag have no mean; JSON and tables have no word for that."""
+    nan = float("nan")
+    number = Number(mean=0.5, seeds=(0.4, 0.6), over_prompts=(nan, nan), over_seeds=(0.3, 0.7))
+    row = Row(variant="depth", arm="depth", clock="", accuracy={"overall": number}, difference={})
+    text = results_json([row], {}, {})
+    assert json.loads(text)["rows"][0]["accuracy"]["overall"]["interval_over_prompts"] == [None, None]
+    assert _number(number) == "50.0 [30.0 to 70.0]"
+
+
+def test_a_run_whose_results_are_damaged_has_failed_and_the_others_go_on(
+    tiny_study: StudyArguments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = []
+
+    def keep(args: StudyArguments, job: plan.Job) -> None:
+        if job.arm == "uniform":
+            raise ValueError("cannot read records.jsonl")
+        kept.append(job.arm)
+
+    monkeypatch.setattr(runner, "stages", lambda job, args: ())
+    monkeypatch.setattr(runner, "keep", keep)
+    with pytest.raises(TrainingFailed, match="1 of 2 runs failed, the first uniform-seed0 while storing its results"):
+        run_study(tiny_study)
+    assert kept == ["depth"]
 
 
 def test_a_run_that_fails_is_named_with_its_log(tiny_study: StudyArguments, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,6 +176,11 @@ def test_the_users_own_held_out_pictures_are_square_and_never_mirrored(folder: P
     assert [again(i).caption for i in range(5)] == [row.caption for row in rows]
 
 
+def test_a_run_on_a_generated_world_may_be_validated_on_pictures(folder: Path) -> None:
+    pictures = held_out(replace(CFG, paths=(str(folder),), samples=5), DataConfig(paths=("words",), captions=9), 16)
+    assert {pictures(i).caption for i in range(5)} == {f"picture {i}" for i in range(5)}
+
+
 def test_the_users_data_has_no_held_out_part_of_itself(folder: Path) -> None:
     with pytest.raises(
         ValueError, match=r"validation needs images that are not used in training: give validation\.paths"

@@ -141,11 +141,15 @@ def check_arm(arm: str) -> str:
     """Return an arm's name; raise ValueError for an arm that cannot be adopted, and say which can."""
     if arm == REINJECT:
         return arm
-    adoptable = [name for name, kind in ARMS.items() if kind.has_weights and kind.time_from == "nominal"]
+    adoptable = [
+        name for name, kind in ARMS.items() if kind.has_weights and not kind.finer and kind.time_from == "nominal"
+    ]
     name = parse_arm(arm)
     if name not in adoptable:
         why = "has no weights over layers that are the same for all tokens"
-        if ARMS[name].has_weights:
+        if ARMS[name].finer:
+            why = "mixes layers for keys, values or heads apart, but a block of a pipeline reads one text"
+        elif ARMS[name].has_weights:
             why = "estimates the time from this program's own latents"
         raise ValueError(f"arm {name!r} cannot be adopted: it {why}; known: {', '.join([*adoptable, REINJECT])}")
     return name

@@ -17,6 +17,8 @@ from torch import Tensor
 from semantic_routing.sampling.samplers import noise_for
 from semantic_routing.sampling.text_to_image import SampleConfig, TextToImage
 
+LEAD = "lead.json"
+"""File of the leads of a run's trajectories, the last that their analysis measures."""
 FRESH = 1
 """Added to the run seed for the forward process from fresh noise."""
 

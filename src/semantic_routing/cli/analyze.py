@@ -19,7 +19,7 @@ from semantic_routing.analysis.figures import Drawn
 from semantic_routing.analysis.page import Strip, write_page
 from semantic_routing.analysis.profiles import routing_figures
 from semantic_routing.analysis.routers import CHOSEN_TIMES, TIMES, open_router, routes, routing_weights
-from semantic_routing.analysis.trajectory import Trajectory, sample_trajectory
+from semantic_routing.analysis.trajectory import LEAD, Trajectory, sample_trajectory
 from semantic_routing.analysis.trajectory_figures import lead_table, trajectory_figures, write_calibration
 from semantic_routing.analysis.weights import weight_figures
 from semantic_routing.cli.arguments import FLAT
@@ -146,7 +146,7 @@ def _analyze(path: Path, model: Backbone, out: Path, args: AnalyzeArguments) -> 
         runs = _trajectories(bundle, args, out)
         drawn += trajectory_figures(runs)
         leads = lead_table(runs)
-        write_text(out / "lead.json", json.dumps(leads, indent=2) + "\n")
+        write_text(out / LEAD, json.dumps(leads, indent=2) + "\n")
         strips = _strips(bundle, args) if args.html else []
     _write_manifest(path, out, args)
     written = [figure.save(out) for figure in drawn]

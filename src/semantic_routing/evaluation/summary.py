@@ -116,4 +116,6 @@ def without_nan(value: Any) -> Any:
     """Replace NaN in nested results by None, because JSON has no NaN."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not isfinite(value) else value

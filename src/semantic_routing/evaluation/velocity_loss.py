@@ -7,10 +7,11 @@ verdicts on sampled images do, because a picture's loss changes with everything 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from itertools import zip_longest
+from itertools import takewhile, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from semantic_routing.common.config import from_dict
 from semantic_routing.common.distributed import ALONE, Processes
 from semantic_routing.common.files import write_text
 from semantic_routing.common.manifest import manifest
@@ -33,6 +35,7 @@ from semantic_routing.flow import path, velocity
 from semantic_routing.model.override import RoutingOverride
 from semantic_routing.model.runtime import autocast, rounded_once
 from semantic_routing.sampling.folder import weights_sha256
+from semantic_routing.sampling.located import located, located_data
 from semantic_routing.sampling.routing_file import overridden
 from semantic_routing.sampling.text_plan import TextPlan
 from semantic_routing.sampling.text_to_image import TextToImage
@@ -40,6 +43,7 @@ from semantic_routing.text.features import TextFeatures
 from semantic_routing.toy.worlds import WORLDS, world_of
 from semantic_routing.training.validation import ValidationConfig, held_out
 
+_LOG = logging.getLogger(__name__)
 BENCHMARK = "loss"
 
 
@@ -102,7 +106,8 @@ def held_out_loss(
 ) -> VelocityLoss:
     """Return the velocity loss on ``n`` pictures of a world, of ``paths``, or of the run's validation data.
 
-    Raises ValueError if there are no held-out pictures.
+    Captions are chosen as in training. Where there are fewer pictures, the loss is of all of them. Raises ValueError if
+    there are no held-out pictures.
     """
     if world := world_of(bundle.config, paths):
         samples = WORLDS[world].prompts(seed, n)
@@ -110,14 +115,19 @@ def held_out_loss(
             Row(replace(s, size=bundle.image_size).image, s.caption, seed, 0, place) for place, s in enumerate(samples)
         ]
         return VelocityLoss(bundle, rows, [sample.tag for sample in samples], times, batch, job)
-    own = tuple(paths) or tuple(bundle.config.get("validation", {}).get("paths", ()))
+    theirs = bundle.config.get("validation", {}).get("paths", ())
+    own = tuple(paths) or tuple(located(path, bundle.begun) for path in theirs)
     if not own:
         raise ValueError(
             "the loss needs images that were not used in training: give them as --paths, to "
             "semroute analyze as --ablation.paths"
         )
-    read = held_out(ValidationConfig(paths=own, samples=n, seed=seed), DataConfig(), bundle.image_size)
-    return VelocityLoss(bundle, [read(place) for place in range(n)], [""] * n, times, batch, job)
+    data = located_data(from_dict(DataConfig, bundle.config.get("data", {}), "data."), bundle.begun)
+    read = held_out(ValidationConfig(paths=own, samples=n, seed=seed), data, bundle.image_size)
+    rows = list(takewhile(lambda row: row.epoch == 0, map(read, range(n))))  # each picture once
+    if len(rows) < n:
+        _LOG.warning("there are only %d held-out pictures, so the loss is of these and not of %d", len(rows), n)
+    return VelocityLoss(bundle, rows, [""] * len(rows), times, batch, job)
 
 
 def evaluate_loss(
@@ -138,14 +148,17 @@ def evaluate_loss(
     processes of ``job`` share the pictures; the first writes, and only it returns a summary. Raises ValueError if there
     are no held-out pictures, or if ``out`` holds another evaluation.
     """
+    measure = held_out_loss(bundle, paths, n, seed, times, batch, job)
+    columns = {name: column for name, column in shapes_columns(measure.tags).items() if name}
+    facts = _facts(measure, columns, seed) | {
+        "weights_sha256": weights_sha256(bundle.model),
+        "routing": None if routing is None else routing.to_json(),
+    }
+    earlier = read_manifest(out / MANIFEST)
+    for name in ("benchmark", "prompt_set", "scorer", "weights_sha256", "routing"):
+        if earlier and earlier.get(name) != facts[name]:
+            raise ValueError(f"{out} holds an evaluation with another {name}; choose another --out")
     with overridden(bundle.model, routing):
-        measure = held_out_loss(bundle, paths, n, seed, times, batch, job)
-        columns = {name: column for name, column in shapes_columns(measure.tags).items() if name}
-        facts = _facts(measure, columns, seed) | {"weights_sha256": weights_sha256(bundle.model)}
-        earlier = read_manifest(out / MANIFEST)
-        for name in ("benchmark", "prompt_set", "scorer", "weights_sha256"):
-            if earlier and earlier.get(name) != facts[name]:
-                raise ValueError(f"{out} holds an evaluation with another {name}; choose another --out")
         losses = measure.values()
     if not job.first:
         return {}

@@ -10,9 +10,11 @@ import torch
 
 from semantic_routing.adopt.edits import NO_EDITS, RoutingEdits, read_edits
 from semantic_routing.adopt.file import FILE, find_file
+from semantic_routing.checkpoint.load import checkpoints, open_checkpoint
 from semantic_routing.common.files import read_json
 from semantic_routing.explorer.models import AdoptedModel, Model, OwnModel
 from semantic_routing.interop.open import PIPELINE, open_model
+from semantic_routing.sampling.located import FOLDER, KEY, located
 from semantic_routing.sampling.routing_file import read_override
 
 ROUTING_ENDING = ".json"
@@ -39,12 +41,13 @@ def open_for_page(path: Path, device: torch.device, routing: str | None = None, 
     if (path / FILE).is_file():  # what semroute adopt train wrote
         if weights:
             raise ValueError(f"{path} is an adopted routing: give its edits as --edits {routing}")
-        config = _config(path)
-        if not config.get("pipeline"):
+        pipeline = _config(path).get("pipeline")
+        if not pipeline:
             raise ValueError(
                 f"{path} does not say which pipeline it is for: semroute explore PIPELINE --routing {path}"
             )
-        return _adopted(config["pipeline"], path / FILE, device, edits)
+        begun = open_checkpoint(path)[1].get(KEY, {}).get(FOLDER) if checkpoints(path) else None
+        return _adopted(located(pipeline, begun), path / FILE, device, edits)
     if (path / PIPELINE).is_file() and not _is_own(path):
         raise ValueError(
             f"{path} is a pipeline of another program: give its routing, too, as semroute explore {path} --routing DIR"

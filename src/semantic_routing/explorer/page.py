@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -199,7 +200,7 @@ class Page:
     def _with_weight(self, values: tuple[Any, ...]) -> dict[str, Any]:
         *parts, row, layer, percent = values
         state = self._state(tuple(parts))
-        table = self.model.shown(state) if not state.gains else self.model.table(state.time)
+        table = self.model.shown(replace(state, gains={}))
         edit = with_cell(state.edit, self.model.rows, table, row=row, layer=layer, weight=(percent or 0) / 100)
         return {"edit": edit}
 

@@ -90,4 +90,5 @@ def load_bundle(path: Path, device: torch.device, *, averaged: bool = True, comp
         bf16=use_bfloat16(config.get("precision", "auto"), device),
         checkpoint=folder,
         config=config,
+        begun=begun,
     )

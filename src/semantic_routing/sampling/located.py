@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from semantic_routing.data.dataset import DataConfig
 from semantic_routing.data.sources.storage import expand, is_url
 from semantic_routing.model.codec import CodecConfig
 from semantic_routing.text.config import TextEncoderConfig
@@ -33,6 +34,12 @@ def located_model(cfg: Named, folder: str | None) -> Named:
     names = [name for name in ("name_or_path", "keep_on_disk") if hasattr(cfg, name)]
     moved: dict[str, Any] = {name: located(getattr(cfg, name), folder) for name in names}
     return replace(cfg, **moved)
+
+
+def located_data(cfg: DataConfig, folder: str | None) -> DataConfig:
+    """Resolve the relative paths of a run's data."""
+    paths = tuple(located(path, folder) for path in cfg.paths)
+    return replace(cfg, paths=paths, index=located(cfg.index, folder), sidecar=located(cfg.sidecar, folder))
 
 
 def here() -> str:

@@ -87,6 +87,8 @@ class TextToImage:
     """The folder that the model was loaded from."""
     config: dict[str, Any] = field(default_factory=dict)
     """The run's resolved configuration."""
+    begun: str | None = None
+    """The folder in which the run was started, where its relative paths begin."""
     _encoded: dict[str, TextFeatures] = field(default_factory=dict, repr=False, compare=False)
 
     @property

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from semantic_routing.analysis.routers import TIMES, open_router, routing_weights
+from semantic_routing.analysis.trajectory import LEAD
 from semantic_routing.common.files import read_json, write_text, written_whole
 from semantic_routing.common.manifest import manifest
 from semantic_routing.evaluation.records import CORRECT, LOSS, RECORDS, Record, read_records
@@ -47,7 +48,7 @@ def keep(args: StudyArguments, job: Job) -> None:
         weights = routing_weights(open_router(args.out / "runs" / job.name), TIMES)
     lead = None
     if CALIBRATED in job.clocks:
-        (measured,) = read_json(trajectory_folder(args, job) / "lead.json", "leads of a trajectory")
+        (measured,) = read_json(trajectory_folder(args, job) / LEAD, "leads of a trajectory")
         lead = {"mean": measured["lead"], "interval": measured["interval"]}
     losses = loss_folder(args, job) / RECORDS
     found = [float(record.scores[LOSS] or 0) for record in read_records(losses)] if losses.is_file() else None

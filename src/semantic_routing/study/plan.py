@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from semantic_routing.analysis.trajectory import LEAD
 from semantic_routing.common.config import to_dict
 from semantic_routing.evaluation.records import LOSS, SUMMARY
 from semantic_routing.model.arms import ARMS, PAPER_ARMS, parse_arm
@@ -192,7 +193,7 @@ def stages(job: Job, args: StudyArguments) -> Iterator[Stage]:
         how = SCALES[args.scale].sampling
         command = ["analyze", str(run), "--out", str(trajectory_folder(args, job)), "--trajectory"]
         command += [*CALIBRATION, *_options(how)]
-        yield Stage("calibrating", tuple(command), _calibration(job, args))
+        yield Stage("calibrating", tuple(command), trajectory_folder(args, job) / LEAD)  # written last
     for clock in job.clocks:
         yield _evaluation(job, args, clock)
 

@@ -20,7 +20,7 @@ from semantic_routing.analysis.report import MEANS
 from semantic_routing.evaluation.records import CORRECT, LOSS, Record
 from semantic_routing.evaluation.resampling import PromptSums, bootstrap, permutation_test, prompt_sums
 from semantic_routing.evaluation.shapes import shapes_columns
-from semantic_routing.evaluation.summary import Columns
+from semantic_routing.evaluation.summary import Columns, without_nan
 from semantic_routing.study.keep import kept_records
 from semantic_routing.study.plan import Job, StudyArguments, jobs
 
@@ -205,4 +205,5 @@ def results_json(rows: Sequence[Row], pairs: Pairs, facts: Mapping[str, Any]) ->
         {"one": one, "minus": other} | {name: number.to_json() for name, number in found.items()}
         for (one, other), found in pairs.items()
     ]
-    return json.dumps({**facts, "rows": table, "pairs": differences}, indent=2) + "\n"
+    found = without_nan({**facts, "rows": table, "pairs": differences})
+    return json.dumps(found, indent=2, allow_nan=False) + "\n"

@@ -61,9 +61,9 @@ def run_study(args: StudyArguments) -> None:
         for progress in every:
             if not is_kept(args, progress.job):
                 progress.todo = [stage for stage in stages(progress.job, args) if not stage.done.exists()]
-                if not progress.todo:  # by an earlier version
-                    keep(args, progress.job)
             progress.state = WAITING if progress.todo else DONE
+            if not progress.todo and not is_kept(args, progress.job):  # by an earlier version
+                _keep(progress, args)
         _schedule(every, args, stop)
     failed = [progress for progress in every if progress.state == FAILED]
     if stop:
@@ -162,9 +162,19 @@ def _advance(progress: Progress, args: StudyArguments) -> bool:
     if progress.todo:
         _launch(progress, args)
         return False
-    keep(args, progress.job)
-    progress.state = DONE
+    _keep(progress, args)
     return True
+
+
+def _keep(progress: Progress, args: StudyArguments) -> None:
+    """Store what a finished run found; a run whose files are damaged has failed, and the others go on."""
+    progress.stage = "storing its results"
+    try:
+        keep(args, progress.job)
+    except (OSError, ValueError) as error:
+        progress.state, progress.error = FAILED, str(error)
+    else:
+        progress.state = DONE
 
 
 def _end(every: list[Progress]) -> None:

@@ -165,7 +165,7 @@ def _number(number: Number | None, *, sign: bool = False, scale: int = 100, digi
         return ""
     form = f"{'+' if sign else ''}.{digits}f"
     intervals = filter(None, (number.over_prompts, number.over_seeds))
-    spans = [f"{scale * low:{form}} to {scale * high:{form}}" for low, high in intervals]
+    spans = [f"{scale * low:{form}} to {scale * high:{form}}" for low, high in intervals if low <= high]  # not NaN
     return f"{scale * number.mean:{form}}" + (f" [{'; '.join(spans)}]" if spans else "")
 
 

@@ -19,7 +19,7 @@ from semantic_routing.common.files import check_writable, write_text, written_wh
 from semantic_routing.common.locks import LOCK, claimed
 from semantic_routing.data.damage import FILE as DAMAGED
 from semantic_routing.sampling.load import TEXT_ENCODER
-from semantic_routing.sampling.located import located, located_model
+from semantic_routing.sampling.located import located, located_data, located_model
 from semantic_routing.training.config import RunConfig, TrainConfig
 from semantic_routing.training.optim import set_rates
 from semantic_routing.training.tracking import IDENTITY, METRICS
@@ -191,22 +191,13 @@ def note_steps(run: Path, cfg: RunConfig) -> None:
 
 def located_run(cfg: TrainConfig, folder: str | None) -> TrainConfig:
     """Resolve a run's relative paths from the folder where it was started."""
-    cfg = located_data(cfg, folder)
+    cfg = located_run_data(cfg, folder)
     distill = replace(cfg.distill, teacher=located(cfg.distill.teacher, folder))
     text, codec = located_model(cfg.text, folder), located_model(cfg.codec, folder)
     return replace(cfg, text=text, codec=codec, distill=distill)
 
 
-def located_data(cfg: C, folder: str | None) -> C:
+def located_run_data(cfg: C, folder: str | None) -> C:
     """Resolve the relative paths of a run's data from the folder where it was started."""
-    data, checked = cfg.data, cfg.validation
-    return replace(
-        cfg,
-        data=replace(
-            data,
-            paths=tuple(located(path, folder) for path in data.paths),
-            index=located(data.index, folder),
-            sidecar=located(data.sidecar, folder),
-        ),
-        validation=replace(checked, paths=tuple(located(path, folder) for path in checked.paths)),
-    )
+    checked = replace(cfg.validation, paths=tuple(located(path, folder) for path in cfg.validation.paths))
+    return replace(cfg, data=located_data(cfg.data, folder), validation=checked)

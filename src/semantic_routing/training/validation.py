@@ -79,7 +79,7 @@ def held_out(cfg: ValidationConfig, data: DataConfig, image_size: int, latents: 
         return lambda i: with_kept(
             Row(replace(drawn[i], size=image_size).image, drawn[i].caption, cfg.seed, 0, i), latents
         )
-    own = replace(data, paths=cfg.paths, weights=(), buckets=False, flip=False)
+    own = replace(data, paths=cfg.paths, weights=(), captions=0, buckets=False, flip=False)
     opened = open_data(own, image_size=image_size, seed=cfg.seed, latents=latents)
     return lambda i: opened.load(0, cfg.samples, range(i, i + 1))[0]
 

@@ -8,7 +8,11 @@ OWN = Family(
     name="semantic-routing",
     kind="own",
     transformer="SemanticRoutingTransformer",
-    refuses=lambda transformer, layers: named_if(
-        not hasattr(transformer.backbone, "router"), f"arm {transformer.config.arm!r}, which has no router"
+    refuses=lambda transformer, layers: (
+        named_if(not hasattr(transformer.backbone, "router"), f"arm {transformer.config.arm!r}, which has no router")
+        or named_if(
+            transformer.backbone.cfg.strategy.finer,
+            f"arm {transformer.config.arm!r}, whose blocks read several texts",
+        )
     ),
 )

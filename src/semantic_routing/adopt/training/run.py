@@ -33,7 +33,7 @@ from semantic_routing.training.run_folder import (
     claimed_run,
     going_on,
     latest,
-    located_data,
+    located_run_data,
     note_steps,
     run_of,
 )
@@ -77,7 +77,7 @@ def resume(
         asked, words = going_on(run, folder, steps, ADOPT)
         if asked.lora.rank and asked.steps != ADOPT.read(folder).steps:
             raise ValueError("--steps is for runs without a LoRA: this run's LoRA begins after its routing's last step")
-        cfg = located_data(replace(asked, pipeline=located(asked.pipeline, then.get(FOLDER))), then.get(FOLDER))
+        cfg = located_run_data(replace(asked, pipeline=located(asked.pipeline, then.get(FOLDER))), then.get(FOLDER))
         trainer, data = _opened(cfg, run, _alone(cfg), pipe)
         trainer.load(folder)
         now = trainer.record[KEY] | {"data": data_origins(data)}
