@@ -114,7 +114,7 @@ def test_a_pipeline_samples_the_images_of_its_run(
 @pytest.mark.behaviour(
     "Judges and scores",
     when="an evaluation with another `--routing` goes into the same folder, or the file does not fit the model",
-    then="is refused in one line, and the folder stays as it is",
+    then="it is refused in one line, and the folder stays as it is",
 )
 def test_an_edited_routing_is_scored(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The images are those of ``semroute sample`` with the same file, and the manifest holds the routing."""

@@ -131,7 +131,7 @@ def test_the_verdict_is_the_checkers(session: Session) -> None:
 @pytest.mark.behaviour(
     "Exploring",
     when="a prompt is no sentence of the toy world",
-    then="is drawn, and the page says that the checker cannot judge it",
+    then="it is drawn, and the page says that the checker cannot judge it",
 )
 def test_a_prompt_without_claims_is_not_judged(session: Session) -> None:
     state = State(prompt="a dog <b>on</b> the moon", steps=1)

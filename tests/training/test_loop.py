@@ -163,7 +163,7 @@ def test_stops_at_any_steps_and_rare_averages_change_nothing(tiny_config: Make, 
 
 @pytest.mark.behaviour(
     "Training",
-    when="a signal ends the run: Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU",
+    when="a signal ends the run: Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU, SIGQUIT",
     then="the step is finished, a checkpoint is written, and one line says how to resume",
 )
 @pytest.mark.parametrize("number", ENDING)
