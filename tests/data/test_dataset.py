@@ -110,6 +110,20 @@ def test_sidecar_captions_go_before_the_own_and_can_be_mixed(tmp_path: Path):
     assert abs(seen["dense"] - 225) < 4 * np.sqrt(300 * 0.25 * 0.75)
 
 
+def test_captions_of_a_sidecar_are_of_their_own_source(tmp_path: Path):
+    paths = tuple(folder(tmp_path / name, 4) for name in ("a", "b"))
+    sidecar = tmp_path / "dense.jsonl"
+    rows = [{"key": f"{name}::{i}.png", "caption": f"dense {name} {i}"} for name in "ab" for i in range(4)]
+    sidecar.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for weights in ((), (0.5, 0.5)):
+        data = open_data(DataConfig(paths=paths, weights=weights, sidecar=str(sidecar)), image_size=8, seed=0)
+        assert set(data.captions(8)) == {row["caption"] for row in rows}
+        plain = DataConfig(paths=paths, weights=weights, sidecar=str(tmp_path / "plain.jsonl"))
+        Path(plain.sidecar).write_text(json.dumps({"key": "2.png", "caption": "dense"}) + "\n")
+        with pytest.raises(ValueError, match=r"a and .*b both have the key '2.png', so .* does not say whose caption"):
+            open_data(plain, image_size=8, seed=0)
+
+
 def test_a_batch_with_buckets_is_of_one_shape(tmp_path: Path):
     from semantic_routing.data.sources.index_writer import build
 

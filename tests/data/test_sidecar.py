@@ -45,7 +45,7 @@ def test_a_whole_key_goes_before_its_end_and_keys_may_repeat(write, tmp_path: Pa
     rows = [("a/1", "whole"), ("1", "end"), ("2", "first"), ("2", "second"), ("3", None), ("4", " ")]
     sidecar = Sidecar(write(tmp_path / f"s.{write.__name__}", rows))
     assert sidecar.captions("a/1") == ("whole",)
-    assert sidecar.captions("b/1") == ("end",)
+    assert sidecar.captions("b/1") == ()  # "1" is another record, because keys have folders here
     assert sidecar.captions("2") == ("first", "second")
     assert sidecar.captions("3") == sidecar.captions("4") == ()
 
@@ -53,7 +53,7 @@ def test_a_whole_key_goes_before_its_end_and_keys_may_repeat(write, tmp_path: Pa
 def test_the_lookup_is_kept_and_made_anew_for_another_file(write, tmp_path: Path):
     path = write(tmp_path / f"s.{write.__name__}", ROWS)
     Sidecar(path)
-    kept = path.with_name(path.name + ".lookup.npy")
+    kept = path.with_name(path.name + ".keys.npy")
     before = kept.stat().st_mtime_ns
     Sidecar(path)
     assert kept.stat().st_mtime_ns == before
@@ -61,6 +61,12 @@ def test_the_lookup_is_kept_and_made_anew_for_another_file(write, tmp_path: Path
     os.utime(path, ns=(before, before + 10**9))
     assert Sidecar(path).captions("other") == ("new",)
     assert Sidecar(path).captions("00003") == ()
+
+
+def test_keys_that_name_their_source_go_first(write, tmp_path: Path):
+    sidecar = Sidecar(write(tmp_path / f"s.{write.__name__}", [("A::1", "of A"), ("B::1", "of B"), ("1", "of any")]))
+    assert [sidecar.captions("1", source) for source in ("data/A", "B/", "C")] == [("of A",), ("of B",), ("of any",)]
+    assert (sidecar.names_source("1", "A"), sidecar.names_source("1", "C")) == (True, False)
 
 
 def test_mistakes_are_named(tmp_path: Path):

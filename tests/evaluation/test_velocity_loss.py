@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from semantic_routing.cli.main import main
+from semantic_routing.evaluation import velocity_loss
 from semantic_routing.evaluation.compare import CompareArguments, compare
 from semantic_routing.evaluation.records import LOSS, read_records
-from semantic_routing.evaluation.velocity_loss import evaluate_loss
+from semantic_routing.evaluation.velocity_loss import evaluate_loss, held_out_loss
 from semantic_routing.flow import path, velocity
 from semantic_routing.model.override import RoutingOverride
 from semantic_routing.sampling.folder import weights_sha256
@@ -144,6 +145,24 @@ def test_another_routing_is_another_evaluation(bundle: TextToImage, tmp_path: Pa
     folders = (tmp_path / "plain", tmp_path / "first")
     text = compare(CompareArguments(folders=folders, out=tmp_path / "tables", resamples=50))
     assert "differs from plain in routing (loss)" in text
+
+
+def test_states_beyond_the_room_are_encoded_again(bundle: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = held_out_loss(bundle, (), 11, 0, TIMES, 4)
+    first = measure.values()
+    assert len(measure._texts) == 3
+    monkeypatch.setattr(velocity_loss, "KEPT_TEXTS", 0)
+    small = held_out_loss(bundle, (), 11, 0, TIMES, 4)
+    for values in (measure.values(), small.values(), small.values()):
+        np.testing.assert_array_equal(values, first)
+    assert not small._texts
+
+
+def test_a_network_without_a_number_writes_nothing(bundle: TextToImage, tmp_path: Path) -> None:
+    next(bundle.model.parameters()).data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="the network gives no number for picture 0, '"):
+        evaluate_loss(bundle, tmp_path / "loss", n=11, times=TIMES)
+    assert not list(tmp_path.rglob("*.json*"))
 
 
 def test_the_command(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -159,6 +159,20 @@ def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     return capsys.readouterr().err
 
 
+def test_a_folder_that_is_too_small_is_refused_or_said(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--keep-on-disk", str(tmp_path / "states"), "--steps", "8"]
+    error = fails(capsys, str(tiny_run), *options, "--keep-on-disk-bytes", "2kB")
+    assert "are more than --keep-on-disk-bytes 2kB allows: raise it" in error
+    assert not list(tmp_path.rglob("*.safetensors"))
+    monkeypatch.setattr(TextEncoder, "state_bytes", lambda self, captions, with_kv: 1)  # as if captions were shorter
+    with pytest.warns(UserWarning, match="as many as text.keep_on_disk_bytes allows"):
+        error = fails(capsys, str(tiny_run), *options, "--keep-on-disk-bytes", "20kB", "--batch", "2")
+    assert "make room or raise --keep-on-disk-bytes, and repeat the command" in error
+    assert list(tmp_path.rglob("*.safetensors"))
+
+
 def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "give --keep-on-disk" in fails(capsys, "debug")
     assert "nowhere" in fails(capsys, str(tmp_path / "nowhere"), "--keep-on-disk", str(tmp_path))

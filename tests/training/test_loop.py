@@ -35,6 +35,8 @@ from semantic_routing.data.damage import FILE as DAMAGED
 from semantic_routing.data.dataset import DataConfig, open_data
 from semantic_routing.data.draws import draw
 from semantic_routing.data.loader import Loader
+from semantic_routing.data.sources.index_writer import build
+from semantic_routing.data.streams import WorldStream
 from semantic_routing.flow import path
 from semantic_routing.model.dit import Backbone
 from semantic_routing.sampling.load import load_bundle
@@ -124,7 +126,7 @@ def test_a_run_stopped_and_resumed_is_bitwise_one_that_never_stopped(
     then="it trains for the time that is left",
 )
 def test_a_time_limit_ends_a_run_and_its_rate_follows_the_clock(
-    tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Steps of 10 s in a minute, half of them before a stop: six, with the rates of six."""
     cfg = tiny_config(optim=MUON, steps=100, minutes=1.0, checkpoint_every=100)
@@ -139,6 +141,16 @@ def test_a_time_limit_ends_a_run_and_its_rate_follows_the_clock(
     rates = [1e-2 * min(1, (k + 1) / 3) * (1 + math.cos(math.pi * k / 6)) / 2 for k in range(6)]
     assert [row["lr"] for row in metrics(tmp_path)] == pytest.approx(rates)
     assert resume(tmp_path) == last
+    # More steps lift the limit that has ended the run, also for whoever resumes it next.
+    with pytest.raises(Interrupted):
+        resume(tmp_path, kill_at(8), steps=10)
+    resumed = read_state(resume(tmp_path))
+    assert (resumed["step"], resumed["config"]["steps"], resumed["config"]["minutes"]) == (10, 10, 0)
+    rates = [1e-2 * (1 + math.cos(math.pi * k / 10)) / 2 for k in range(6, 10)]
+    assert [row["lr"] for row in metrics(tmp_path)][6:] == pytest.approx(rates)
+    said = capsys.readouterr().err
+    assert "the run's time is over: it continues to step 10 without a time limit" in said
+    assert f"after step 6 it continues at {rates[0] / 1e-2:.3g} of its peak instead of 0" in said
 
 
 def test_the_toy_recipes_kind_of_run_resumes_exactly_in_bfloat16(tiny_config: Make, tmp_path: Path) -> None:
@@ -459,6 +471,17 @@ def test_what_does_not_fit_is_said_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_buckets_whose_latents_do_not_divide_into_patches(tiny_config: Make, tmp_path: Path) -> None:
+    for i in range(3):
+        Image.new("RGB", (40 + 20 * i, 40)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("a picture")
+    build([str(tmp_path)], tmp_path / ".semroute-index", look_inside=True, workers=1)
+    cfg = tiny_config(data=DataConfig(paths=(str(tmp_path),), buckets=True, bucket_multiple=4))
+    with pytest.raises(ValueError, match=r"patches of 8: data\.bucket_multiple is 4; use a larger one"):
+        start(cfg, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_unwritable_place_is_said_before_the_language_model_is_trained(
     tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -621,3 +644,8 @@ def test_the_corpus_holds_stories_and_the_users_own_captions(tmp_path: Path) -> 
     (tmp_path / "metadata.jsonl").write_text('{"image": "a.png", "text": "my own picture"}')
     own = open_data(DataConfig(paths=(str(tmp_path),)), image_size=32, seed=0)
     assert training_corpus(own, 5) == [*stories, "my own picture"]
+    mixed = open_data(DataConfig(paths=("words", str(tmp_path)), weights=(0.5, 0.5)), image_size=32, seed=0)
+    corpus = training_corpus(mixed, 40)
+    (world, _) = mixed.streams
+    assert isinstance(world, WorldStream)
+    assert corpus[40:] == [next(world.texts(1)), "my own picture", *list(world.texts(39))[1:]]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 
+from semantic_routing.common.errors import BadData
 from semantic_routing.common.images.decode import Limits
 from semantic_routing.data.captions import CaptionChoice
 from semantic_routing.data.draws import stream_seed
@@ -16,10 +18,13 @@ from semantic_routing.data.latents import KeptLatents
 from semantic_routing.data.order import Mixture
 from semantic_routing.data.sidecar import RECAPTION, Sidecar
 from semantic_routing.data.sources.index import open_records
+from semantic_routing.data.sources.records import RecordSource
 from semantic_routing.data.streams import Reading, RecordStream, Row, Stream, WorldStream
 from semantic_routing.toy.worlds import SHAPES, WORLDS
 
 _LOG = logging.getLogger(__name__)
+FIRST = 16
+"""Records of each source whose keys are compared before training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +163,7 @@ def open_data(cfg: DataConfig, *, image_size: int, seed: int, latents: KeptLaten
         if world in cfg.paths and os.path.exists(world):
             title = WORLDS[world].title
             _LOG.warning("%s means %s; for the folder of that name write ./%s", world, title, world)
-    index = Path(cfg.index) if cfg.index else None
+    index, sources = Path(cfg.index) if cfg.index else None, list[RecordSource]()
     groups = [[path] for path in cfg.paths] if cfg.weights else [list(cfg.paths)]
     streams: list[Stream] = []
     for number, paths in enumerate(groups):
@@ -166,7 +171,29 @@ def open_data(cfg: DataConfig, *, image_size: int, seed: int, latents: KeptLaten
         if paths[0] in WORLDS:  # then alone: a world is never without weights beside other paths
             streams.append(WorldStream(paths[0], own, image_size, latents, cfg.captions))
         else:
-            stream = RecordStream([open_records(path, index) for path in paths], own, how)
+            opened = [open_records(path, index) for path in paths]
+            sources += opened
+            stream = RecordStream(opened, own, how)
             stream.check_captions()
             streams.append(stream)
+    if how.sidecar is not None:
+        _check_keys(how.sidecar, sources)
     return Dataset(cfg, streams, image_size=image_size)
+
+
+def _check_keys(sidecar: Sidecar, sources: Sequence[RecordSource]) -> None:
+    """Raise ValueError if the first records of two sources have one key, under which a sidecar has captions."""
+    seen: dict[str, RecordSource] = {}
+    for source in sources:
+        keys = set()
+        for index in range(min(FIRST, len(source))):
+            with suppress(BadData):
+                keys.add(source.read(index).key)
+        for key in keys:
+            if sidecar.names_source(key, source.name) or not sidecar.captions(key):
+                continue
+            if (other := seen.setdefault(key, source)) is not source:
+                raise ValueError(
+                    f"{other.name} and {source.name} both have the key {key!r}, so {sidecar.path} does not say whose "
+                    "caption it holds: caption them together, with semroute data recaption, or train on one of them"
+                )

@@ -18,14 +18,14 @@ from semantic_routing.data.sources.storage import Reader, is_url, stat
 
 RECAPTION = "recaption"
 """Caption key of the captions in a sidecar."""
-_LOOKUP = ".lookup.npy"
+_LOOKUP = ".keys.npy"
 _ROW_GROUPS = 64
 
 
 class Sidecar:
     """Captions by record key in a Parquet or JSONL file with ``key`` and ``caption``.
 
-    The sorted hashes of the keys and the positions of the rows are written once to ``FILE.lookup.npy`` and
+    The sorted hashes of the keys and the positions of the rows are written once to ``FILE.keys.npy`` and
     memory-mapped, so that all processes share them. Captions stay in the file: JSONL rows are read one at a time; for
     Parquet the last row groups are cached, which is fast if rows are in about the order of the records.
     """
@@ -37,7 +37,7 @@ class Sidecar:
         if not Path(self.path).is_file():
             raise ValueError(f"there is no sidecar {self.path}; give a .parquet or .jsonl file with key and caption")
         self._file: Any = _parquet(self.path) if self.path.endswith(".parquet") else None
-        self._hashes, self._places = _lookup(self.path, self._file)
+        self._hashes, self._places, self._has_folders = _lookup(self.path, self._file)
         self._reader = Reader()
         self._group = lru_cache(maxsize=_ROW_GROUPS)(self._read_group)
         if self._file is not None:
@@ -51,9 +51,17 @@ class Sidecar:
         """Return the number of rows."""
         return len(self._hashes)
 
-    def captions(self, key: str) -> tuple[str, ...]:
-        """Return a record's captions by its full key, or else by the part after the last slash, as of img2dataset."""
-        return self._named(key) or self._named(key.rpartition("/")[2])
+    def captions(self, key: str, source: str = "") -> tuple[str, ...]:
+        """Return the captions of a record of ``source`` by the key that names both, or else by the record's key.
+
+        If no key of the file has a folder, as those of img2dataset, a record is found by its key's last part.
+        """
+        names = [with_source(source, key), key] + ([] if self._has_folders else [key.rpartition("/")[2]])
+        return next(filter(None, map(self._named, names)), ())
+
+    def names_source(self, key: str, source: str) -> bool:
+        """Return whether a record's captions have a key that names its source, too."""
+        return bool(self._named(with_source(source, key)))
 
     def _named(self, key: str) -> tuple[str, ...]:
         wanted = np.uint64(_hash(key))
@@ -82,6 +90,16 @@ class Sidecar:
         return self._file.read_row_group(group, columns=["key", "caption"])
 
 
+def with_source(source: str, key: str) -> str:
+    """Return a key that is unique among several sources: with the last part of the source's path."""
+    return f"{source_label(source)}::{key}"
+
+
+def source_label(source: str) -> str:
+    """Return the last part of a source's path."""
+    return source.rstrip("/").rpartition("/")[2]
+
+
 def _hash(key: str) -> int:
     return int.from_bytes(blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
@@ -95,26 +113,32 @@ def _parquet(path: str) -> Any:
     return file
 
 
-def _lookup(path: str, file: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Map the sorted hashes of keys and the rows' places from the file beside ``path``; make it if needed."""
+def _lookup(path: str, file: Any) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Map the sorted hashes of keys and the rows' places from the file beside ``path``; make it if needed.
+
+    The last result is whether any key has a folder.
+    """
     found = stat(path)
     stamp = np.array([found.size, int(found.version)], np.uint64)
     kept = Path(path + _LOOKUP)
     if not kept.is_file() or not np.array_equal(np.load(kept, mmap_mode="r")[:2], stamp):
-        hashes, places = array("Q"), array("Q")
+        hashes, places, folders = array("Q"), array("Q"), False
         for key, place in _rows(path) if file is None else _parquet_rows(file):
             hashes.append(_hash(key))
             places.append(place)
+            folders = folders or "/" in key
         sorting = np.argsort(np.asarray(hashes, np.uint64), kind="stable")
-        table = np.concatenate([stamp, np.asarray(hashes, np.uint64)[sorting], np.asarray(places, np.uint64)[sorting]])
+        columns = np.asarray(hashes, np.uint64)[sorting], np.asarray(places, np.uint64)[sorting]
+        table = np.concatenate([stamp, np.array([folders], np.uint64), *columns])
         scratch = kept.with_name(f".{kept.name}.{os.getpid()}.npy")
         try:
             np.save(scratch, table)
             scratch.replace(kept)
         except OSError as error:
             raise ValueError(f"cannot write {kept}: {error.strerror}; copy the sidecar to a writable folder") from error
-    table = np.load(kept, mmap_mode="r")[2:]
-    return table[: len(table) // 2], table[len(table) // 2 :]
+    table = np.load(kept, mmap_mode="r")
+    rows = table[3:]
+    return rows[: len(rows) // 2], rows[len(rows) // 2 :], bool(table[2])
 
 
 def _rows(path: str) -> Iterator[tuple[str, int]]:

@@ -228,7 +228,7 @@ class RecordStream:
     def _captions(self) -> Iterator[str]:
         for place in self.places():
             try:
-                yield self._caption(self._record(*place), 0.0, 0.0)
+                yield self._caption(place[0], self._record(*place), 0.0, 0.0)
             except BadData:
                 continue
 
@@ -249,7 +249,7 @@ class RecordStream:
             except BadData:
                 continue
             try:
-                self._caption(record, 0.0, 0.0)
+                self._caption(place[0], record, 0.0, 0.0)
                 return
             except BadData:
                 read = True
@@ -276,7 +276,7 @@ class RecordStream:
         try:
             record = self._record(shard, within, bucket)
             key = record.key
-            caption = self._caption(record, by_key, by_text)
+            caption = self._caption(shard, record, by_key, by_text)
             picture = self._picture(record, bucket, mirrored=self.how.flip and by_flip < 0.5)
         except BadData as error:
             shard_name = error.shard or source.shard_name(number)
@@ -301,7 +301,7 @@ class RecordStream:
         Raises BadData for a record that training skips.
         """
         record = self._record(shard, within, bucket)
-        self._caption(record, 0.0, 0.0)
+        self._caption(shard, record, 0.0, 0.0)
         return [
             self._picture(record, bucket, mirrored=mirrored)
             for mirrored in ((False, True) if self.how.flip else (False,))
@@ -311,9 +311,9 @@ class RecordStream:
         """Return the number of records by the height and width to which they are cropped."""
         return {shape: len(order) for shape, order in zip(self.shapes, self._orders, strict=True)}
 
-    def _caption(self, record: Record, by_key: float, by_text: float) -> str:
-        captions = record.captions
-        if self.how.sidecar is not None and (found := self.how.sidecar.captions(record.key)):
+    def _caption(self, shard: int, record: Record, by_key: float, by_text: float) -> str:
+        captions, sidecar = record.captions, self.how.sidecar
+        if sidecar is not None and (found := sidecar.captions(record.key, self._shards[shard][0].name)):
             captions = {**captions, RECAPTION: found}
         return self.how.choice.choose(captions, by_key, by_text)
 

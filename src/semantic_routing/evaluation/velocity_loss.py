@@ -34,7 +34,7 @@ from semantic_routing.evaluation.summary import Columns, grouped, scores_table, 
 from semantic_routing.flow import path, velocity
 from semantic_routing.model.override import RoutingOverride
 from semantic_routing.model.runtime import autocast, rounded_once
-from semantic_routing.sampling.folder import weights_sha256
+from semantic_routing.sampling.folder import claimed_by_first, weights_sha256
 from semantic_routing.sampling.located import located, located_data
 from semantic_routing.sampling.routing_file import overridden
 from semantic_routing.sampling.text_plan import TextPlan
@@ -45,13 +45,16 @@ from semantic_routing.training.validation import ValidationConfig, held_out
 
 _LOG = logging.getLogger(__name__)
 BENCHMARK = "loss"
+KEPT_TEXTS = 2**30
+"""Bytes of hidden states that are kept between calls, on the network's device."""
 
 
 @dataclass
 class VelocityLoss:
     """The velocity's mean squared error on pictures, averaged over fixed times.
 
-    Pictures, noise and times are the same for every model, and captions are encoded once.
+    Pictures, noise and times are the same for every model. Captions are encoded once as long as their states fit into
+    ``KEPT_TEXTS``.
     """
 
     bundle: TextToImage
@@ -69,21 +72,34 @@ class VelocityLoss:
     def __post_init__(self) -> None:
         batches = [self.rows[i : i + self.batch] for i in range(0, len(self.rows), self.batch)]
         self._batches = [self._read(rows) for rows in self.job.share(batches)]
+        self._texts: dict[int, TextFeatures] = {}
+        self._room = KEPT_TEXTS
 
-    def _read(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, TextFeatures]:
-        """Return latents, noise and text of some pictures."""
+    def _read(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, list[str]]:
+        """Return latents, noise and captions of some pictures."""
         codec = self.bundle.codec
         arrays = collate(rows, codec.latent_shape(*rows[0].image.shape[:2]), posterior=codec.has_posterior)
         batch = arrays.tensors(lambda values: torch.from_numpy(values).to(self.bundle.device))
         with torch.no_grad():
             latents = codec.encode(batch.images, batch.posterior_noise)
-        return latents, batch.noise, self.bundle.encode(batch.captions, strict=False)
+        return latents, batch.noise, batch.captions
+
+    def _text(self, number: int, captions: list[str]) -> TextFeatures:
+        """Encode the captions of a batch, or return what is kept of an earlier call."""
+        if number in self._texts:
+            return self._texts[number]
+        found = self.bundle.encode(captions, strict=False)
+        size = sum(states.nbytes for states in (found.hidden, found.keys, found.values) if states is not None)
+        if size <= self._room:
+            self._texts[number] = found
+            self._room -= size
+        return found
 
     @torch.no_grad()
     def values(self) -> Float[np.ndarray, " N"]:
         model, device, found = self.bundle.model, self.bundle.device, []
-        for latents, noise, features in self._batches:
-            text, target, errors = TextPlan(model, features), velocity(latents, noise), []
+        for number, (latents, noise, captions) in enumerate(self._batches):
+            text, target, errors = TextPlan(model, self._text(number, captions)), velocity(latents, noise), []
             for time in self.times:
                 t = torch.full((len(latents),), time, device=device)
                 with autocast(device, self.bundle.bf16), rounded_once(model, self.bundle.bf16):
@@ -148,6 +164,14 @@ def evaluate_loss(
     processes of ``job`` share the pictures; the first writes, and only it returns a summary. Raises ValueError if there
     are no held-out pictures, or if ``out`` holds another evaluation.
     """
+    with claimed_by_first(out, job):
+        return _evaluate_loss(bundle, out, n, times, paths, seed, batch, routing, job)
+
+
+def _evaluate_loss(
+    bundle: TextToImage, out: Path, n: int, times: Sequence[float], paths: Sequence[str], seed: int, batch: int,
+    routing: RoutingOverride | None, job: Processes,
+) -> dict[str, Any]:  # fmt: skip
     measure = held_out_loss(bundle, paths, n, seed, times, batch, job)
     columns = {name: column for name, column in shapes_columns(measure.tags).items() if name}
     facts = _facts(measure, columns, seed) | {
@@ -160,6 +184,9 @@ def evaluate_loss(
             raise ValueError(f"{out} holds an evaluation with another {name}; choose another --out")
     with overridden(bundle.model, routing):
         losses = measure.values()
+    if not np.isfinite(losses).all():
+        first = int(np.flatnonzero(~np.isfinite(losses))[0])
+        raise ValueError(f"the network gives no number for picture {first}, {measure.rows[first].caption!r}")
     if not job.first:
         return {}
     records = [

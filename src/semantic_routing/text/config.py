@@ -39,7 +39,7 @@ class TextEncoderConfig:
     keep_on_disk: str = ""
     """Folder in which hidden states are cached for later runs and other processes; none by default."""
     keep_on_disk_bytes: str = "50GiB"
-    """Maximum size of that folder; once it is reached, nothing more is added."""
+    """Maximum size of each text encoder's states in that folder; once it is reached, nothing more is added."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:

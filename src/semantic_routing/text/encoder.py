@@ -161,6 +161,11 @@ class TextEncoder:
         # Weights that accelerate offloaded layer by layer are on the meta device; its hooks move what they read.
         return torch.device("cpu") if device.type == "meta" else device
 
+    @property
+    def disk_is_full(self) -> bool:
+        """Whether the folder of ``keep_on_disk`` has stopped to take states."""
+        return self._store.disk_is_full
+
     def to(self, device: torch.device | str) -> TextEncoder:
         """Move the weights, for example ``to("cpu")`` to free memory on a GPU, and return the encoder.
 

@@ -65,6 +65,11 @@ class StateStore:
         """Whether anything is cached."""
         return bool(self.memory or self.disk)
 
+    @property
+    def disk_is_full(self) -> bool:
+        """Whether a folder has stopped to take states, because it is full or cannot be written."""
+        return self.disk is not None and self.disk.full
+
     def get(self, key: str) -> States | None:
         """Return cached states, in main memory; None if there are none under this key."""
         with self._lock:
@@ -111,7 +116,7 @@ class DiskStates:
         check_writable(root)
         self.root, self.most = root, most
         self._size = self._added = most  # unknown until the first scan
-        self._full = False
+        self.full = False
         self._whole = set[str]()  # keys of files whose checksum was right: files never change, so once is enough
         self._lock = threading.Lock()
 
@@ -138,7 +143,7 @@ class DiskStates:
     def put(self, key: str, states: States) -> None:
         """Write states, unless the folder is full or cannot be written; one warning reports that."""
         path = self._path(key)
-        if self._full or not self._has_room(states.size):
+        if self.full or not self._has_room(states.size):
             return
         scratch = path.with_name(f".{path.name}{PARTIAL}{secrets.token_hex(4)}")
         try:
@@ -163,7 +168,7 @@ class DiskStates:
         return fits
 
     def _stop(self, reason: str) -> None:
-        self._full = True
+        self.full = True
         warnings.warn(f"{reason}; no more are cached there", stacklevel=2)
 
 

@@ -14,6 +14,7 @@ from semantic_routing.common.config import from_dict, read_config
 from semantic_routing.common.device import pick_device
 from semantic_routing.common.distributed import World
 from semantic_routing.common.errors import BadData
+from semantic_routing.common.sizes import parse_bytes
 from semantic_routing.data.captions import CaptionChoice
 from semantic_routing.data.dataset import Dataset, open_data
 from semantic_routing.data.sidecar import RECAPTION
@@ -50,11 +51,19 @@ def encode_text(args: EncodeArguments) -> str:
     summary = f"{len(found):,} captions, about {size:.2f} GiB of states in {cfg.text.keep_on_disk}"
     if args.size_only:
         return summary
+    if size * 2**30 > parse_bytes(cfg.text.keep_on_disk_bytes):
+        limit = f"--keep-on-disk-bytes {cfg.text.keep_on_disk_bytes}"
+        raise ValueError(f"{summary} are more than {limit} allows: raise it")
     tqdm.write(summary)
     with tqdm(total=len(found), desc="Encoding captions", unit="caption") as bar:
         for start in range(0, len(found), args.batch):
             part = found[start : start + args.batch]
             encoder.encode(part, with_kv=with_kv, strict=False)
+            if encoder.disk_is_full:
+                raise ValueError(
+                    f"{cfg.text.keep_on_disk} takes no more than the states of about {start:,} captions: make room or "
+                    "raise --keep-on-disk-bytes, and repeat the command"
+                )
             bar.update(len(part))
     return f"{len(found):,} captions encoded into {cfg.text.keep_on_disk}"
 
@@ -123,7 +132,7 @@ def _record_captions(stream: RecordStream) -> Iterator[str]:
             except BadData:
                 continue
             captions = dict(record.captions)
-            if sidecar is not None and (more := sidecar.captions(record.key)):
+            if sidecar is not None and (more := sidecar.captions(record.key, source.name)):
                 captions[RECAPTION] = more
             yield from (text.strip() for key in _keys(stream.how.choice, captions) for text in captions[key])
 

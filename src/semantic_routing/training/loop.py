@@ -99,7 +99,7 @@ class ResumeArguments:
     """Resume a run."""
 
     steps: int | None = None
-    """Train to this step instead of the run's last step."""
+    """Train to this step instead of the run's last step, also after the run's time is over."""
     accept_changes: bool = False
     """Resume although data, captions, text encoder or VAE have changed since the run started."""
 

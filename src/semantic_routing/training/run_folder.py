@@ -121,12 +121,12 @@ def keep_encoder(made: Path, out: Path) -> None:
 def going_on(run: Path, checkpoint: Path, steps: int | None, kind: Kind[C]) -> tuple[C, list[str]]:
     """Return the configuration of a resumed run, and messages about it.
 
-    It is the checkpoint's configuration, with ``steps`` as the last step if given. An edited ``config.json`` may change
-    the last step; messages report its other changes, which are ignored. Raises ValueError for a last step that is
-    already done.
+    It is the checkpoint's configuration, with ``steps`` as the last step if given; that lifts a time limit that has
+    ended the run. An edited ``config.json`` may change the last step; messages report its other changes, which are
+    ignored. Raises ValueError for a last step that is already done.
     """
-    cfg = kind.read(checkpoint)
-    done = read_state(checkpoint)["step"]
+    cfg, state = kind.read(checkpoint), read_state(checkpoint)
+    done, clock = state["step"], _clock(cfg, state)
     edited, words = _edited(run, cfg, kind)
     if edited is not None and steps is None and edited.steps != cfg.steps:
         if edited.steps >= done:
@@ -139,13 +139,27 @@ def going_on(run: Path, checkpoint: Path, steps: int | None, kind: Kind[C]) -> t
         return cfg, words
     if steps < max(done, 1):
         raise ValueError(f"step {steps} is already done: {checkpoint} is at step {done}; give --steps a larger number")
+    asked = replace(cfg, steps=steps)
+    if clock >= 1 and isinstance(asked, TrainConfig):
+        asked = replace(asked, minutes=0.0)
+        words.append(f"the run's time is over: it continues to step {steps} without a time limit")
     if cfg.optim.decay != "constant":
-        before, after = (set_rates([], cfg.optim, min(done, end), min(done / end, 1)) for end in (cfg.steps, steps))
+        parts = max(done / cfg.steps, clock), max(done / steps, clock if clock < 1 else 0)
+        before, after = (
+            set_rates([], cfg.optim, min(done, end), min(part, 1))
+            for end, part in zip((cfg.steps, steps), parts, strict=True)
+        )
         words.append(
             f"the {cfg.optim.decay} decay of the learning rate now ends at step {steps} instead of {cfg.steps}: after "
             f"step {done} it continues at {after:.3g} of its peak instead of {before:.3g}"
         )
-    return replace(cfg, steps=steps), words
+    return asked, words
+
+
+def _clock(cfg: RunConfig, state: dict[str, Any]) -> float:
+    """Return which part of its time limit a run has taken; 0 without a limit."""
+    limit = 60 * cfg.minutes if isinstance(cfg, TrainConfig) else 0
+    return state.get("seconds", 0) / limit if limit else 0
 
 
 def _edited(run: Path, cfg: C, kind: Kind[C]) -> tuple[C | None, list[str]]:
@@ -179,14 +193,15 @@ def differing(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> l
 
 
 def note_steps(run: Path, cfg: RunConfig) -> None:
-    """Write the run's last step into ``config.json``, so that it also applies when the run is resumed again."""
+    """Write the run's last step and time limit into ``config.json``; they apply when the run is resumed again, too."""
     path = run / CONFIG
     try:
         edited = read_config(type(cfg), path)
     except ValueError:  # missing or unreadable
         return
     if edited.steps != cfg.steps:
-        write_text(path, json.dumps(to_dict(replace(edited, steps=cfg.steps)), indent=2) + "\n")
+        limit: dict[str, Any] = {"minutes": cfg.minutes} if isinstance(cfg, TrainConfig) else {}
+        write_text(path, json.dumps(to_dict(replace(edited, steps=cfg.steps, **limit)), indent=2) + "\n")
 
 
 def located_run(cfg: TrainConfig, folder: str | None) -> TrainConfig:

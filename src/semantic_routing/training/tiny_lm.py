@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from semantic_routing.common.device import cache_folder, has_bfloat16
 from semantic_routing.common.files import as_umask_says
 from semantic_routing.data.dataset import Dataset
+from semantic_routing.data.streams import WorldStream
 from semantic_routing.text.quiet import quiet_transformers
 from semantic_routing.toy.stories import story
 from semantic_routing.toy.worlds import SHAPES, WORDS, WORLDS
@@ -97,14 +99,19 @@ def _scratch(folder: Path) -> Iterator[Path]:
 def training_corpus(data: Dataset, size: int = 20_000) -> list[str]:
     """Return the texts on which a run's language model is trained: stories of the toy world, and the run's captions.
 
-    For the world of words these are training captions, without held-out words.
+    The captions of generated worlds are those of training, without held-out words.
     """
     toy = [story(CORPUS_SEED, index) for index in range(size)]
     if data.cfg.paths == (SHAPES,):
         return toy
     if data.cfg.paths == (WORDS,):
         return toy + [WORLDS[WORDS].sample(CORPUS_SEED, index).caption for index in range(size)]
-    return toy + data.captions(size)
+    found = [
+        stream.texts(size) if isinstance(stream, WorldStream) else iter(stream.captions(size))
+        for stream in data.streams
+    ]
+    mixed = chain.from_iterable(zip_longest(*found))
+    return toy + list(islice((caption for caption in mixed if caption is not None), size))
 
 
 def _train_tokenizer(corpus: list[str]) -> Any:

@@ -16,11 +16,12 @@ from semantic_routing.common.distributed import World
 from semantic_routing.common.images.save import grid
 from semantic_routing.common.troubles import Troubles, say
 from semantic_routing.data.batch import Batch
+from semantic_routing.data.buckets import bucket_shapes
 from semantic_routing.data.damage import Skipped
 from semantic_routing.data.dataset import Dataset
 from semantic_routing.flow import path, time_weights, training_times, velocity, velocity_loss
 from semantic_routing.model.build import make_model
-from semantic_routing.model.codec import make_codec
+from semantic_routing.model.codec import Codec, make_codec
 from semantic_routing.model.dit import DiTConfig
 from semantic_routing.model.runtime import autocast
 from semantic_routing.sampling.load import locate_encoder
@@ -127,6 +128,8 @@ class Trainer(Steps):
             bf16=bf16,
         )
         _check_latents(self.bundle.codec.latent_shape(cfg.image_size), cfg.model)
+        if cfg.data.buckets:
+            _check_buckets(self.bundle.codec, cfg)
         self.codec = codec
         self.teacher: Teacher | None = None
         if taught is not None:
@@ -163,6 +166,18 @@ class Trainer(Steps):
         images, _, height, width = part.latents.shape
         trained = images * flops_per_image(self.cfg.model, height, width, part.features.mask.shape[1])
         return trained if self.teacher is None else trained * 5 // 3  # two forward passes besides forward and backward
+
+
+def _check_buckets(codec: Codec, cfg: TrainConfig) -> None:
+    """Raise ValueError unless the latents of images in every bucket divide into patches."""
+    multiple, patch = cfg.data.bucket_multiple, cfg.model.patch
+    for shape in bucket_shapes(cfg.image_size, multiple):
+        _, height, width = codec.latent_shape(*shape)
+        if height % patch or width % patch:
+            raise ValueError(
+                f"the latents of images of {shape[0]} x {shape[1]}, {height} x {width}, do not divide into patches of "
+                f"{patch}: data.bucket_multiple is {multiple}; use a larger one"
+            )
 
 
 def _check_latents(latent: tuple[int, int, int], model: DiTConfig) -> None:

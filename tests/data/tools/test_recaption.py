@@ -78,7 +78,7 @@ def as_sent(picture: bytes) -> str:
 
 def test_every_picture_gets_its_caption(server: ChatServer, tmp_path: Path) -> None:
     pictures = [encoded(number) for number in range(47)]
-    first, second = shard(tmp_path / "0.tar", pictures[:30]), shard(tmp_path / "1.tar", pictures[30:])
+    first, second = shard(tmp_path / "0.tar", pictures[:30]), shard(tmp_path / "1.tar", pictures[30:])  # the same names
     out = tmp_path / "captions.parquet"
     summary = recaption(arguments(server, [first, second], out, completion_price=100.0))
     assert "47 of 47 records have captions by tiny-judge" in summary
@@ -91,8 +91,10 @@ def test_every_picture_gets_its_caption(server: ChatServer, tmp_path: Path) -> N
         assert (row["model"], row["prompt_tokens"], row["completion_tokens"]) == (f"{MODEL}-2026", 100, 10)
     # The data pipeline finds them by the records' keys.
     sidecar = Sidecar(out)
-    records = open_records(str(second))
-    assert f"I see {as_sent(pictures[33])}" in sidecar.captions(records.read(3).key)[0]
+    for number, source, place in ((3, first, 3), (33, second, 3)):
+        records = open_records(str(source))
+        (caption,) = sidecar.captions(records.read(place).key, records.name)
+        assert f"I see {as_sent(pictures[number])}" in caption
     # All parts are complete, and no answer is stored twice.
     parts = tmp_path / "captions.parquet.parts"
     assert sorted(path.name for path in parts.glob("*.parquet")) == [f"part-{i:06d}.parquet" for i in range(5)]
@@ -278,6 +280,7 @@ def test_finished_file_is_written_in_row_groups_of_about_ten_thousand(tmp_path: 
         ({"paths": ()}, "needs paths"),
         ({"out": Path("captions.json")}, "name it .parquet"),
         ({"part_rows": 0}, "part_rows"),
+        ({"paths": ("a/photos", "b/photos/")}, "several paths end in photos"),
         ({"instruction": Path("nowhere.txt")}, "cannot read the instruction"),
     ],
 )

@@ -119,6 +119,10 @@ class ConcatRecords:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    def source(self, index: int) -> RecordSource:
+        """Return the source that holds a record."""
+        return self._sources[bisect_right(self._ends, index)]
+
     def read(self, index: int) -> Record:
         """Return a record by its index; BadData for a damaged one."""
         number = bisect_right(self._ends, index)

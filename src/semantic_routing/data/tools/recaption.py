@@ -26,6 +26,7 @@ from semantic_routing.common.images.decode import decode
 from semantic_routing.common.images.dimensions import dimensions
 from semantic_routing.common.locks import LOCK, claimed
 from semantic_routing.data.captions import USUAL
+from semantic_routing.data.sidecar import source_label, with_source
 from semantic_routing.data.sources.index import open_records
 from semantic_routing.data.sources.records import ConcatRecords, Record
 from semantic_routing.data.sources.storage import absolute
@@ -78,6 +79,11 @@ class RecaptionArguments:
     def __post_init__(self) -> None:
         if not self.paths:
             raise ValueError("semroute data recaption needs paths of data")
+        labels = Counter(source_label(path) for path in self.paths)
+        if repeated := [label for label, count in labels.items() if count > 1]:
+            raise ValueError(
+                f"several paths end in {repeated[0]}, so captions could not be told apart: recaption them one at a time"
+            )
         if self.out.suffix != ".parquet":
             raise ValueError(f"out is {self.out}; name it .parquet")
         for name in ("pixels", "quality", "max_tokens", "part_rows"):
@@ -119,8 +125,10 @@ def _recaption(args: RecaptionArguments, records: ConcatRecords, parts: Parts) -
 
     with tqdm(total=len(records), desc="Captioning", unit="image") as bar:
         for position, answer in client.run(parts.missing(bar.update), question):
-            name = answer.question if isinstance(answer, Answer) else ""
-            row = _row(position, keys.pop(position), answer)
+            name, key = answer.question if isinstance(answer, Answer) else "", keys.pop(position)
+            if len(args.paths) > 1:  # keys are unique only within a source
+                key = with_source(records.source(position).name, key)
+            row = _row(position, key, answer)
             if isinstance(answer, Answer):
                 first.note(row.reason)
             for done in parts.add(row, name):
@@ -150,7 +158,8 @@ def _request(args: RecaptionArguments, instruction: str, records: int) -> dict[s
     settings = {name: getattr(args, name) for name in ("show_caption", "pixels", "quality", "max_tokens")}
     data = {"paths": [absolute(path) for path in args.paths], "records": records, "part_rows": args.part_rows}
     server = {"model": args.server.model, "extra": args.server.extra_parameters()}
-    return server | settings | {"instruction": instruction} | data
+    keys = {"keys": "with source"} if len(args.paths) > 1 else {}
+    return server | settings | {"instruction": instruction} | data | keys
 
 
 def _read_instruction(path: Path) -> str:
