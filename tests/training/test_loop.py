@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 import semantic_routing.checkpoint.safetensors_storage as storage
 import semantic_routing.training.loop as module
 from semantic_routing.checkpoint.load import EMA, MODEL, OPTIMIZER, checkpoints, find_checkpoint, read_state
+from semantic_routing.common.config import read_config
 from semantic_routing.common.errors import Interrupted, TrainingFailed
 from semantic_routing.common.images.save import grid
 from semantic_routing.common.stopping import ENDING
@@ -141,13 +143,19 @@ def test_a_time_limit_ends_a_run_and_its_rate_follows_the_clock(
     rates = [1e-2 * min(1, (k + 1) / 3) * (1 + math.cos(math.pi * k / 6)) / 2 for k in range(6)]
     assert [row["lr"] for row in metrics(tmp_path)] == pytest.approx(rates)
     assert resume(tmp_path) == last
-    # More steps lift the limit that has ended the run, also for whoever resumes it next.
+    # Steps that are asked for lift the limit that has ended the run, also when they are those of its configuration.
+    same = shutil.copytree(tmp_path, tmp_path.with_name("same"))
+    with pytest.raises(Interrupted):
+        resume(same, kill_at(7), steps=100)
+    assert read_state(find_checkpoint(same))["step"] == 7
+    # More steps do, too, also for whoever resumes it next.
     with pytest.raises(Interrupted):
         resume(tmp_path, kill_at(8), steps=10)
     resumed = read_state(resume(tmp_path))
     assert (resumed["step"], resumed["config"]["steps"], resumed["config"]["minutes"]) == (10, 10, 0)
     rates = [1e-2 * (1 + math.cos(math.pi * k / 10)) / 2 for k in range(6, 10)]
     assert [row["lr"] for row in metrics(tmp_path)][6:] == pytest.approx(rates)
+    assert read_config(TrainConfig, tmp_path / "config.json").minutes == 0
     said = capsys.readouterr().err
     assert "the run's time is over: it continues to step 10 without a time limit" in said
     assert f"after step 6 it continues at {rates[0] / 1e-2:.3g} of its peak instead of 0" in said

@@ -131,9 +131,15 @@ class Dataset:
     def _row(self, number: int, position: int, bucket: int = 0) -> Row:
         return replace(self.streams[number].load(position, bucket), stream=number)
 
-    def captions(self, count: int) -> list[str]:
-        """Return up to ``count`` captions for previews, from all streams in turn."""
-        found = [stream.captions(count) for stream in self.streams]
+    def captions(self, count: int, *, trained: bool = False) -> list[str]:
+        """Return up to ``count`` captions from all streams in turn.
+
+        Those of generated worlds are of the evaluation split, for previews, or with ``trained`` of the training split.
+        """
+        found = [
+            stream.texts(count) if trained and isinstance(stream, WorldStream) else stream.captions(count)
+            for stream in self.streams
+        ]
         mixed = chain.from_iterable(zip_longest(*found))
         return list(islice((caption for caption in mixed if caption is not None), count))
 
@@ -176,7 +182,7 @@ def open_data(cfg: DataConfig, *, image_size: int, seed: int, latents: KeptLaten
             stream = RecordStream(opened, own, how)
             stream.check_captions()
             streams.append(stream)
-    if how.sidecar is not None:
+    if how.sidecar is not None and len(sources) > 1:
         _check_keys(how.sidecar, sources)
     return Dataset(cfg, streams, image_size=image_size)
 

@@ -165,30 +165,30 @@ def evaluate_loss(
     are no held-out pictures, or if ``out`` holds another evaluation.
     """
     with claimed_by_first(out, job):
-        return _evaluate_loss(bundle, out, n, times, paths, seed, batch, routing, job)
+        measure = held_out_loss(bundle, paths, n, seed, times, batch, job)
+        columns = {name: column for name, column in shapes_columns(measure.tags).items() if name}
+        facts = _facts(measure, columns, seed) | {
+            "weights_sha256": weights_sha256(bundle.model),
+            "routing": None if routing is None else routing.to_json(),
+        }
+        earlier = read_manifest(out / MANIFEST)
+        for name in ("benchmark", "prompt_set", "scorer", "weights_sha256", "routing"):
+            if earlier and earlier.get(name) != facts[name]:
+                raise ValueError(f"{out} holds an evaluation with another {name}; choose another --out")
+        with overridden(bundle.model, routing):
+            losses = measure.values()
+        if not np.isfinite(losses).all():
+            first = int(np.flatnonzero(~np.isfinite(losses))[0])
+            raise ValueError(f"the network gives no number for picture {first}, {measure.rows[first].caption!r}")
+        checkpoint = None if bundle.checkpoint is None else str(bundle.checkpoint)
+        about = manifest(checkpoint=checkpoint, bf16=bundle.bf16, **facts)
+        return _written(out, measure, losses, columns, about) if job.first else {}
 
 
-def _evaluate_loss(
-    bundle: TextToImage, out: Path, n: int, times: Sequence[float], paths: Sequence[str], seed: int, batch: int,
-    routing: RoutingOverride | None, job: Processes,
-) -> dict[str, Any]:  # fmt: skip
-    measure = held_out_loss(bundle, paths, n, seed, times, batch, job)
-    columns = {name: column for name, column in shapes_columns(measure.tags).items() if name}
-    facts = _facts(measure, columns, seed) | {
-        "weights_sha256": weights_sha256(bundle.model),
-        "routing": None if routing is None else routing.to_json(),
-    }
-    earlier = read_manifest(out / MANIFEST)
-    for name in ("benchmark", "prompt_set", "scorer", "weights_sha256", "routing"):
-        if earlier and earlier.get(name) != facts[name]:
-            raise ValueError(f"{out} holds an evaluation with another {name}; choose another --out")
-    with overridden(bundle.model, routing):
-        losses = measure.values()
-    if not np.isfinite(losses).all():
-        first = int(np.flatnonzero(~np.isfinite(losses))[0])
-        raise ValueError(f"the network gives no number for picture {first}, {measure.rows[first].caption!r}")
-    if not job.first:
-        return {}
+def _written(
+    out: Path, measure: VelocityLoss, losses: Float[np.ndarray, " N"], columns: Columns, about: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the results and return the summary."""
     records = [
         Record(
             prompt=i, id=f"{i:05d}", image=0, caption=row.caption, tags=(tag,), file="", scores={LOSS: loss}, reason=""
@@ -197,8 +197,6 @@ def _evaluate_loss(
     ]  # fmt: skip
     scores = {name: spread(grouped(records, column, LOSS)[0]) for name, column in columns.items() if len(column) == 1}
     summary: dict[str, Any] = without_nan({"scores": {LOSS: scores}, "gaps": {}})
-    checkpoint = None if bundle.checkpoint is None else str(bundle.checkpoint)
-    about = manifest(checkpoint=checkpoint, bf16=bundle.bf16, **facts)
     write_text(out / MANIFEST, json.dumps(about, indent=2) + "\n")
     write_records(out / RECORDS, records)
     write_text(out / TABLE, scores_table(summary))

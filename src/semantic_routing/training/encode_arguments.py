@@ -7,7 +7,14 @@ from typing import Annotated
 
 import tyro
 
+from semantic_routing.common.sizes import parse_bytes
 from semantic_routing.model.arms import DEFAULT_ARM
+
+
+def check_room(size: float, most: str, what: str) -> None:
+    """Raise ValueError if a folder may not take ``size`` bytes of ``what``."""
+    if size > parse_bytes(most):
+        raise ValueError(f"{what} are more than --keep-on-disk-bytes {most} allows: raise it")
 
 
 @dataclass(frozen=True, kw_only=True)

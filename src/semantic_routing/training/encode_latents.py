@@ -27,7 +27,7 @@ from semantic_routing.data.streams import Picture, RecordStream, Row, WorldStrea
 from semantic_routing.model.codec import VAECodec, make_codec
 from semantic_routing.model.codec_identity import rounding_facts, vae_facts
 from semantic_routing.training.config import TrainConfig
-from semantic_routing.training.encode_arguments import EncodeArguments
+from semantic_routing.training.encode_arguments import EncodeArguments, check_room
 from semantic_routing.training.encode_text import configuration
 from semantic_routing.training.latents import check_kept, kept_latents
 from semantic_routing.training.run_folder import claimed_run
@@ -59,9 +59,7 @@ def encode_latents(args: EncodeArguments) -> str:
         summary = f"{counts.total():,} pictures, {size / 2**30:.2f} GiB of latents in {kept.folder}"
         if args.size_only:
             return summary if world.first else ""
-        if size > parse_bytes(cfg.codec.keep_on_disk_bytes):
-            limit = f"--keep-on-disk-bytes {cfg.codec.keep_on_disk_bytes}"
-            world.fail(ValueError(f"{summary} are more than {limit} allows: raise it"))
+        world.everywhere(lambda: check_room(size, cfg.codec.keep_on_disk_bytes, summary))
         with claimed_run(world, kept.folder):
             words = world.on_first(partial(_begin, kept, codec, cfg))
             if world.first:

@@ -14,7 +14,6 @@ from semantic_routing.common.config import from_dict, read_config
 from semantic_routing.common.device import pick_device
 from semantic_routing.common.distributed import World
 from semantic_routing.common.errors import BadData
-from semantic_routing.common.sizes import parse_bytes
 from semantic_routing.data.captions import CaptionChoice
 from semantic_routing.data.dataset import Dataset, open_data
 from semantic_routing.data.sidecar import RECAPTION
@@ -25,7 +24,7 @@ from semantic_routing.sampling.located import FOLDER, KEY
 from semantic_routing.text.config import tiny_sizes
 from semantic_routing.text.encoder import TextEncoder
 from semantic_routing.training.config import TrainConfig
-from semantic_routing.training.encode_arguments import EncodeArguments
+from semantic_routing.training.encode_arguments import EncodeArguments, check_room
 from semantic_routing.training.parallelize import place_encoder
 from semantic_routing.training.recipes import RECIPES
 from semantic_routing.training.run_folder import located_run, run_of
@@ -47,13 +46,11 @@ def encode_text(args: EncodeArguments) -> str:
     found = distinct_captions(data, cfg)
     encoder, with_kv = _encoder(cfg, data), cfg.model.strategy.reads_keys
     sample = found[:: max(1, len(found) // MEASURED)]
-    size = encoder.state_bytes(sample, with_kv=with_kv) * len(found) / 2**30
-    summary = f"{len(found):,} captions, about {size:.2f} GiB of states in {cfg.text.keep_on_disk}"
+    size = encoder.state_bytes(sample, with_kv=with_kv) * len(found)
+    summary = f"{len(found):,} captions, about {size / 2**30:.2f} GiB of states in {cfg.text.keep_on_disk}"
     if args.size_only:
         return summary
-    if size * 2**30 > parse_bytes(cfg.text.keep_on_disk_bytes):
-        limit = f"--keep-on-disk-bytes {cfg.text.keep_on_disk_bytes}"
-        raise ValueError(f"{summary} are more than {limit} allows: raise it")
+    check_room(size, cfg.text.keep_on_disk_bytes, summary)
     tqdm.write(summary)
     with tqdm(total=len(found), desc="Encoding captions", unit="caption") as bar:
         for start in range(0, len(found), args.batch):

@@ -135,7 +135,7 @@ def going_on(run: Path, checkpoint: Path, steps: int | None, kind: Kind[C]) -> t
         else:
             what = f"ignored, because step {done} is already done; the run continues to step {cfg.steps}"
         words.append(f"{run / CONFIG} says {edited.steps} steps: {what}")
-    if steps is None or steps == cfg.steps:
+    if steps is None or (steps == cfg.steps and clock < 1):
         return cfg, words
     if steps < max(done, 1):
         raise ValueError(f"step {steps} is already done: {checkpoint} is at step {done}; give --steps a larger number")
@@ -199,9 +199,9 @@ def note_steps(run: Path, cfg: RunConfig) -> None:
         edited = read_config(type(cfg), path)
     except ValueError:  # missing or unreadable
         return
-    if edited.steps != cfg.steps:
-        limit: dict[str, Any] = {"minutes": cfg.minutes} if isinstance(cfg, TrainConfig) else {}
-        write_text(path, json.dumps(to_dict(replace(edited, steps=cfg.steps, **limit)), indent=2) + "\n")
+    limit: dict[str, Any] = {"minutes": cfg.minutes} if isinstance(cfg, TrainConfig) else {}
+    if edited != (noted := replace(edited, steps=cfg.steps, **limit)):
+        write_text(path, json.dumps(to_dict(noted), indent=2) + "\n")
 
 
 def located_run(cfg: TrainConfig, folder: str | None) -> TrainConfig:

@@ -11,7 +11,6 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from tqdm import tqdm
 from semantic_routing.common.device import cache_folder, has_bfloat16
 from semantic_routing.common.files import as_umask_says
 from semantic_routing.data.dataset import Dataset
-from semantic_routing.data.streams import WorldStream
 from semantic_routing.text.quiet import quiet_transformers
 from semantic_routing.toy.stories import story
 from semantic_routing.toy.worlds import SHAPES, WORDS, WORLDS
@@ -106,12 +104,7 @@ def training_corpus(data: Dataset, size: int = 20_000) -> list[str]:
         return toy
     if data.cfg.paths == (WORDS,):
         return toy + [WORLDS[WORDS].sample(CORPUS_SEED, index).caption for index in range(size)]
-    found = [
-        stream.texts(size) if isinstance(stream, WorldStream) else iter(stream.captions(size))
-        for stream in data.streams
-    ]
-    mixed = chain.from_iterable(zip_longest(*found))
-    return toy + list(islice((caption for caption in mixed if caption is not None), size))
+    return toy + data.captions(size, trained=True)
 
 
 def _train_tokenizer(corpus: list[str]) -> Any:
